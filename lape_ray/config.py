@@ -1,0 +1,297 @@
+"""What a run is: frozen, typed, checked when it is made. Standard library only, so that `--help` is instant.
+
+Four parts, one owner each: `ModelConfig` (lape_ray.model), `DataConfig` (lape_ray.data), `OptimConfig`
+(lape_ray.optim and the loop) and `RunConfig` (lape_ray.launch). Defaults are the simplest thing that works;
+the paper's numbers live in `lape_ray.recipes`. Vary one with `dataclasses.replace`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+Position = Literal["none", "learnable", "sincos1d", "sincos2d"]
+Join = Literal["basic", "share", "unshare", "lape", "lape_shared"]
+Bias = Literal["none", "relative2d", "alibi2d"]
+BiasJoin = Literal["basic", "lape"]
+Rotary = Literal["none", "axial", "mixed"]
+Variant = Literal[
+    "deit_tiny", "deit_small", "deit_base",
+    "deit_tiny_distilled", "deit_small_distilled", "deit_base_distilled",
+    "vit_lite_6_4", "vit_lite_7_4", "cvt_7_4", "cct_6_3x1", "cct_7_3x1", "cct_7_3x2",
+]  # fmt: skip
+Precision = Literal["auto", "fp32", "bf16"]
+Device = Literal["auto", "cpu", "gpu"]
+
+
+def option(default: Any, help: str) -> Any:
+    """A field with its default and the one line that `--help` prints for it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _check_choices(config: Any) -> None:
+    """Refuse a value outside its Literal, and say which values there are."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(kind) is Literal:
+            value, known = getattr(config, name), typing.get_args(kind)
+            _require(value in known, f"{name}={value!r} is not known; choose one of {', '.join(known)}")
+
+
+def _check_range(config: Any, low: float, high: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            value is None or low <= value <= high,
+            f"{name}={value} is out of range; it must be from {low:g} to {high:g}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network, and how position enters it. `None` means the variant's own value."""
+
+    variant: Variant = option("deit_tiny", "network family and size")
+    num_classes: int | None = option(None, "outputs of the classifier")
+    image_size: int | None = option(None, "side of the square input, in pixels")
+    patch_size: int | None = option(None, "side of a patch, in pixels (not for CCT, whose tokens come from convolutions)")
+    embed_dim: int | None = option(None, "width of a token")
+    depth: int | None = option(None, "number of blocks")
+    num_heads: int | None = option(None, "attention heads of a block")
+    mlp_ratio: float | None = option(None, "hidden width of the MLP over embed_dim")
+    drop_path: float | None = option(None, "stochastic depth rate of the last block; grows linearly from 0")
+    attention_dropout: float | None = option(None, "dropout on attention weights")
+    position: Position = option("learnable", "position embedding added to the tokens")
+    join: Join = option("basic", "where and how that embedding enters the blocks")
+    bias: Bias = option("none", "position bias added to the attention logits")
+    bias_join: BiasJoin = option("basic", "how the bias enters: as it is, or through a LayerNorm over keys")
+    rotary: Rotary = option("none", "rotation of queries and keys by position")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_range(self, 1, 2**31, "num_classes", "image_size", "patch_size", "embed_dim", "depth", "num_heads")
+        _check_range(self, 0.1, 64, "mlp_ratio")
+        _check_range(self, 0, 0.99, "drop_path", "attention_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and what is done to them before the model reads them."""
+
+    train: str = option("", "path of the training .beton")
+    val: str = option("", "path of the validation .beton")
+    batch_size: int = option(128, "images of one optimizer step, over all workers")
+    eval_batch_size: int = option(256, "images of one evaluation step, for each worker")
+    threads: int | None = option(None, "loader threads of a worker; none: the CPUs it has")
+    crop_scale: tuple[float, float] = option((0.08, 1.0), "random resized crop: share of the image's area")
+    crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "random resized crop: width over height")
+    flip: float = option(0.5, "probability of a horizontal flip")
+    eval_crop: float = option(0.875, "share of the shorter side that evaluation's centre crop keeps")
+    mixup: float = option(0.0, "alpha of mixup; 0 is off")
+    cutmix: float = option(0.0, "alpha of cutmix; 0 is off")
+    mix_prob: float = option(1.0, "probability that a batch is mixed at all")
+    mix_switch_prob: float = option(0.5, "probability of cutmix where both are on")
+    mix_off_epoch: int | None = option(None, "epoch from which nothing is mixed any more; none: never off")
+    mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "channel means, of values in 0..1")
+    std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "channel standard deviations, of values in 0..1")
+
+    def __post_init__(self) -> None:
+        _check_range(self, 1, 2**31, "batch_size", "eval_batch_size", "threads")
+        _check_range(self, 0, 1, "flip", "mix_prob", "mix_switch_prob")
+        _check_range(self, 0.01, 1, "eval_crop")
+        _check_range(self, 0, 100, "mixup", "cutmix")
+        low, high = self.crop_scale
+        _require(0 < low <= high <= 1, f"crop_scale={self.crop_scale} must be two shares with 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        _require(0 < low <= high, f"crop_ratio={self.crop_ratio} must be two ratios with 0 < low <= high")
+        _require(min(self.std) > 0, f"std={self.std} must be above 0 for every channel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay, by step."""
+
+    lr: float = option(1e-3, "peak learning rate, as it is used (not scaled by the batch)")
+    min_lr: float = option(1e-5, "learning rate that the cosine ends at")
+    warmup_lr: float = option(1e-6, "learning rate that the warm-up starts at")
+    epochs: int = option(300, "epochs of the whole schedule, warm-up included, cool-down not")
+    warmup_epochs: float = option(5, "epochs of linear warm-up")
+    cooldown_epochs: int = option(0, "epochs at min_lr after the schedule")
+    weight_decay: float = option(0.05, "decoupled weight decay")
+    decay_position: bool = option(False, "decay position tables and class tokens too (Compact Transformers do)")
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's averaging factors")
+    eps: float = option(1e-8, "AdamW's epsilon")
+    clip_norm: float | None = option(None, "largest norm of the whole gradient; none: no clipping")
+    label_smoothing: float = option(0.0, "share of a label spread evenly over all classes")
+    ema_decay: float = option(0.0, "decay of the weights' moving average; 0 is off")
+    accumulate: int = option(1, "micro-batches of an optimizer step, for each worker")
+
+    def __post_init__(self) -> None:
+        _check_range(self, 0, 1e3, "lr", "min_lr", "warmup_lr", "weight_decay")
+        _check_range(self, 1, 10**6, "epochs", "accumulate")
+        _check_range(self, 0, 10**6, "cooldown_epochs")
+        _check_range(self, 0, self.epochs, "warmup_epochs")
+        _check_range(self, 0, 0.999999, "label_smoothing", "ema_decay")
+        _require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm={self.clip_norm} must be above 0, or none")
+        _require(all(0 <= b < 1 for b in self.betas), f"betas={self.betas} must lie in [0, 1)")
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs that are trained: the schedule and the cool-down."""
+        return self.epochs + self.cooldown_epochs
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where and how the run is executed; nothing here changes what is learned but `seed` and `precision`."""
+
+    name: str | None = option(None, "name of the run; the same name resumes it; none: recipe and time")
+    storage: str | None = option(None, "folder or s3:// address for checkpoints; none: $LAPE_RAY_HOME/runs")
+    experiment: str = option("lape_ray", "MLflow experiment")
+    tracking_uri: str | None = option(None, "MLflow server; none: $MLFLOW_TRACKING_URI, else sqlite in $LAPE_RAY_HOME")
+    seed: int = option(0, "seed of initialisation, order and augmentation")
+    num_workers: int = option(1, "training processes, one for each GPU")
+    device: Device = option("auto", "where workers compute; auto: gpu if the cluster has any")
+    cpus_per_worker: int = option(1, "CPUs that Ray reserves for a worker: its loader and, on CPU, its arithmetic")
+    precision: Precision = option("auto", "auto: bf16 on GPU, fp32 on CPU")
+    init_from: str | None = option(None, "checkpoint whose weights the run starts from (ours, LaPE, DeiT or timm)")
+    log_steps: int = option(50, "steps between two progress lines")
+    eval_epochs: int = option(1, "epochs between two evaluations")
+    keep_checkpoints: int = option(2, "newest checkpoints to keep, beside the best")
+    max_failures: int = option(3, "worker failures after which the run gives up")
+    timeout_s: int = option(180, "seconds after which a collective that waits for a hung worker fails")
+    overwrite: bool = option(False, "start again under a name that is already finished, deleting what it left")
+    stop_after_epochs: int | None = option(None, "stop after this many epochs of the schedule, to continue later")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check_range(self, 0, 2**31, "seed", "max_failures")
+        _check_range(self, 1, 10**6, "num_workers", "cpus_per_worker", "log_steps", "eval_epochs",
+                     "keep_checkpoints", "timeout_s", "stop_after_epochs")  # fmt: skip
+        bad = sorted(set(self.name or "") & set("/\\: \t\n"))
+        _require(not bad, f"name={self.name!r} holds {bad}; use letters, digits, '-', '_' and '.'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One whole training run."""
+
+    recipe: str = ""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        shares = self.run.num_workers * self.optim.accumulate
+        _require(
+            self.data.batch_size % shares == 0,
+            f"data.batch_size={self.data.batch_size} does not divide by run.num_workers={self.run.num_workers} "
+            f"x optim.accumulate={self.optim.accumulate}; the nearest that do are "
+            f"{max(shares, self.data.batch_size // shares * shares)} and "
+            f"{(self.data.batch_size // shares + 1) * shares}",
+        )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images that one worker sends through the model at once while training."""
+        return self.data.batch_size // (self.run.num_workers * self.optim.accumulate)
+
+
+C = TypeVar("C")
+SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """`section.field` -> value, in the order of the fields: for the tracker, for diffs and for the dump."""
+    flat: dict[str, Any] = {"recipe": config.recipe}
+    for section in SECTIONS:
+        for field in dataclasses.fields(getattr(config, section)):
+            flat[f"{section}.{field.name}"] = getattr(getattr(config, section), field.name)
+    return flat
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+    """The inverse of `to_dict`; an unknown field is a ValueError that names the known ones."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    _require(not unknown, f"{cls.__name__} has no field {unknown}; it has {', '.join(hints)}")
+    arguments = {}
+    for name, value in values.items():
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            value = from_dict(typing.cast(type, kind), value)
+        elif typing.get_origin(kind) is tuple and value is not None:
+            value = tuple(value)
+        arguments[name] = value
+    return cls(**arguments)
+
+
+def dump(config: TrainConfig) -> str:
+    """The config as text, one `section.field = value` a line; stable, so that two can be compared with diff."""
+    return "".join(f"{name} = {value!r}\n" for name, value in flatten(config).items())
+
+
+def what_is_learned(config: TrainConfig) -> dict[str, Any]:
+    """The part of a config that a resumed run must share with the run it continues."""
+    names = ("name", "storage", "experiment", "tracking_uri", "device", "log_steps", "keep_checkpoints", "timeout_s",
+             "max_failures", "overwrite", "stop_after_epochs", "num_workers", "cpus_per_worker", "eval_epochs")  # fmt: skip
+    placed = {f"run.{name}" for name in names} | {
+        "recipe", "data.train", "data.val", "data.threads", "data.eval_batch_size", "optim.accumulate",
+    }  # fmt: skip
+    return {name: value for name, value in flatten(config).items() if name not in placed}
+
+
+def config_hash(config: TrainConfig) -> str:
+    """Twelve hexadecimal digits that are equal for two configs that learn the same thing."""
+    text = json.dumps(what_is_learned(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def parse_value(kind: Any, text: str) -> Any:
+    """`text` as a value of the annotated type `kind`; a ValueError says what was expected."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if type(None) in args and text.lower() in ("none", "null"):
+            return None
+        return parse_value(next(a for a in args if a is not type(None)), text)
+    if origin is Literal:
+        _require(text in args, f"{text!r} is not one of {', '.join(args)}")
+        return text
+    if origin is tuple:
+        parts = text.strip("()[] ").split(",")
+        _require(len(parts) == len(args), f"{text!r} must be {len(args)} values with commas between")
+        return tuple(parse_value(a, p.strip()) for a, p in zip(args, parts, strict=True))
+    if kind is bool:
+        _require(text.lower() in ("true", "false", "1", "0", "yes", "no"), f"{text!r} must be true or false")
+        return text.lower() in ("true", "1", "yes")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{text!r} must be {'a whole number' if kind is int else 'a number'}") from None
+
+
+def type_name(kind: Any) -> str:
+    """The annotated type in the words of `--help`."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return "|".join(type_name(a) if a is not type(None) else "none" for a in args)
+    if origin is Literal:
+        return "|".join(args)
+    if origin is tuple:
+        return ",".join(type_name(a) for a in args)
+    return str(kind.__name__)
