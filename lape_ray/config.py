@@ -63,7 +63,9 @@ class ModelConfig:
     variant: Variant = option("deit_tiny", "network family and size")
     num_classes: int | None = option(None, "outputs of the classifier")
     image_size: int | None = option(None, "side of the square input, in pixels")
-    patch_size: int | None = option(None, "side of a patch, in pixels (not for CCT, whose tokens come from convolutions)")
+    patch_size: int | None = option(
+        None, "side of a patch, in pixels (not for CCT, whose tokens come from convolutions)"
+    )
     embed_dim: int | None = option(None, "width of a token")
     depth: int | None = option(None, "number of blocks")
     num_heads: int | None = option(None, "attention heads of a block")
@@ -78,7 +80,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_range(self, 1, 2**31, "num_classes", "image_size", "patch_size", "embed_dim", "depth", "num_heads")
+        _check_range(
+            self, 1, 2**31, "num_classes", "image_size", "patch_size", "embed_dim", "depth", "num_heads"
+        )
         _check_range(self, 0.1, 64, "mlp_ratio")
         _check_range(self, 0, 0.99, "drop_path", "attention_dropout")
 
@@ -102,7 +106,9 @@ class DataConfig:
     mix_switch_prob: float = option(0.5, "probability of cutmix where both are on")
     mix_off_epoch: int | None = option(None, "epoch from which nothing is mixed any more; none: never off")
     mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "channel means, of values in 0..1")
-    std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "channel standard deviations, of values in 0..1")
+    std: tuple[float, float, float] = option(
+        (0.229, 0.224, 0.225), "channel standard deviations, of values in 0..1"
+    )
 
     def __post_init__(self) -> None:
         _check_range(self, 1, 2**31, "batch_size", "eval_batch_size", "threads")
@@ -110,7 +116,9 @@ class DataConfig:
         _check_range(self, 0.01, 1, "eval_crop")
         _check_range(self, 0, 100, "mixup", "cutmix")
         low, high = self.crop_scale
-        _require(0 < low <= high <= 1, f"crop_scale={self.crop_scale} must be two shares with 0 < low <= high <= 1")
+        _require(
+            0 < low <= high <= 1, f"crop_scale={self.crop_scale} must be two shares with 0 < low <= high <= 1"
+        )
         low, high = self.crop_ratio
         _require(0 < low <= high, f"crop_ratio={self.crop_ratio} must be two ratios with 0 < low <= high")
         _require(min(self.std) > 0, f"std={self.std} must be above 0 for every channel")
@@ -127,7 +135,9 @@ class OptimConfig:
     warmup_epochs: float = option(5, "epochs of linear warm-up")
     cooldown_epochs: int = option(0, "epochs at min_lr after the schedule")
     weight_decay: float = option(0.05, "decoupled weight decay")
-    decay_position: bool = option(False, "decay position tables and class tokens too (Compact Transformers do)")
+    decay_position: bool = option(
+        False, "decay position tables and class tokens too (Compact Transformers do)"
+    )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's averaging factors")
     eps: float = option(1e-8, "AdamW's epsilon")
     clip_norm: float | None = option(None, "largest norm of the whole gradient; none: no clipping")
@@ -141,7 +151,10 @@ class OptimConfig:
         _check_range(self, 0, 10**6, "cooldown_epochs")
         _check_range(self, 0, self.epochs, "warmup_epochs")
         _check_range(self, 0, 0.999999, "label_smoothing", "ema_decay")
-        _require(self.clip_norm is None or self.clip_norm > 0, f"clip_norm={self.clip_norm} must be above 0, or none")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"clip_norm={self.clip_norm} must be above 0, or none",
+        )
         _require(all(0 <= b < 1 for b in self.betas), f"betas={self.betas} must lie in [0, 1)")
 
     @property
@@ -157,20 +170,30 @@ class RunConfig:
     name: str | None = option(None, "name of the run; the same name resumes it; none: recipe and time")
     storage: str | None = option(None, "folder or s3:// address for checkpoints; none: $LAPE_RAY_HOME/runs")
     experiment: str = option("lape_ray", "MLflow experiment")
-    tracking_uri: str | None = option(None, "MLflow server; none: $MLFLOW_TRACKING_URI, else sqlite in $LAPE_RAY_HOME")
+    tracking_uri: str | None = option(
+        None, "MLflow server; none: $MLFLOW_TRACKING_URI, else sqlite in $LAPE_RAY_HOME"
+    )
     seed: int = option(0, "seed of initialisation, order and augmentation")
     num_workers: int = option(1, "training processes, one for each GPU")
     device: Device = option("auto", "where workers compute; auto: gpu if the cluster has any")
-    cpus_per_worker: int = option(1, "CPUs that Ray reserves for a worker: its loader and, on CPU, its arithmetic")
+    cpus_per_worker: int = option(
+        1, "CPUs that Ray reserves for a worker: its loader and, on CPU, its arithmetic"
+    )
     precision: Precision = option("auto", "auto: bf16 on GPU, fp32 on CPU")
-    init_from: str | None = option(None, "checkpoint whose weights the run starts from (ours, LaPE, DeiT or timm)")
+    init_from: str | None = option(
+        None, "checkpoint whose weights the run starts from (ours, LaPE, DeiT or timm)"
+    )
     log_steps: int = option(50, "steps between two progress lines")
     eval_epochs: int = option(1, "epochs between two evaluations")
     keep_checkpoints: int = option(2, "newest checkpoints to keep, beside the best")
     max_failures: int = option(3, "worker failures after which the run gives up")
     timeout_s: int = option(180, "seconds after which a collective that waits for a hung worker fails")
-    overwrite: bool = option(False, "start again under a name that is already finished, deleting what it left")
-    stop_after_epochs: int | None = option(None, "stop after this many epochs of the schedule, to continue later")
+    overwrite: bool = option(
+        False, "start again under a name that is already finished, deleting what it left"
+    )
+    stop_after_epochs: int | None = option(
+        None, "stop after this many epochs of the schedule, to continue later"
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -246,14 +269,22 @@ def dump(config: TrainConfig) -> str:
     return "".join(f"{name} = {value!r}\n" for name, value in flatten(config).items())
 
 
+# Fields that say where or how long a run is executed, not what it learns.
+_PLACE = frozenset(
+    {"recipe", "data.train", "data.val", "data.threads", "data.eval_batch_size", "optim.accumulate"}
+    | {
+        f"run.{name}"
+        for name in (
+            "name", "storage", "experiment", "tracking_uri", "num_workers", "device", "cpus_per_worker", "log_steps",
+            "eval_epochs", "keep_checkpoints", "max_failures", "timeout_s", "overwrite", "stop_after_epochs",
+        )
+    }
+)  # fmt: skip
+
+
 def what_is_learned(config: TrainConfig) -> dict[str, Any]:
     """The part of a config that a resumed run must share with the run it continues."""
-    names = ("name", "storage", "experiment", "tracking_uri", "device", "log_steps", "keep_checkpoints", "timeout_s",
-             "max_failures", "overwrite", "stop_after_epochs", "num_workers", "cpus_per_worker", "eval_epochs")  # fmt: skip
-    placed = {f"run.{name}" for name in names} | {
-        "recipe", "data.train", "data.val", "data.threads", "data.eval_batch_size", "optim.accumulate",
-    }  # fmt: skip
-    return {name: value for name, value in flatten(config).items() if name not in placed}
+    return {name: value for name, value in flatten(config).items() if name not in _PLACE}
 
 
 def config_hash(config: TrainConfig) -> str:

@@ -1,0 +1,136 @@
+"""The transformer block, and the one thing it knows about position: what a layer receives.
+
+Shapes: B images, N tokens (prefix + patches), D width, H heads, E = D / H width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerPosition(NamedTuple):
+    """What position contributes to one block. Every part is optional and none depends on the image."""
+
+    residual_1ND: Tensor | None = None
+    """Added to the residual stream before the block."""
+    attention_1ND: Tensor | None = None
+    """Added to the normalised tokens that attention reads; never enters the residual stream."""
+    logits_1HNN: Tensor | None = None
+    """Added to the attention logits."""
+    rotation: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines, each (H or 1, N, E/2), by which queries and keys are rotated."""
+
+
+def rotate(x_BHNE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each pair of neighbouring channels by its position's angle (RoFormer, arXiv 2104.09864, eq. 34)."""
+    cos, sin = rotation
+    even, odd = x_BHNE.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x_BHNE.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through PyTorch's fused kernel, with optional logit bias and rotation."""
+
+    def __init__(self, *, embed_dim: int, num_heads: int, qkv_bias: bool, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
+        qkv_3BHNE = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_BHNE, k_BHNE, v_BHNE = qkv_3BHNE.unbind(0)
+        if position.rotation is not None:
+            q_BHNE, k_BHNE = rotate(q_BHNE, position.rotation), rotate(k_BHNE, position.rotation)
+        out_BHNE = F.scaled_dot_product_attention(
+            q_BHNE,
+            k_BHNE,
+            v_BHNE,
+            attn_mask=None if position.logits_1HNN is None else position.logits_1HNN.to(q_BHNE.dtype),
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.proj(out_BHNE.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between."""
+
+    def __init__(self, *, embed_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BND)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): drop a branch for whole images, scale the others up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        if self.rate == 0 or not self.training:
+            return x_BND
+        keep = 1 - self.rate
+        return x_BND * x_BND.new_empty(x_BND.shape[0], 1, 1).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class Block(nn.Module):
+    """Pre-norm block of ViT and DeiT: x = x + attn(norm1(x) [+ position]); x = x + mlp(norm2(x))."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        eps: float,
+        qkv_bias: bool = True,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=eps)
+        self.attn = Attention(
+            embed_dim=embed_dim, num_heads=num_heads, qkv_bias=qkv_bias, dropout=attention_dropout
+        )
+        self.norm2 = nn.LayerNorm(embed_dim, eps=eps)
+        self.mlp = Mlp(embed_dim=embed_dim, hidden_dim=int(embed_dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
+        if position.residual_1ND is not None:
+            x_BND = x_BND + position.residual_1ND
+        x_BND = x_BND + self.drop_path(self.attn(self._attention_input(x_BND, position), position))
+        return self._mlp_branch(x_BND)
+
+    def _attention_input(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
+        norm = self.norm1
+        if position.attention_1ND is None:
+            return norm(x_BND)
+        # LN(x) + w = gamma * x_hat + (beta + w): beta joins w, which has no batch dimension, so the sum of
+        # beta's gradient over B x N tokens falls out of the sum over B that w's gradient needs anyway.
+        scaled_BND = F.layer_norm(x_BND, norm.normalized_shape, norm.weight, None, norm.eps)
+        return scaled_BND + (position.attention_1ND + norm.bias)
+
+    def _mlp_branch(self, x_BND: Tensor) -> Tensor:
+        return x_BND + self.drop_path(self.mlp(self.norm2(x_BND)))
+
+
+class ResidualNormBlock(Block):
+    """Block of Compact Transformers (arXiv 2104.05704): norm2 sits on the residual stream itself."""
+
+    def _mlp_branch(self, x_BND: Tensor) -> Tensor:
+        x_BND = self.norm2(x_BND)
+        return x_BND + self.drop_path(self.mlp(x_BND))

@@ -1,0 +1,102 @@
+"""Joins: where and how a token embedding w enters the blocks.
+
+A join turns the table(s) w_TND into one `LayerPosition` for each layer. It runs once in a forward pass: w has
+no batch dimension, so its cost does not grow with the batch.
+
+Shapes: T tables (1, or one a layer), L layers, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lape_ray.model.block import LayerPosition
+from lape_ray.model.position import Layout
+
+
+class Join(nn.Module):
+    """The interface of a join; `per_layer` says whether it wants a table for each layer."""
+
+    per_layer: ClassVar[bool] = False
+
+    def __init__(self, layout: Layout, *, eps: float, zero_rows: bool) -> None:
+        super().__init__()
+        self.depth = layout.depth
+
+    def forward(self, w_TND: Tensor) -> list[LayerPosition]:
+        raise NotImplementedError
+
+
+class Basic(Join):
+    """x_0 = x + w, once: the default of ViT and DeiT (LaPE paper, eq. 2)."""
+
+    def forward(self, w_TND: Tensor) -> list[LayerPosition]:
+        return [LayerPosition(residual_1ND=w_TND)] + [LayerPosition()] * (self.depth - 1)
+
+
+class Share(Join):
+    """x = x + w before every block, the same w (the paper's "shared" rows of table 7)."""
+
+    def forward(self, w_TND: Tensor) -> list[LayerPosition]:
+        return [LayerPosition(residual_1ND=w_TND)] * self.depth
+
+
+class Unshare(Join):
+    """x = x + w_l before every block, a table for each layer (the paper's "unshared" rows)."""
+
+    per_layer = True
+
+    def forward(self, w_TND: Tensor) -> list[LayerPosition]:
+        return [LayerPosition(residual_1ND=w_ND.unsqueeze(0)) for w_ND in w_TND.unbind(0)]
+
+
+class LapeShared(Join):
+    """Attention reads LN_x(x) + LN_l(w), the same w in every layer (first version, arXiv 2212.05262v1)."""
+
+    def __init__(self, layout: Layout, *, eps: float, zero_rows: bool) -> None:
+        super().__init__(layout, eps=eps, zero_rows=zero_rows)
+        self.norms = nn.ModuleList(nn.LayerNorm(layout.embed_dim, eps=eps) for _ in range(layout.depth))
+
+    def forward(self, w_TND: Tensor) -> list[LayerPosition]:
+        return [LayerPosition(attention_1ND=norm(w_TND)) for norm in self.norms]
+
+
+class Lape(LapeShared):
+    """Attention reads LN_x(x) + w_l with w_l = LN_l(w_{l-1}) (LaPE paper, ICCV 2023, eq. 8-11).
+
+    A row of zeros (the class token of sincos2d) needs care. LayerNorm's derivative at a constant row is
+    gamma / sqrt(eps), 1000 for eps 1e-6, so through a chain of freshly initialised norms the gradient of the
+    first ones grows to 1000^L and overflows float32. Where a row's variance is below eps its LayerNorm is a
+    linear amplifier of noise, not a normalisation, and we stop the gradient into that row there: the forward
+    pass is the paper's to the bit, the gradient is the paper's wherever rows are not degenerate, and every
+    layer's own gamma and beta are always trained. A row above the threshold leaves its norm with a variance
+    of at least half a unit, so that no two large factors can follow each other.
+    """
+
+    def __init__(self, layout: Layout, *, eps: float, zero_rows: bool) -> None:
+        super().__init__(layout, eps=eps, zero_rows=zero_rows)
+        self.zero_rows = zero_rows
+        self.eps = eps
+
+    def forward(self, w_TND: Tensor) -> list[LayerPosition]:
+        layers = []
+        for norm in self.norms:
+            w_TND = norm(self._stop_degenerate_rows(w_TND) if self.zero_rows else w_TND)
+            layers.append(LayerPosition(attention_1ND=w_TND))
+        return layers
+
+    def _stop_degenerate_rows(self, w_TND: Tensor) -> Tensor:
+        degenerate_TN1 = w_TND.detach().var(dim=-1, keepdim=True, correction=0) < self.eps
+        return torch.where(degenerate_TN1, w_TND.detach(), w_TND)
+
+
+JOINS: dict[str, type[Join]] = {
+    "basic": Basic,
+    "share": Share,
+    "unshare": Unshare,
+    "lape": Lape,
+    "lape_shared": LapeShared,
+}

@@ -1,0 +1,130 @@
+"""The network families and sizes by name, and what a `ModelConfig` comes to with its overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from lape_ray.config import ModelConfig
+from lape_ray.model.block import Block, ResidualNormBlock
+from lape_ray.model.compact import ConvTokenizer, SequencePool
+from lape_ray.model.ports import check_cell
+from lape_ray.model.vit import Embed, PatchEmbed, VisionTransformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantSpec:
+    """A named network. Fields above the line can be overridden by a `ModelConfig`."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float = 4.0
+    image_size: int = 224
+    patch_size: int | None = 16  # None: tokens come from `conv_layers` convolutions
+    num_classes: int = 1000
+    drop_path: float = 0.0
+    attention_dropout: float = 0.0
+    # ---
+    num_prefix: int = 1
+    conv_layers: int = 0
+    qkv_bias: bool = True
+    eps: float = 1e-6
+    block: type[Block] = Block
+    sequence_pool: bool = False
+    init_prefix_std: float = 0.02
+    init_position_std: float = 0.02
+
+
+OVERRIDABLE = (
+    "embed_dim", "depth", "num_heads", "mlp_ratio", "image_size", "patch_size", "num_classes", "drop_path",
+    "attention_dropout",
+)  # fmt: skip
+
+
+def _deit(embed_dim: int, num_heads: int, num_prefix: int = 1) -> VariantSpec:
+    return VariantSpec(embed_dim=embed_dim, depth=12, num_heads=num_heads, num_prefix=num_prefix)
+
+
+def _compact(depth: int, **kwargs: Any) -> VariantSpec:
+    """What all Compact Transformers share: a block with a norm on the residual, no qkv bias, wide position."""
+    return VariantSpec(
+        embed_dim=256, depth=depth, num_heads=4, mlp_ratio=2.0, image_size=32, num_classes=10,
+        attention_dropout=0.1, qkv_bias=False, eps=1e-5, block=ResidualNormBlock,
+        init_prefix_std=0.0, init_position_std=0.2, **kwargs,
+    )  # fmt: skip
+
+
+def _pooled(depth: int, **kwargs: Any) -> VariantSpec:
+    return _compact(depth, num_prefix=0, sequence_pool=True, **kwargs)
+
+
+VARIANTS: dict[str, VariantSpec] = {
+    "deit_tiny": _deit(192, 3),
+    "deit_small": _deit(384, 6),
+    "deit_base": _deit(768, 12),
+    "deit_tiny_distilled": _deit(192, 3, num_prefix=2),
+    "deit_small_distilled": _deit(384, 6, num_prefix=2),
+    "deit_base_distilled": _deit(768, 12, num_prefix=2),
+    "vit_lite_6_4": _compact(6, patch_size=4),
+    "vit_lite_7_4": _compact(7, patch_size=4),
+    "cvt_7_4": _pooled(7, patch_size=4),
+    "cct_6_3x1": _pooled(6, patch_size=None, conv_layers=1),
+    "cct_7_3x1": _pooled(7, patch_size=None, conv_layers=1),
+    "cct_7_3x2": _pooled(7, patch_size=None, conv_layers=2),
+}
+
+
+def resolve(config: ModelConfig) -> VariantSpec:
+    """The variant with the config's overrides; a ValueError where one does not apply."""
+    spec = VARIANTS[config.variant]
+    if spec.patch_size is None and config.patch_size is not None:
+        raise ValueError(
+            f"patch_size={config.patch_size} does not apply to {config.variant}, whose tokens are convolutions"
+        )
+    chosen = {name: getattr(config, name) for name in OVERRIDABLE if getattr(config, name) is not None}
+    return dataclasses.replace(spec, **chosen)
+
+
+def _embed(spec: VariantSpec) -> Embed:
+    if spec.patch_size is None:
+        return ConvTokenizer(image_size=spec.image_size, layers=spec.conv_layers, embed_dim=spec.embed_dim)
+    return PatchEmbed(image_size=spec.image_size, patch_size=spec.patch_size, embed_dim=spec.embed_dim)
+
+
+def build_model(config: ModelConfig) -> VisionTransformer:
+    """A freshly initialised network; draws from torch's global generator."""
+    check_cell(config.position, config.join, config.bias, config.bias_join)
+    spec = resolve(config)
+
+    def make_block(drop_path: float) -> Block:
+        return spec.block(
+            embed_dim=spec.embed_dim,
+            num_heads=spec.num_heads,
+            mlp_ratio=spec.mlp_ratio,
+            eps=spec.eps,
+            qkv_bias=spec.qkv_bias,
+            attention_dropout=spec.attention_dropout,
+            drop_path=drop_path,
+        )
+
+    return VisionTransformer(
+        embed=_embed(spec),
+        embed_dim=spec.embed_dim,
+        depth=spec.depth,
+        num_heads=spec.num_heads,
+        num_classes=spec.num_classes,
+        make_block=make_block,
+        drop_path=spec.drop_path,
+        eps=spec.eps,
+        num_prefix=spec.num_prefix,
+        pool=SequencePool(embed_dim=spec.embed_dim) if spec.sequence_pool else None,
+        position=config.position,
+        join=config.join,
+        bias=config.bias,
+        bias_join=config.bias_join,
+        rotary=config.rotary,
+        init_prefix_std=spec.init_prefix_std,
+        init_position_std=spec.init_position_std,
+    )

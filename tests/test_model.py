@@ -1,0 +1,368 @@
+"""Networks: sizes, the grid of position embeddings, and parity with timm and the paper's official code."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from lape_ray.config import ModelConfig, Variant
+from lape_ray.model import build_model
+from lape_ray.model.bias import BIAS_JOINS, BIASES
+from lape_ray.model.block import rotate
+from lape_ray.model.convert import convert_state_dict, load_weights, resize_position, resize_relative_bias
+from lape_ray.model.join import JOINS
+from lape_ray.model.ports import valid_bias_joins, valid_joins
+from lape_ray.model.position import POSITIONS
+from lape_ray.model.rotary import ROTARIES
+from lape_ray.model.variants import VARIANTS
+
+TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "image_size": 16, "patch_size": 4, "num_classes": 5}
+
+
+def tiny(**kwargs: object) -> ModelConfig:
+    return ModelConfig(**{**TINY, **kwargs})  # type: ignore[arg-type]
+
+
+CELLS = [
+    {"position": position, "join": join, "bias": bias, "bias_join": bias_join, "rotary": rotary}
+    for position in POSITIONS
+    for join in valid_joins(position)
+    for bias in BIASES
+    for bias_join in valid_bias_joins(bias)
+    for rotary in ROTARIES
+]
+
+
+def cell_id(cell: dict[str, str]) -> str:
+    return "-".join(cell.values())
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("variant", "parameters", "lape"),
+    [
+        ("deit_tiny", 5_717_416, 4_608),
+        ("deit_small", 22_050_664, 9_216),
+        ("deit_base", 86_567_656, 18_432),
+        ("deit_tiny_distilled", 5_910_800, 4_608),
+        ("deit_small_distilled", 22_436_432, 9_216),
+        ("deit_base_distilled", 87_338_192, 18_432),
+        ("vit_lite_6_4", 3_190_538, 3_072),
+        ("vit_lite_7_4", 3_716_874, 3_584),
+        ("cvt_7_4", 3_716_619, 3_584),
+        ("cct_6_3x1", 3_233_803, 3_072),
+        ("cct_7_3x1", 3_760_139, 3_584),
+        ("cct_7_3x2", 3_853_259, 3_584),
+    ],
+)
+def test_parameter_counts(variant: Variant, parameters: int, lape: int) -> None:
+    with torch.device("meta"):
+        assert count(build_model(ModelConfig(variant=variant))) == parameters
+        assert count(build_model(ModelConfig(variant=variant, join="lape"))) == parameters + lape
+
+
+def test_hundred_classes() -> None:
+    counts = {
+        "vit_lite_6_4": 3_213_668,
+        "vit_lite_7_4": 3_740_004,
+        "cvt_7_4": 3_739_749,
+        "cct_7_3x1": 3_783_269,
+    }
+    for variant, parameters in counts.items():
+        assert count(build_model(ModelConfig(variant=variant, num_classes=100))) == parameters  # type: ignore[arg-type]
+
+
+def test_names_in_the_config_are_the_names_in_the_code() -> None:
+    import typing
+
+    from lape_ray import config
+
+    pairs = [
+        (config.Variant, VARIANTS),
+        (config.Position, POSITIONS),
+        (config.Join, JOINS),
+        (config.Bias, BIASES),
+        (config.BiasJoin, BIAS_JOINS),
+        (config.Rotary, ROTARIES),
+    ]
+    for literal, known in pairs:
+        assert typing.get_args(literal) == tuple(known)
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=cell_id)
+def test_every_cell_trains(cell: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    model = build_model(tiny(**cell))
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    first = None
+    for _ in range(20):
+        loss = F.cross_entropy(model(images), labels)
+        assert loss.isfinite()
+        first = loss.item() if first is None else first
+        optimizer.zero_grad()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, f"{name} gets no gradient"
+            assert parameter.grad.isfinite().all(), f"{name} gets a non-finite gradient"
+        optimizer.step()
+    assert loss.item() < first
+    for state in optimizer.state.values():
+        assert all(value.isfinite().all() for value in state.values() if isinstance(value, Tensor))
+    copy = build_model(tiny(**cell))
+    load_weights(copy, model.state_dict())
+    torch.testing.assert_close(copy.eval()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("join", ["share", "unshare", "lape", "lape_shared"])
+def test_no_embedding_takes_no_join(join: str) -> None:
+    with pytest.raises(ValueError, match=r"nothing to join.*valid joins of none are basic"):
+        build_model(tiny(position="none", join=join))
+
+
+def test_a_fixed_table_is_not_unshared() -> None:
+    with pytest.raises(ValueError, match="valid joins of sincos2d are basic, share, lape, lape_shared"):
+        build_model(tiny(position="sincos2d", join="unshare"))
+
+
+def test_no_bias_takes_no_bias_join() -> None:
+    with pytest.raises(ValueError, match="valid bias joins of none are basic"):
+        build_model(tiny(bias_join="lape"))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"image_size": 18}, "image_size=18 does not divide by patch_size=4"),
+        ({"num_heads": 5}, "embed_dim=32 does not divide by num_heads=5"),
+        ({"embed_dim": 30, "position": "sincos2d"}, "embed_dim=30 does not divide by 4"),
+        ({"embed_dim": 36, "num_heads": 6, "rotary": "axial"}, "a head is 6 wide"),
+        ({"variant": "cct_7_3x1", "patch_size": 4}, "patch_size=4 does not apply to cct_7_3x1"),
+    ],
+)
+def test_sizes_that_do_not_fit(kwargs: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(ModelConfig(**{**TINY, **kwargs}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "variant", ["deit_tiny", "vit_lite_6_4", "cvt_7_4", "cct_7_3x2", "deit_tiny_distilled"]
+)
+@pytest.mark.parametrize("join", ["basic", "lape"])
+def test_every_family_trains_every_parameter(variant: Variant, join: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(variant=variant, image_size=32, join=join, depth=2, drop_path=0.1))  # type: ignore[arg-type]
+    output = model(torch.randn(2, 3, 32, 32))
+    output.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# --- parity ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_timm_weights_give_timm_logits(size: str, distilled: bool) -> None:
+    torch.manual_seed(0)
+    name = f"deit_{size}{'_distilled' if distilled else ''}"
+    theirs = timm.create_model(f"{name}_patch16_224", num_classes=1000).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # biases and norms too, so that none is left at 0 or 1
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    ours = build_model(ModelConfig(variant=name)).eval()  # type: ignore[arg-type]
+    assert load_weights(ours, theirs.state_dict()) == []
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), atol=1e-4, rtol=0)
+
+
+OFFICIAL = {
+    "learnable-basic": {"position": "learnable", "join": "basic"},
+    "learnable-LaPE": {"position": "learnable", "join": "lape"},
+    "2D_sin-LaPE": {"position": "sincos2d", "join": "lape"},
+    "2D_RPE-LN": {"position": "none", "bias": "relative2d", "bias_join": "lape"},
+}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["config"])  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_outputs_and_gradients(shared_dir: Path, name: str) -> None:
+    tensors, sizes = _read(shared_dir / "reference" / f"{name}.safetensors")
+    state = {k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")}
+    model = build_model(
+        ModelConfig(
+            image_size=sizes["img_size"], patch_size=sizes["patch_size"], embed_dim=sizes["embed_dim"],
+            depth=sizes["depth"], num_heads=sizes["num_heads"], num_classes=sizes["num_classes"], **OFFICIAL[name],
+        )  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert load_weights(model, {"model": state}) == []
+    torch.testing.assert_close(model.eval()(tensors["input"]), tensors["logits"], atol=1e-5, rtol=0)
+    loss = F.cross_entropy(model(tensors["input"]), tensors["target"])
+    torch.testing.assert_close(loss, tensors["loss"], atol=1e-5, rtol=0)
+    loss.backward()
+    expected = convert_state_dict(
+        {k.removeprefix("grad."): v for k, v in tensors.items() if k.startswith("grad.")}
+    )
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert set(gradients) == set(expected)
+    for parameter, gradient in gradients.items():
+        assert gradient is not None
+        error = (gradient - expected[parameter]).norm() / expected[parameter].norm().clamp(
+            min=1e-6
+        )  # a zero table has none
+        assert error < 1e-4, f"{parameter}: relative error {error:.1e}"
+
+
+def test_fresh_sincos2d_lape_stays_finite_at_full_depth() -> None:
+    """Without the guard the first norms' gradients are infinite here: 1000 to the power of 12."""
+    torch.manual_seed(0)
+    model = build_model(tiny(depth=12, position="sincos2d", join="lape"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        largest = max(p.grad.abs().max() for p in model.parameters() if p.grad is not None)
+        assert largest < 1e4
+        optimizer.step()
+    assert all(
+        v.isfinite().all() for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)
+    )
+    model.join.zero_rows = False  # type: ignore[union-attr]
+    fresh = build_model(tiny(depth=12, position="sincos2d", join="lape"))
+    fresh.join.zero_rows = False  # type: ignore[union-attr]
+    F.cross_entropy(fresh(images), labels).backward()
+    unguarded = max(p.grad.abs().max() for p in fresh.join.parameters() if p.grad is not None)  # type: ignore[union-attr]
+    assert unguarded > 1e15
+
+
+def test_the_chain_is_the_papers() -> None:
+    """w_l = LN_l(w_{l-1}), and attention reads LN_x(x) + w_l while the residual stream stays free of position."""
+    torch.manual_seed(0)
+    model = build_model(tiny(join="lape"))
+    for norm in model.join.norms:  # type: ignore[union-attr]
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    layers = model.join(model.pos_embed)  # type: ignore[misc]
+    w = model.pos_embed
+    for norm, layer in zip(model.join.norms, layers, strict=True):  # type: ignore[union-attr]
+        w = F.layer_norm(w, (32,), norm.weight, norm.bias, 1e-6)
+        torch.testing.assert_close(layer.attention_1ND, w)
+        assert layer.residual_1ND is None
+        assert layer.attention_1ND.shape[0] == 1, "position must not grow with the batch"
+    block, x = model.blocks[0], torch.randn(2, 17, 32)
+    torch.nn.init.normal_(block.norm1.bias)
+    torch.testing.assert_close(block._attention_input(x, layers[0]), block.norm1(x) + layers[0].attention_1ND)
+
+
+def test_batch_does_not_change_the_cost_of_position() -> None:
+    model = build_model(tiny(join="lape", bias="relative2d", rotary="mixed"))
+    calls: list[int] = []
+    for norm in model.join.norms:  # type: ignore[union-attr]
+        norm.register_forward_hook(lambda _m, inputs, _o: calls.append(inputs[0].shape[0]))
+    model(torch.randn(7, 3, 16, 16))
+    assert calls == [1, 1, 1]
+
+
+# --- properties of the embeddings -----------------------------------------------------------------------------
+
+
+def test_rotary_logits_depend_on_the_offset_only() -> None:
+    model = build_model(tiny(position="none", rotary="axial"))
+    q, k = torch.randn(1, 1, 1, 16).expand(1, 1, 17, 16), torch.randn(1, 1, 1, 16).expand(1, 1, 17, 16)
+    rotation = model.rotary()[0]  # type: ignore[misc]
+    logits = (rotate(q, rotation) @ rotate(k, rotation).transpose(-1, -2))[0, 0, 1:, 1:]
+    by_offset: dict[tuple[int, int], list[float]] = {}
+    for a, b in itertools.product(range(16), repeat=2):
+        by_offset.setdefault((a // 4 - b // 4, a % 4 - b % 4), []).append(logits[a, b].item())
+    for values in by_offset.values():
+        assert max(values) - min(values) < 1e-4
+    assert len({round(v[0], 4) for v in by_offset.values()}) > 10
+    torch.testing.assert_close(rotate(q, rotation)[0, 0, 0], q[0, 0, 0])  # the class token is not turned
+
+
+def test_logit_bias_leaves_prefix_tokens_alone() -> None:
+    for bias in ("relative2d", "alibi2d"):
+        model = build_model(tiny(variant="deit_tiny_distilled", bias=bias, bias_join="lape"))
+        for norm in model.bias.norms:  # type: ignore[union-attr]
+            torch.nn.init.normal_(norm.bias)
+        for layer in model.bias():  # type: ignore[misc]
+            assert layer.shape == (1, 2, 18, 18)
+            assert layer[:, :, :2].abs().max() == 0
+            assert layer[..., :2].abs().max() == 0
+            assert layer[:, :, 2:, 2:].abs().min() > 0
+
+
+def test_alibi_falls_with_distance() -> None:
+    bias = build_model(tiny(bias="alibi2d")).bias.table()[0]  # type: ignore[union-attr]
+    assert bias[0, 0, 0] == 0
+    torch.testing.assert_close(bias[0, 0, 5], -torch.tensor(2.0).sqrt() * 2.0**-4)
+    torch.testing.assert_close(bias[1, 0, 3], torch.tensor(-3.0 * 2.0**-8))
+
+
+# --- checkpoints of other sizes and other models --------------------------------------------------------------
+
+
+def test_resizing_keeps_prefix_rows_and_a_smooth_map() -> None:
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij")
+    table = torch.cat((torch.full((1, 2, 2), 9.0), torch.stack((y, x), -1).reshape(1, 64, 2)), dim=1)
+    resized = resize_position(table, (16, 16), 2)
+    assert resized.shape == (1, 258, 2)
+    torch.testing.assert_close(resized[:, :2], table[:, :2])
+    middle = resized[0, 2:].reshape(16, 16, 2)[4:12, 4:12]
+    assert middle[:, :, 0].diff(dim=0).min() > 0
+    assert middle[:, :, 1].diff(dim=1).min() > 0
+    with pytest.raises(ValueError, match="no square grid"):
+        resize_position(torch.zeros(1, 13, 2), (4, 4), 1)
+    assert resize_relative_bias(torch.zeros(2, 49, 3), (6, 6)).shape == (2, 121, 3)
+
+
+@pytest.mark.parametrize("cell", [CELLS[0], *[c for c in CELLS if c["rotary"] == "mixed"]], ids=cell_id)
+def test_any_cell_loads_at_another_resolution(cell: dict[str, str]) -> None:
+    small, large = build_model(tiny(**cell)), build_model(tiny(**cell, image_size=24))
+    notes = load_weights(large, small.state_dict())
+    tables = {"pos_embed"} if cell["position"] == "learnable" else set()
+    tables |= {"bias.table.table_LRH"} if cell["bias"] == "relative2d" else set()
+    assert tables <= {note.split()[0] for note in notes}
+    assert large(torch.randn(1, 3, 24, 24)).isfinite().all()
+
+
+def test_another_model_is_refused_with_the_difference() -> None:
+    basic = build_model(tiny()).state_dict()
+    with pytest.raises(ValueError, match=r"another model: missing join\.norms\.0\.weight"):
+        load_weights(build_model(tiny(join="lape")), basic)
+    with pytest.raises(ValueError, match=r"head\.weight has shape \(5, 32\), not \(7, 32\)"):
+        load_weights(build_model(tiny(num_classes=7)), basic)
+    with pytest.raises(ValueError, match="not the fixed table"):
+        load_weights(build_model(tiny(position="sincos2d")), basic)
+    assert len(load_weights(build_model(tiny(num_classes=7)), basic, new_head=True)) == 2
+    with pytest.raises(ValueError, match="'epoch' is a int, not a tensor"):
+        convert_state_dict({"epoch": 3})
+
+
+def test_official_unshared_and_sincos1d_tables_convert() -> None:
+    unshared = convert_state_dict({f"pos_embed{i}": torch.full((1, 17, 8), float(i)) for i in range(12)})
+    assert unshared["pos_embed"].shape == (12, 17, 8)
+    assert unshared["pos_embed"][:, 0, 0].tolist() == list(range(12))
+    assert convert_state_dict({"module.pos_embed": torch.zeros(17, 8)})["pos_embed"].shape == (1, 17, 8)
+
+
+def test_official_sincos1d_checkpoint_loads() -> None:
+    model = build_model(tiny(position="sincos1d", join="share"))
+    state = dict(model.state_dict()) | {"pos_embed": model.pos_embed[0].clone()}
+    assert load_weights(model, {"model": state}) == []
