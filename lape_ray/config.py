@@ -12,6 +12,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -100,6 +101,7 @@ class DataConfig:
     crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "random resized crop: width over height")
     flip: float = option(0.5, "probability of a horizontal flip")
     eval_crop: float = option(0.875, "share of the shorter side that evaluation's centre crop keeps")
+    upscale: bool = option(False, "accept data whose images are all smaller than the model's")
     mixup: float = option(0.0, "alpha of mixup; 0 is off")
     cutmix: float = option(0.0, "alpha of cutmix; 0 is off")
     mix_prob: float = option(1.0, "probability that a batch is mixed at all")
@@ -143,6 +145,9 @@ class OptimConfig:
     clip_norm: float | None = option(None, "largest norm of the whole gradient; none: no clipping")
     label_smoothing: float = option(0.0, "share of a label spread evenly over all classes")
     ema_decay: float = option(0.0, "decay of the weights' moving average; 0 is off")
+    teacher: str | None = option(
+        None, "teacher of hard distillation: a checkpoint of ours, or torchvision:NAME:WEIGHTS_FILE"
+    )
     accumulate: int = option(1, "micro-batches of an optimizer step, for each worker")
 
     def __post_init__(self) -> None:
@@ -185,9 +190,10 @@ class RunConfig:
     )
     log_steps: int = option(50, "steps between two progress lines")
     eval_epochs: int = option(1, "epochs between two evaluations")
-    keep_checkpoints: int = option(2, "newest checkpoints to keep, beside the best")
+    keep_checkpoints: int = option(2, "checkpoints to keep: the best by val/acc1, and always the newest")
     max_failures: int = option(3, "worker failures after which the run gives up")
     timeout_s: int = option(180, "seconds after which a collective that waits for a hung worker fails")
+    wait_s: int = option(60, "seconds to wait for the cluster to have the CPUs or GPUs that the run needs")
     overwrite: bool = option(
         False, "start again under a name that is already finished, deleting what it left"
     )
@@ -197,7 +203,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_range(self, 0, 2**31, "seed", "max_failures")
+        _check_range(self, 0, 2**31, "seed", "max_failures", "wait_s")
         _check_range(self, 1, 10**6, "num_workers", "cpus_per_worker", "log_steps", "eval_epochs",
                      "keep_checkpoints", "timeout_s", "stop_after_epochs")  # fmt: skip
         bad = sorted(set(self.name or "") & set("/\\: \t\n"))
@@ -243,6 +249,20 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
     return flat
 
 
+def replace_fields(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """A copy with `section.field` (or `recipe`) set to new values, checked as a whole."""
+    sections: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, field = name.partition(".")
+        if field:
+            sections.setdefault(section, {})[field] = value
+        else:
+            top[name] = value
+    top |= {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in sections.items()}
+    return dataclasses.replace(config, **top)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -276,7 +296,7 @@ _PLACE = frozenset(
         f"run.{name}"
         for name in (
             "name", "storage", "experiment", "tracking_uri", "num_workers", "device", "cpus_per_worker", "log_steps",
-            "eval_epochs", "keep_checkpoints", "max_failures", "timeout_s", "overwrite", "stop_after_epochs",
+            "eval_epochs", "keep_checkpoints", "max_failures", "timeout_s", "wait_s", "overwrite", "stop_after_epochs",
         )
     }
 )  # fmt: skip

@@ -1,0 +1,67 @@
+"""The whole service on this machine: digits -> .beton -> a private Ray -> a submitted job -> MLflow.
+
+`make demo` runs it. Everything it keeps lies in --home; the Ray it starts is gone when it ends.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lape_ray.cli import run_job
+from lape_ray.local_cluster import executable, local_cluster
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--home", type=Path, default=PROJECT / "runs", help="folder for data, checkpoints and MLflow"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="training processes, one CPU each")
+    options, overrides = parser.parse_known_args()
+    started, home = time.monotonic(), options.home.absolute()
+    data = {split: home / "data" / f"digits_{split}.beton" for split in ("train", "val")}
+    for split, path in data.items():
+        if not path.exists():
+            write = [
+                sys.executable,
+                str(PROJECT / "jobs/write_beton.py"),
+                "digits",
+                str(path),
+                "--split",
+                split,
+            ]
+            subprocess.run(write, check=True)
+    # A name of its own for every demo, so that each can be compared with the others in MLflow.
+    job = ["python", "jobs/imagenet_deit.py", "demo", f"--run.num_workers={options.workers}"]
+    job += [f"--data.{split}={path}" for split, path in data.items()] + overrides
+    environment = {"env_vars": {"LAPE_RAY_HOME": str(home), "PYTHONUNBUFFERED": "1"}}
+    environment["env_vars"] |= {
+        key: value for key, value in os.environ.items() if key.startswith(("MLFLOW_", "AWS_"))
+    }
+    print("starting a Ray of its own ...", flush=True)
+    with local_cluster(num_cpus=options.workers) as ray:
+        submit = [
+            executable("ray"),
+            "job",
+            "submit",
+            f"--address={ray.dashboard}",
+            f"--working-dir={PROJECT}",
+        ]
+        submit += [f"--runtime-env-json={json.dumps(environment)}", "--", *job]
+        code = subprocess.run(submit).returncode
+    print(
+        f"demo {'finished' if code == 0 else 'failed'} after {time.monotonic() - started:.0f} s", flush=True
+    )
+    return code
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,75 @@
+"""Write images as a .beton (FFCV) file with a manifest, or verify one.
+
+python jobs/write_beton.py imagenet/train data/train.beton --max-size 500
+python jobs/write_beton.py cifar10 data/train.beton --split train --subset rest:5000
+python jobs/write_beton.py digits data/val.beton --split val
+python jobs/write_beton.py verify data/train.beton
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", help="folder of class folders, parquet file, folder or glob, 'digits'; or 'verify'")
+    add("beton", help="file to write, or to verify")
+    add("--split", help="train, val, ...: folder or shards of that name in the source")
+    add(
+        "--subset",
+        help="per-class:N, holdout:N (drawn at random, stratified) or rest:N (what holdout:N leaves)",
+    )
+    add("--max-size", type=int, help="longest side in pixels; larger images are resized (500 suits ImageNet)")
+    add("--quality", type=int, default=90, help="of the JPEGs that are encoded (default: 90)")
+    add(
+        "--mode",
+        default="auto",
+        help="auto keeps JPEG bytes, and small images raw; jpg encodes all; raw; proportion",
+    )
+    add("--raw-share", type=float, default=0.5, help="share of raw images in mode proportion (default: 0.5)")
+    add("--workers", type=int, help="processes (default: one for each CPU)")
+    add("--on-error", default="stop", help="stop at an image that cannot be read, or skip it (default: stop)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
+    from lape_ray.data.beton import check_beton, manifest_path, write_beton
+    from lape_ray.data.sources import open_source, select
+
+    def progress(done: int, total: int) -> None:
+        print(
+            f"\r{done:,} of {total:,} images", end="" if done < total else "\n", file=sys.stderr, flush=True
+        )
+
+    try:
+        if args.source == "verify":
+            manifest = check_beton(args.beton, deep=True, workers=args.workers)
+        else:
+            options = {k: v for k, v in vars(args).items() if k not in ("source", "beton", "split", "subset")}
+            source = select(open_source(args.source, args.split), args.subset)
+            manifest = write_beton(
+                source, args.beton, **options, progress=progress if sys.stderr.isatty() else None
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (low_w, high_w), (low_h, high_h) = manifest.width, manifest.height
+    print(
+        f"{args.beton}: {manifest.num_samples:,} images of {len(manifest.classes)} classes, {manifest.bytes:,} bytes"
+    )
+    print(f"  width {low_w}..{high_w}, height {low_h}..{high_h}; {min(manifest.class_counts)}.."
+          f"{max(manifest.class_counts)} images a class; stored {manifest.stored}")  # fmt: skip
+    for name, reason in manifest.skipped:
+        print(f"  skipped {name}: {reason}")
+    print(f"  {'verified against' if args.source == 'verify' else 'manifest'} {manifest_path(args.beton)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

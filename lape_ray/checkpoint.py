@@ -1,0 +1,153 @@
+"""What is saved of a run, and how weights of any origin are read. Pure torch: no Ray, no tracker.
+
+A checkpoint is a folder:
+    model.safetensors      the weights
+    ema.safetensors        their moving average, where the run keeps one
+    optimizer.pt           the optimizer's state
+    meta.json              epoch, step, metrics, config, config hash, world size, MLflow run, format version
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_is_learned
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """The small facts of a checkpoint."""
+
+    epochs_done: int
+    steps_done: int
+    config: TrainConfig
+    metrics: Mapping[str, float]
+    world_size: int
+    mlflow_run_id: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "epochs_done": self.epochs_done,
+                "steps_done": self.steps_done,
+                "config": to_dict(self.config),
+                "config_hash": config_hash(self.config),
+                "metrics": dict(self.metrics),
+                "world_size": self.world_size,
+                "mlflow_run_id": self.mlflow_run_id,
+            },
+            indent=1,
+        )
+
+
+def read_meta(folder: Path) -> Meta:
+    """The facts of the checkpoint in `folder`; a ValueError where it holds none that this version reads."""
+    try:
+        values = json.loads((folder / "meta.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no checkpoint: it has no meta.json") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}/meta.json is damaged: {error}") from None
+    if values.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} has checkpoint format {values.get('format')}; this version reads {FORMAT}"
+        )
+    return Meta(
+        epochs_done=values["epochs_done"],
+        steps_done=values["steps_done"],
+        config=from_dict(TrainConfig, values["config"]),
+        metrics=values["metrics"],
+        world_size=values["world_size"],
+        mlflow_run_id=values["mlflow_run_id"],
+    )
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+def save(
+    folder: Path, *, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, meta: Meta
+) -> None:
+    """Write a checkpoint into an existing, empty folder; meta.json comes last, so that it marks a whole one."""
+    save_file(_weights(model), folder / "model.safetensors")
+    if ema is not None:
+        save_file(_weights(ema), folder / "ema.safetensors")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    (folder / "meta.json").write_text(meta.to_json())
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """`field: old -> new` for every field that changes what is learned."""
+    before, after = what_is_learned(old), what_is_learned(new)
+    return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in after if before[name] != after[name]]
+
+
+def restore(
+    folder: Path,
+    config: TrainConfig,
+    *,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+) -> Meta:
+    """Load a checkpoint to continue its run; a ValueError says what differs if it is of another config."""
+    meta = read_meta(folder)
+    if changed := differences(meta.config, config):
+        raise ValueError(
+            f"{folder} is a checkpoint of another config ({'; '.join(changed)}); choose another run.name"
+        )
+    device = next(model.parameters()).device
+    model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
+    if ema is not None:
+        ema.load_state_dict(load_file(folder / "ema.safetensors", device=str(device)))
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+    return meta
+
+
+def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Any], TrainConfig | None]:
+    """A state dict as it was saved, and the config if the checkpoint is ours.
+
+    `path` is a checkpoint folder, a .safetensors file, or a .pth/.pt file of the official LaPE code, DeiT or timm.
+    """
+    path = Path(path)
+    if path.is_dir():
+        meta = read_meta(path)
+        file = path / ("ema.safetensors" if ema else "model.safetensors")
+        if not file.exists():
+            raise ValueError(f"{path} holds no moving average: its run had optim.ema_decay=0")
+        return load_file(file), meta.config
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if ema:
+        raise ValueError(f"{path} is a single file; only our checkpoint folders hold a moving average")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path), None
+        # The official code and DeiT save their parsed arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is no readable checkpoint: {error}") from None
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise ValueError(
+            f"{path} holds more than tensors, or is damaged: {str(error).splitlines()[0]}"
+        ) from None
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    return dict(loaded), None

@@ -1,0 +1,93 @@
+"""The command line of every job: a recipe, then any field of the config. Standard library only."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from lape_ray.config import SECTIONS, TrainConfig, dump, parse_value, replace_fields, type_name
+from lape_ray.recipes import RECIPES, recipe
+
+
+def _value_type(kind: Any) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return parse_value(kind, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+class ConfigParser(argparse.ArgumentParser):
+    """A parser with one `--section.field` for every field of the config, in groups, with types and help.
+
+    Errors are one line, which names the nearest option where one is not known.
+    """
+
+    def __init__(self, *, usage: str, description: str | None, epilog: str = "") -> None:
+        super().__init__(
+            usage=usage,
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        for section, cls in SECTIONS.items():
+            group = self.add_argument_group(f"{section} ({(cls.__doc__ or '').splitlines()[0]})")
+            hints = typing.get_type_hints(cls)
+            for field in dataclasses.fields(cls):
+                group.add_argument(
+                    f"--{section}.{field.name}",
+                    type=_value_type(hints[field.name]),
+                    metavar=type_name(hints[field.name]),
+                    default=argparse.SUPPRESS,
+                    help=f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
+                )
+
+    def error(self, message: str) -> NoReturn:
+        unknown, _, names = message.partition("unrecognized arguments: ")
+        if not unknown and names:
+            name = names.split()[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            message = f"{name} is no option" + (f"; did you mean {' or '.join(near)}?" if near else "")
+        self.exit(2, f"error: {message} (--help lists everything)\n")
+
+
+def parse(argv: Sequence[str] | None, *, description: str) -> TrainConfig:
+    """The config that a command line asks for: `RECIPE [--section.field VALUE ...]`.
+
+    `--dump` prints it and exits. Bad input ends the process with one line and exit code 2.
+    """
+    recipes = "\n".join(
+        f"  {name:28} {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()
+    )
+    usage = "%(prog)s RECIPE [--section.field VALUE ...] [--dump]"
+    parser = ConfigParser(usage=usage, description=description, epilog=f"recipes:\n{recipes}")
+    parser.add_argument("recipe", help="name of a recipe, see below")
+    parser.add_argument("--dump", action="store_true", help="print the resulting config and exit")
+    values = vars(parser.parse_args(argv))
+    name, only_dump = values.pop("recipe"), values.pop("dump")
+    try:
+        config = replace_fields(recipe(name), values)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    if only_dump:
+        print(dump(config), end="")
+        parser.exit(0)
+    return config
+
+
+def run_job(job: Callable[[], int | None]) -> NoReturn:
+    """Run a job's main function; what a user can cause becomes one line and exit code 2, not a traceback."""
+    try:
+        sys.exit(job() or 0)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

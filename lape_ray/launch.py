@@ -1,0 +1,291 @@
+"""Ray: one training run on a cluster. The only module that imports ray.
+
+`fit` is what a job calls. It checks everything that can be checked before workers start, makes or continues
+the MLflow run, trains through Ray Train, and leaves every status right, whatever happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import Checkpoint, CheckpointConfig, CheckpointConsistencyMode, FailureConfig, ScalingConfig
+
+from lape_ray import storage, tracking
+from lape_ray.checkpoint import differences
+from lape_ray.config import TrainConfig, from_dict, replace_fields, to_dict
+from lape_ray.preflight import check_before_start
+from lape_ray.train import train
+
+RECORD = "run.json"
+
+# The controller polls workers at this interval; a checkpoint counts only once it has been polled.
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with the patch every printed line appears twice in the job's log
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page of training runs
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a finished run leaves behind."""
+
+    name: str
+    metrics: Mapping[str, float]
+    checkpoint: str
+    """Address of the best checkpoint."""
+    mlflow_run_id: str
+    tracking_uri: str
+
+    def summary(self) -> str:
+        scores = "  ".join(f"{key} {value:.2f}" for key, value in self.metrics.items() if "acc" in key)
+        return (
+            f"run {self.name} finished: {scores}\n"
+            f"best checkpoint: {self.checkpoint}\n"
+            f"MLflow run {self.mlflow_run_id}: {tracking.ui_command(self.tracking_uri)}"
+        )
+
+
+# --- driver ---------------------------------------------------------------------------------------------------
+
+
+def fit(config: TrainConfig) -> FitResult:
+    """Train `config` to its end, or continue the unfinished run of the same name.
+
+    Raises ValueError for bad input before any worker starts, and Ray Train's error where training fails.
+    """
+    name = config.run.name or f"{config.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config = _with_absolute_paths(replace_fields(config, {"run.name": name}))
+    uri = tracking.tracking_uri(config)
+    root = config.run.storage or str(storage.home() / "runs")
+    record = storage.join(root, name, RECORD)
+    check_before_start(config, storage_root=root, tracking_uri=uri)
+    earlier = _earlier_run(config, record)
+    with _connected():
+        use_gpu = _use_gpu(config)
+        _wait_for_resources(config, use_gpu, uri)
+        run_id = _open_mlflow_run(config, uri, earlier)
+        _write_record(record, config, run_id, finished=False)
+        print(f"run {name}  storage {storage.join(root, name)}", flush=True)
+        print(f"MLflow run {run_id}: {tracking.ui_command(uri)}", flush=True)
+        with _status_of(uri, run_id):
+            result = _trainer(config, root, uri, run_id, use_gpu).fit()
+            best, metrics = _best(result)
+            with best.as_directory() as folder:
+                tracking.log_model(uri, run_id, Path(folder), metrics)
+            _write_record(record, config, run_id, finished=config.run.stop_after_epochs is None)
+    address = best.path if not storage.is_remote(root) else f"{root.partition('://')[0]}://{best.path}"
+    return FitResult(name=name, metrics=metrics, checkpoint=address, mlflow_run_id=run_id, tracking_uri=uri)
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Workers run in other directories, so that a relative path would mean another file there."""
+    names = ("data.train", "data.val", "run.storage", "run.init_from")
+    flat = {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in names}
+    return replace_fields(config, {name: storage.absolute(path) for name, path in flat.items() if path})
+
+
+def _earlier_run(config: TrainConfig, record: str) -> dict[str, Any] | None:
+    """The record of an unfinished run of this name; refuses a finished one and one of another config."""
+    if not storage.exists(record):
+        return None
+    if config.run.overwrite:
+        storage.delete_folder(record.removesuffix(f"/{RECORD}"))
+        return None
+    earlier: dict[str, Any] = json.loads(storage.read_text(record))
+    name = config.run.name
+    if changed := differences(from_dict(TrainConfig, earlier["config"]), config):
+        raise ValueError(
+            f"run {name!r} exists with another config ({'; '.join(changed)}); "
+            "choose another --run.name, or --run.overwrite true to delete it"
+        )
+    if earlier["finished"]:
+        raise ValueError(
+            f"run {name!r} is finished already; choose another --run.name, or --run.overwrite true to delete it"
+        )
+    print(f"run {name} exists and is not finished: continuing it", flush=True)
+    return earlier
+
+
+def _write_record(record: str, config: TrainConfig, run_id: str, *, finished: bool) -> None:
+    values = {"finished": finished, "mlflow_run_id": run_id, "config": to_dict(config)}
+    storage.write_text(record, json.dumps(values, indent=1))
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """A connection to the cluster: the one that is there already, the one at RAY_ADDRESS, or a local one."""
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(log_to_driver=True, configure_logging=True)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _use_gpu(config: TrainConfig) -> bool:
+    if config.run.device == "auto":
+        return ray.cluster_resources().get("GPU", 0) > 0
+    return config.run.device == "gpu"
+
+
+def _wait_for_resources(config: TrainConfig, use_gpu: bool, uri: str) -> None:
+    """Wait until the cluster could hold all workers; Ray Train itself would wait without a word."""
+    run = config.run
+    need = {"CPU": run.num_workers * run.cpus_per_worker} | ({"GPU": run.num_workers} if use_gpu else {})
+    deadline = time.monotonic() + run.wait_s
+    told = False
+    while missing := {k: n for k, n in need.items() if ray.cluster_resources().get(k, 0) < n}:
+        have = ", ".join(f"{ray.cluster_resources().get(k, 0):g} {k}" for k in missing)
+        want = ", ".join(f"{n:g} {k}" for k, n in missing.items())
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"the run needs {want}, but the cluster has {have}: lower --run.num_workers or "
+                "--run.cpus_per_worker, add nodes, or wait longer for them with --run.wait_s"
+            )
+        if not told:
+            print(f"waiting up to {run.wait_s} s: the run needs {want}, the cluster has {have}", flush=True)
+        told = True
+        time.sleep(1)
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1 and tracking.is_local(uri):
+        raise ValueError(
+            f"the MLflow store {uri!r} is a file on this machine, but the cluster has {nodes} nodes: "
+            "start an MLflow server and set MLFLOW_TRACKING_URI"
+        )
+
+
+def _open_mlflow_run(config: TrainConfig, uri: str, earlier: dict[str, Any] | None) -> str:
+    if earlier is not None and tracking.reopen_run(uri, earlier["mlflow_run_id"]):
+        return str(earlier["mlflow_run_id"])
+    command = shlex.join(["python", *sys.argv])
+    model = config.model
+    tags = {"recipe": config.recipe, "seed": str(config.run.seed)}
+    tags |= {
+        key: getattr(model, key) for key in ("variant", "position", "join", "bias", "bias_join", "rotary")
+    }
+    return tracking.create_run(config, name=config.run.name or "", command=command, tags=tags)
+
+
+@contextlib.contextmanager
+def _status_of(uri: str, run_id: str) -> Iterator[None]:
+    """Close the MLflow run with the status that is true."""
+    try:
+        yield
+    except Exception:
+        tracking.finish_run(uri, run_id, "FAILED")
+        raise
+    except BaseException:  # Ctrl-C, or the SystemExit by which a stopped job's driver ends
+        tracking.finish_run(uri, run_id, "KILLED")
+        raise
+    tracking.finish_run(uri, run_id, "FINISHED")
+
+
+def _trainer(
+    config: TrainConfig, root: str, uri: str, run_id: str, use_gpu: bool
+) -> ray.train.torch.TorchTrainer:
+    run = config.run
+    resources: dict[str, float] = {"CPU": run.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
+    variables = {
+        key: value for key, value in os.environ.items() if key.startswith(("AWS_", "MLFLOW_", "LAPE_RAY_"))
+    }
+    # Without an address a clean-up actor of Ray Train looks for clusters on the host, and fails where there are two.
+    variables["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    return ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={"config": to_dict(config), "tracking_uri": uri, "mlflow_run_id": run_id},
+        torch_config=ray.train.torch.TorchConfig(timeout_s=run.timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=run.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=run.name,
+            storage_path=root,
+            failure_config=FailureConfig(max_failures=run.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=run.keep_checkpoints,
+                checkpoint_score_attribute="val/acc1",
+                checkpoint_score_order="max",
+            ),
+            worker_runtime_env={"env_vars": variables},
+        ),
+    )
+
+
+def _best(result: ray.train.Result) -> tuple[Checkpoint, Mapping[str, float]]:
+    """The checkpoint with the highest val/acc1, the newest of equals."""
+    scored = [(c, m) for c, m in result.best_checkpoints or [] if "val/acc1" in m]
+    if not scored:
+        raise RuntimeError("Ray Train finished without a checkpoint")
+    return max(reversed(scored), key=lambda pair: (pair[1]["val/acc1"], pair[1]["epoch"]))
+
+
+# --- worker ---------------------------------------------------------------------------------------------------
+
+
+def _worker(payload: dict[str, Any]) -> None:
+    """One training process: find the checkpoint, train, report."""
+    config = from_dict(TrainConfig, payload["config"])
+    rank = ray.train.get_context().get_world_rank()
+    tracker = tracking.Tracker(payload["tracking_uri"], payload["mlflow_run_id"]) if rank == 0 else None
+    start = ray.train.get_checkpoint()
+    try:
+        with start.as_directory() if start else contextlib.nullcontext() as folder:
+            train(
+                config,
+                device=ray.train.torch.get_device(),
+                reporter=RayReporter(tracker),
+                resume_from=Path(folder) if folder else None,
+                mlflow_run_id=payload["mlflow_run_id"],
+            )
+    finally:
+        if tracker is not None:
+            tracker.close()
+
+
+@dataclass
+class RayReporter:
+    """Carries what the loop reports to Ray Train, and from rank 0 to MLflow and the job's log."""
+
+    tracker: tracking.Tracker | None
+
+    def step(self, metrics: dict[str, float], *, step: int) -> None:
+        if self.tracker is not None:
+            self.tracker.metrics(metrics, step=step)
+
+    def epoch(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
+        if self.tracker is not None:
+            self.tracker.metrics(metrics, step=step)
+        with tempfile.TemporaryDirectory(prefix="lape-checkpoint-") as folder:
+            checkpoint = None
+            if self.tracker is not None:
+                write(Path(folder))
+                checkpoint = Checkpoint.from_directory(folder)
+            ray.train.report(
+                metrics,
+                checkpoint=checkpoint,
+                checkpoint_dir_name=f"checkpoint-epoch-{metrics['epoch']:06.0f}",
+            )
+        # report() returns when the files are stored, which is before the controller knows of them: a worker that dies
+        # in between would resume from the checkpoint before. This waits, on all ranks, until it is committed.
+        ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+
+    def line(self, text: str) -> None:
+        if self.tracker is not None:
+            print(text, flush=True)

@@ -1,0 +1,116 @@
+"""A Ray cluster of this machine's own: on free ports, beside any other, and gone when its block ends.
+
+It is the `ray` command run as a child process. `ray stop` would stop every Ray on the host, so what was
+started is stopped by its process ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """Where a running cluster answers."""
+
+    address: str
+    """Of the control service, for RAY_ADDRESS."""
+    dashboard: str
+    """Of the dashboard and the job server: http://host:port."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on at this moment, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def executable(name: str) -> str:
+    """A command of the environment that runs this code."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else name
+
+
+@contextlib.contextmanager
+def local_cluster(*, num_cpus: int, start_timeout_s: float = 90) -> Iterator[LocalCluster]:
+    """Start a head node with `num_cpus` CPUs and stop it, with all that it started, at the end."""
+    gcs, dashboard, client, agent, agent_grpc, metrics = free_ports(6)
+    folder = tempfile.mkdtemp(prefix="lape-", dir="/tmp")  # short: a socket's path has at most 107 bytes
+    log = Path(folder) / "start.log"
+    command = [
+        executable("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}",
+        f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}",
+        f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
+        f"--metrics-export-port={metrics}", f"--num-cpus={num_cpus}", f"--temp-dir={folder}",
+        "--disable-usage-stats",
+    ]  # fmt: skip
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    try:
+        cluster = LocalCluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
+        _wait_until_ready(cluster, process, log, start_timeout_s)
+        yield cluster
+    finally:
+        stop_tree(process.pid)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_until_ready(
+    cluster: LocalCluster, process: subprocess.Popen[bytes], log: Path, timeout_s: float
+) -> None:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        if process.poll() is not None:
+            raise RuntimeError(f"ray start ended with code {process.returncode}:\n{log.read_text()[-2000:]}")
+        # The job server forwards to an agent on the node; a listing is answered only when both are up.
+        with (
+            contextlib.suppress(urllib.error.URLError, OSError, ValueError),
+            urllib.request.urlopen(f"{cluster.dashboard}/api/jobs/", timeout=5) as answer,
+        ):
+            json.load(answer)
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"Ray was not ready after {timeout_s:g} s:\n{log.read_text()[-2000:]}")
+        time.sleep(0.3)
+
+
+def stop_tree(pid: int, grace_s: float = 5) -> None:
+    """End a process and all its descendants: SIGTERM, then SIGKILL for what is left after `grace_s`."""
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=grace_s)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=grace_s)

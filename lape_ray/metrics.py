@@ -1,0 +1,69 @@
+"""Exact counts over a whole validation set, and speed.
+
+Shapes: B images, K classes.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class EvalCounts:
+    """Sums of loss and hits, kept on the device and added over the workers once, at the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        # float64 counts every image of any data set exactly, and one tensor needs one reduction
+        self._sums = torch.zeros(
+            4, dtype=torch.float64, device=device
+        )  # images, loss, top-1 hits, top-5 hits
+
+    @torch.no_grad()
+    def add(self, logits_BK: Tensor, labels_B: Tensor) -> None:
+        logits_BK = logits_BK.float()
+        loss = F.cross_entropy(logits_BK, labels_B, reduction="sum")
+        best = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B.unsqueeze(1)
+        count = torch.full((), float(labels_B.numel()), device=labels_B.device)
+        self._sums += torch.stack((count, loss, best[:, 0].sum(), best.sum())).double()
+
+    def result(self) -> dict[str, float]:
+        """`images`, mean `loss`, and `acc1`, `acc5` in percent, over all workers."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self._sums)
+        images, loss, hits1, hits5 = self._sums.tolist()
+        if images == 0:
+            raise ValueError("the validation set gave no image")
+        return {
+            "images": images,
+            "loss": loss / images,
+            "acc1": 100 * hits1 / images,
+            "acc5": 100 * hits5 / images,
+        }
+
+
+class Speed:
+    """Images per second since the last reading, and since the start."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._images = 0
+
+    def read(self, images: int) -> float:
+        """Images per second of the `images` that were trained since the last call."""
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        self._images += images
+        return images / max(elapsed, 1e-9)
+
+    def mean(self) -> float:
+        return self._images / max(self._last - self._start, 1e-9)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `h:mm:ss`."""
+    minutes, whole = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{whole:02}"

@@ -1,0 +1,361 @@
+"""The training loop. Knows torch.distributed; knows no Ray, no tracker and no storage.
+
+Shapes: B images of one worker's micro-batch, H x W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lape_ray import checkpoint
+from lape_ray.config import DataConfig, TrainConfig
+from lape_ray.data.loader import Loader, build_loader
+from lape_ray.data.mixup import Mixer
+from lape_ray.distill import load_teacher, training_loss
+from lape_ray.metrics import EvalCounts, Speed, duration
+from lape_ray.model import VisionTransformer, build_model, resolve
+from lape_ray.model.convert import load_weights
+from lape_ray.optim import Ema, build_optimizer, lr_at
+
+
+class DivergedError(RuntimeError):
+    """The loss is no finite number any more."""
+
+
+class Reporter(Protocol):
+    """What the loop tells the world. Called on every worker, at the same points."""
+
+    def step(self, metrics: dict[str, float], *, step: int) -> None:
+        """After a log step. `metrics` are means over all workers."""
+
+    def epoch(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
+        """After an epoch; `write(folder)` saves a checkpoint of the state as it is now."""
+
+    def line(self, text: str) -> None:
+        """One line of progress for people."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This worker's place among all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def current(cls, device: torch.device) -> World:
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(0, 1, device)
+
+    def mean(self, value: Tensor) -> float:
+        """The mean of a scalar over all workers. Synchronises with the device."""
+        value = value.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value.item() / self.size
+
+
+class Normalize(nn.Module):
+    """uint8 images (B, 3, H, W) to floats with the data's mean and standard deviation, on their device."""
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__()
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+        self.register_buffer("scale_C11", 1 / (255 * std))
+        self.register_buffer("shift_C11", mean / std)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return images_BCHW * self.get_buffer("scale_C11") - self.get_buffer("shift_C11")
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """Everything that changes while a run goes on, and what it needs to go on."""
+
+    config: TrainConfig
+    world: World
+    network: VisionTransformer
+    model: nn.Module
+    """The network, wrapped for data parallelism where there is more than one worker."""
+    ema: Ema | None
+    optimizer: torch.optim.Optimizer
+    train_loader: Loader
+    val_loader: Loader
+    mixer: Mixer
+    normalize: Normalize
+    teacher: nn.Module | None
+    autocast: Callable[[], AbstractContextManager[None]]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_loader) // self.config.optim.accumulate
+
+
+def seed_draws(*key: int) -> None:
+    """Seed torch's generators from a key, so that dropout depends on nothing but (seed, epoch, step, rank)."""
+    digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little"))
+
+
+def build_state(config: TrainConfig, device: torch.device) -> TrainState:
+    """The state of a fresh run on this worker."""
+    world = World.current(device)
+    spec = resolve(config.model)
+    torch.manual_seed(config.run.seed)
+    network = build_model(config.model).to(device)
+    model: nn.Module = network
+    if world.size > 1:
+        model = DistributedDataParallel(
+            network,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        )
+    teacher = None
+    if config.optim.teacher is not None:
+        teacher = load_teacher(config.optim.teacher, num_classes=spec.num_classes, image_size=spec.image_size)
+        teacher.to(device)
+
+    def loader(split: Literal["train", "val"], batch_size: int) -> Loader:
+        return build_loader(
+            config.data,
+            split,
+            image_size=spec.image_size,
+            batch_size=batch_size,
+            accumulate=config.optim.accumulate,
+            rank=world.rank,
+            world_size=world.size,
+            seed=config.run.seed,
+            device=device,
+            threads=config.data.threads or available_cpus(),
+        )
+
+    return TrainState(
+        config=config,
+        world=world,
+        network=network,
+        model=model,
+        ema=Ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
+        optimizer=build_optimizer(network, config.optim, exempt=network.position_parameters()),
+        train_loader=loader("train", config.micro_batch_size),
+        val_loader=loader("val", config.data.eval_batch_size),
+        mixer=Mixer(config.data, num_classes=spec.num_classes, label_smoothing=config.optim.label_smoothing),
+        normalize=Normalize(config.data).to(device),
+        teacher=teacher,
+        autocast=autocast_for(config, device),
+    )
+
+
+def autocast_for(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Makes the context in which the network runs: bfloat16 where the config, or a GPU by default, says so."""
+    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
+    return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: Ray's or torchrun's thread limit, else the CPUs it is pinned to."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
+def micro_step(
+    state: TrainState, images_BCHW: Tensor, labels_B: Tensor, *, key: tuple[int, int, int]
+) -> Tensor:
+    """Loss of one micro-batch with its gradient accumulated; `key` is (epoch, step, micro-step)."""
+    accumulate = state.config.optim.accumulate
+    epoch, step, micro = key
+    seed = state.config.run.seed
+    images_BCHW, targets_BK = state.mixer(
+        state.normalize(images_BCHW), labels_B, generator_key=(seed, epoch, step * accumulate + micro)
+    )
+    seed_draws(seed, *key, state.world.rank)
+    with state.autocast():
+        teacher = None if state.teacher is None else state.teacher(images_BCHW)
+        logits = state.model(images_BCHW)
+    loss = training_loss(logits, targets_BK, teacher) / accumulate
+    loss.backward()
+    return loss.detach()
+
+
+def train_epoch(state: TrainState, epoch: int, reporter: Reporter) -> dict[str, float]:
+    """One epoch of optimizer steps. Synchronises with the device on log steps only."""
+    config, world, steps = state.config, state.world, state.steps_per_epoch
+    accumulate = config.optim.accumulate
+    state.model.train()
+    epoch_loss, window_loss = torch.zeros(2, device=world.device).unbind()
+    speed, logged, lr = Speed(), 0, 0.0
+    with contextlib.closing(state.train_loader.epoch(epoch)) as batches:
+        for step in range(steps):
+            lr = lr_at(epoch * steps + step, config=config.optim, steps_per_epoch=steps)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            state.optimizer.zero_grad(set_to_none=True)
+            for micro in range(accumulate):
+                with _gradients_stay_local(state.model, micro < accumulate - 1):
+                    window_loss += micro_step(state, *next(batches), key=(epoch, step, micro))
+            if config.optim.clip_norm is not None:
+                nn.utils.clip_grad_norm_(state.network.parameters(), config.optim.clip_norm)
+            state.optimizer.step()
+            if state.ema is not None:
+                state.ema.update()
+            if (step + 1) % config.run.log_steps == 0 or step + 1 == steps:
+                loss = world.mean(window_loss / (step + 1 - logged))
+                _refuse_divergence(loss, epoch, step)
+                rate = speed.read((step + 1 - logged) * config.data.batch_size)
+                reporter.step({"train/loss": loss, "train/lr": lr}, step=epoch * steps + step + 1)
+                reporter.line(_progress(state, epoch, step, loss, lr, rate, speed.mean()))
+                epoch_loss += window_loss
+                window_loss.zero_()
+                logged = step + 1
+    return {
+        "train/epoch_loss": world.mean(epoch_loss / steps),
+        "train/lr": lr,
+        "train/images_per_s": speed.mean(),
+    }
+
+
+def _gradients_stay_local(model: nn.Module, yes: bool) -> AbstractContextManager[None]:
+    if yes and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+def _refuse_divergence(loss: float, epoch: int, step: int) -> None:
+    if loss != loss or abs(loss) == float("inf"):
+        raise DivergedError(
+            f"the loss is {loss} at epoch {epoch + 1}, step {step + 1}: lower optim.lr, "
+            "lengthen optim.warmup_epochs or set optim.clip_norm=1, and continue under a new run.name"
+        )
+
+
+def _progress(
+    state: TrainState, epoch: int, step: int, loss: float, lr: float, rate: float, mean: float
+) -> str:
+    epochs, steps = state.config.optim.total_epochs, state.steps_per_epoch
+    left = (epochs * steps - epoch * steps - step - 1) * state.config.data.batch_size
+    return (
+        f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}  step {step + 1:>{len(str(steps))}}/{steps}"
+        f"  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} images/s  ETA {duration(left / mean)}"
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    normalize: Normalize,
+    autocast: Callable[[], AbstractContextManager[None]],
+    device: torch.device,
+) -> dict[str, float]:
+    """Exact loss, top-1 and top-5 over the whole validation set: every image counts once, on any number of workers."""
+    model.eval()
+    counts = EvalCounts(device)
+    with torch.inference_mode(), contextlib.closing(loader.epoch(0)) as batches:
+        for images_BCHW, labels_B in batches:
+            with autocast():
+                logits_BK = model(normalize(images_BCHW))
+            counts.add(logits_BK, labels_B)
+    return counts.result()
+
+
+def _validate(state: TrainState) -> dict[str, float]:
+    networks: dict[str, nn.Module] = {"val": state.network}
+    if state.ema is not None:
+        networks["val_ema"] = state.ema.model
+    metrics: dict[str, float] = {}
+    for name, network in networks.items():
+        result = evaluate(network, state.val_loader, state.normalize, state.autocast, state.world.device)
+        metrics |= {f"{name}/{key}": result[key] for key in ("loss", "acc1", "acc5")}
+    return metrics
+
+
+def train(
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    reporter: Reporter,
+    resume_from: Path | None = None,
+    mlflow_run_id: str | None = None,
+) -> dict[str, float]:
+    """Train to the end of the schedule, or to `run.stop_after_epochs`; returns the last epoch's metrics.
+
+    `resume_from` is a checkpoint folder of this run: training goes on after the epochs it has done, and the
+    losses are those of a run that was never interrupted.
+    """
+    state = build_state(config, device)
+    done = 0
+    if resume_from is not None:
+        meta = checkpoint.restore(
+            resume_from,
+            config,
+            model=state.network,
+            ema=state.ema.model if state.ema else None,
+            optimizer=state.optimizer,
+        )
+        done, state.metrics = meta.epochs_done, dict(meta.metrics)
+        reporter.line(f"continuing after epoch {done} of {config.optim.total_epochs}")
+    elif config.run.init_from is not None:
+        for note in load_initial_weights(state, config.run.init_from):
+            reporter.line(f"init_from: {note}")
+    last = min(config.optim.total_epochs, config.run.stop_after_epochs or config.optim.total_epochs)
+    for epoch in range(done, last):
+        state.metrics = {"epoch": epoch + 1.0, **train_epoch(state, epoch, reporter)}
+        if (epoch + 1) % config.run.eval_epochs == 0 or epoch + 1 == last:
+            state.metrics |= _validate(state)
+            reporter.line(_epoch_line(state))
+        reporter.epoch(
+            state.metrics,
+            step=(epoch + 1) * state.steps_per_epoch,
+            write=partial(_save, state, epochs_done=epoch + 1, mlflow_run_id=mlflow_run_id),
+        )
+    return state.metrics
+
+
+def _save(state: TrainState, folder: Path, *, epochs_done: int, mlflow_run_id: str | None) -> None:
+    checkpoint.save(
+        folder,
+        model=state.network,
+        ema=state.ema.model if state.ema else None,
+        optimizer=state.optimizer,
+        meta=checkpoint.Meta(
+            epochs_done=epochs_done,
+            steps_done=epochs_done * state.steps_per_epoch,
+            config=state.config,
+            metrics=state.metrics,
+            world_size=state.world.size,
+            mlflow_run_id=mlflow_run_id,
+        ),
+    )
+
+
+def load_initial_weights(state: TrainState, path: str) -> list[str]:
+    """Start from another run's weights; a head for other classes is left fresh."""
+    weights, _ = checkpoint.read_weights(path)
+    notes = load_weights(state.network, weights, new_head=True)
+    if state.ema is not None:
+        state.ema.model.load_state_dict(state.network.state_dict())
+    return notes
+
+
+def _epoch_line(state: TrainState) -> str:
+    values = state.metrics
+    ema = f"  ema {values['val_ema/acc1']:.2f}" if "val_ema/acc1" in values else ""
+    return (
+        f"epoch {values['epoch']:.0f}/{state.config.optim.total_epochs} done"
+        f"  val loss {values['val/loss']:.4f}  top-1 {values['val/acc1']:.2f}{ema}  top-5 {values['val/acc5']:.2f}"
+        f"  {values['train/images_per_s']:,.0f} images/s"
+    )
