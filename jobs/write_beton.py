@@ -12,7 +12,7 @@ import argparse
 import sys
 
 
-def parse() -> argparse.Namespace:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,41 +34,32 @@ def parse() -> argparse.Namespace:
     add("--raw-share", type=float, default=0.5, help="share of raw images in mode proportion (default: 0.5)")
     add("--workers", type=int, help="processes (default: one for each CPU)")
     add("--on-error", default="stop", help="stop at an image that cannot be read, or skip it (default: stop)")
-    return parser.parse_args()
+    options = vars(parser.parse_args())
+    given, path, split, subset = (options.pop(name) for name in ("source", "beton", "split", "subset"))
 
-
-def main() -> int:
-    args = parse()
-    from lape_ray.data.beton import check_beton, manifest_path, write_beton
+    from lape_ray.data.beton import (
+        check_beton,
+        manifest_path,
+        write_beton,
+    )  # after parsing: --help is instant
     from lape_ray.data.sources import open_source, select
 
-    def progress(done: int, total: int) -> None:
-        print(
-            f"\r{done:,} of {total:,} images", end="" if done < total else "\n", file=sys.stderr, flush=True
-        )
-
     try:
-        if args.source == "verify":
-            manifest = check_beton(args.beton, deep=True, workers=args.workers)
+        if given == "verify":
+            manifest = check_beton(path, deep=True, workers=options["workers"])
         else:
-            options = {k: v for k, v in vars(args).items() if k not in ("source", "beton", "split", "subset")}
-            source = select(open_source(args.source, args.split), args.subset)
-            manifest = write_beton(
-                source, args.beton, **options, progress=progress if sys.stderr.isatty() else None
-            )
+            source = select(open_source(given, split), subset)
+            manifest = write_beton(source, path, progress=show if sys.stderr.isatty() else None, **options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    (low_w, high_w), (low_h, high_h) = manifest.width, manifest.height
-    print(
-        f"{args.beton}: {manifest.num_samples:,} images of {len(manifest.classes)} classes, {manifest.bytes:,} bytes"
-    )
-    print(f"  width {low_w}..{high_w}, height {low_h}..{high_h}; {min(manifest.class_counts)}.."
-          f"{max(manifest.class_counts)} images a class; stored {manifest.stored}")  # fmt: skip
-    for name, reason in manifest.skipped:
-        print(f"  skipped {name}: {reason}")
-    print(f"  {'verified against' if args.source == 'verify' else 'manifest'} {manifest_path(args.beton)}")
+    print(manifest.summary(path))
+    print(f"  {'agrees with' if given == 'verify' else 'manifest'} {manifest_path(path)}")
     return 0
+
+
+def show(done: int, total: int) -> None:
+    print(f"\r{done:,} of {total:,} images", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

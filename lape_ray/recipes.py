@@ -211,13 +211,13 @@ def demo() -> TrainConfig:
     """A small LaPE vision transformer on scikit-learn's handwritten digits: above 95 % in minutes on 2 CPU cores."""
     return TrainConfig(
         model=ModelConfig(
-            variant="vit_lite_6_4", join="lape", embed_dim=96, depth=4, num_heads=3, image_size=32, drop_path=0.0,
-            attention_dropout=0.0,
+            variant="deit_tiny", join="lape", embed_dim=128, depth=4, num_heads=4, mlp_ratio=2.0, image_size=32,
+            patch_size=8, num_classes=10,
         ),
         data=DataConfig(
             batch_size=64, crop_scale=(0.7, 1.0), flip=0.0, eval_crop=1.0, mean=(0.3,) * 3, std=(0.36,) * 3
         ),
-        optim=OptimConfig(lr=1e-3, epochs=20, warmup_epochs=2, label_smoothing=0.1, clip_norm=1.0),
+        optim=OptimConfig(lr=2e-3, epochs=25, warmup_epochs=2, label_smoothing=0.1, clip_norm=1.0),
         run=RunConfig(num_workers=2, log_steps=10),
     )  # fmt: skip
 

@@ -180,8 +180,9 @@ def micro_step(
     accumulate = state.config.optim.accumulate
     epoch, step, micro = key
     seed = state.config.run.seed
+    draw = (step * accumulate + micro) * state.world.size + state.world.rank  # each worker mixes its own way
     images_BCHW, targets_BK = state.mixer(
-        state.normalize(images_BCHW), labels_B, generator_key=(seed, epoch, step * accumulate + micro)
+        state.normalize(images_BCHW), labels_B, generator_key=(seed, epoch, draw)
     )
     seed_draws(seed, *key, state.world.rank)
     with state.autocast():

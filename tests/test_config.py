@@ -1,0 +1,171 @@
+"""Configs, recipes and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lape_ray import config as config_module
+from lape_ray.checkpoint import differences
+from lape_ray.cli import parse
+from lape_ray.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    config_hash,
+    dump,
+    flatten,
+    from_dict,
+    replace_fields,
+    to_dict,
+)
+from lape_ray.recipes import RECIPES, recipe
+
+GOLDEN = Path(__file__).parent / "golden" / "recipes"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_text_is_as_committed(name: str) -> None:
+    """Set UPDATE_GOLDEN=1 to write the files anew, and read the difference before committing it."""
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.write_text(dump(recipe(name)))
+    assert dump(recipe(name)) == file.read_text()
+
+
+def test_no_golden_file_without_a_recipe() -> None:
+    assert {file.stem for file in GOLDEN.glob("*.txt")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_survives_json_and_says_its_evidence(name: str) -> None:
+    made = recipe(name)
+    assert from_dict(TrainConfig, to_dict(made)) == made
+    assert made.recipe == name
+    assert len(RECIPES[name].__doc__ or "") > 40
+
+
+def test_lape_recipes_differ_from_basic_in_the_join_alone() -> None:
+    for name in RECIPES:
+        if "_lape" in name:
+            lape, basic = recipe(name), recipe(name.replace("_lape", "_basic"))
+            assert differences(basic, lape) == ["model.join: 'basic' -> 'lape'"]
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="recipe 'deit' is not known; known recipes are deit_tiny_basic, "):
+        recipe("deit")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ModelConfig(join="lapee"),
+            "join='lapee' is not known; choose one of basic, share, unshare, lape",
+        ),  # type: ignore[arg-type]
+        (lambda: ModelConfig(depth=0), "depth=0 is out of range; it must be from 1 to"),
+        (lambda: DataConfig(crop_scale=(0.5, 0.2)), "crop_scale"),
+        (lambda: DataConfig(std=(0, 1, 1)), "std=.* must be above 0"),
+        (lambda: OptimConfig(epochs=3, warmup_epochs=4), "warmup_epochs=4 is out of range"),
+        (lambda: OptimConfig(clip_norm=0), "clip_norm=0 must be above 0"),
+        (lambda: RunConfig(name="a/b"), "name='a/b' holds"),
+        (lambda: replace_fields(recipe("demo"), {"run.num_workers": 3}), "nearest that do are 63 and 66"),
+        (
+            lambda: from_dict(ModelConfig, {"jion": "lape"}),
+            r"ModelConfig has no field \['jion'\]; it has variant",
+        ),
+    ],
+)
+def test_bad_values_are_refused(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
+
+
+def test_the_hash_follows_what_is_learned_and_nothing_else() -> None:
+    base = recipe("demo")
+    moved = replace_fields(base, {"run.num_workers": 1, "run.name": "other", "data.train": "/elsewhere"})
+    assert config_hash(moved) == config_hash(base)
+    for change in ({"optim.lr": 2e-3}, {"run.seed": 1}, {"model.join": "basic"}, {"data.flip": 0.1}):
+        assert config_hash(replace_fields(base, change)) != config_hash(base)
+
+
+def test_every_field_is_either_learned_or_named_as_place() -> None:
+    assert set(flatten(TrainConfig())) >= config_module._PLACE
+
+
+def test_configs_are_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe("demo").model.join = "basic"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        ModelConfig("deit_tiny")  # type: ignore[misc]
+
+
+# --- command line ---------------------------------------------------------------------------------------------
+
+
+def test_overrides_are_typed() -> None:
+    words = "demo --model.join basic --optim.lr=2e-3 --optim.clip_norm none --data.crop_scale 0.5,1"
+    words += " --run.overwrite true"
+    made = parse(words.split(), description="")
+    assert (made.model.join, made.optim.lr, made.optim.clip_norm) == ("basic", 2e-3, None)
+    assert (made.data.crop_scale, made.run.overwrite) == ((0.5, 1.0), True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("demoo", "recipe 'demoo' is not known"),
+        ("demo --optim.lrr 3", "--optim.lrr is no option; did you mean --optim.lr"),
+        ("demo --model.join lapee", "'lapee' is not one of basic, share, unshare, lape, lape_shared"),
+        ("demo --optim.epochs 1.5", "'1.5' must be a whole number"),
+        ("demo --run.overwrite maybe", "'maybe' must be true or false"),
+        ("demo --data.crop_scale 0.5", "must be 2 values with commas between"),
+        ("demo --run.num_workers 3", "does not divide by run.num_workers=3"),
+        ("", "the following arguments are required: recipe"),
+    ],
+)
+def test_bad_words_end_with_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(words.split(), description="")
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_dump_prints_the_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["demo", "--optim.epochs", "7", "--dump"], description="")
+    assert end.value.code == 0
+    assert "optim.epochs = 7\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))
+def test_help_is_instant_and_needs_no_heavy_import(job: str) -> None:
+    code = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'ffcv', 'numba'} & set(sys.modules); assert not heavy, heavy"
+    )
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(ROOT / "jobs" / job)], capture_output=True, text=True
+        )
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "usage:" in done.stdout
+    assert min(times) < 1

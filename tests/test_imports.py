@@ -1,0 +1,68 @@
+"""The map of the rooms: imports point down, and each outside service has one door."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lape_ray"
+
+# A room may import rooms of a lower floor, and its own modules.
+FLOORS = [
+    {"config"},
+    {"recipes", "storage", "metrics", "optim", "model", "local_cluster"},
+    {"cli", "data", "checkpoint", "tracking"},
+    {"distill"},
+    {"train", "preflight"},
+    {"launch", "evaluation"},
+    {"jobs"},
+]
+DOORS = {"ray": {"launch"}, "mlflow": {"tracking"}, "boto3": {"storage"}, "ffcv": {"data"}}
+
+
+def room_of(path: Path) -> str:
+    if path.is_relative_to(PACKAGE):
+        return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "jobs"
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "jobs").glob("*.py")])
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    room = room_of(path)
+    if room == "__init__":
+        return
+    assert room in FLOOR, f"{room} is a new room: give it a floor in this test and a line in the README's map"
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "lape_ray" and len(parts) > 1 and parts[1] in FLOOR and parts[1] != room:
+            assert FLOOR[parts[1]] < FLOOR[room], (
+                f"{path.name} ({room}) imports {name}, which is not below it"
+            )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_service_has_one_door(path: Path) -> None:
+    for name in imported(path):
+        door = DOORS.get(name.split(".")[0])
+        assert door is None or room_of(path) in door, f"{path.name} imports {name}; its door is {door}"
+
+
+def test_every_room_exists() -> None:
+    assert {room_of(path) for path in FILES} - {"__init__"} == set(FLOOR)

@@ -1,0 +1,231 @@
+"""The loop: resuming, several workers, accumulation, evaluation, distillation, divergence. No Ray, no FFCV."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from lape_ray import checkpoint
+from lape_ray import train as train_module
+from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.data.loader import rank_part, train_keys
+from lape_ray.recipes import recipe
+
+CPU = torch.device("cpu")
+
+
+class MemoryLoader:
+    """Random images in memory, in the order of the real loader."""
+
+    def __init__(
+        self, split: str, *, batch_size: int, accumulate: int, rank: int, world_size: int, seed: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(7 if split == "train" else 8)
+        self.images = torch.randint(256, (101, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        self.labels = torch.randint(10, (101,), generator=generator)
+        self.images[:, 0] = (self.labels * 25).to(torch.uint8)[:, None, None]  # something to learn
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.rank, self.world_size, self.step_samples = rank, world_size, batch_size * world_size * accumulate
+
+    def _indices(self, epoch: int) -> np.ndarray:
+        keys = np.arange(101)
+        if self.split == "train":
+            keys = train_keys(101, step_samples=self.step_samples, seed=self.seed, epoch=epoch) & 0xFFFFFFFF
+        return rank_part(keys, self.rank, self.world_size)
+
+    def __len__(self) -> int:
+        return -(-len(self._indices(0)) // self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.from_numpy(self._indices(epoch)).split(self.batch_size):
+            yield self.images[index], self.labels[index]
+
+
+def memory_loader(data: object, split: str, **kwargs: Any) -> MemoryLoader:
+    for name in ("image_size", "device", "threads"):
+        kwargs.pop(name)
+    return MemoryLoader(split, **kwargs)
+
+
+class Recorder:
+    """A reporter that keeps everything; checkpoints go to `folder` if there is one."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self.losses, self.epochs, self.lines = folder, [], [], []  # type: ignore[var-annotated]
+
+    def step(self, metrics: dict[str, float], *, step: int) -> None:
+        self.losses.append(metrics["train/loss"])
+
+    def epoch(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
+        self.epochs.append({k: v for k, v in metrics.items() if "per_s" not in k})
+        if self.folder is not None:
+            target = self.folder / f"{metrics['epoch']:.0f}"
+            target.mkdir(parents=True)
+            write(target)
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+@pytest.fixture(autouse=True)
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "build_loader", memory_loader)
+
+
+def smoke(**changes: object) -> TrainConfig:
+    values = {
+        "optim.epochs": 3,
+        "data.eval_batch_size": 16,
+        **{k.replace("__", "."): v for k, v in changes.items()},
+    }
+    return replace_fields(recipe("smoke"), values)
+
+
+RANDOM = {"data__mixup": 0.8, "data__cutmix": 1.0, "model__drop_path": 0.3, "model__attention_dropout": 0.1}
+
+
+def run(config: TrainConfig, folder: Path | None = None, resume_from: Path | None = None) -> Recorder:
+    recorder = Recorder(folder)
+    train_module.train(config, device=CPU, reporter=recorder, resume_from=resume_from)
+    return recorder
+
+
+def test_losses_fall_and_lines_read_well() -> None:
+    recorder = run(smoke(optim__epochs=6, optim__lr=3e-3))
+    assert len(recorder.losses) == 18
+    assert np.mean(recorder.losses[-3:]) < np.mean(recorder.losses[:3]) - 0.1
+    assert recorder.lines[0].startswith("epoch 1/6  step 1/3  loss 2.3")
+    assert "images/s  ETA 0:00:" in recorder.lines[0]
+    assert recorder.lines[3].startswith("epoch 1/6 done  val loss ")
+    assert {"val/acc1", "val/acc5", "val/loss", "val_ema/acc1", "train/epoch_loss"} <= set(recorder.epochs[0])
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, after: int) -> None:
+    """Bit for bit, with every source of randomness on."""
+    config = smoke(**RANDOM)
+    whole = run(config, tmp_path / "whole")
+    part = run(replace_fields(config, {"run.stop_after_epochs": after}), tmp_path / "part")
+    rest = run(config, tmp_path / "rest", resume_from=tmp_path / "part" / str(after))
+    assert part.losses + rest.losses == whole.losses
+    assert part.epochs + rest.epochs == whole.epochs
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert (tmp_path / "whole/3" / name).read_bytes() == (tmp_path / "rest/3" / name).read_bytes()
+
+
+def test_the_same_seed_repeats_and_another_does_not() -> None:
+    first, again, other = (run(smoke(**RANDOM, run__seed=seed)).losses for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def test_accumulation_equals_the_whole_batch() -> None:
+    whole, parts = run(smoke()), run(smoke(optim__accumulate=4))
+    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-5)
+    assert parts.epochs[-1]["val/acc1"] == whole.epochs[-1]["val/acc1"]
+
+
+def _one_of(rank: int, size: int, port: int, config: TrainConfig, out: Path) -> None:
+    train_module.build_loader = memory_loader  # type: ignore[assignment]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    recorder = Recorder()
+    train_module.train(config, device=CPU, reporter=recorder)
+    if rank == 0:
+        torch.save({"losses": recorder.losses, "epochs": recorder.epochs}, out)
+    dist.destroy_process_group()
+
+
+def _with_workers(size: int, config: TrainConfig, tmp_path: Path) -> dict[str, Any]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / f"{size}.pt"
+    config = replace_fields(config, {"run.num_workers": size})
+    mp.spawn(_one_of, args=(size, port, config, out), nprocs=size)
+    return torch.load(out, weights_only=True)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_one_worker_equals_two(tmp_path: Path, accumulate: int) -> None:
+    config = smoke(optim__accumulate=accumulate)
+    one, two = run(config), _with_workers(2, config, tmp_path)
+    np.testing.assert_allclose(two["losses"], one.losses, rtol=1e-5)
+    for a, b in zip(one.epochs, two["epochs"], strict=True):
+        assert b["val/acc1"] == a["val/acc1"]  # 101 images, 51 and 50: each counted once
+        assert b["val/loss"] == pytest.approx(a["val/loss"], rel=1e-5)
+
+
+def test_every_position_trains_on_two_workers(tmp_path: Path) -> None:
+    """No parameter is left without a gradient, which DDP would refuse."""
+    config = smoke(optim__epochs=1, model__bias="relative2d", model__bias_join="lape", model__rotary="mixed")
+    assert np.isfinite(_with_workers(2, config, tmp_path)["losses"]).all()
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+    run(smoke(optim__epochs=1), tmp_path)
+    with pytest.raises(ValueError, match=r"another config \(optim\.lr: 0\.001 -> 0\.002\)"):
+        run(smoke(optim__epochs=1, optim__lr=2e-3), resume_from=tmp_path / "1")
+    with pytest.raises(ValueError, match="no checkpoint: it has no meta"):
+        run(smoke(optim__epochs=1), resume_from=tmp_path)
+
+
+def test_training_starts_from_given_weights_with_a_new_head(tmp_path: Path) -> None:
+    run(smoke(optim__epochs=1), tmp_path)
+    config = smoke(
+        optim__epochs=1, optim__lr=0, optim__min_lr=0, optim__warmup_lr=0, run__init_from=str(tmp_path / "1")
+    )
+    same = run(config, tmp_path / "same")
+    before, _ = checkpoint.read_weights(tmp_path / "1")
+    after, _ = checkpoint.read_weights(tmp_path / "same/1")
+    torch.testing.assert_close(after, before)
+    assert same.lines[0].startswith("epoch")
+    other = run(replace_fields(config, {"model.num_classes": 12}), tmp_path / "other")
+    assert "head.weight (10, 32) left out: the model has 12 classes" in other.lines[1]
+
+
+def test_divergence_stops_with_advice() -> None:
+    with pytest.raises(
+        train_module.DivergedError, match=r"loss is (nan|inf) at epoch \d+, step \d: lower optim\.lr"
+    ):
+        run(smoke(optim__lr=1000, optim__weight_decay=1000, optim__clip_norm=None, optim__epochs=20))
+
+
+def test_a_distilled_student_learns_from_its_teacher(tmp_path: Path) -> None:
+    run(smoke(optim__epochs=1), tmp_path)
+    config = smoke(model__variant="deit_tiny_distilled", optim__teacher=str(tmp_path / "1"))
+    with_teacher, without = run(config), run(replace_fields(config, {"optim.teacher": None}))
+    assert with_teacher.losses != without.losses
+    with pytest.raises(ValueError, match="has 10 classes, the student 11"):
+        run(replace_fields(config, {"model.num_classes": 11}))
+
+
+def test_weights_of_any_file_are_read_or_refused(tmp_path: Path) -> None:
+    import argparse
+
+    weights = {"head.weight": torch.zeros(2, 2)}
+    torch.save({"model": weights, "args": argparse.Namespace(lr=1), "epoch": 3}, tmp_path / "official.pth")
+    state, config = checkpoint.read_weights(tmp_path / "official.pth")
+    assert config is None
+    assert state["model"].keys() == weights.keys()
+    (tmp_path / "torn.pth").write_bytes((tmp_path / "official.pth").read_bytes()[:200])
+    (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    for name in ("torn.pth", "torn.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} "):
+            checkpoint.read_weights(tmp_path / name)
+    torch.save({"model": print}, tmp_path / "code.pth")
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        checkpoint.read_weights(tmp_path / "code.pth")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        checkpoint.read_weights(tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="only our checkpoint folders"):
+        checkpoint.read_weights(tmp_path / "official.pth", ema=True)
