@@ -56,7 +56,7 @@ def main() -> int:
             f"--working-dir={PROJECT}",
         ]
         submit += [f"--runtime-env-json={json.dumps(environment)}", "--", *job]
-        code = subprocess.run(submit).returncode
+        code = subprocess.run(submit, env={**os.environ, **ray.environment}).returncode
     print(
         f"demo {'finished' if code == 0 else 'failed'} after {time.monotonic() - started:.0f} s", flush=True
     )

@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 
+from lape_ray.cli import run_job
 
-def main() -> int:
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,18 +46,13 @@ def main() -> int:
     )  # after parsing: --help is instant
     from lape_ray.data.sources import open_source, select
 
-    try:
-        if given == "verify":
-            manifest = check_beton(path, deep=True, workers=options["workers"])
-        else:
-            source = select(open_source(given, split), subset)
-            manifest = write_beton(source, path, progress=show if sys.stderr.isatty() else None, **options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if given == "verify":
+        manifest = check_beton(path, deep=True, workers=options["workers"])
+    else:
+        source = select(open_source(given, split), subset)
+        manifest = write_beton(source, path, progress=show if sys.stderr.isatty() else None, **options)
     print(manifest.summary(path))
     print(f"  {'agrees with' if given == 'verify' else 'manifest'} {manifest_path(path)}")
-    return 0
 
 
 def show(done: int, total: int) -> None:
@@ -63,4 +60,4 @@ def show(done: int, total: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_job(main)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from lape_ray.checkpoint import read_weights
@@ -52,6 +51,8 @@ def load_teacher(source: str, *, num_classes: int, image_size: int) -> nn.Module
 
 
 def _torchvision_teacher(source: str, num_classes: int) -> nn.Module:
+    import torchvision  # seconds to import, and few runs have such a teacher
+
     _, name, file = [*source.split(":", 2), ""][:3]
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(

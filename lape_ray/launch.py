@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import sys
@@ -21,7 +22,14 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-from ray.train import Checkpoint, CheckpointConfig, CheckpointConsistencyMode, FailureConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointConsistencyMode,
+    FailureConfig,
+    LoggingConfig,
+    ScalingConfig,
+)
 
 from lape_ray import storage, tracking
 from lape_ray.checkpoint import differences
@@ -224,6 +232,7 @@ def _trainer(
                 checkpoint_score_order="max",
             ),
             worker_runtime_env={"env_vars": variables},
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
 
@@ -242,6 +251,9 @@ def _best(result: ray.train.Result) -> tuple[Checkpoint, Mapping[str, float]]:
 def _worker(payload: dict[str, Any]) -> None:
     """One training process: find the checkpoint, train, report."""
     config = from_dict(TrainConfig, payload["config"])
+    logging.getLogger("ray.train").setLevel(
+        logging.WARNING
+    )  # it repeats every report's metrics for every rank
     rank = ray.train.get_context().get_world_rank()
     tracker = tracking.Tracker(payload["tracking_uri"], payload["mlflow_run_id"]) if rank == 0 else None
     start = ray.train.get_checkpoint()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -32,6 +33,8 @@ class LocalCluster:
     """Of the control service, for RAY_ADDRESS."""
     dashboard: str
     """Of the dashboard and the job server: http://host:port."""
+    environment: dict[str, str]
+    """What a process needs in its environment to connect: address and access token."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -65,13 +68,16 @@ def local_cluster(*, num_cpus: int, start_timeout_s: float = 90) -> Iterator[Loc
         f"--metrics-export-port={metrics}", f"--num-cpus={num_cpus}", f"--temp-dir={folder}",
         "--disable-usage-stats",
     ]  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    # Whoever reaches a Ray without a token can run code as its owner, also over the loopback device.
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | access
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     try:
-        cluster = LocalCluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}")
+        address = f"127.0.0.1:{gcs}"
+        cluster = LocalCluster(address, f"http://127.0.0.1:{dashboard}", {"RAY_ADDRESS": address, **access})
         _wait_until_ready(cluster, process, log, start_timeout_s)
         yield cluster
     finally:
@@ -88,9 +94,11 @@ def _wait_until_ready(
         if process.poll() is not None:
             raise RuntimeError(f"ray start ended with code {process.returncode}:\n{log.read_text()[-2000:]}")
         # The job server forwards to an agent on the node; a listing is answered only when both are up.
+        token = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
+        request = urllib.request.Request(f"{cluster.dashboard}/api/jobs/", headers=token)
         with (
             contextlib.suppress(urllib.error.URLError, OSError, ValueError),
-            urllib.request.urlopen(f"{cluster.dashboard}/api/jobs/", timeout=5) as answer,
+            urllib.request.urlopen(request, timeout=5) as answer,
         ):
             json.load(answer)
             return

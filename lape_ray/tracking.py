@@ -24,6 +24,7 @@ from lape_ray.config import TrainConfig, dump, flatten
 from lape_ray.storage import home
 
 log = logging.getLogger(__name__)
+logging.getLogger("mlflow").setLevel(logging.WARNING)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -121,12 +122,14 @@ def build_state(config: TrainConfig, device: torch.device) -> TrainState:
     network = build_model(config.model).to(device)
     model: nn.Module = network
     if world.size > 1:
-        model = DistributedDataParallel(
-            network,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
+        with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; 2.11 knows no other name
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            model = DistributedDataParallel(
+                network,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
     teacher = None
     if config.optim.teacher is not None:
         teacher = load_teacher(config.optim.teacher, num_classes=spec.num_classes, image_size=spec.image_size)

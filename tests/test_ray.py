@@ -1,0 +1,232 @@
+"""The service as its users run it: `ray job submit` of the real jobs, on a cluster of the test's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pytest
+import ray
+from ray.train import TrainingFailedError
+from safetensors.torch import load_file
+
+from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.launch import fit
+from lape_ray.local_cluster import LocalCluster, executable, local_cluster
+from lape_ray.recipes import recipe
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden" / "smoke_losses.json"
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@dataclass
+class Service:
+    """A cluster, a home for what runs leave, and the smoke data: five steps of 32 digits."""
+
+    cluster: LocalCluster
+    home: Path
+
+    @property
+    def uri(self) -> str:
+        return f"sqlite:///{self.home / 'mlflow.db'}"
+
+    def config(self, recipe_name: str = "smoke", **changes: object) -> TrainConfig:
+        values = {name.replace("__", "."): value for name, value in changes.items()}
+        data = {f"data.{split}": str(self.home / f"{split}.beton") for split in ("train", "val")}
+        return replace_fields(recipe(recipe_name), {**data, **values})
+
+    def submit(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`ray job submit` from a laptop."""
+        runtime = json.dumps({"env_vars": {"LAPE_RAY_HOME": str(self.home)}})
+        command = [executable("ray"), "job", "submit", f"--address={self.cluster.dashboard}"]
+        command += [
+            f"--working-dir={ROOT}",
+            f"--runtime-env-json={runtime}",
+            "--",
+            "python",
+            "jobs/imagenet_deit.py",
+        ]
+        environment = {**os.environ, **self.cluster.environment}
+        return subprocess.run(
+            [*command, *self.data(), *words], capture_output=True, text=True, env=environment
+        )
+
+    def data(self) -> list[str]:
+        return [f"--data.{split}={self.home / f'{split}.beton'}" for split in ("train", "val")]
+
+    def run(self, run_id: str) -> mlflow.entities.Run:
+        return mlflow.MlflowClient(self.uri).get_run(run_id)
+
+    def run_of(self, output: str) -> mlflow.entities.Run:
+        found = re.search(r"MLflow run ([0-9a-f]{32})", output)
+        assert found, output
+        return self.run(found[1])
+
+    def losses(self, run: mlflow.entities.Run) -> list[float]:
+        history = mlflow.MlflowClient(self.uri).get_metric_history(run.info.run_id, "train/loss")
+        points = sorted((point.step, point.value) for point in history)
+        assert len({step for step, _ in points}) == len(points), "a step was logged twice"
+        return [value for _, value in points]
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    home = tmp_path_factory.mktemp("home")
+    for split in ("train", "val"):
+        words = ["digits", str(home / f"{split}.beton"), "--split", split, "--subset", "per-class:16"]
+        subprocess.run(
+            [sys.executable, str(ROOT / "jobs/write_beton.py"), *words], check=True, capture_output=True
+        )
+    with local_cluster(num_cpus=2) as cluster, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAPE_RAY_HOME", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        for key, value in cluster.environment.items():
+            patch.setenv(key, value)
+        # Ray reads both once, when it is imported, which was before this cluster had a token.
+        ray._raylet.Config.initialize("")
+        ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+        ray.init(address=cluster.address)
+        yield Service(cluster, home)
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def submitted(service: Service) -> subprocess.CompletedProcess[str]:
+    return service.submit("smoke", "--run.name=one")
+
+
+def test_a_submitted_job_gives_the_golden_losses(
+    service: Service, submitted: subprocess.CompletedProcess[str]
+) -> None:
+    """Set UPDATE_GOLDEN=1 to write them anew; a change of these numbers is a change of what is learned."""
+    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
+    losses = service.losses(service.run_of(submitted.stdout))
+    assert len(losses) == 5
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps([round(loss, 6) for loss in losses]) + "\n")
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=2e-4)
+
+
+def test_the_log_says_what_happened(submitted: subprocess.CompletedProcess[str]) -> None:
+    lines = submitted.stdout
+    assert re.search(r"epoch 1/1  step 5/5  loss \d\.\d{4}  lr \S+  [\d,]+ images/s  ETA 0:00:00", lines)
+    assert re.search(r"epoch 1/1 done  val loss \d\.\d{4}  top-1 [\d.]+  ema [\d.]+  top-5 [\d.]+", lines)
+    assert "run one finished: val/acc1" in lines
+    assert len(re.findall("step 5/5", lines)) == 1, "every line once"
+
+
+def test_mlflow_holds_the_run(service: Service, submitted: subprocess.CompletedProcess[str]) -> None:
+    run = service.run_of(submitted.stdout)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "one"
+    assert run.data.params["model.join"] == "lape"
+    assert run.data.tags["join"] == "lape"
+    assert "jobs/imagenet_deit.py --data.train=" in run.data.tags["mlflow.note.content"]
+    assert {"val/acc1", "val_ema/acc1", "train/lr", "best/acc1", "system/cpu_utilization_percentage"} <= set(
+        run.data.metrics
+    )
+    client = mlflow.MlflowClient(service.uri)
+    names = {file.path for file in client.list_artifacts(run.info.run_id, "model")}
+    assert names == {"model/model.safetensors", "model/ema.safetensors", "model/meta.json"}
+    folder = Path(client.download_artifacts(run.info.run_id, "model"))
+    assert "head.weight" in load_file(folder / "model.safetensors")
+    assert "model.join = 'lape'" in Path(client.download_artifacts(run.info.run_id, "config.txt")).read_text()
+
+
+def test_a_finished_name_is_not_reused_silently(
+    service: Service, submitted: subprocess.CompletedProcess[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"run 'one' is finished already; choose another --run\.name"):
+        fit(service.config(run__name="one"))
+    with pytest.raises(
+        ValueError, match=r"another config \(optim\.lr: 0\.001 -> 0\.5\); choose another --run\.name"
+    ):
+        fit(service.config(run__name="one", optim__lr=0.5))
+
+
+def test_evaluate_agrees_with_the_run(service: Service, submitted: subprocess.CompletedProcess[str]) -> None:
+    found = re.search(r"best checkpoint: (\S+)", submitted.stdout)
+    assert found
+    command = [sys.executable, str(ROOT / "jobs/evaluate.py"), found[1]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = service.run_of(submitted.stdout)
+    assert f"160 images  top-1 {run.data.metrics['val/acc1']:.3f}" in done.stdout
+    mixed = subprocess.run([*command, "--model.join=basic"], capture_output=True, text=True)
+    assert mixed.returncode == 2
+    assert "error: the checkpoint is of another model: unknown join.norms.0" in mixed.stderr
+
+
+def test_two_workers_and_a_resumed_run_give_the_same_losses(
+    service: Service, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two workers stop after an epoch; the same name continues, in the same MLflow run, as if never stopped."""
+    whole = fit(service.config(run__name="whole", optim__epochs=2))
+    changes = {"run__name": "parts", "optim__epochs": 2, "run__num_workers": 2}
+    first = fit(service.config(**changes, run__stop_after_epochs=1))
+    capfd.readouterr()
+    second = fit(service.config(**changes))
+    assert "run parts exists and is not finished: continuing it" in capfd.readouterr().out
+    assert second.mlflow_run_id == first.mlflow_run_id
+    run, reference = (service.run(result.mlflow_run_id) for result in (second, whole))
+    assert run.info.status == "FINISHED"
+    assert len(service.losses(run)) == 10
+    assert service.losses(run) == pytest.approx(service.losses(reference), rel=1e-4)
+    assert second.metrics["val/acc1"] == whole.metrics["val/acc1"]
+
+
+def test_a_failed_run_is_marked_failed(service: Service) -> None:
+    wild = {"optim__lr": 1000, "optim__weight_decay": 1000, "optim__clip_norm": None, "optim__epochs": 20}
+    with pytest.raises(TrainingFailedError, match=r"lower optim\.lr"):
+        fit(service.config(run__name="diverged", run__max_failures=0, **wild))
+    record = json.loads((service.home / "runs/diverged/run.json").read_text())
+    assert not record["finished"]
+    assert service.run(record["mlflow_run_id"]).info.status == "FAILED"
+
+
+BAD = [
+    ({"model__num_classes": 7}, "has 10 classes, the model 7: set --model.num_classes 10"),
+    ({"model__image_size": 64}, "images of at most 32 px, but the model reads 64"),
+    ({"data__batch_size": 500}, "holds 160 images, less than one step of data.batch_size=500"),
+    ({"data__val": "/nowhere.beton"}, "/nowhere.beton"),
+    ({"data__val": ""}, "no val data: give --data.val FILE.beton"),
+    (
+        {"run__num_workers": 4, "run__wait_s": 0},
+        "needs 4 CPU, but the cluster has 2 CPU: lower --run.num_workers",
+    ),
+    ({"run__tracking_uri": "http://127.0.0.1:9"}, "the MLflow server 'http://127.0.0.1:9' cannot be used"),
+    ({"run__storage": "/proc/nowhere"}, "storage '/proc/nowhere' is not writable"),
+    ({"run__init_from": "/nowhere.pth"}, "checkpoint /nowhere.pth does not exist"),
+    ({"model__position": "none"}, "position=none has nothing to join"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD, ids=[next(iter(changes)) for changes, _ in BAD])
+def test_bad_input_is_refused_before_any_worker(
+    service: Service, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        fit(service.config(**changes))
+
+
+def test_a_truncated_beton_is_one_line_and_exit_code_2(service: Service) -> None:
+    torn = service.home / "torn.beton"
+    torn.write_bytes((service.home / "train.beton").read_bytes()[:-1000])
+    (service.home / "torn.beton.json").write_bytes((service.home / "train.beton.json").read_bytes())
+    words = ["smoke", f"--data.train={torn}", f"--data.val={service.home / 'val.beton'}"]
+    command = [sys.executable, str(ROOT / "jobs/imagenet_deit.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert str(torn) in errors[0]
+    assert "Traceback" not in done.stderr

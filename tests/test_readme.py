@@ -1,0 +1,41 @@
+"""The README's commands: each names a job that exists, with options that it takes and a config that is valid."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text().replace("\\\n", " ")
+JOBS = re.findall(r"python (jobs/\S+\.py)(.*)", TEXT)
+SHORT = {"imagenet_deit.py": ["--dump"], "evaluate.py": ["--help"], "write_beton.py": ["--help"]}
+
+
+@pytest.mark.parametrize(("job", "words"), JOBS, ids=[f"{job} {words[:30]}" for job, words in JOBS])
+def test_a_command_of_the_readme_is_understood(job: str, words: str) -> None:
+    """The exact command with an option that ends it before it works on data."""
+    command = [sys.executable, str(ROOT / job), *words.split(), *SHORT[Path(job).name]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_shows_every_job_but_the_demo() -> None:
+    assert {Path(job).name for job, _ in JOBS} == {path.name for path in (ROOT / "jobs").glob("*.py")} - {
+        "demo.py"
+    }
+
+
+def test_every_make_target_of_the_readme_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`?make ([a-z-]+)`?", TEXT)) <= targets
+
+
+def test_the_map_names_every_module() -> None:
+    written = TEXT[TEXT.index("## Map") :]
+    for path in (ROOT / "lape_ray").iterdir():
+        if not path.name.startswith("__"):
+            assert path.name in written, f"{path.name} is missing from the README's map"
