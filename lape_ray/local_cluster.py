@@ -71,6 +71,8 @@ def local_cluster(*, num_cpus: int, start_timeout_s: float = 90) -> Iterator[Loc
     # Whoever reaches a Ray without a token can run code as its owner, also over the loopback device.
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | access
+    # A submitted `python ...` is looked up on this path: it must be the Python that runs this code.
+    environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
