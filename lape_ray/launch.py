@@ -271,6 +271,16 @@ def _worker(payload: dict[str, Any]) -> None:
             tracker.close()
 
 
+def _quiet_ray_train() -> None:
+    """Keep Ray Train from repeating every report's metrics for every rank.
+
+    Some of its loggers are named after their file instead of their module, so that LoggingConfig misses them.
+    """
+    for name in list(logging.root.manager.loggerDict):
+        if "ray/train/" in name:
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
 @dataclass
 class RayReporter:
     """Carries what the loop reports to Ray Train, and from rank 0 to MLflow and the job's log."""
