@@ -251,9 +251,7 @@ def _best(result: ray.train.Result) -> tuple[Checkpoint, Mapping[str, float]]:
 def _worker(payload: dict[str, Any]) -> None:
     """One training process: find the checkpoint, train, report."""
     config = from_dict(TrainConfig, payload["config"])
-    logging.getLogger("ray.train").setLevel(
-        logging.WARNING
-    )  # it repeats every report's metrics for every rank
+    _quiet_ray_train()
     rank = ray.train.get_context().get_world_rank()
     tracker = tracking.Tracker(payload["tracking_uri"], payload["mlflow_run_id"]) if rank == 0 else None
     start = ray.train.get_checkpoint()
