@@ -1,4 +1,8 @@
-"""MLflow: the driver makes a run and closes it, rank 0 logs into it. Nothing here can stop the training."""
+"""MLflow: the driver makes a run and closes it, rank 0 logs into it. Nothing here can stop the training.
+
+Importing mlflow takes seconds of CPU time, and every process of a run imports this module while only the driver
+and rank 0 talk to the server: so it is imported where a connection is made, in `_client`.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,33 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
-
-import mlflow
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-from mlflow.utils.time import get_current_time_millis
+from typing import TYPE_CHECKING, Literal
 
 from lape_ray.config import TrainConfig, dump, flatten
 from lape_ray.storage import home
 
+if TYPE_CHECKING:
+    import mlflow
+
 log = logging.getLogger(__name__)
-logging.getLogger("mlflow").setLevel(logging.WARNING)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+def _client(uri: str) -> mlflow.MlflowClient:
+    import mlflow
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    return mlflow.MlflowClient(uri)
+
+
+def _metrics(values: Mapping[str, float], step: int) -> list[mlflow.entities.Metric]:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [Metric(key, float(value), now, step) for key, value in values.items()]
 
 
 def tracking_uri(config: TrainConfig) -> str:
@@ -68,7 +83,7 @@ def check_reachable(uri: str) -> None:
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
         with _impatient():
-            mlflow.MlflowClient(uri).search_experiments(max_results=1)
+            _client(uri).search_experiments(max_results=1)
     except Exception as error:  # the client raises its own kinds and those of its transports
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -78,6 +93,8 @@ def check_reachable(uri: str) -> None:
 
 
 def _experiment_id(client: mlflow.MlflowClient, name: str, uri: str) -> str:
+    from mlflow.exceptions import MlflowException
+
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
@@ -91,8 +108,10 @@ def _experiment_id(client: mlflow.MlflowClient, name: str, uri: str) -> str:
 
 def create_run(config: TrainConfig, *, name: str, command: str, tags: Mapping[str, str]) -> str:
     """Make the run with its parameters, description and config; returns its id."""
+    from mlflow.entities import Param, RunTag
+
     uri = tracking_uri(config)
-    client = mlflow.MlflowClient(uri)
+    client = _client(uri)
     run = client.create_run(_experiment_id(client, config.run.experiment, uri), run_name=name)
     run_id = str(run.info.run_id)
     parameters = [Param(key, str(value)) for key, value in flatten(config).items()]
@@ -105,8 +124,10 @@ def create_run(config: TrainConfig, *, name: str, command: str, tags: Mapping[st
 
 def reopen_run(uri: str, run_id: str) -> bool:
     """Set an earlier run to RUNNING again; False where the server does not know it."""
+    from mlflow.exceptions import MlflowException
+
     try:
-        mlflow.MlflowClient(uri).update_run(run_id, status="RUNNING")
+        _client(uri).update_run(run_id, status="RUNNING")
     except MlflowException as error:
         log.warning("MLflow run %s cannot be continued, a new one is made: %s", run_id, error)
         return False
@@ -116,7 +137,7 @@ def reopen_run(uri: str, run_id: str) -> bool:
 def finish_run(uri: str, run_id: str, status: Status) -> None:
     """Close the run; a tracking server that is away is a warning."""
     with _never_raise("closing the run"):
-        mlflow.MlflowClient(uri).set_terminated(run_id, status)
+        _client(uri).set_terminated(run_id, status)
 
 
 def log_model(uri: str, run_id: str, checkpoint: Path, metrics: Mapping[str, float]) -> None:
@@ -125,15 +146,10 @@ def log_model(uri: str, run_id: str, checkpoint: Path, metrics: Mapping[str, flo
         for name in ("model.safetensors", "ema.safetensors", "meta.json"):
             if (checkpoint / name).exists():
                 shutil.copy(checkpoint / name, folder)
-        client = mlflow.MlflowClient(uri)
+        client = _client(uri)
         client.log_artifacts(run_id, folder, "model")
-        now = get_current_time_millis()
-        best = [
-            Metric(f"best/{key[4:]}", value, now, 0)
-            for key, value in metrics.items()
-            if key.startswith("val/")
-        ]
-        client.log_batch(run_id, metrics=best)
+        best = {f"best/{key[4:]}": value for key, value in metrics.items() if key.startswith("val/")}
+        client.log_batch(run_id, metrics=_metrics(best, 0))
 
 
 @contextlib.contextmanager
@@ -154,9 +170,11 @@ class Tracker:
     BATCH = 1000  # the most metrics that the REST API takes at once
 
     def __init__(self, uri: str, run_id: str) -> None:
-        self._client = mlflow.MlflowClient(uri)
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._client = _client(uri)
         self._run_id = run_id
-        self._waiting: collections.deque[Metric] = collections.deque()
+        self._waiting: collections.deque[mlflow.entities.Metric] = collections.deque()
         self._wake, self._closing, self._give_up = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
@@ -167,8 +185,7 @@ class Tracker:
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Queue `values` for the run's history."""
-        now = get_current_time_millis()
-        self._waiting.extend(Metric(key, float(value), now, step) for key, value in values.items())
+        self._waiting.extend(_metrics(values, step))
         self._wake.set()
 
     def close(self, timeout_s: float = 60) -> None:
