@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-APT := libopencv-dev libturbojpeg0-dev pkg-config g++ python3-venv
+APT := libopencv-dev libturbojpeg0-dev libjpeg62-turbo-dev pkg-config g++ python3-venv
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help

@@ -28,6 +28,8 @@ Variant = Literal[
 ]  # fmt: skip
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "gpu"]
+Backend = Literal["native", "ffcv"]
+Interpolation = Literal["bicubic", "bilinear", "random"]
 
 
 def option(default: Any, help: str) -> Any:
@@ -101,6 +103,17 @@ class DataConfig:
     crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "random resized crop: width over height")
     flip: float = option(0.5, "probability of a horizontal flip")
     eval_crop: float = option(0.875, "share of the shorter side that evaluation's centre crop keeps")
+    backend: Backend = option(
+        "native", "decoder: native (Pillow's pixels, antialiased) or ffcv (area, starts slower)"
+    )
+    interpolation: Interpolation = option(
+        "bicubic", "filter of crops and of RandAugment's warps; random: per image"
+    )
+    repeats: int = option(1, "repeated augmentation: copies of an image in an epoch, which keeps its length")
+    rand_augment: str | None = option(None, "RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1")
+    three_augment: bool = option(False, "3-Augment of DeiT III: grey, solarize or blur")
+    color_jitter: float = option(0.0, "strength of brightness, contrast and saturation jitter")
+    erase_prob: float = option(0.0, "probability of random erasing with normal noise")
     upscale: bool = option(False, "accept data whose images are all smaller than the model's")
     mixup: float = option(0.0, "alpha of mixup; 0 is off")
     cutmix: float = option(0.0, "alpha of cutmix; 0 is off")
@@ -114,7 +127,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_range(self, 1, 2**31, "batch_size", "eval_batch_size", "threads")
-        _check_range(self, 0, 1, "flip", "mix_prob", "mix_switch_prob")
+        _check_choices(self)
+        _check_range(self, 1, 16, "repeats")
+        _check_range(self, 0, 1, "flip", "mix_prob", "mix_switch_prob", "erase_prob", "color_jitter")
+        _require(
+            not (self.three_augment and self.rand_augment),
+            "three_augment and rand_augment are alternatives; leave one of them out",
+        )
         _check_range(self, 0.01, 1, "eval_crop")
         _check_range(self, 0, 100, "mixup", "cutmix")
         low, high = self.crop_scale

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lape_ray import checkpoint
 from lape_ray.config import DataConfig, TrainConfig
+from lape_ray.data.augment import Augment, AugmentSpec, build_augment
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.mixup import Mixer
 from lape_ray.distill import load_teacher, training_loss
@@ -97,6 +99,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     train_loader: Loader
     val_loader: Loader
+    augment: Augment
     mixer: Mixer
     normalize: Normalize
     teacher: nn.Module | None
@@ -158,6 +161,19 @@ def build_state(config: TrainConfig, device: torch.device) -> TrainState:
         optimizer=build_optimizer(network, config.optim, exempt=network.position_parameters()),
         train_loader=loader("train", config.micro_batch_size),
         val_loader=loader("val", config.data.eval_batch_size),
+        augment=build_augment(
+            AugmentSpec(
+                rand_augment=config.data.rand_augment,
+                three_augment=config.data.three_augment,
+                color_jitter=config.data.color_jitter,
+                erase_prob=config.data.erase_prob,
+                interpolation=config.data.interpolation,
+            ),
+            image_size=spec.image_size,
+            mean=config.data.mean,
+            std=config.data.std,
+            seed=config.run.seed,
+        ),
         mixer=Mixer(config.data, num_classes=spec.num_classes, label_smoothing=config.optim.label_smoothing),
         normalize=Normalize(config.data).to(device),
         teacher=teacher,
@@ -184,9 +200,10 @@ def micro_step(
     epoch, step, micro = key
     seed = state.config.run.seed
     draw = (step * accumulate + micro) * state.world.size + state.world.rank  # each worker mixes its own way
-    images_BCHW, targets_BK = state.mixer(
-        state.normalize(images_BCHW), labels_B, generator_key=(seed, epoch, draw)
-    )
+    place = (step * accumulate + micro) * len(images_BCHW) + np.arange(len(images_BCHW))
+    positions_B = place * state.world.size + state.world.rank  # in the epoch's order over all workers
+    images_BCHW = state.augment(images_BCHW, epoch=epoch, positions=positions_B)
+    images_BCHW, targets_BK = state.mixer(images_BCHW, labels_B, generator_key=(seed, epoch, draw))
     seed_draws(seed, *key, state.world.rank)
     with state.autocast():
         teacher = None if state.teacher is None else state.teacher(images_BCHW)

@@ -37,7 +37,7 @@ def data(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConf
         Image.fromarray(ramp).save(root / "images" / "ramps" / f"{i:03}.png", compress_level=1)
     path = root / "x.beton"
     write_beton(image_folder(root / "images"), path, mode="proportion", raw_share=0.5, workers=1)
-    return DataConfig(train=str(path), val=str(path))
+    return DataConfig(train=str(path), val=str(path), backend="ffcv")
 
 
 @pytest.fixture(scope="module")

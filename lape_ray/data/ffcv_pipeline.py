@@ -162,6 +162,8 @@ class BatchIterator(EpochIterator):
 class BatchLoader(Loader):
     """FFCV's Loader of one file's images, for passes in orders that the caller gives."""
 
+    reuses_buffers = True
+
     def __init__(self, path: str, decoder: SeededCrop, *, batch_size: int, threads: int) -> None:
         if threads > 1 and numba.threading_layer() == "workqueue":
             raise ValueError(
@@ -177,9 +179,13 @@ class BatchLoader(Loader):
             pipelines={"image": [decoder], "label": None},  # labels are in memory: reader.metadata
         )
         torch.set_num_threads(torch_threads)  # FFCV sets torch's threads to its own
+        self.labels_N = np.ascontiguousarray(self.reader.metadata["f1"])
 
-    def batches(self, keys_N: np.ndarray) -> BatchIterator:
-        """One pass over the samples of `keys_N` (int64; see SEED_BIT), the last batch short."""
+    def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> BatchIterator:
+        """One pass over the samples of `keys_N` (int64; see SEED_BIT), the last batch short.
+
+        The keys hold the seeds of the draws, so that positions and epoch add nothing here.
+        """
         return BatchIterator(self, np.ascontiguousarray(keys_N))  # numba compiles anew for a strided array
 
 

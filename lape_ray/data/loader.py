@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
@@ -23,12 +22,16 @@ from lape_ray.data.beton import Manifest, check_beton
 
 if TYPE_CHECKING:
     from lape_ray.data.ffcv_pipeline import BatchLoader
+    from lape_ray.data.native_reader import NativeReader
 
 ORDER_STREAM = 1  # first word of the seed, which keeps these draws apart from mixup's
 
 
-def train_keys(num_samples: int, *, step_samples: int, seed: int, epoch: int) -> np.ndarray:
+def train_keys(num_samples: int, *, step_samples: int, seed: int, epoch: int, repeats: int = 1) -> np.ndarray:
     """The keys (N,) of a training epoch over all ranks: a random order, N the largest multiple of `step_samples`.
+
+    With `repeats` above 1 each sample stands that often in a row and the epoch keeps its length, so that neighbours,
+    which go to different ranks, are differently augmented copies (repeated augmentation, arXiv 1901.09335).
 
     A key is a sample's index in its low 32 bits and the seed of its augmentation above (int64). The samples
     that are left over differ from epoch to epoch.
@@ -39,7 +42,7 @@ def train_keys(num_samples: int, *, step_samples: int, seed: int, epoch: int) ->
             f"set data.batch_size to {num_samples} or less"
         )
     rng = np.random.default_rng((ORDER_STREAM, seed, epoch))
-    index_N = rng.permutation(num_samples)[: num_samples // step_samples * step_samples]
+    index_N = rng.permutation(num_samples).repeat(repeats)[: num_samples // step_samples * step_samples]
     return index_N | (rng.integers(2**31, size=len(index_N)) << 32)
 
 
@@ -60,7 +63,7 @@ class Loader:
 
     def __init__(
         self,
-        reader: BatchLoader,
+        reader: BatchLoader | NativeReader,
         manifest: Manifest,
         *,
         split: Literal["train", "val"],
@@ -69,6 +72,7 @@ class Loader:
         world_size: int,
         seed: int,
         device: torch.device,
+        repeats: int = 1,
     ) -> None:
         self.reader = reader
         self.manifest = manifest
@@ -76,13 +80,20 @@ class Loader:
         self.split = split
         self.step_samples = reader.batch_size * world_size * accumulate
         self.rank, self.world_size, self.seed, self.device = rank, world_size, seed, device
-        self.labels_N = np.ascontiguousarray(reader.reader.metadata["f1"])
+        self.repeats = repeats
+        self.labels_N = reader.labels_N
         self._length = -(-len(self.keys(0)) // reader.batch_size)
 
     def keys(self, epoch: int) -> np.ndarray:
         """The keys (N,) of this rank's samples in `epoch`, in the order in which they are delivered."""
         if self.split == "train":
-            keys_N = train_keys(self.num_samples, step_samples=self.step_samples, seed=self.seed, epoch=epoch)
+            keys_N = train_keys(
+                self.num_samples,
+                step_samples=self.step_samples,
+                seed=self.seed,
+                epoch=epoch,
+                repeats=self.repeats,
+            )
         else:
             keys_N = np.arange(self.num_samples)
         return rank_part(keys_N, self.rank, self.world_size)
@@ -101,7 +112,8 @@ class Loader:
         if len(keys_N) == 0:  # more ranks than images
             return
         labels_N = torch.from_numpy(self.labels_N[keys_N & 0xFFFFFFFF])
-        batches = self.reader.batches(keys_N)
+        positions_N = self.rank + self.world_size * np.arange(len(keys_N))
+        batches = self.reader.batches(keys_N, positions_N, epoch)
         try:
             for images_BHWC, labels_B in zip(batches, labels_N.split(self.reader.batch_size), strict=True):
                 yield from self._to_device(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2), labels_B)
@@ -113,7 +125,7 @@ class Loader:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield one batch that does not share memory with the loader's ring of buffers."""
         if self.device.type == "cpu":
-            yield images_BCHW.clone(), labels_B
+            yield images_BCHW.clone() if self.reader.reuses_buffers else images_BCHW, labels_B
             return
         # The buffer is pinned, so the copy runs behind the host. The loader takes the buffer back when it is
         # asked for the next batch: only then must the copy be over, and the step's kernels hide the wait.
@@ -161,13 +173,28 @@ def build_loader(
     if not path:
         raise ValueError(f"data.{split} is empty; give the path of a .beton (jobs/write_beton.py makes one)")
     manifest = check_beton(path)
-    pipeline = _import_pipeline()
-    if split == "train":
-        decoder = pipeline.random_crop(image_size, data.crop_scale, data.crop_ratio, data.flip)
-    else:
-        decoder = pipeline.center_crop(image_size, data.eval_crop)
     threads = data.threads or threads or len(os.sched_getaffinity(0))
-    reader = pipeline.BatchLoader(str(Path(path)), decoder, batch_size=batch_size, threads=threads)
+    reader: BatchLoader | NativeReader
+    if data.backend == "native":
+        from lape_ray.data.native_reader import NativeReader  # needs the compiled decoder
+
+        reader = NativeReader(
+            path,
+            data,
+            split,
+            image_size=image_size,
+            batch_size=batch_size,
+            threads=threads,
+            seed=seed,
+            pin_memory=torch.device(device).type == "cuda",
+        )
+    else:
+        pipeline = _import_pipeline()
+        if split == "train":
+            decoder = pipeline.random_crop(image_size, data.crop_scale, data.crop_ratio, data.flip)
+        else:
+            decoder = pipeline.center_crop(image_size, data.eval_crop)
+        reader = pipeline.BatchLoader(path, decoder, batch_size=batch_size, threads=threads)
     return Loader(
         reader,
         manifest,
@@ -177,6 +204,7 @@ def build_loader(
         world_size=world_size,
         seed=seed,
         device=torch.device(device),
+        repeats=data.repeats,
     )
 
 

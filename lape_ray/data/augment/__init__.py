@@ -1,0 +1,16 @@
+"""Augmentation of batches of images on the training device, after the random resized crop and the flip.
+
+pipeline       `build_augment`: what a recipe does to a batch, from uint8 pixels to normalised floats
+randaugment    RandAugment in timm's notation
+three_augment  3-Augment of DeiT III
+jitter         colour jitter
+erasing        random erasing
+layers         how a batch in which each image has its own operation goes through few kernels
+color, hue, filters, geometry    the operations, equal to Pillow's
+draws          random numbers keyed by (seed, epoch, position, stream)
+transfer       many small arrays to a device in one copy
+"""
+
+from lape_ray.data.augment.pipeline import Augment, AugmentSpec, build_augment
+
+__all__ = ["Augment", "AugmentSpec", "build_augment"]

@@ -1,0 +1,175 @@
+"""Everything that is done to a batch of images after the random resized crop and the flip.
+
+Shapes: B images, C=3 channels (red, green, blue), H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lape_ray.data.augment.erasing import EraseMode, RandomErasing, erase
+from lape_ray.data.augment.jitter import ColorJitter
+from lape_ray.data.augment.layers import Layer, plan_layers, run_plan
+from lape_ray.data.augment.randaugment import Interpolation, RandAugment, parse_rand_augment
+from lape_ray.data.augment.three_augment import ThreeAugment
+from lape_ray.data.augment.transfer import to_device
+
+# A CPU finishes about so many pixels before it starts on the next, so that they stay in the core's cache. A GPU
+# takes the whole batch at once.
+_CPU_CHUNK_PIXELS = 2**18
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentSpec:
+    """Which augmentations a recipe has, in the order in which they act; the default is none.
+
+    Attributes:
+        rand_augment: RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`; none: without.
+        three_augment: DeiT III's 3-Augment.
+        color_jitter: brightness, contrast and saturation, as one number or three; a fourth is the hue's. It acts
+            whenever it is above 0. (timm leaves it out beside RandAugment, so for DeiT's recipe it is 0.)
+        erase_prob: probability of random erasing.
+        erase_mode: what is put into the box: normal noise for each pixel, or the mean colour.
+        interpolation: of RandAugment's rotation, shears and shifts; random: one of the two for each.
+    """
+
+    rand_augment: str | None = None
+    three_augment: bool = False
+    color_jitter: float | tuple[float, ...] = 0.0
+    erase_prob: float = 0.0
+    erase_mode: EraseMode = "pixel"
+    interpolation: Interpolation = "bicubic"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("erase_mode", self.erase_mode, get_args(EraseMode)),
+            ("interpolation", self.interpolation, get_args(Interpolation)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
+        if not 0 <= self.erase_prob <= 1:
+            raise ValueError(f"erase_prob={self.erase_prob} must be from 0 to 1")
+        if self.rand_augment is not None and self.three_augment:
+            raise ValueError("rand_augment and three_augment are alternatives; leave one of them out")
+
+
+class _Policy(Protocol):
+    def draw(self, epoch: int, positions: np.ndarray) -> list[Layer]: ...
+
+
+class Augment:
+    """Augments and normalises batches; made by `build_augment`.
+
+    Calling it draws everything on the host, sends it to the images' device in one copy and queues the kernels; it
+    never waits for the device. An image's result depends on its pixels, the seed, the epoch and its position
+    alone, and not on the batch it comes in.
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[_Policy],
+        erasing: RandomErasing | None,
+        *,
+        image_size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        self.policies = tuple(policies)
+        self.erasing = erasing
+        self.image_size = image_size
+        mean_C11, std_C11 = (np.array(values, dtype=np.float64).reshape(3, 1, 1) for values in (mean, std))
+        self.constants: dict[str, np.ndarray] = {
+            "fill_C": np.array([round(255 * m) for m in mean], dtype=np.uint8),
+            "scale_C11": (1 / (255 * std_C11)).astype(np.float32),
+            "shift_C11": (-mean_C11 / std_C11).astype(np.float32),
+        }
+
+    @torch.no_grad()
+    def __call__(
+        self, images_BCHW: Tensor, *, epoch: int, positions: np.ndarray | Sequence[int] | Tensor
+    ) -> Tensor:
+        """Augmented images, (x / 255 - mean) / std, as float32 in channels_last memory.
+
+        Args:
+            images_BCHW: uint8 (B, 3, H, W) of the augment's image size, on any device, with any strides; not
+                changed.
+            epoch: from 0.
+            positions: (B,) integers on the host, the places of the images in the epoch's order over all ranks.
+        """
+        positions_B = np.asarray(positions) if len(positions) else np.empty(0, dtype=np.int64)
+        self._check(images_BCHW, positions_B)
+        layers = [layer for policy in self.policies for layer in policy.draw(epoch, positions_B)]
+        plan = plan_layers(layers, size=len(positions_B), chunk_size=self._chunk_size(images_BCHW))
+        boxes = self.erasing.draw(epoch, positions_B) if self.erasing else None
+        arrays = to_device(
+            {**plan.arrays, **(boxes.arrays if boxes else {}), **self.constants}, images_BCHW.device
+        )
+        x_BCHW = torch.empty(
+            images_BCHW.shape,
+            dtype=torch.float32,
+            device=images_BCHW.device,
+            memory_format=torch.channels_last,
+        )
+        # Under the caller's autocast, the blur would run in half precision.
+        with torch.autocast(images_BCHW.device.type, enabled=False):
+            for chunk, augmented in run_plan(plan, images_BCHW, arrays, arrays["fill_C"]):
+                # One pass over the memory: it reads uint8 and writes float32.
+                torch.addcmul(arrays["shift_C11"], augmented, arrays["scale_C11"], out=x_BCHW[chunk])
+            if boxes:
+                erase(x_BCHW, boxes, arrays)
+        return x_BCHW
+
+    def _chunk_size(self, images_BCHW: Tensor) -> int:
+        if images_BCHW.device.type != "cpu":
+            return max(1, len(images_BCHW))
+        height, width = self.image_size
+        return max(1, _CPU_CHUNK_PIXELS // (height * width))
+
+    def _check(self, images_BCHW: Tensor, positions_B: np.ndarray) -> None:
+        shape = (len(positions_B), 3, *self.image_size)
+        if tuple(images_BCHW.shape) != shape or images_BCHW.dtype != torch.uint8:
+            raise ValueError(
+                f"images must be uint8 of shape {shape} (positions, channels, image size); "
+                f"got {images_BCHW.dtype} of shape {tuple(images_BCHW.shape)}"
+            )
+
+
+def build_augment(
+    spec: AugmentSpec,
+    *,
+    image_size: int | tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+) -> Augment:
+    """The augmentation of a training run.
+
+    Args:
+        spec: which augmentations.
+        image_size: side of the square images, or (height, width), in pixels; at least 8.
+        mean, std: of the three channels, for values in 0..1.
+        seed: of the run, from 0 to 2^64 - 1.
+
+    Raises:
+        ValueError: for a spec, size, mean or std that cannot be used.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if min(height, width) < 8:
+        raise ValueError(f"image_size={image_size} must be at least 8 pixels")
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not all(0 <= m <= 1 for m in mean):
+        raise ValueError(f"mean={mean} and std={std} must be three values, mean from 0 to 1 and std above 0")
+    size, policies = (height, width), list[_Policy]()
+    if spec.rand_augment is not None:
+        config = parse_rand_augment(spec.rand_augment)
+        policies.append(RandAugment(config, image_size=size, interpolation=spec.interpolation, seed=seed))
+    if spec.three_augment:
+        policies.append(ThreeAugment(seed=seed))
+    policies.append(ColorJitter(spec.color_jitter, seed=seed))
+    erasing = RandomErasing(spec.erase_prob, spec.erase_mode, image_size=size, seed=seed)
+    return Augment(policies, erasing if spec.erase_prob > 0 else None, image_size=size, mean=mean, std=std)
