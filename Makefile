@@ -14,7 +14,7 @@ help: ## this list
 setup: $(VENV)/.ready ## system libraries, Python environment, this package
 
 # FFCV is built from source against OpenCV and libjpeg-turbo; python3-venv serves the machines without uv.
-$(VENV)/.ready: requirements-dev.lock pyproject.toml $(wildcard setup.py) | .uv/bin/uv
+$(VENV)/.ready: requirements-dev.lock pyproject.toml setup.py $(wildcard lape_ray/data/native/*.cpp lape_ray/data/native/*.h) | .uv/bin/uv
 	@for package in $(APT); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
 	if [ -n "$$missing" ]; then echo "installing$$missing"; \
 	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \

@@ -158,14 +158,13 @@ int main(int argc, char** argv) {
     image.length = image.readable = data.size();
 
     const uint32_t out_width = between(1, 40), out_height = between(1, 40);
-    const Output output = {out_width, out_height, between(0, 1) ? Filter::bicubic : Filter::bilinear,
-                           between(0, 1) == 0, between(0, 7) == 0};
-    const Box box = random_box(image.width, image.height, output.crop_first);
-    const bool flip = between(0, 1);
+    const Output output = {out_width, out_height, between(0, 1) == 0, between(0, 7) == 0};
+    const Crop crop = {random_box(image.width, image.height, output.crop_first), between(0, 1) == 0,
+                       between(0, 1) ? Filter::bicubic : Filter::bilinear};
     Bytes first(size_t{3} * out_width * out_height), second(first.size());
-    const Status status = fast.decode(image, box, flip, output, first.data());
+    const Status status = fast.decode(image, crop, output, first.data());
     ++decoded[static_cast<size_t>(status)];
-    if (portable.decode(image, box, flip, output, second.data()) != status || first != second) {
+    if (portable.decode(image, crop, output, second.data()) != status || first != second) {
       std::printf("input %llu: the two kernels differ\n", static_cast<unsigned long long>(input));
       return 1;
     }

@@ -250,6 +250,15 @@ def test_small_raw_images_are_copied() -> None:
     np.testing.assert_array_equal(got[1::2], images[1::2, :, ::-1])
 
 
+def test_an_interpolation_for_each_image(photographs: list[bytes]) -> None:
+    stored = store(*photographs)
+    filters_B = np.arange(len(stored)) % 3 == 0
+    mixed, _ = stored.decode(whole(stored), interpolation=filters_B)
+    for name, index in native.FILTERS.items():
+        alike, _ = stored.decode(whole(stored), interpolation=name)
+        np.testing.assert_array_equal((mixed == alike).all(axis=(1, 2, 3)), filters_B == index)
+
+
 def test_threads_and_kernels_change_nothing(photographs: list[bytes]) -> None:
     stored = store(*(native.add_restart_markers(file) for file in photographs))
     boxes_B4 = native.random_resized_crops(0, 0, np.arange(len(stored)), stored.widths_B, stored.heights_B)
@@ -413,6 +422,8 @@ def test_every_status_has_a_text() -> None:
         ({"widths_B": [1.5]}, "widths must be whole numbers"),
         ({"boxes_B4": [(0, 0, 4)]}, "boxes has shape"),
         ({"interpolation": "lanczos"}, "choose one of bilinear, bicubic"),
+        ({"interpolation": np.array([2])}, "indices from 0 to 1"),
+        ({"interpolation": np.array([0, 1])}, "interpolation has shape"),
     ],
 )
 def test_arguments_that_do_not_fit(change: dict[str, Any], message: str) -> None:

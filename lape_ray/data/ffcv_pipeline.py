@@ -1,4 +1,4 @@
-"""FFCV's loader, made to fail loudly and to repeat itself. The only module that imports ffcv.
+"""FFCV's loader, made to fail loudly and to repeat itself.
 
 FFCV 1.0.2 reads, decodes and crops well; what is changed here, by subclassing, is what hurts a long run:
 

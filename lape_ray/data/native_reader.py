@@ -17,7 +17,7 @@ import torch
 from lape_ray.config import DataConfig
 from lape_ray.data.augment.draws import uniform
 from lape_ray.data.beton import ALLOCATION, HEADER, read_records
-from lape_ray.data.native import Decoder, center_crops, check, flips, random_resized_crops
+from lape_ray.data.native import FILTERS, Decoder, center_crops, check, flips, random_resized_crops
 
 BATCHES_AHEAD = 2
 INTERPOLATION_STREAM = 7  # of the keyed draws: which filter an image is resized with
@@ -84,7 +84,9 @@ class NativeReader:
         shape = (len(index_B), side, side, 3)
         out_BSS3 = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory).numpy()
         widths_B, heights_B = images_B["width"], images_B["height"]
-        bicubic_B = np.full(len(index_B), data.interpolation != "bilinear")
+        filters_B = np.full(
+            len(index_B), FILTERS["bilinear" if data.interpolation == "bilinear" else "bicubic"]
+        )
         if self.split == "train":
             boxes_B4 = random_resized_crops(
                 self.seed,
@@ -97,33 +99,26 @@ class NativeReader:
             )
             flips_B = flips(self.seed, epoch, positions_B, data.flip)
             if data.interpolation == "random":
-                bicubic_B = uniform(self.seed, epoch, positions_B, INTERPOLATION_STREAM, 1)[:, 0] < 0.5
+                chance_B = uniform(self.seed, epoch, positions_B, INTERPOLATION_STREAM, 1)[:, 0]
+                filters_B = np.where(chance_B < 0.5, FILTERS["bicubic"], FILTERS["bilinear"])
         else:
             resize = max(side, math.floor(side / data.eval_crop))
             boxes_B4 = center_crops(widths_B, heights_B, resize=resize, size=side)
             flips_B = np.zeros(len(index_B), bool)
-        for name, chosen_B in (("bicubic", bicubic_B), ("bilinear", ~bicubic_B)):
-            which = np.flatnonzero(chosen_B)
-            if len(which) == 0:
-                continue
-            whole = len(which) == len(index_B)
-            target = out_BSS3 if whole else np.empty((len(which), side, side, 3), np.uint8)
-            statuses = self.decoder.decode_batch(
-                self.file,
-                images_B["data_ptr"][which],
-                self.lengths_N[index_B[which]],
-                images_B["mode"][which],
-                widths_B[which],
-                heights_B[which],
-                boxes_B4[which],
-                flips_B[which],
-                target,
-                interpolation=name,  # type: ignore[arg-type]
-                crop_first=self.split == "train",
-            )
-            check(statuses, lambda i, which=which: f"{self.path} image {index_B[which[i]]}")  # type: ignore[misc]
-            if not whole:
-                out_BSS3[which] = target
+        statuses_B = self.decoder.decode_batch(
+            self.file,
+            images_B["data_ptr"],
+            self.lengths_N[index_B],
+            images_B["mode"],
+            widths_B,
+            heights_B,
+            boxes_B4,
+            flips_B,
+            out_BSS3,
+            interpolation=filters_B,
+            crop_first=self.split == "train",
+        )
+        check(statuses_B, lambda i: f"{self.path} image {index_B[i]}")
         return out_BSS3
 
 

@@ -1,7 +1,7 @@
 """Random erasing (Zhong et al., arXiv 1708.04896) as timm does it, on normalised images.
 
-The boxes are drawn on the host. Their noise is made on the device, from a hash of the image's key and of the place
-in the image, so that it does not depend on the other images of the batch.
+The boxes are drawn on the host. Their noise is made on the device, from a hash of the box's key and of the place in
+the box, so that it does not depend on the other images of the batch.
 
 Shapes: B images, E erased images, P pixels of all boxes, C channels, H rows, W columns.
 """
@@ -46,15 +46,10 @@ class Boxes:
     mode: EraseMode
 
     @property
-    def area_E(self) -> np.ndarray:
-        """Pixels of each box."""
-        return self.height_E * self.width_E
-
-    @property
     def arrays(self) -> dict[str, np.ndarray]:
         """What `erase` needs on the device."""
-        box_E5 = np.stack((self.image_E, self.top_E, self.left_E, self.width_E, self.area_E), axis=1)
-        return {"erase_box_E5": box_E5, "erase_key_E2": self.key_E2}
+        box_5E = np.stack((self.image_E, self.top_E, self.left_E, self.height_E, self.width_E))
+        return {"erase_box_5E": box_5E, "erase_key_2E": self.key_E2.T}
 
 
 class RandomErasing:
@@ -101,35 +96,50 @@ def erase(x_BCHW: Tensor, images: slice, boxes: Boxes, arrays: Mapping[str, Tens
     """Fill the boxes of some images of a batch, in place.
 
     Args:
-        x_BCHW: floating point, normalised.
+        x_BCHW: floating point, normalised, in channels_last memory.
         images: which of the batch, from start to stop.
         boxes: on the host, so that the device need not be asked how many pixels there are.
         arrays: `boxes.arrays` on the device of x.
     """
     part = slice(*np.searchsorted(boxes.image_E, (images.start, images.stop)).tolist())
-    pixels = int(boxes.area_E[part].sum())
+    pixels = int((boxes.height_E[part] * boxes.width_E[part]).sum())
     if pixels == 0:
         return
-    C, _, W = x_BCHW.shape[1:]
-    box_E5, device = arrays["erase_box_E5"][part], x_BCHW.device
-    area_E = box_E5[:, 4]
-    box_of_P = torch.arange(len(box_E5), device=device).repeat_interleave(area_E, output_size=pixels)
-    image_P, top_P, left_P, width_P, end_P = (
-        box_E5.index_copy(1, ..., area_E.cumsum(0)).index_select(0, box_of_P).unbind(1)
-    )
+    device, (C, H, W) = x_BCHW.device, x_BCHW.shape[1:]
+    image_E, top_E, left_E, height_E, width_E = arrays["erase_box_5E"][:, part]
+    area_E = height_E * width_E
+    corner_E = (image_E * H + top_E) * W + left_E
+    before_E = area_E.cumsum(0) - area_E
+
+    box_P = torch.arange(len(area_E), device=device).repeat_interleave(area_E, output_size=pixels)
+    place_P = torch.arange(pixels, device=device) - before_E.index_select(0, box_P)
+    width_P = width_E.index_select(0, box_P)
+    row_P = ((place_P + 0.5) / width_P).long()  # as place // width, which is slow
+    pixel_P = corner_E.index_select(0, box_P) + place_P + row_P * (W - width_P)
+    x_NC = x_BCHW.permute(0, 2, 3, 1).view(-1, C)
+    if boxes.mode == "const":
+        fill_PC = x_NC.new_zeros(pixels, C)
+    else:
+        key0_E, key1_E = arrays["erase_key_2E"][:, part]
+        channel_C1 = torch.arange(C, dtype=torch.int32, device=device)[:, None]
+        counter_CP = (place_P * C).to(torch.int32) + channel_C1
+        fill_PC = hashed_normal(counter_CP, key0_E.index_select(0, box_P), key1_E.index_select(0, box_P)).T
+    x_NC.index_copy_(0, pixel_P, fill_PC.to(x_NC.dtype))
+
+
 def hashed_normal(counter: Tensor, key0: Tensor, key1: Tensor) -> Tensor:
     """Standard normal float32 numbers that are a function of (counter, key0, key1), all int32 and broadcastable.
 
     Two rounds of the 32-bit mixer "lowbias32" (C. Wellons, "Prospecting for hash functions", 2018), one for each
     word of the key; its upper 24 bits go through the inverse of the normal distribution. |number| < 5.4.
     """
-    bits = _mix32(_mix32(counter ^ key0) ^ key1)
-    symmetric = ((bits >> 8).float() + 0.5) * 2.0**-23  # in (-1, 1), exact
-    return torch.erfinv(symmetric) * math.sqrt(2)
+    bits = _mix32_(_mix32_(counter ^ key0).bitwise_xor_(key1))
+    symmetric = (bits >> 8).float().add_(0.5).mul_(2.0**-23)  # in (-1, 1), exact
+    return symmetric.erfinv_().mul_(math.sqrt(2))
 
 
-def _mix32(bits: Tensor) -> Tensor:
-    """A bijection of int32 whose output bits each depend on all input bits; products wrap around."""
-    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D
-    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
-    return bits ^ ((bits >> 16) & 0xFFFF)
+def _mix32_(bits: Tensor) -> Tensor:
+    """A bijection of int32, in place, whose output bits each depend on all input bits; products wrap around."""
+    bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
+    return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))

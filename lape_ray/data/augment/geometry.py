@@ -8,7 +8,7 @@ torch.nn.functional.grid_sample). Results are truncated to uint8, as in Pillow.
 Shears and shifts move whole lines, each by one distance: they gather once and filter along the line. Only rotation
 samples in two dimensions.
 
-Shapes: B images, C channels, H rows, W columns, P = H * W pixels.
+Shapes: B images, C channels, H rows, W columns, N=W+3 pixels that a row is filtered from.
 """
 
 from __future__ import annotations

@@ -15,9 +15,10 @@ def adjust_hue(x_B3HW: Tensor, steps_B: Tensor) -> Tensor:
     Hue and saturation pass through 8 bits, as in Pillow's HSV mode. Float32 and float64 stand where Pillow has
     them, since both are truncated.
     """
-    red, green, blue = x_B3HW.float().unbind(1)
-    value, lowest = x_B3HW.float().amax(1), x_B3HW.float().amin(1)
-    span = value - lowest
+    levels_B3HW = x_B3HW.float()
+    red, green, blue = levels_B3HW.unbind(1)
+    value = levels_B3HW.amax(1)
+    span = value - levels_B3HW.amin(1)
     divisor = span.clamp(min=1)
     from_red, from_green, from_blue = (((value - band) / divisor).double() for band in (red, green, blue))
     sector = torch.where(

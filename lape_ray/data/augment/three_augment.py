@@ -27,9 +27,9 @@ class ThreeAugment:
         choice_u, radius_u = uniform(self.seed, epoch, positions, Stream.THREE_AUGMENT, 2).T
         choice_B = (choice_u * 3).astype(np.int64)
         layer = Layer(len(positions))
+        # Grey is the color factor 0, which the amount is.
         layer.kind_B[:] = np.array([Kind.COLOR, Kind.TABLE, Kind.BLUR])[choice_B]
         low, high = _BLUR_RADIUS
-        layer.amount_B[:] = 0  # the color factor that makes an image grey
         layer.taps_BK[:] = blur_taps(low + (high - low) * radius_u)
         layer.table_BV[:] = solarize_table(np.array([_SOLARIZE_THRESHOLD]))
         return [layer]

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-ABI = 1  # kAbi in module.cpp; both are raised when what one side relies on changes
+ABI = 2  # kAbi in module.cpp; both are raised when what one side relies on changes
 
 Interpolation = Literal["bilinear", "bicubic"]
 FILTERS: dict[str, int] = {"bilinear": 0, "bicubic": 1}
@@ -107,7 +107,7 @@ class Decoder:
         flips_B: Array,
         out_BHW3: Array,
         *,
-        interpolation: Interpolation = "bicubic",
+        interpolation: Interpolation | Array = "bicubic",
         crop_first: bool = True,
         reference: bool = False,
     ) -> Array:
@@ -126,6 +126,7 @@ class Decoder:
             boxes_B4: x, y, width and height of what is taken of each image, in pixels.
             flips_B: whether the result is mirrored horizontally.
             out_BHW3: uint8, C-contiguous; its shape says the size to resize to.
+            interpolation: a name, or for each image (B,) its index in `FILTERS`: 0 bilinear, 1 bicubic.
             crop_first: True: pixels outside the box do not count, as when a crop is resized (torchvision's
                 RandomResizedCrop); boxes are whole numbers. False: the filter reaches past the box, as when a
                 resized image is cropped (Resize, CenterCrop); boxes may be fractions.
@@ -134,11 +135,15 @@ class Decoder:
         Raises:
             ValueError: the arrays do not fit together.
         """
-        if interpolation not in FILTERS:
-            raise ValueError(
-                f"interpolation={interpolation!r} is not known; choose one of {', '.join(FILTERS)}"
-            )
         images = len(offsets_B)
+        if isinstance(interpolation, str):
+            if interpolation not in FILTERS:
+                known = ", ".join(FILTERS)
+                raise ValueError(f"interpolation={interpolation!r} is not known; choose one of {known}")
+            interpolation = np.full(images, FILTERS[interpolation], np.uint8)
+        filters_B = _column("interpolation", interpolation, np.uint8, images)
+        if images and filters_B.max() >= len(FILTERS):
+            raise ValueError(f"interpolation must hold indices from 0 to {len(FILTERS) - 1}")
         if (
             out_BHW3.dtype != np.uint8
             or out_BHW3.ndim != 4
@@ -166,11 +171,11 @@ class Decoder:
             _column("heights", heights_B, np.uint32, images),
             _column("boxes", boxes_B4, np.float64, images, 4),
             _column("flips", flips_B, np.bool_, images),
+            filters_B,
             out_BHW3,
             statuses_B,
             width,
             height,
-            FILTERS[interpolation],
             crop_first,
             reference,
         )

@@ -16,11 +16,10 @@ size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) /
 
 }  // namespace
 
-Status ImageDecoder::decode(const Image& image, const Box& box, bool flip, const Output& output,
-                            uint8_t* out) {
+Status ImageDecoder::decode(const Image& image, const Crop& crop, const Output& output, uint8_t* out) {
   Status status;
   try {
-    status = decode_into(image, box, flip, output, out);
+    status = decode_into(image, crop, output, out);
   } catch (const std::exception&) {  // an allocation failed
     status = Status::no_memory;
   }
@@ -29,8 +28,8 @@ Status ImageDecoder::decode(const Image& image, const Box& box, bool flip, const
   return status;
 }
 
-Status ImageDecoder::decode_into(const Image& image, const Box& box, bool flip, const Output& output,
-                                 uint8_t* out) {
+Status ImageDecoder::decode_into(const Image& image, const Crop& crop, const Output& output, uint8_t* out) {
+  const Box& box = crop.box;
   if (image.mode != kModeJpeg && image.mode != kModeRaw) return Status::bad_mode;
   const uint64_t pixels = uint64_t{image.width} * image.height;
   if (pixels > kMaxPixels) return Status::too_large;
@@ -47,11 +46,11 @@ Status ImageDecoder::decode_into(const Image& image, const Box& box, bool flip, 
     if (part.x != box.x || part.y != box.y || part.width != box.width || part.height != box.height) {
       return Status::bad_box;
     }
-    resizer_.plan(output.filter, part.width, part.height, {0, 0, box.width, box.height}, output.width,
-                  output.height, flip);
+    resizer_.plan(crop.filter, part.width, part.height, {0, 0, box.width, box.height}, output.width,
+                  output.height, crop.flip);
   } else {
     part = {0, 0, image.width, image.height};
-    resizer_.plan(output.filter, image.width, image.height, box, output.width, output.height, flip);
+    resizer_.plan(crop.filter, image.width, image.height, box, output.width, output.height, crop.flip);
   }
   const Taps &across = resizer_.horizontal(), &down = resizer_.vertical();
   part = {part.x + across.low(), part.y + down.low(), across.high() - across.low(), down.high() - down.low()};
@@ -115,8 +114,10 @@ void BatchDecoder::decode(const Batch& batch, const Output& output) {
       const Image image = {batch.file + offset, length,          batch.file_length - offset,
                            batch.modes[i],      batch.widths[i], batch.heights[i]};
       const double* box = batch.boxes + 4 * i;
-      status =
-          decoders_[worker]->decode(image, {box[0], box[1], box[2], box[3]}, batch.flips[i], output, out);
+      const Crop crop = {{box[0], box[1], box[2], box[3]},
+                         batch.flips[i] != 0,
+                         batch.filters[i] ? Filter::bicubic : Filter::bilinear};
+      status = decoders_[worker]->decode(image, crop, output, out);
     } else {
       std::memset(out, 0, bytes);
     }

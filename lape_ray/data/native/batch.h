@@ -25,9 +25,16 @@ struct Image {
   uint32_t width, height;
 };
 
+// What is taken of an image.
+struct Crop {
+  Box box;
+  bool flip;
+  Filter filter;
+};
+
+// What all images of a batch have in common.
 struct Output {
   uint32_t width, height;
-  Filter filter;
   bool crop_first;  // pixels outside the box do not count; the box must then be whole pixels
   bool reference;   // decode with libjpeg's own entropy decoder
 };
@@ -38,10 +45,10 @@ class ImageDecoder {
   explicit ImageDecoder(const ResizeKernels& kernels) : resizer_(kernels) {}
 
   // Writes output.height x output.width x 3 bytes; zeros unless the status is ok.
-  Status decode(const Image& image, const Box& box, bool flip, const Output& output, uint8_t* out);
+  Status decode(const Image& image, const Crop& crop, const Output& output, uint8_t* out);
 
  private:
-  Status decode_into(const Image& image, const Box& box, bool flip, const Output& output, uint8_t* out);
+  Status decode_into(const Image& image, const Crop& crop, const Output& output, uint8_t* out);
   Status resize_jpeg(const Image& image, const Rect& part, bool reference, uint8_t* out);
   void resize_raw(const Image& image, const Rect& part, uint8_t* out);
 
@@ -62,6 +69,7 @@ struct Batch {
   const uint32_t* heights;
   const double* boxes;
   const uint8_t* flips;
+  const uint8_t* filters;
   uint8_t* out;
   int32_t* statuses;
 };

@@ -9,9 +9,10 @@
 #error "the crop decoder needs the headers of libjpeg-turbo (Debian: libjpeg62-turbo-dev)"
 #endif
 
-// The head of libjpeg's interface to an entropy decoder, which jpeglib.h leaves incomplete; it has been the same
-// in every libjpeg-turbo (1.0 to 3.2). Replacing decode_mcu is what lets a crop start at a restart marker:
-// libjpeg's own decoder must read every bit before it, and takes its slow path where a file has markers.
+// The head of libjpeg's interface to an entropy decoder, which jpeglib.h leaves incomplete; it has been the
+// same in every libjpeg-turbo (1.0 to 3.2). Replacing decode_mcu is what lets a crop start at a restart
+// marker: libjpeg's own decoder must read every bit before it, and takes its slow path where a file has
+// markers.
 struct jpeg_entropy_decoder {
   void (*start_pass)(j_decompress_ptr);
   boolean (*decode_mcu)(j_decompress_ptr, JBLOCKROW*);

@@ -19,7 +19,7 @@ namespace {
 using namespace lape;
 
 // Raised with every change of what Python relies on, together with ABI in __init__.py.
-constexpr long kAbi = 1;
+constexpr long kAbi = 2;
 
 constexpr const char* kCapsule = "_lape_ray_native.decoder";
 
@@ -68,16 +68,16 @@ PyObject* decoder(PyObject*, PyObject* args) {
   }
 }
 
-// decode(decoder, file, offsets, lengths, modes, widths, heights, boxes, flips, out, statuses, out_width,
-//        out_height, filter, crop_first, reference)
+// decode(decoder, file, offsets, lengths, modes, widths, heights, boxes, flips, filters, out, statuses,
+//        out_width, out_height, crop_first, reference)
 PyObject* decode(PyObject*, PyObject* args) {
   PyObject* capsule;
-  Buffer file, offsets, lengths, modes, widths, heights, boxes, flips, out, statuses;
+  Buffer file, offsets, lengths, modes, widths, heights, boxes, flips, filters, out, statuses;
   unsigned int out_width, out_height;
-  int filter, crop_first, reference;
-  if (!PyArg_ParseTuple(args, "Oy*y*y*y*y*y*y*y*w*w*IIipp", &capsule, &file.view, &offsets.view,
+  int crop_first, reference;
+  if (!PyArg_ParseTuple(args, "Oy*y*y*y*y*y*y*y*y*w*w*IIpp", &capsule, &file.view, &offsets.view,
                         &lengths.view, &modes.view, &widths.view, &heights.view, &boxes.view, &flips.view,
-                        &out.view, &statuses.view, &out_width, &out_height, &filter, &crop_first,
+                        &filters.view, &out.view, &statuses.view, &out_width, &out_height, &crop_first,
                         &reference)) {
     return nullptr;
   }
@@ -96,6 +96,7 @@ PyObject* decode(PyObject*, PyObject* args) {
   if (!heights.holds(images, sizeof(uint32_t))) return wrong_size("heights");
   if (!boxes.holds(images, 4 * sizeof(double))) return wrong_size("boxes");
   if (!flips.holds(images, 1)) return wrong_size("flips");
+  if (!filters.holds(images, 1)) return wrong_size("filters");
   if (!statuses.holds(images, sizeof(int32_t))) return wrong_size("statuses");
   if (out_width == 0 || out_height == 0 || out_width > 65535 || out_height > 65535 ||
       !out.holds(images, size_t{3} * out_width * out_height)) {
@@ -111,10 +112,10 @@ PyObject* decode(PyObject*, PyObject* args) {
                        heights.as<uint32_t>(),
                        boxes.as<double>(),
                        flips.as<uint8_t>(),
+                       filters.as<uint8_t>(),
                        out.as<uint8_t>(),
                        statuses.as<int32_t>()};
-  const Output output = {out_width, out_height, filter ? Filter::bicubic : Filter::bilinear, crop_first != 0,
-                         reference != 0};
+  const Output output = {out_width, out_height, crop_first != 0, reference != 0};
   Py_BEGIN_ALLOW_THREADS;
   handle->decoder.decode(batch, output);
   Py_END_ALLOW_THREADS;
