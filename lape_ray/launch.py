@@ -33,7 +33,7 @@ from ray.train import (
 
 from lape_ray import storage, tracking
 from lape_ray.checkpoint import differences
-from lape_ray.config import TrainConfig, from_dict, replace_fields, to_dict
+from lape_ray.config import TrainConfig, flatten, from_dict, replace_fields, to_dict
 from lape_ray.preflight import check_before_start
 from lape_ray.train import train
 
@@ -79,21 +79,21 @@ def fit(config: TrainConfig) -> FitResult:
     config = _with_absolute_paths(replace_fields(config, {"run.name": name}))
     uri = tracking.tracking_uri(config)
     root = config.run.storage or str(storage.home() / "runs")
-    record = storage.join(root, name, RECORD)
+    folder, record = storage.join(root, name), storage.join(root, name, RECORD)
     check_before_start(config, storage_root=root, tracking_uri=uri)
-    earlier = _earlier_run(config, record)
+    earlier = _earlier_run(config, folder, record)
     with _connected():
         use_gpu = _use_gpu(config)
         _wait_for_resources(config, use_gpu, uri)
         run_id = _open_mlflow_run(config, uri, earlier)
         _write_record(record, config, run_id, finished=False)
-        print(f"run {name}  storage {storage.join(root, name)}", flush=True)
+        print(f"run {name}  storage {folder}", flush=True)
         print(f"MLflow run {run_id}: {tracking.ui_command(uri)}", flush=True)
         with _status_of(uri, run_id):
             result = _trainer(config, root, uri, run_id, use_gpu).fit()
             best, metrics = _best(result)
-            with best.as_directory() as folder:
-                tracking.log_model(uri, run_id, Path(folder), metrics)
+            with best.as_directory() as files:
+                tracking.log_model(uri, run_id, Path(files), metrics)
             _write_record(record, config, run_id, finished=config.run.stop_after_epochs is None)
     address = best.path if not storage.is_remote(root) else f"{root.partition('://')[0]}://{best.path}"
     return FitResult(name=name, metrics=metrics, checkpoint=address, mlflow_run_id=run_id, tracking_uri=uri)
@@ -101,17 +101,19 @@ def fit(config: TrainConfig) -> FitResult:
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Workers run in other directories, so that a relative path would mean another file there."""
-    names = ("data.train", "data.val", "run.storage", "run.init_from")
-    flat = {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in names}
-    return replace_fields(config, {name: storage.absolute(path) for name, path in flat.items() if path})
+    flat = flatten(config)
+    paths = {
+        name: flat[name] for name in ("data.train", "data.val", "run.storage", "run.init_from") if flat[name]
+    }
+    return replace_fields(config, {name: storage.absolute(path) for name, path in paths.items()})
 
 
-def _earlier_run(config: TrainConfig, record: str) -> dict[str, Any] | None:
+def _earlier_run(config: TrainConfig, folder: str, record: str) -> dict[str, Any] | None:
     """The record of an unfinished run of this name; refuses a finished one and one of another config."""
     if not storage.exists(record):
         return None
     if config.run.overwrite:
-        storage.delete_folder(record.removesuffix(f"/{RECORD}"))
+        storage.delete_folder(folder)
         return None
     earlier: dict[str, Any] = json.loads(storage.read_text(record))
     name = config.run.name

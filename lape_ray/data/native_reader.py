@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from lape_ray.config import DataConfig
-from lape_ray.data.augment.draws import uniform
+from lape_ray.data.augment.draws import Stream, uniform
 from lape_ray.data.beton import ALLOCATION, HEADER, read_records
 from lape_ray.data.native import FILTERS, Decoder, center_crops, check, flips, random_resized_crops
 
 BATCHES_AHEAD = 2
-INTERPOLATION_STREAM = 7  # of the keyed draws: which filter an image is resized with
 
 
 class NativeReader:
@@ -99,7 +98,7 @@ class NativeReader:
             )
             flips_B = flips(self.seed, epoch, positions_B, data.flip)
             if data.interpolation == "random":
-                chance_B = uniform(self.seed, epoch, positions_B, INTERPOLATION_STREAM, 1)[:, 0]
+                chance_B = uniform(self.seed, epoch, positions_B, Stream.INTERPOLATION, 1)[:, 0]
                 filters_B = np.where(chance_B < 0.5, FILTERS["bicubic"], FILTERS["bilinear"])
         else:
             resize = max(side, math.floor(side / data.eval_crop))

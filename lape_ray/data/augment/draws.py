@@ -37,6 +37,7 @@ class Stream(IntEnum):
     COLOR_JITTER = 4
     THREE_AUGMENT = 5
     MIXUP = 6
+    INTERPOLATION = 7
 
 
 def philox4x32(counter: Sequence[np.ndarray | np.uint64], key: tuple[int, int]) -> np.ndarray:
