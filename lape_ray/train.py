@@ -27,6 +27,7 @@ from lape_ray.config import DataConfig, TrainConfig
 from lape_ray.data.augment import Augment, AugmentSpec, build_augment
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.mixup import Mixer
+from lape_ray.data.parallel import usable_cpus
 from lape_ray.distill import load_teacher, training_loss
 from lape_ray.metrics import EvalCounts, Speed, duration
 from lape_ray.model import VisionTransformer, build_model, resolve
@@ -188,8 +189,8 @@ def autocast_for(config: TrainConfig, device: torch.device) -> Callable[[], Abst
 
 
 def available_cpus() -> int:
-    """CPUs this process may use: Ray's or torchrun's thread limit, else the CPUs it is pinned to."""
-    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    """CPUs this process may use: Ray's or torchrun's thread limit, else what `usable_cpus` finds."""
+    return int(os.environ.get("OMP_NUM_THREADS") or usable_cpus())
 
 
 def micro_step(

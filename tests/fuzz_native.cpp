@@ -24,7 +24,7 @@
 namespace {
 
 using namespace lape;
-using Bytes = std::vector<uint8_t>;
+using Content = std::vector<uint8_t>;
 
 std::mt19937_64 random_bits;
 
@@ -34,7 +34,7 @@ uint64_t between(uint64_t low, uint64_t high) {
 }
 
 // Where the frame header's height begins, or 0.
-size_t find_size(const Bytes& data) {
+size_t find_size(const Content& data) {
   for (size_t at = 2; at + 9 < data.size() && data[at] == 0xFF;) {
     const uint8_t marker = data[at + 1];
     if (marker >= 0xC0 && marker <= 0xC2) return at + 5;
@@ -43,7 +43,7 @@ size_t find_size(const Bytes& data) {
   return 0;
 }
 
-void mutate(Bytes& data) {
+void mutate(Content& data) {
   if (data.empty()) return;
   const size_t at = between(0, data.size() - 1);
   switch (between(0, 9)) {
@@ -126,11 +126,11 @@ int main(int argc, char** argv) {
   if (argc < 4) return 2;
   const uint64_t count = std::strtoull(argv[1], nullptr, 10);
   random_bits.seed(std::strtoull(argv[2], nullptr, 10));
-  std::vector<Bytes> seeds;
+  std::vector<Content> seeds;
   for (int i = 3; i < argc; ++i) {
     std::ifstream file(argv[i], std::ios::binary);
     seeds.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
-    Bytes marked;
+    Content marked;
     if (add_restart_markers(seeds.back().data(), seeds.back().size(), 4, marked) == Status::ok) {
       seeds.push_back(marked);
     }
@@ -139,7 +139,7 @@ int main(int argc, char** argv) {
   ImageDecoder fast(ResizeKernels::best()), portable(ResizeKernels::portable());
   std::array<uint64_t, std::size(kStatusTexts)> decoded = {}, transcoded = {};
   for (uint64_t input = 0; input < count; ++input) {
-    Bytes data = seeds[between(0, seeds.size() - 1)];
+    Content data = seeds[between(0, seeds.size() - 1)];
     for (uint64_t n = between(0, 3); n; --n) mutate(data);
     Image image = {};
     image.mode = between(0, 9) == 0 ? kModeRaw : kModeJpeg;
@@ -154,14 +154,14 @@ int main(int argc, char** argv) {
     if (uint64_t{image.width} * image.height > 8'000'000) continue;  // allowed, but slow under a sanitizer
     const std::unique_ptr<uint8_t[]> exact(new uint8_t[data.size()]);
     std::copy(data.begin(), data.end(), exact.get());
-    image.data = exact.get();
-    image.length = image.readable = data.size();
+    image.bytes.data = exact.get();
+    image.bytes.length = image.bytes.readable = data.size();
 
     const uint32_t out_width = between(1, 40), out_height = between(1, 40);
     const Output output = {out_width, out_height, between(0, 1) == 0, between(0, 7) == 0};
     const Crop crop = {random_box(image.width, image.height, output.crop_first), between(0, 1) == 0,
                        between(0, 1) ? Filter::bicubic : Filter::bilinear};
-    Bytes first(size_t{3} * out_width * out_height), second(first.size());
+    Content first(size_t{3} * out_width * out_height), second(first.size());
     const Status status = fast.decode(image, crop, output, first.data());
     ++decoded[static_cast<size_t>(status)];
     if (portable.decode(image, crop, output, second.data()) != status || first != second) {
@@ -169,8 +169,8 @@ int main(int argc, char** argv) {
       return 1;
     }
     if (image.mode == kModeJpeg) {
-      Bytes out;
-      ++transcoded[static_cast<size_t>(add_restart_markers(image.data, image.length, between(1, 9), out))];
+      Content out;
+      ++transcoded[static_cast<size_t>(add_restart_markers(image.bytes.data, image.bytes.length, between(1, 9), out))];
     }
   }
   for (size_t i = 0; i < decoded.size(); ++i) {

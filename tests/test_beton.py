@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lape_ray.data import beton
-from lape_ray.data.beton import Manifest, check_beton, manifest_path, read_records, write_beton
+from lape_ray.data.beton import Manifest, check_beton, manifest_path, read_contents, write_beton
+from lape_ray.data.beton import format as layout
+from lape_ray.data.native import crc32c
 from lape_ray.data.sources import ImageFolder, digits, image_folder, open_source, select
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,25 +55,26 @@ def folder(tmp_path: Path) -> Path:
 
 def contents(path: Path) -> list[bytes]:
     """The stored bytes of every image, in order."""
-    whole = path.read_bytes()
-    header = np.frombuffer(whole, beton.HEADER, 1)[0]
-    table = np.frombuffer(whole, beton.ALLOCATION, int(header["num_samples"]), int(header["alloc_table_ptr"]))
-    return [whole[int(start) : int(start) + int(size)] for _, start, size in table]
+    whole, contents = path.read_bytes(), read_contents(path)
+    starts = contents.images_N["data_ptr"].tolist()
+    return [
+        whole[start : start + size] for start, size in zip(starts, contents.lengths_N.tolist(), strict=True)
+    ]
 
 
 def test_layout_is_ffcvs() -> None:
     from ffcv import types
     from ffcv.fields import IntField, RGBImageField
 
-    assert types.HeaderType.fields == beton.HEADER.fields
-    assert types.FieldDescType.itemsize == beton.FIELD.itemsize
-    assert types.ALLOC_TABLE_TYPE == beton.ALLOCATION
+    assert types.HeaderType.fields == layout.HEADER.fields
+    assert types.FieldDescType.itemsize == layout.FIELD.itemsize
+    assert types.ALLOC_TABLE_TYPE == layout.ALLOCATION
     records = types.get_metadata_type([RGBImageField(), IntField()])
-    assert records.itemsize == beton.RECORD.itemsize
+    assert records.itemsize == layout.RECORD.itemsize
     assert [records.fields[name][1] for name in records.names] == [
-        beton.RECORD.fields[name][1] for name in ("image", "label")
+        layout.RECORD.fields[name][1] for name in ("image", "label")
     ]
-    assert records[0] == beton.IMAGE
+    assert records[0] == layout.IMAGE
 
 
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "process_cache"])
@@ -124,7 +126,9 @@ def test_auto_keeps_what_it_can(folder: Path, tmp_path: Path) -> None:
     manifest = write_beton(source, tmp_path / "x.beton", workers=1)
     stored = contents(tmp_path / "x.beton")
     assert manifest.stored == {"jpeg": 3, "original_jpeg": 2, "raw": 1}
-    assert stored[:2] == [source.encoded(0), source.encoded(1)]
+    for i in (0, 1):  # a restart marker after every fourth MCU, and the same pixels
+        assert b"\xff\xdd\x00\x04\x00\x04" in stored[i]
+        assert Image.open(io.BytesIO(stored[i])).tobytes() == source.read(i).tobytes()
     for i in (2, 3, 4):  # grey, CMYK and a large PNG
         image = Image.open(io.BytesIO(stored[i]))
         assert (image.format, image.mode) == ("JPEG", "RGB")
@@ -150,7 +154,7 @@ def test_modes(folder: Path, tmp_path: Path) -> None:
 def test_resize_bounds_the_longest_side(folder: Path, tmp_path: Path) -> None:
     source, path = image_folder(folder), tmp_path / "x.beton"
     manifest = write_beton(source, path, mode="raw", max_size=90, workers=1)
-    records = read_records(path)["image"]
+    records = read_contents(path).images_N
     assert list(zip(records["width"], records["height"], strict=True)) == [
         (90, 68), (68, 90), (90, 68), (90, 68), (63, 90), (64, 40)
     ]  # fmt: skip
@@ -178,10 +182,10 @@ def test_no_image_crosses_a_page(tmp_path: Path) -> None:
         (tmp_path / "images" / name).mkdir(parents=True)
         noise(1000, 1100).save(tmp_path / "images" / name / "x.png")
     write_beton(image_folder(tmp_path / "images"), tmp_path / "x.beton", mode="raw", workers=1)
-    records = read_records(tmp_path / "x.beton")["image"]
-    first, last = records["data_ptr"], records["data_ptr"] + 3 * 1000 * 1100 - 1
-    assert np.array_equal(first // beton.PAGE_BYTES, last // beton.PAGE_BYTES)
-    assert len(np.unique(first // beton.PAGE_BYTES)) > 1
+    records = read_contents(tmp_path / "x.beton").images_N
+    first, last = records["data_ptr"], records["data_ptr"] + 3 * 1000 * 1100 + 3  # with the checksum
+    assert np.array_equal(first // layout.PAGE_BYTES, last // layout.PAGE_BYTES)
+    assert len(np.unique(first // layout.PAGE_BYTES)) > 1
 
 
 def damage(folder: Path) -> None:
@@ -208,8 +212,8 @@ def test_skip_lists_what_it_leaves_out(folder: Path, tmp_path: Path) -> None:
     assert (manifest.num_samples, manifest.class_counts) == (4, (3, 1))
     assert [Path(name).name for name, _ in manifest.skipped] == ["0_444.jpg", "5_small.png"]
     assert all(name in reason for name, reason in manifest.skipped)
-    assert read_records(path)["label"].tolist() == [0, 0, 0, 1]
-    assert contents(path)[0] == source.encoded(1)
+    assert read_contents(path).labels_N.tolist() == [0, 0, 0, 1]
+    assert Image.open(io.BytesIO(contents(path)[0])).tobytes() == source.read(1).tobytes()
     assert check_beton(path, deep=True, workers=1) == manifest == Manifest.load(path)
     for file in folder.rglob("*.*"):
         file.write_bytes(b"no image")
@@ -233,7 +237,7 @@ def test_death_of_a_process_is_an_error(folder: Path, tmp_path: Path) -> None:
     source = Deadly(**{field.name: getattr(good, field.name) for field in dataclasses.fields(good)})
     with pytest.raises(OSError, match="a process died"):
         write_beton(source, tmp_path / "out" / "x.beton", workers=2)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "out").iterdir()) == []  # nothing was written before it
 
 
 def test_bad_options(folder: Path, tmp_path: Path) -> None:
@@ -244,6 +248,8 @@ def test_bad_options(folder: Path, tmp_path: Path) -> None:
         ({"max_size": 0}, "max_size=0"),
         ({"raw_share": 2}, "raw_share=2"),
         ({"on_error": "ignore"}, "on_error='ignore'"),
+        ({"markers": -1}, "markers=-1 is out of range"),
+        ({"shards": 7}, "shards=7 is out of range; it must be from 1 to the 6 samples"),
     ):
         with pytest.raises(ValueError, match=message):
             write_beton(source, path, **options)
@@ -268,12 +274,10 @@ def copy(digits_beton: Path, tmp_path: Path) -> Path:
 
 
 def test_check_finds_missing_and_truncated_files(copy: Path, tmp_path: Path) -> None:
-    assert check_beton(copy, num_classes=10).num_samples == 300
-    assert check_beton(copy, num_classes=1000, deep=True, workers=1).class_counts == (30,) * 10
+    assert check_beton(copy).num_samples == 300
+    assert check_beton(copy, deep=True, workers=1).class_counts == (30,) * 10
     with pytest.raises(FileNotFoundError, match=r"absent\.beton is missing; write it"):
         check_beton(tmp_path / "absent.beton")
-    with pytest.raises(ValueError, match=r"labels from 0 to 9, outside 0\.\.4.*set model\.num_classes=10"):
-        check_beton(copy, num_classes=5)
     whole = copy.read_bytes()
     for kept in (len(whole) - 1, len(whole) // 2, 100, 0):
         copy.write_bytes(whole[:kept])
@@ -311,8 +315,12 @@ def test_check_finds_bad_contents(copy: Path) -> None:
     with pytest.raises(ValueError, match="is truncated"):
         check_beton(copy)
     copy.write_bytes(whole)
-    overwrite(copy, beton.RECORDS_START + 16, (-3).to_bytes(8, "little", signed=True))  # the first label
+    overwrite(copy, layout.RECORDS_START + 16, (-3).to_bytes(8, "little", signed=True))  # the first label
     with pytest.raises(ValueError, match=r"labels from -3 to 9, outside 0\.\.9"):
+        check_beton(copy)
+    copy.write_bytes(whole)
+    overwrite(copy, layout.RECORDS_START + 16, (9).to_bytes(8, "little"))  # a label that could be true
+    with pytest.raises(ValueError, match="its tables of labels and places are not those of its manifest"):
         check_beton(copy)
     copy.write_bytes(whole)
     overwrite(copy, len(whole) // 2, bytes([whole[len(whole) // 2] ^ 1]))
@@ -324,21 +332,30 @@ def test_check_finds_bad_contents(copy: Path) -> None:
 def test_deep_check_decodes(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.beton"
     write_beton(image_folder(folder), path, workers=1)
-    whole = path.read_bytes()
-    start = int(read_records(path)["image"]["data_ptr"][1])
+    whole, found = path.read_bytes(), read_contents(path)
+    start, size = int(found.images_N["data_ptr"][1]), int(found.lengths_N[1])
 
-    def check_with(offset: int, data: bytes) -> None:
+    def check_with(offset: int, data: bytes, *, checksum: bool = True) -> None:
+        """With hashes that agree, as those of a file that was written wrong would."""
         path.write_bytes(whole)
         overwrite(path, offset, data)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        dataclasses.replace(Manifest.load(path), sha256=sha256).save(path)
+        if checksum:
+            image = path.read_bytes()[start : start + size]
+            overwrite(path, start + size, crc32c(image).to_bytes(4, "little"))
+        hashes = {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "tables_sha256": layout.tables_sha256(*layout.read_tables(path)),
+        }
+        dataclasses.replace(Manifest.load(path), **hashes).save(path)
         check_beton(path, deep=True, workers=1)
 
     check_with(start, b"\xff\xd8")  # as it is
     with pytest.raises(ValueError, match="image 1 cannot be read"):
         check_with(start, b"\x00\x00")
+    with pytest.raises(ValueError, match="image 1 does not agree with its checksum"):
+        check_with(start + size - 9, b"\x00\x00", checksum=False)
     with pytest.raises(ValueError, match="image 1 is not as its record says"):
-        check_with(beton.RECORDS_START + beton.RECORD.itemsize + 1, b"\x05\x00")  # the width
+        check_with(layout.RECORDS_START + layout.RECORD.itemsize + 1, b"\x05\x00")  # the width
 
 
 def run_job(*arguments: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from lape_ray.config import DataConfig
-from lape_ray.data.beton import ALLOCATION, HEADER, Manifest, read_records, write_beton
+from lape_ray.data.beton import Manifest, read_contents, write_beton
 from lape_ray.data.loader import build_loader, train_keys
 from lape_ray.data.sources import Source, image_folder
 
@@ -59,14 +59,11 @@ def test_evaluation_delivers_every_image_once(data: DataConfig, world_size: int,
 def test_evaluation_is_torchvisions_resize_and_crop(data: DataConfig) -> None:
     """Bit for bit with Pillow, from the stored pixels."""
     transform = v2.Compose([v2.Resize(int(SIDE / 0.875), v2.InterpolationMode.BICUBIC), v2.CenterCrop(SIDE)])
-    path = Path(data.val)
-    records, content = read_records(path)["image"], path.read_bytes()
-    table = np.frombuffer(
-        content, ALLOCATION, 37, int(np.frombuffer(content, HEADER, 1)[0]["alloc_table_ptr"])
-    )
+    contents, content = read_contents(data.val), Path(data.val).read_bytes()
     images = torch.cat([images for images, _ in epoch_of(data, "val")])
-    for image, record, entry in zip(images, records, table, strict=True):
-        stored = content[entry["ptr"] : entry["ptr"] + entry["size"]]
+    for image, record, size in zip(images, contents.images_N, contents.lengths_N, strict=True):
+        start = int(record["data_ptr"])
+        stored = content[start : start + int(size)]
         if record["mode"] == 1:
             picture = Image.frombytes("RGB", (record["width"], record["height"]), stored)
         else:
@@ -131,12 +128,10 @@ def test_leaving_early_leaves_no_thread(data: DataConfig) -> None:
 def damaged(data: DataConfig, tmp_path: Path) -> Iterator[DataConfig]:
     """The fourth image's bytes are zeros; the manifest's size still agrees."""
     path = tmp_path / "damaged.beton"
-    content = bytearray(Path(data.train).read_bytes())
-    table = int(np.frombuffer(content, HEADER, 1)[0]["alloc_table_ptr"])
-    entries = np.frombuffer(bytes(content), ALLOCATION, 37, table)
-    jpegs = np.flatnonzero(read_records(data.train)["image"]["mode"] == 0)
-    entry = entries[jpegs[3]]
-    content[int(entry["ptr"]) : int(entry["ptr"] + entry["size"])] = bytes(int(entry["size"]))
+    content, contents = bytearray(Path(data.train).read_bytes()), read_contents(data.train)
+    bad = np.flatnonzero(contents.images_N["mode"] == 0)[3]
+    start, size = int(contents.images_N["data_ptr"][bad]), int(contents.lengths_N[bad])
+    content[start : start + size] = bytes(size)
     path.write_bytes(content)
     Manifest.load(data.train).save(path)
     yield dataclasses.replace(data, train=str(path), val=str(path))
@@ -144,7 +139,7 @@ def damaged(data: DataConfig, tmp_path: Path) -> Iterator[DataConfig]:
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_damaged_image_is_named_and_not_black(damaged: DataConfig, split: str) -> None:
-    jpegs = np.flatnonzero(read_records(damaged.train)["image"]["mode"] == 0)
+    jpegs = np.flatnonzero(read_contents(damaged.train).images_N["mode"] == 0)
     with pytest.raises(
         ValueError, match=rf"1 of \d+ images cannot be read: .*damaged\.beton image {jpegs[3]}: "
     ):

@@ -180,6 +180,16 @@ class BatchLoader(Loader):
         )
         torch.set_num_threads(torch_threads)  # FFCV sets torch's threads to its own
         self.labels_N = np.ascontiguousarray(self.reader.metadata["f1"])
+        self._decoder = decoder
+
+    @property
+    def image_size(self) -> int:
+        """Side of the delivered square in pixels; the next pass asks for it, without compiling anew."""
+        return self._decoder.side
+
+    @image_size.setter
+    def image_size(self, side: int) -> None:
+        self._decoder.side = side
 
     def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> BatchIterator:
         """One pass over the samples of `keys_N` (int64; see SEED_BIT), the last batch short.

@@ -9,21 +9,18 @@ Shape suffixes: N samples of a pass, B of a batch, H and W pixels, C channels.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
 from lape_ray.config import DataConfig
-from lape_ray.data.beton import Manifest, check_beton
+from lape_ray.data.beton import Manifest, check_beton, set_files
+from lape_ray.data.parallel import usable_cpus
 
-if TYPE_CHECKING:
-    from lape_ray.data.ffcv_pipeline import BatchLoader
-    from lape_ray.data.native_reader import NativeReader
-
+INDEX_MASK = 0xFFFFFFFF  # of a key: the sample's index
 ORDER_STREAM = 1  # first word of the seed, which keeps these draws apart from mixup's
 
 
@@ -53,6 +50,39 @@ def rank_part(keys_N: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     return keys_N[rank::world_size]
 
 
+class Reader(Protocol):
+    """What a backend is: passes over one file's or set's images, in orders that the caller gives.
+
+    Attributes:
+        labels_N: int64, of every image
+        batch_size: images of a batch
+        image_size: side of the square that is delivered, in pixels; may be set between passes
+        reuses_buffers: whether a batch is overwritten once later ones are asked for
+    """
+
+    labels_N: np.ndarray
+    batch_size: int
+    image_size: int
+    reuses_buffers: bool
+
+    def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> Batches:
+        """A pass over the samples of `keys_N`, the last batch short.
+
+        `positions_N`, each sample's place in the epoch's order over all ranks, or the keys' high bits say
+        what is drawn for it. ValueError names images that cannot be read.
+        """
+
+
+class Batches(Protocol):
+    """An iterator of uint8 (B, H, W, 3); its threads end with `close`."""
+
+    def __iter__(self) -> Iterator[np.ndarray]: ...
+
+    def __next__(self) -> np.ndarray: ...
+
+    def close(self) -> None: ...
+
+
 class Loader:
     """One rank's batches of a split; made once for a run by `build_loader`.
 
@@ -63,7 +93,7 @@ class Loader:
 
     def __init__(
         self,
-        reader: BatchLoader | NativeReader,
+        reader: Reader,
         manifest: Manifest,
         *,
         split: Literal["train", "val"],
@@ -102,43 +132,78 @@ class Loader:
         """Batches of an epoch on this rank. Evaluation: ranks may differ by one, and the last batch is short."""
         return self._length
 
-    def epoch(self, epoch: int) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
+    def epoch(
+        self, epoch: int, *, start: int = 0, image_size: int | None = None
+    ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         """The batches of one epoch: images uint8 (B, 3, H, W), channels last in memory, and labels int64 (B,).
 
         They are the caller's to keep. What goes wrong in the loader's thread is raised here, and the thread
         ends with the loop, however that ends (close the generator if it is not in a `for`).
+
+        Args:
+            start: batches to leave out at the beginning; those that follow are what they would have been.
+            image_size: side of this epoch's images in pixels, and of those that follow; None: as before.
         """
         keys_N = self.keys(epoch)
-        if len(keys_N) == 0:  # more ranks than images
-            return
-        labels_N = torch.from_numpy(self.labels_N[keys_N & 0xFFFFFFFF])
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start={start} must be from 0 to the {len(self)} batches of an epoch")
+        self.reader.image_size = image_size or self.reader.image_size
         positions_N = self.rank + self.world_size * np.arange(len(keys_N))
+        rest = slice(start * self.reader.batch_size, None)
+        keys_N, positions_N = keys_N[rest], positions_N[rest]
+        if len(keys_N) == 0:  # nothing is left, or there are more ranks than images
+            return
+        labels_N = torch.from_numpy(self.labels_N[keys_N & INDEX_MASK])
         batches = self.reader.batches(keys_N, positions_N, epoch)
         try:
-            for images_BHWC, labels_B in zip(batches, labels_N.split(self.reader.batch_size), strict=True):
-                yield from self._to_device(torch.from_numpy(images_BHWC).permute(0, 3, 1, 2), labels_B)
+            pairs = zip(batches, labels_N.split(self.reader.batch_size), strict=True)
+            host = ((torch.from_numpy(images).permute(0, 3, 1, 2), labels) for images, labels in pairs)
+            if self.device.type == "cpu":
+                for images_BCHW, labels_B in host:
+                    yield images_BCHW.clone() if self.reader.reuses_buffers else images_BCHW, labels_B
+            else:
+                yield from to_gpu(host, self.device)
         finally:
             batches.close()
 
-    def _to_device(
-        self, images_BCHW: torch.Tensor, labels_B: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield one batch that does not share memory with the loader's ring of buffers."""
-        if self.device.type == "cpu":
-            yield images_BCHW.clone() if self.reader.reuses_buffers else images_BCHW, labels_B
+
+def to_gpu(
+    host: Iterator[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of the pairs of `host` on `device`; each is made while the caller works on the one before.
+
+    The copies run on a stream of their own, so that they overlap with the caller's kernels, which wait for theirs.
+    The next pair is taken from `host`, which may then write over the memory of the one before, only when that has
+    been copied. Images must be in pinned memory.
+    """
+    side = torch.cuda.Stream(device)
+    ready: tuple[torch.Tensor, torch.Tensor] | None = None
+    copied: torch.cuda.Event | None = None
+    while True:
+        if copied is not None:
+            copied.synchronize()  # the copy has had the time of a whole step
+        pair = next(host, None)
+        nxt, event = None, None
+        if pair is not None:
+            images_BCHW, labels_B = pair
+            with torch.cuda.stream(side):
+                nxt = (
+                    images_BCHW.to(device, non_blocking=True),
+                    labels_B.pin_memory().to(device, non_blocking=True),
+                )
+                event = torch.cuda.Event()
+                event.record(side)
+        if ready is not None:
+            yield ready
+        if nxt is None or event is None:
             return
-        # The buffer is pinned, so the copy runs behind the host. The loader takes the buffer back when it is
-        # asked for the next batch: only then must the copy be over, and the step's kernels hide the wait.
-        batch = (
-            images_BCHW.to(self.device, non_blocking=True),
-            labels_B.pin_memory().to(self.device, non_blocking=True),
-        )
-        copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(self.device))
-        try:
-            yield batch
-        finally:
-            copied.synchronize()
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(event)
+        for tensor in nxt:
+            tensor.record_stream(
+                stream
+            )  # its memory is not given to the next copy while the caller's kernels run
+        ready, copied = nxt, event
 
 
 def build_loader(
@@ -164,7 +229,8 @@ def build_loader(
         accumulate: batches of an optimizer step, for each rank.
         seed: of order, crops and flips. All ranks must pass the same.
         device: where batches are delivered. On a GPU, the current stream's work is respected.
-        threads: decoding threads where `data.threads` does not say; None: the CPUs this process may use.
+        threads: decoding threads where `data.threads` does not say; None: the CPUs this process may use, within
+            what it is pinned to and its container's share.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing, damaged, or holds fewer images than one step.
@@ -173,8 +239,8 @@ def build_loader(
     if not path:
         raise ValueError(f"data.{split} is empty; give the path of a .beton (jobs/write_beton.py makes one)")
     manifest = check_beton(path)
-    threads = data.threads or threads or len(os.sched_getaffinity(0))
-    reader: BatchLoader | NativeReader
+    threads = data.threads or threads or usable_cpus()
+    reader: Reader
     if data.backend == "native":
         from lape_ray.data.native_reader import NativeReader  # needs the compiled decoder
 
@@ -189,6 +255,11 @@ def build_loader(
             pin_memory=torch.device(device).type == "cuda",
         )
     else:
+        if len(files := set_files(path)) > 1:
+            raise ValueError(
+                f"{path} is a set of {len(files)} files; FFCV's loader reads one: set data.backend=native, or write "
+                "a single file"
+            )
         pipeline = _import_pipeline()
         if split == "train":
             decoder = pipeline.random_crop(image_size, data.crop_scale, data.crop_ratio, data.flip)

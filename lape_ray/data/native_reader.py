@@ -6,9 +6,11 @@ Shape suffixes: N samples of a pass, B of a batch, S the side of a crop in pixel
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,14 +18,18 @@ import torch
 
 from lape_ray.config import DataConfig
 from lape_ray.data.augment.draws import Stream, uniform
-from lape_ray.data.beton import ALLOCATION, HEADER, read_records
+from lape_ray.data.beton import read_contents
 from lape_ray.data.native import FILTERS, Decoder, center_crops, check, flips, random_resized_crops
 
 BATCHES_AHEAD = 2
 
 
 class NativeReader:
-    """One file's images; a pass decodes ahead in a thread of its own, which ends with the pass."""
+    """Images of one .beton or set; a pass decodes ahead in a thread of its own, which ends with the pass.
+
+    The files are read by position, not mapped: they stay open, so that another file of that name does not matter,
+    and one that is cut short or changed in place is an error that names it.
+    """
 
     reuses_buffers = False
 
@@ -39,18 +45,14 @@ class NativeReader:
         seed: int,
         pin_memory: bool,
     ) -> None:
-        records_N = read_records(path)
-        self.path, self.data, self.split = path, data, split
-        self.image_size, self.batch_size, self.seed, self.pin_memory = (
-            image_size,
-            batch_size,
-            seed,
-            pin_memory,
-        )
-        self.labels_N = np.ascontiguousarray(records_N["label"])
-        self.images_N = np.ascontiguousarray(records_N["image"])
-        self.lengths_N = _lengths(path, self.images_N["data_ptr"])
-        self.file = np.memmap(path, np.uint8, "r")
+        self.contents = read_contents(path)
+        self.data, self.split = data, split
+        self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
+        self.pin_memory = pin_memory
+        self.labels_N = self.contents.labels_N
+        self.files = [file.open("rb", buffering=0) for file in self.contents.files]
+        self.descriptors = np.array([file.fileno() for file in self.files], np.int32)
+        self.states = [_state(descriptor) for descriptor in self.descriptors]
         self.decoder = Decoder(threads)
 
     def batches(
@@ -62,15 +64,16 @@ class NativeReader:
             positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
 
         Raises:
-            ValueError: images cannot be read; names them by their index in the file.
+            ValueError: images cannot be read, or a file was changed; names them.
         """
         pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
         pending: deque[Future[np.ndarray]] = deque()
         index_N = keys_N & 0xFFFFFFFF
+        side = self.image_size
         try:
             for start in range(0, len(index_N), self.batch_size):
                 part = slice(start, start + self.batch_size)
-                pending.append(pool.submit(self._decode, index_N[part], positions_N[part], epoch))
+                pending.append(pool.submit(self._decode, index_N[part], positions_N[part], epoch, side))
                 if len(pending) > BATCHES_AHEAD:
                     yield pending.popleft().result()
             while pending:
@@ -78,8 +81,9 @@ class NativeReader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _decode(self, index_B: np.ndarray, positions_B: np.ndarray, epoch: int) -> np.ndarray:
-        side, data, images_B = self.image_size, self.data, self.images_N[index_B]
+    def _decode(self, index_B: np.ndarray, positions_B: np.ndarray, epoch: int, side: int) -> np.ndarray:
+        data, contents = self.data, self.contents
+        images_B = contents.images_N[index_B]
         shape = (len(index_B), side, side, 3)
         out_BSS3 = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory).numpy()
         widths_B, heights_B = images_B["width"], images_B["height"]
@@ -104,10 +108,11 @@ class NativeReader:
             resize = max(side, math.floor(side / data.eval_crop))
             boxes_B4 = center_crops(widths_B, heights_B, resize=resize, size=side)
             flips_B = np.zeros(len(index_B), bool)
+        files_B = contents.file_N[index_B]
         statuses_B = self.decoder.decode_batch(
-            self.file,
+            self.descriptors[files_B],
             images_B["data_ptr"],
-            self.lengths_N[index_B],
+            contents.lengths_N[index_B],
             images_B["mode"],
             widths_B,
             heights_B,
@@ -116,17 +121,23 @@ class NativeReader:
             out_BSS3,
             interpolation=filters_B,
             crop_first=self.split == "train",
+            checksums=True,
         )
-        check(statuses_B, lambda i: f"{self.path} image {index_B[i]}")
+        self._refuse_changes(np.unique(files_B))
+        check(statuses_B, lambda i: contents.name(index_B[i]))
         return out_BSS3
 
+    def _refuse_changes(self, files: np.ndarray) -> None:
+        """Checksums find changed bytes, but not whole images that changed places."""
+        for file in files:
+            if _state(self.descriptors[file]) != self.states[file]:
+                raise ValueError(
+                    f"{self.contents.files[file]} was changed while it was read; a file in use may be replaced "
+                    "by another of its name (as mv does), but not written in place: check it with "
+                    f"jobs/write_beton.py verify {Path(self.contents.files[file]).name}, and start again"
+                )
 
-def _lengths(path: str, pointers_N: np.ndarray) -> np.ndarray:
-    """Bytes of each image, from the file's allocation table, which may be in any order."""
-    header = np.fromfile(path, HEADER, 1)[0]
-    table = np.fromfile(path, ALLOCATION, len(pointers_N), offset=int(header["alloc_table_ptr"]))
-    order = np.argsort(table["ptr"])
-    found = order[np.searchsorted(table["ptr"], pointers_N, sorter=order).clip(max=len(order) - 1)]
-    if not np.array_equal(table["ptr"][found], pointers_N):
-        raise ValueError(f"{path} is damaged: images lie outside its allocation table; write it again")
-    return table["size"][found]
+
+def _state(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns

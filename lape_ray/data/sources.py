@@ -378,3 +378,7 @@ def _stratified_order(labels_N: np.ndarray) -> np.ndarray:
     # A class of c samples is spread evenly over [0, 1) at steps of 1/c, from a random start of its own.
     spread_N = (_rank_in_class(mixed_N) + rng.random(len(counts))[mixed_N]) / counts[mixed_N]
     return shuffled_N[np.argsort(spread_N, kind="stable")]
+
+
+def oddity(image: Image.Image, name: str) -> str | None:
+    return None

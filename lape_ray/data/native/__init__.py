@@ -3,6 +3,7 @@
     Decoder                a pool of threads and its `decode_batch`
     Status                 what became of an image; `check` turns failures into a ValueError
     add_restart_markers    rewrites a JPEG, without loss, so that a crop of it is decoded without what lies around it
+    crc32c                 the checksum behind each image of a .beton that this package writes
     random_resized_crops, flips, center_crops    which crops to take; random ones are keyed, see below
     philox4x32             the generator behind them
 
@@ -27,7 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-ABI = 2  # kAbi in module.cpp; both are raised when what one side relies on changes
+ABI = 3  # kAbi in module.cpp; both are raised when what one side relies on changes
 
 Interpolation = Literal["bilinear", "bicubic"]
 FILTERS: dict[str, int] = {"bilinear": 0, "bicubic": 1}
@@ -64,6 +65,9 @@ class Status(enum.IntEnum):
     OUT_OF_RANGE = 7
     BAD_MODE = 8
     TOO_LARGE = 9
+    READ_FAILED = 10
+    CUT_SHORT = 11
+    WRONG_CHECKSUM = 12
 
     @property
     def text(self) -> str:
@@ -110,17 +114,18 @@ class Decoder:
         interpolation: Interpolation | Array = "bicubic",
         crop_first: bool = True,
         reference: bool = False,
+        checksums: bool = False,
     ) -> Array:
         """Decode, crop, resize with antialiasing and flip: fills `out_BHW3` and returns the statuses (B,) int32.
 
         Nothing that a file holds can do worse than a status: sizes, offsets and boxes are not trusted. But JPEGs
-        have no checksum, and damage that still reads as valid code goes unseen: less of it in files with restart
-        markers, where each stretch must end at its marker, and only a hash of the file rules it out. Python's
-        lock is released; one batch is decoded at a time.
+        have no checksum of their own, and damage that still reads as valid code goes unseen without `checksums`.
+        Python's lock is released; one batch is decoded at a time.
 
         Args:
-            file: uint8 (N,), such as a mapped .beton.
-            offsets_B, lengths_B: where in `file` each image's bytes are.
+            file: uint8 (N,) in memory; or the descriptors of the open files that hold each image, int32 (B,): they
+                are read, not mapped, so that a file which is cut short gives a status and not a bus error.
+            offsets_B, lengths_B: where in the file each image's bytes are.
             modes_B: 0: a JPEG, 1: rows of RGB.
             widths_B, heights_B: size of each image in pixels; a JPEG must state the same.
             boxes_B4: x, y, width and height of what is taken of each image, in pixels.
@@ -131,6 +136,8 @@ class Decoder:
                 RandomResizedCrop); boxes are whole numbers. False: the filter reaches past the box, as when a
                 resized image is cropped (Resize, CenterCrop); boxes may be fractions.
             reference: decode JPEGs by libjpeg alone, from their beginning: slower, for comparisons.
+            checksums: behind each image's bytes in an open file lies their `crc32c`, 4 bytes, little endian; an
+                image that does not agree with it is not decoded.
 
         Raises:
             ValueError: the arrays do not fit together.
@@ -155,8 +162,15 @@ class Decoder:
             )
         if not out_BHW3.flags.c_contiguous or not out_BHW3.flags.writeable:
             raise ValueError("out must be C-contiguous and writeable")
+        descriptors_B = np.empty(0, np.int32)
+        if file.dtype == np.int32:
+            descriptors_B, file = _column("descriptors", file, np.int32, images), np.empty(0, np.uint8)
+        elif checksums:
+            raise ValueError("checksums are read from open files only; give their descriptors")
         if file.dtype != np.uint8 or file.ndim != 1 or not file.flags.c_contiguous:
-            raise ValueError(f"file is {file.dtype} {file.shape}; it must be contiguous uint8 (N,)")
+            raise ValueError(
+                f"file is {file.dtype} {file.shape}; it must be contiguous uint8 (N,), or int32 (B,)"
+            )
         height, width = out_BHW3.shape[1:3]
         if not (1 <= height <= 0xFFFF and 1 <= width <= 0xFFFF):
             raise ValueError(f"out has {height}x{width} pixels; a side must be from 1 to {0xFFFF}")
@@ -164,6 +178,7 @@ class Decoder:
         _native.decode(
             self._handle,
             file,
+            descriptors_B,
             _column("offsets", offsets_B, np.uint64, images),
             _column("lengths", lengths_B, np.uint64, images),
             _column("modes", modes_B, np.uint8, images),
@@ -178,6 +193,7 @@ class Decoder:
             height,
             crop_first,
             reference,
+            checksums,
         )
         return statuses_B
 
@@ -210,6 +226,11 @@ def add_restart_markers(data: bytes, interval: int = 4) -> bytes:
     if status != Status.OK:
         raise ValueError(f"cannot add restart markers: {Status(status).text}")
     return bytes(result)
+
+
+def crc32c(data: bytes, *, portable: bool = False) -> int:
+    """CRC-32C (RFC 3720, appendix B.4) of `data`; `portable`: without the processor's instruction for it."""
+    return int(_native.crc32c(data, portable))
 
 
 def random_resized_crops(

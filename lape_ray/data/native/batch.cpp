@@ -33,7 +33,7 @@ Status ImageDecoder::decode_into(const Image& image, const Crop& crop, const Out
   if (image.mode != kModeJpeg && image.mode != kModeRaw) return Status::bad_mode;
   const uint64_t pixels = uint64_t{image.width} * image.height;
   if (pixels > kMaxPixels) return Status::too_large;
-  if (image.mode == kModeRaw && image.length != 3 * pixels) return Status::out_of_range;
+  if (image.mode == kModeRaw && image.bytes.length != 3 * pixels) return Status::out_of_range;
   constexpr double kRounding = 1e-6;  // of sums of fractions; filters stop at the image's edge anyway
   const bool inside = box.x >= 0 && box.y >= 0 && box.width > 0 && box.height > 0 &&
                       box.x + box.width <= image.width + kRounding &&
@@ -60,7 +60,7 @@ Status ImageDecoder::decode_into(const Image& image, const Crop& crop, const Out
 }
 
 Status ImageDecoder::resize_jpeg(const Image& image, const Rect& part, bool reference, uint8_t* out) {
-  Status status = jpeg_.start(image.data, image.length, image.width, image.height, part, reference);
+  Status status = jpeg_.start(image.bytes.data, image.bytes.length, image.width, image.height, part, reference);
   if (status != Status::ok) return status;
   const size_t stride = round_up(size_t{3} * jpeg_.row_pixels() + ResizeKernels::kOverread, kCacheBypass);
   rows_.resize(stride * ResizeKernels::kRows + 2 * kCacheBypass);
@@ -89,9 +89,9 @@ void ImageDecoder::resize_raw(const Image& image, const Rect& part, uint8_t* out
     const uint32_t count = std::min(ResizeKernels::kRows, part.height - y);
     for (uint32_t i = 0; i < count; ++i) {
       const size_t at = size_t{3} * (size_t{image.width} * (part.y + y + i) + part.x);
-      rows[i] = image.data + at;
-      if (at + stride > image.readable) {  // the file ends too soon after this row
-        rows[i] = static_cast<uint8_t*>(std::memcpy(rows_.data() + stride * i, image.data + at, bytes));
+      rows[i] = image.bytes.data + at;
+      if (at + stride > image.bytes.readable) {  // the file ends too soon after this row
+        rows[i] = static_cast<uint8_t*>(std::memcpy(rows_.data() + stride * i, rows[i], bytes));
       }
     }
     resizer_.push(rows, count, out);
@@ -108,21 +108,31 @@ void BatchDecoder::decode(const Batch& batch, const Output& output) {
   const size_t bytes = size_t{3} * output.width * output.height;
   pool_.run(batch.images, [&](size_t i, int worker) {
     uint8_t* out = batch.out + bytes * i;
-    const uint64_t offset = batch.offsets[i], length = batch.lengths[i];
-    Status status = Status::out_of_range;
-    if (offset <= batch.file_length && length <= batch.file_length - offset) {
-      const Image image = {batch.file + offset, length,          batch.file_length - offset,
-                           batch.modes[i],      batch.widths[i], batch.heights[i]};
-      const double* box = batch.boxes + 4 * i;
-      const Crop crop = {{box[0], box[1], box[2], box[3]},
-                         batch.flips[i] != 0,
-                         batch.filters[i] ? Filter::bicubic : Filter::bilinear};
-      status = decoders_[worker]->decode(image, crop, output, out);
-    } else {
-      std::memset(out, 0, bytes);
+    Status status;
+    try {
+      status = decode_image(*decoders_[worker], batch, output, i, out);
+    } catch (const std::exception&) {  // an allocation failed
+      status = Status::no_memory;
     }
+    if (status != Status::ok) std::memset(out, 0, bytes);
     batch.statuses[i] = static_cast<int32_t>(status);
   });
+}
+
+Status BatchDecoder::decode_image(ImageDecoder& decoder, const Batch& batch, const Output& output, size_t i,
+                                  uint8_t* out) {
+  Image image = {{}, batch.modes[i], batch.widths[i], batch.heights[i]};
+  const uint64_t offset = batch.offsets[i], length = batch.lengths[i];
+  const Status status =
+      batch.descriptors
+          ? decoder.reader.from_file(batch.descriptors[i], offset, length, batch.checksums, image.bytes)
+          : ByteReader::from_memory(batch.file, batch.file_length, offset, length, image.bytes);
+  if (status != Status::ok) return status;
+  const double* box = batch.boxes + 4 * i;
+  const Crop crop = {{box[0], box[1], box[2], box[3]},
+                     batch.flips[i] != 0,
+                     batch.filters[i] ? Filter::bicubic : Filter::bilinear};
+  return decoder.decode(image, crop, output, out);
 }
 
 }  // namespace lape

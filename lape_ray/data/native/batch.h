@@ -11,6 +11,7 @@
 #include "pool.h"
 #include "resize.h"
 #include "status.h"
+#include "storage.h"
 
 namespace lape {
 
@@ -18,9 +19,7 @@ namespace lape {
 constexpr uint8_t kModeJpeg = 0, kModeRaw = 1;
 
 struct Image {
-  const uint8_t* data;  // compressed, or RGB by rows
-  size_t length;
-  size_t readable;  // bytes from `data` to the end of the file
+  Bytes bytes;  // compressed, or RGB by rows
   uint8_t mode;
   uint32_t width, height;
 };
@@ -42,7 +41,10 @@ struct Output {
 // What one thread needs to decode images; grows to what the largest of them takes.
 class ImageDecoder {
  public:
-  explicit ImageDecoder(const ResizeKernels& kernels) : resizer_(kernels) {}
+  explicit ImageDecoder(const ResizeKernels& kernels)
+      : reader(ResizeKernels::kOverread), resizer_(kernels) {}
+
+  ByteReader reader;
 
   // Writes output.height x output.width x 3 bytes; zeros unless the status is ok.
   Status decode(const Image& image, const Crop& crop, const Output& output, uint8_t* out);
@@ -59,8 +61,10 @@ class ImageDecoder {
 
 // Arrays of one entry for each image; `boxes` of x, y, width and height.
 struct Batch {
-  const uint8_t* file;
+  const uint8_t* file;  // in memory, unless there are descriptors
   size_t file_length;
+  const int32_t* descriptors;  // of the open file that holds each image, or null
+  bool checksums;              // behind each image in an open file
   size_t images;
   const uint64_t* offsets;
   const uint64_t* lengths;
@@ -81,6 +85,9 @@ class BatchDecoder {
   void decode(const Batch& batch, const Output& output);
 
  private:
+  static Status decode_image(ImageDecoder& decoder, const Batch& batch, const Output& output, size_t i,
+                             uint8_t* out);
+
   std::vector<std::unique_ptr<ImageDecoder>> decoders_;
   std::mutex mutex_;
   ThreadPool pool_;

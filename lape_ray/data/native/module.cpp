@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "batch.h"
+#include "crc32c.h"
 #include "random.h"
 #include "transcode.h"
 
@@ -19,7 +20,7 @@ namespace {
 using namespace lape;
 
 // Raised with every change of what Python relies on, together with ABI in __init__.py.
-constexpr long kAbi = 2;
+constexpr long kAbi = 3;
 
 constexpr const char* kCapsule = "_lape_ray_native.decoder";
 
@@ -68,17 +69,18 @@ PyObject* decoder(PyObject*, PyObject* args) {
   }
 }
 
-// decode(decoder, file, offsets, lengths, modes, widths, heights, boxes, flips, filters, out, statuses,
-//        out_width, out_height, crop_first, reference)
+// decode(decoder, file, descriptors, offsets, lengths, modes, widths, heights, boxes, flips, filters, out,
+//        statuses, out_width, out_height, crop_first, reference, checksums)
+// Without descriptors (an empty buffer) the images are in `file`.
 PyObject* decode(PyObject*, PyObject* args) {
   PyObject* capsule;
-  Buffer file, offsets, lengths, modes, widths, heights, boxes, flips, filters, out, statuses;
+  Buffer file, descriptors, offsets, lengths, modes, widths, heights, boxes, flips, filters, out, statuses;
   unsigned int out_width, out_height;
-  int crop_first, reference;
-  if (!PyArg_ParseTuple(args, "Oy*y*y*y*y*y*y*y*y*w*w*IIpp", &capsule, &file.view, &offsets.view,
+  int crop_first, reference, checksums;
+  if (!PyArg_ParseTuple(args, "Oy*y*y*y*y*y*y*y*y*y*w*w*IIppp", &capsule, &file.view, &descriptors.view, &offsets.view,
                         &lengths.view, &modes.view, &widths.view, &heights.view, &boxes.view, &flips.view,
                         &filters.view, &out.view, &statuses.view, &out_width, &out_height, &crop_first,
-                        &reference)) {
+                        &reference, &checksums)) {
     return nullptr;
   }
   auto* handle = static_cast<Handle*>(PyCapsule_GetPointer(capsule, kCapsule));
@@ -90,6 +92,8 @@ PyObject* decode(PyObject*, PyObject* args) {
     return nullptr;
   }
   const size_t images = modes.view.len;
+  const bool open_files = descriptors.view.len > 0;
+  if (open_files && !descriptors.holds(images, sizeof(int32_t))) return wrong_size("descriptors");
   if (!offsets.holds(images, sizeof(uint64_t))) return wrong_size("offsets");
   if (!lengths.holds(images, sizeof(uint64_t))) return wrong_size("lengths");
   if (!widths.holds(images, sizeof(uint32_t))) return wrong_size("widths");
@@ -104,6 +108,8 @@ PyObject* decode(PyObject*, PyObject* args) {
   }
   const Batch batch = {file.as<uint8_t>(),
                        static_cast<size_t>(file.view.len),
+                       open_files ? descriptors.as<int32_t>() : nullptr,
+                       checksums != 0,
                        images,
                        offsets.as<uint64_t>(),
                        lengths.as<uint64_t>(),
@@ -138,6 +144,18 @@ PyObject* add_markers(PyObject*, PyObject* args) {
   Py_END_ALLOW_THREADS;
   return Py_BuildValue("iy#", static_cast<int>(status), reinterpret_cast<const char*>(out.data()),
                        static_cast<Py_ssize_t>(out.size()));
+}
+
+// crc32c(data, portable) -> int
+PyObject* crc(PyObject*, PyObject* args) {
+  Buffer data;
+  int portable;
+  if (!PyArg_ParseTuple(args, "y*p", &data.view, &portable)) return nullptr;
+  uint32_t value;
+  Py_BEGIN_ALLOW_THREADS;
+  value = crc32c(data.as<uint8_t>(), data.view.len, portable != 0);
+  Py_END_ALLOW_THREADS;
+  return PyLong_FromUnsignedLong(value);
 }
 
 // random_resized_crops(seed, epoch, positions, widths, heights, range, boxes)
@@ -196,6 +214,7 @@ PyMethodDef kMethods[] = {
     {"decoder", decoder, METH_VARARGS, nullptr},
     {"decode", decode, METH_VARARGS, nullptr},
     {"add_restart_markers", add_markers, METH_VARARGS, nullptr},
+    {"crc32c", crc, METH_VARARGS, nullptr},
     {"random_resized_crops", random_resized_crops, METH_VARARGS, nullptr},
     {"flips", flips, METH_VARARGS, nullptr},
     {"philox4x32", philox, METH_VARARGS, nullptr},

@@ -16,6 +16,9 @@ enum class Status : int32_t {
   out_of_range,
   bad_mode,
   too_large,
+  read_failed,
+  cut_short,
+  wrong_checksum,
 };
 
 constexpr const char* kStatusTexts[] = {
@@ -29,6 +32,9 @@ constexpr const char* kStatusTexts[] = {
     "the data's offset and length do not fit the file, or the length does not fit the image's size",
     "the storage mode is neither 0 (JPEG) nor 1 (raw RGB)",
     "the image has more pixels than the limit, or more scans than any encoder writes",
+    "the disk or the network failed while the file was read",
+    "the file ends before the image does: it was cut short after it was opened",
+    "the bytes are not those that were written (CRC-32C): the file was damaged or changed",
 };
 
 // A guard against headers that promise far more than a photograph holds (progressive files are decoded

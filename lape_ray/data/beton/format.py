@@ -1,0 +1,160 @@
+"""The layout of a .beton, FFCV's file format (version 2), and how one or several of them are read.
+
+A .beton holds, in order: a header; a description of each field; a record for each sample (`RECORD`); the
+images' bytes, none across the boundary of a page; a table (`ALLOCATION`) of where each image's bytes are.
+Behind each image that this package writes lie 4 bytes more, the CRC-32C of its bytes, little endian; FFCV
+does not look there.
+
+Shape suffix: N samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+FORMAT_VERSION = 2
+PAGE_BYTES = 8 << 20
+CHECKSUM_BYTES = 4
+
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ]
+)
+FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", 1024)])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+RECORD = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+FIELDS = np.array([(2, b"image", 0), (1, b"label", 0)], FIELD)  # RGBImageField, IntField
+JPEG, RAW = 0, 1  # IMAGE["mode"]
+RECORDS_START = HEADER.itemsize + FIELDS.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """The tables of the files of one set, in their order.
+
+    Attributes:
+        files: one .beton, or all shards of a set
+        file_N: int32, which of the files holds each sample
+        images_N: dtype IMAGE
+        labels_N: int64
+        lengths_N: int64, bytes of each image
+    """
+
+    files: tuple[Path, ...]
+    file_N: np.ndarray
+    images_N: np.ndarray
+    labels_N: np.ndarray
+    lengths_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def name(self, index: int) -> str:
+        """What to call a sample in an error: its file, and its number in it."""
+        file = int(self.file_N[index])
+        first = int(np.searchsorted(self.file_N, file))
+        return f"{self.files[file]} image {index - first}"
+
+
+def read_contents(path: str | Path) -> Contents:
+    """The tables of the .beton, or of the set of shards, that `path` names (see `set_files`).
+
+    Raises:
+        FileNotFoundError: neither is there, or shards are missing.
+        ValueError: a file is truncated, damaged or not an FFCV file of images and labels.
+    """
+    files = set_files(path)
+    tables = [read_tables(file) for file in files]
+    records_N = np.concatenate([records for records, _ in tables])
+    return Contents(
+        files=files,
+        file_N=np.repeat(np.arange(len(files), dtype=np.int32), [len(records) for records, _ in tables]),
+        images_N=np.ascontiguousarray(records_N["image"]),
+        labels_N=np.ascontiguousarray(records_N["label"]),
+        lengths_N=np.concatenate([_lengths(file, *table) for file, table in zip(files, tables, strict=True)]),
+    )
+
+
+def read_tables(file: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Records and allocations, each (N,), of one file; ValueError if it is damaged or of another kind."""
+    size = Path(file).stat().st_size
+    if size >= RECORDS_START:
+        header = np.fromfile(file, HEADER, 1)[0]
+        fields = np.fromfile(file, FIELD, len(FIELDS), offset=HEADER.itemsize)
+        known = header["version"] == FORMAT_VERSION and header["num_fields"] == len(FIELDS)
+        if known and np.array_equal(fields[["type_id", "name"]], FIELDS[["type_id", "name"]]):
+            count, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
+            if count and table + count * ALLOCATION.itemsize == size:
+                records_N = np.fromfile(file, RECORD, count, offset=RECORDS_START)
+                return records_N, np.fromfile(file, ALLOCATION, count, offset=table)
+            raise ValueError(
+                f"{file} is truncated: {size:,} bytes do not hold its {count} samples; copy it again"
+            )
+    raise ValueError(f"{file} is not an FFCV file of images and labels; write it with jobs/write_beton.py")
+
+
+def _lengths(file: Path, records_N: np.ndarray, allocations_N: np.ndarray) -> np.ndarray:
+    """Bytes of each image; the allocation table may be in any order."""
+    pointers_N = records_N["image"]["data_ptr"]
+    order = np.argsort(allocations_N["ptr"])
+    found = order[np.searchsorted(allocations_N["ptr"], pointers_N, sorter=order).clip(max=len(order) - 1)]
+    if not np.array_equal(allocations_N["ptr"][found], pointers_N):
+        raise ValueError(f"{file} is damaged: images lie outside its allocation table; write it again")
+    return allocations_N["size"][found].astype(np.int64)
+
+
+def tables_sha256(records_N: np.ndarray, allocations_N: np.ndarray) -> str:
+    """Of labels, sizes and places; with it and the images' checksums nothing in a file goes unchecked."""
+    digest = hashlib.sha256(records_N.tobytes())
+    digest.update(allocations_N.tobytes())
+    return digest.hexdigest()
+
+
+def shard_path(path: str | Path, shard: int, shards: int) -> Path:
+    """train.beton, 3 and 16 -> train-00003-of-00016.beton."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}-{shard:05}-of-{shards:05}{path.suffix}")
+
+
+def set_files(path: str | Path) -> tuple[Path, ...]:
+    """The file `path`, or the shards (`shard_path`) of the set of that name, in order.
+
+    Raises:
+        FileNotFoundError: neither is there, or not all shards are.
+        ValueError: both are there, or shards of two sets.
+    """
+    path = Path(path)
+    shape = re.compile(re.escape(path.stem) + r"-(\d{5})-of-(\d{5})" + re.escape(path.suffix))
+    found = {
+        (int(match[1]), int(match[2])): entry
+        for entry in (path.parent.iterdir() if path.parent.is_dir() else ())
+        if (match := shape.fullmatch(entry.name))
+    }
+    if path.is_file():
+        if found:
+            raise ValueError(f"{path} is there, and shards of that name too; remove or rename one of them")
+        return (path,)
+    if not found:
+        raise FileNotFoundError(f"{path} is missing; write it with jobs/write_beton.py")
+    if len(sizes := sorted({shards for _, shards in found})) > 1:
+        raise ValueError(
+            f"there are shards of several sets {path.stem}-*{path.suffix} in {path.parent}, of {sizes} files; "
+            "remove all but one set"
+        )
+    files = [shard_path(path, shard, sizes[0]) for shard in range(sizes[0])]
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{missing[0]} is missing ({len(missing)} of {sizes[0]} shards are); copy it, or write the set again"
+        )
+    return tuple(files)

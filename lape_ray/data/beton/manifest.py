@@ -1,0 +1,151 @@
+"""The manifest beside a .beton: what the file holds and how it was made."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MANIFEST_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a .beton, or a set of shards, holds; kept beside each file as <name>.beton.json.
+
+    Attributes:
+        version: of this description
+        num_samples: images in the file
+        classes: name of each label
+        class_counts: images of each label
+        width, height: smallest and largest, in pixels
+        bytes, sha256: of the whole file; of a set, of its files' sha256
+        tables_sha256: of the records and the allocation table
+        stored: how many images are kept as `original_jpeg`, encoded as `jpeg`, or `raw` pixels
+        odd: how many images were odd in which way: CMYK, grey, rotated by EXIF, ...
+        skipped: [name, reason] of each sample that was left out
+        made: source, options, library versions and time
+    """
+
+    version: int
+    num_samples: int
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    width: tuple[int, int]
+    height: tuple[int, int]
+    bytes: int
+    sha256: str
+    tables_sha256: str
+    stored: dict[str, int]
+    odd: dict[str, int]
+    skipped: tuple[tuple[str, str], ...]
+    made: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Manifest:
+        """The manifest of the .beton at `path`; FileNotFoundError or ValueError if it is absent or not one."""
+        file = manifest_path(path)
+        try:
+            values = json.loads(file.read_text())
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{file} is missing; copy it with its .beton, or make both from the .beton that is there: "
+                f"jobs/write_beton.py {path} NEW.beton"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{file} is not a manifest ({error}); write the .beton again") from error
+        names = [field.name for field in dataclasses.fields(cls)]
+        if (
+            not isinstance(values, dict)
+            or values.get("version") != MANIFEST_VERSION
+            or set(values) != set(names)
+        ):
+            raise ValueError(
+                f"{file} is not a manifest of version {MANIFEST_VERSION}; write the .beton again"
+            )
+        return cls(**{name: _tuples(values[name]) for name in names})
+
+    @classmethod
+    def of_set(cls, shards: Sequence[Manifest], path: str | Path) -> Manifest:
+        """One manifest for all shards of the set `path`; ValueError if their classes differ."""
+        first = shards[0]
+        if len(shards) == 1:
+            return first
+        if any(shard.classes != first.classes for shard in shards):
+            raise ValueError(f"the shards of {path} do not have the same classes; write the set again")
+
+        def total(name: str) -> dict[str, int]:
+            counts: Counter[str] = Counter()
+            for shard in shards:
+                counts.update(getattr(shard, name))
+            return dict(sorted(counts.items()))
+
+        def span(name: str) -> tuple[int, int]:
+            return min(getattr(s, name)[0] for s in shards), max(getattr(s, name)[1] for s in shards)
+
+        def together(name: str) -> str:
+            return hashlib.sha256("".join(getattr(s, name) for s in shards).encode()).hexdigest()
+
+        return cls(
+            version=first.version,
+            num_samples=sum(shard.num_samples for shard in shards),
+            classes=first.classes,
+            class_counts=tuple(sum(counts) for counts in zip(*(s.class_counts for s in shards), strict=True)),
+            width=span("width"),
+            height=span("height"),
+            bytes=sum(shard.bytes for shard in shards),
+            sha256=together("sha256"),
+            tables_sha256=together("tables_sha256"),
+            stored=total("stored"),
+            odd=total("odd"),
+            skipped=tuple(entry for shard in shards for entry in shard.skipped),
+            made=first.made,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write it beside the .beton at `path`."""
+        with appearing(manifest_path(path)) as file:
+            file.write((json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
+
+    def summary(self, path: str | Path) -> str:
+        """The file at `path` in a few lines for people."""
+        (low_w, high_w), (low_h, high_h) = self.width, self.height
+        stored = ", ".join(f"{count:,} {kind}" for kind, count in self.stored.items())
+        lines = [
+            f"{path}: {self.num_samples:,} images of {len(self.classes)} classes, {self.bytes:,} bytes",
+            f"  {low_w}..{high_w} pixels wide, {low_h}..{high_h} high; stored as {stored}",
+            f"  {min(self.class_counts):,}..{max(self.class_counts):,} images a class",
+        ]
+        lines += [f"  {count:,} x {oddity}" for oddity, count in self.odd.items()]
+        return "\n".join(lines + [f"  skipped: {reason}" for _, reason in self.skipped])
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def manifest_path(path: str | Path) -> Path:
+    """Where the manifest of the .beton at `path` lies."""
+    return Path(f"{path}.json")
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[io.BufferedRandom]:
+    """A file that has the name `path` once it is written to the end and on the disk, and else leaves nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,320 @@
+"""Writes a source as a .beton or as a set of shards.
+
+FFCV's own writer waits for ever when one of its processes dies, and stores whatever label it is given. This
+one writes the same format without ffcv: processes encode, the caller writes in order, so the same source and
+options give the same bytes whoever encodes and however often the writing was interrupted; every image is decoded
+and every label checked first; and the file appears under its name only when it is whole, with its manifest.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime
+import hashlib
+import itertools
+import struct
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+from PIL import Image
+
+import lape_ray
+from lape_ray.data.beton.encode import Encoded, Encoding, Mode, Rejected, encode
+from lape_ray.data.beton.format import (
+    ALLOCATION,
+    CHECKSUM_BYTES,
+    FIELDS,
+    FORMAT_VERSION,
+    HEADER,
+    IMAGE,
+    JPEG,
+    PAGE_BYTES,
+    RAW,
+    RECORD,
+    RECORDS_START,
+    shard_path,
+    tables_sha256,
+)
+from lape_ray.data.beton.journal import Journal, open_journal
+from lape_ray.data.beton.manifest import MANIFEST_VERSION, Manifest
+from lape_ray.data.native import crc32c
+from lape_ray.data.parallel import Mapper, processes
+from lape_ray.data.sources import Source
+
+PART_SAMPLES = 32  # samples that a process encodes at a time, and an entry of the journal
+KINDS = ("original_jpeg", "jpeg", "raw")
+
+# A stored sample as the journal keeps it; `index` is the source's.
+STORED = np.dtype([("index", "<u8"), ("kind", "u1"), ("image", IMAGE), ("size", "<u4")])
+
+
+def write_beton(
+    source: Source,
+    path: str | Path,
+    *,
+    max_size: int | None = None,
+    quality: int = 90,
+    mode: Mode = "auto",
+    raw_share: float = 0.5,
+    markers: int = 4,
+    shards: int = 1,
+    workers: int | None = None,
+    mapper: Mapper | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+    fresh: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Write `source` to `path` in the source's order, with its manifest.
+
+    If that fails or is killed, what was there under that name stays, and the same call later goes on where this
+    one ended, from hidden files beside `path`.
+
+    Args:
+        max_size: longest side in pixels; larger images are resized once, bicubic with antialiasing. None: never.
+        quality: of the JPEGs that are encoded here, 4:2:0; original ones keep theirs.
+        mode: `auto` loses nothing it need not: the coefficients of a three-channel JPEG that is small enough;
+            else pixels if no side is above 64, where JPEG hurts most; else a JPEG. `jpg` encodes every image
+            at `quality`, which on ImageNet halves the file and the time to decode it. `raw` stores pixels.
+            `proportion` stores `raw_share` of the images as pixels, the rest as JPEGs.
+        markers: JPEGs get a restart marker after every so many MCUs (blocks of 8 or 16 pixels), without loss, so
+            that a crop is decoded without what lies around it; their metadata is left out. 0: none, and original
+            JPEGs keep their bytes.
+        shards: files of the set; more than one are named as train-00003-of-00016.beton for `path` train.beton.
+        workers: encoding processes; None: one for each CPU there is; 1: none, all is done here.
+        mapper: who encodes instead (a cluster: `lape_ray.cluster.ray_mapper`); `workers` says nothing then.
+        on_error: a sample that cannot be decoded or stored ends the writing with a ValueError that names it
+            (`stop`), or is left out and listed in the manifest (`skip`).
+        fresh: leave unused what an interrupted call left, and write shards anew that are there already.
+        progress: called with the samples done and their total.
+
+    Raises:
+        ValueError: an option or an image is bad, or another process is writing the same file.
+        OSError: the disk is full, or a process died.
+    """
+    encoding = Encoding(max_size=max_size, quality=quality, mode=mode, raw_share=raw_share, markers=markers)
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error={on_error!r} is not known; choose stop or skip")
+    if not 1 <= shards <= min(len(source), 99999):
+        raise ValueError(f"shards={shards} is out of range; it must be from 1 to the {len(source)} samples")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _refuse_two_sets(path, shards)
+    if mapper is None:
+        with processes(workers) as mapper:
+            return _write_set(source, path, encoding, shards, mapper, on_error, fresh, progress)
+    return _write_set(source, path, encoding, shards, mapper, on_error, fresh, progress)
+
+
+def _refuse_two_sets(path: Path, shards: int) -> None:
+    """A name is one file or one set; both, or sets of two sizes, could not be told apart by a reader."""
+    wanted = {path} if shards == 1 else {shard_path(path, shard, shards) for shard in range(shards)}
+    others = [
+        file
+        for file in path.parent.glob(f"{path.stem}*{path.suffix}")
+        if file not in wanted and (file == path or _is_shard(file, path))
+    ]
+    if others:
+        raise ValueError(
+            f"{others[0]} is there already, of another number of shards; remove it, or choose another name"
+        )
+
+
+def _is_shard(file: Path, path: Path) -> bool:
+    middle = file.name[len(path.stem) : len(file.name) - len(path.suffix)]
+    return len(middle) == len("-00000-of-00000") and middle[6:10] == "-of-"
+
+
+def _write_set(
+    source: Source,
+    path: Path,
+    encoding: Encoding,
+    shards: int,
+    mapper: Mapper,
+    on_error: str,
+    fresh: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Manifest:
+    manifests = []
+    bounds = [len(source) * shard // shards for shard in range(shards + 1)]
+    for shard, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        part = source if shards == 1 else source.take(slice(start, stop))
+        file = path if shards == 1 else shard_path(path, shard, shards)
+        fingerprint = _fingerprint(part, encoding)
+        manifest = None if fresh or shards == 1 else _finished(file, fingerprint)
+        if manifest is None:
+
+            def tell(done: int, start: int = start) -> None:
+                if progress:
+                    progress(start + done, len(source))
+
+            manifest = _write_file(part, file, encoding, fingerprint, mapper, on_error, fresh, tell)
+        elif progress:
+            progress(stop, len(source))
+        if manifest.skipped and on_error == "stop":  # by an earlier call
+            raise ValueError(manifest.skipped[0][1])
+        manifests.append(manifest)
+    return Manifest.of_set(manifests, path)
+
+
+def _fingerprint(source: Source, encoding: Encoding) -> str:
+    """Of everything that decides a file's bytes, but for the pixels themselves."""
+    digest = hashlib.sha256()
+    items = source.items_N
+    for part in (
+        repr((MANIFEST_VERSION, PART_SAMPLES, source.origin, source.classes)),
+        repr((encoding, PIL.__version__, Image.core.jpeglib_version)),
+        items.tobytes() if items.dtype != object else "\0".join(map(str, items.ravel())),
+        source.labels_N.tobytes(),
+    ):
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(struct.pack("<Q", len(data)) + data)
+    return digest.hexdigest()
+
+
+def _finished(file: Path, fingerprint: str) -> Manifest | None:
+    """The manifest of a shard that an earlier call finished; None if it has to be written."""
+    try:
+        manifest = Manifest.load(file)
+        whole = file.stat().st_size == manifest.bytes
+    except (OSError, ValueError):
+        return None
+    return manifest if whole and manifest.made["fingerprint"] == fingerprint else None
+
+
+def _write_file(
+    source: Source,
+    path: Path,
+    encoding: Encoding,
+    fingerprint: str,
+    mapper: Mapper,
+    on_error: str,
+    fresh: bool,
+    progress: Callable[[int], None],
+) -> Manifest:
+    with open_journal(path, fingerprint, fresh=fresh) as journal:
+        file = _File(journal, start=RECORDS_START + len(source) * RECORD.itemsize)
+        if file.skipped and on_error == "stop":  # by an earlier call
+            raise ValueError(file.skipped[0][1])
+        done = PART_SAMPLES * len(journal.earlier)
+        if done:
+            progress(min(done, len(source)))
+        starts = range(done, len(source), PART_SAMPLES)
+        tasks = ((source.take(slice(start, start + PART_SAMPLES)), encoding, start) for start in starts)
+        for start, part in zip(starts, mapper(encode_part, tasks), strict=True):
+            if on_error == "stop":
+                for sample in part:
+                    if isinstance(sample, Rejected):
+                        raise ValueError(sample.reason)
+            file.append(part, start)
+            progress(start + len(part))
+        manifest = file.close(source, encoding, fingerprint)
+        # The file comes after its manifest: whoever is killed in between finds all parts written, and the old
+        # file, which its new neighbour does not describe, is refused by every reader until then.
+        manifest.save(path)
+        journal.finish()
+    return manifest
+
+
+def encode_part(task: tuple[Source, Encoding, int]) -> list[Encoded | Rejected]:
+    """The samples of a small source that starts at the given place of the whole one."""
+    source, encoding, start = task
+    results: list[Encoded | Rejected] = []
+    for index in range(len(source)):
+        try:
+            results.append(encode(source, index, encoding, start + index))
+        except ValueError as error:
+            results.append(Rejected(source.name(index), str(error)))
+    return results
+
+
+class _File:
+    """A .beton between its records, which come last, and its allocation table."""
+
+    def __init__(self, journal: Journal, *, start: int) -> None:
+        self.journal, self.data, self.end = journal, journal.data, start
+        self.parts: list[np.ndarray] = []
+        self.skipped: list[list[str]] = []
+        self.odd: Counter[str] = Counter()
+        for entry in journal.earlier:
+            self._take(entry)
+        if self.parts and len(stored := np.concatenate(self.parts)):
+            self.end = int(stored["image"]["data_ptr"][-1] + stored["size"][-1]) + CHECKSUM_BYTES
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        self.parts.append(np.frombuffer(base64.b64decode(entry["stored"]), STORED))
+        self.skipped += entry["skipped"]
+        self.odd.update(entry["odd"])
+
+    def append(self, part: list[Encoded | Rejected], start: int) -> None:
+        stored, skipped, odd = np.zeros(len(part), STORED), [], Counter[str]()
+        count = 0
+        for index, sample in enumerate(part, start):
+            if isinstance(sample, Rejected):
+                skipped.append(list(sample))
+                continue
+            size = len(sample.data)
+            if self.end % PAGE_BYTES + size + CHECKSUM_BYTES > PAGE_BYTES:
+                self.end += -self.end % PAGE_BYTES
+            self.data.seek(self.end)
+            self.data.write(sample.data + struct.pack("<I", crc32c(sample.data)))
+            image = (RAW if sample.kind == "raw" else JPEG, sample.width, sample.height, self.end)
+            stored[count] = (index, KINDS.index(sample.kind), image, size)
+            self.end += size + CHECKSUM_BYTES
+            odd.update([sample.odd] if sample.odd else [])
+            count += 1
+        encoded = base64.b64encode(stored[:count].tobytes()).decode()
+        entry = {"stored": encoded, "skipped": skipped, "odd": dict(odd)}
+        self._take(entry)
+        self.journal.add(entry)
+
+    def close(self, source: Source, encoding: Encoding, fingerprint: str) -> Manifest:
+        """Write the tables and bring all of it to the disk."""
+        stored_N = np.concatenate(self.parts)
+        if not len(stored_N):
+            raise ValueError(
+                f"none of the {len(self.skipped)} images of {source.origin} can be stored: {self.skipped[0][1]}"
+            )
+        count = len(stored_N)
+        records_N, allocations_N = np.zeros(count, RECORD), np.zeros(count, ALLOCATION)
+        images_N = records_N["image"] = stored_N["image"]
+        labels_N = records_N["label"] = source.labels_N[stored_N["index"]]
+        allocations_N["sample_id"] = np.arange(count)
+        allocations_N["ptr"], allocations_N["size"] = images_N["data_ptr"], stored_N["size"]
+        self.data.seek(self.end)
+        self.data.write(allocations_N.tobytes())
+        self.data.truncate()  # an interrupted writer may have come further
+        self.data.seek(0)
+        header = np.array([(FORMAT_VERSION, len(FIELDS), PAGE_BYTES, count, self.end)], HEADER)
+        self.data.write(header.tobytes() + FIELDS.tobytes() + records_N.tobytes())
+        self.journal.commit()  # a full disk may show only now, and the old pair is still whole
+        self.data.seek(0)
+        return Manifest(
+            version=MANIFEST_VERSION,
+            num_samples=count,
+            classes=source.classes,
+            class_counts=tuple(np.bincount(labels_N, minlength=len(source.classes)).tolist()),
+            width=(int(images_N["width"].min()), int(images_N["width"].max())),
+            height=(int(images_N["height"].min()), int(images_N["height"].max())),
+            bytes=self.end + allocations_N.nbytes,
+            sha256=hashlib.file_digest(self.data, "sha256").hexdigest(),
+            tables_sha256=tables_sha256(records_N, allocations_N),
+            stored=dict(sorted(Counter(KINDS[kind] for kind in stored_N["kind"]).items())),
+            odd=dict(sorted(self.odd.items())),
+            skipped=tuple((name, reason) for name, reason in self.skipped),
+            made={
+                "source": source.origin,
+                **dataclasses.asdict(encoding),
+                "fingerprint": fingerprint,
+                "versions": {
+                    "lape_ray": lape_ray.__version__,
+                    "pillow": PIL.__version__,
+                    "numpy": np.__version__,
+                },
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            },
+        )
