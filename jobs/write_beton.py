@@ -1,15 +1,20 @@
-"""Write images as a .beton (FFCV) file with a manifest, or verify one.
+"""Write images as a .beton (FFCV) file, or a set of them, with a manifest; or verify one.
 
 python jobs/write_beton.py imagenet/train data/train.beton --max-size 500
+python jobs/write_beton.py 'shards/train-{0000..1023}.tar' data/train.beton --shards 16 --ray
 python jobs/write_beton.py cifar10 data/train.beton --split train --subset rest:5000
-python jobs/write_beton.py digits data/val.beton --split val
+python jobs/write_beton.py old_ffcv_file.beton data/train.beton
 python jobs/write_beton.py verify data/train.beton
+
+Interrupted, it goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 
 from lape_ray.cli import run_job
 
@@ -19,7 +24,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", help="folder of class folders, parquet file, folder or glob, 'digits'; or 'verify'")
+    add("source", help="folder of class folders, tar or parquet shards (file, folder, glob), .beton, 'digits'; "
+                       "or 'verify'")  # fmt: skip
     add("beton", help="file to write, or to verify")
     add("--split", help="train, val, ...: folder or shards of that name in the source")
     add(
@@ -31,32 +37,61 @@ def main() -> None:
     add(
         "--mode",
         default="auto",
-        help="auto keeps JPEG bytes, and small images raw; jpg encodes all; raw; proportion",
+        help="auto keeps JPEGs, and small images raw; jpg encodes all; raw; proportion",
     )
     add("--raw-share", type=float, default=0.5, help="share of raw images in mode proportion (default: 0.5)")
+    add("--markers", type=int, default=4, help="MCUs between restart markers; 0: none (default: 4)")
+    add("--shards", type=int, default=1, help="files of the set (default: 1)")
     add("--workers", type=int, help="processes (default: one for each CPU)")
+    add(
+        "--ray",
+        action="store_true",
+        help="encode on all CPUs of the Ray cluster; every node reads the source",
+    )
     add("--on-error", default="stop", help="stop at an image that cannot be read, or skip it (default: stop)")
+    add("--fresh", action="store_true", help="do not go on with what an interrupted command left")
     options = vars(parser.parse_args())
     given, path, split, subset = (options.pop(name) for name in ("source", "beton", "split", "subset"))
+    over_ray = options.pop("ray")
 
-    from lape_ray.data.beton import (
-        check_beton,
-        manifest_path,
-        write_beton,
-    )  # after parsing: --help is instant
+    # After parsing: --help is instant.
+    from lape_ray.data.beton import check_beton, manifest_path, set_files, write_beton
     from lape_ray.data.sources import open_source, select
 
     if given == "verify":
         manifest = check_beton(path, deep=True, workers=options["workers"])
     else:
         source = select(open_source(given, split), subset)
-        manifest = write_beton(source, path, progress=show if sys.stderr.isatty() else None, **options)
+        with progress_bar() as progress, contextlib.ExitStack() as stack:
+            if over_ray:
+                from lape_ray.cluster import ray_mapper
+
+                options["mapper"] = stack.enter_context(ray_mapper())
+            manifest = write_beton(source, path, progress=progress, **options)
     print(manifest.summary(path))
-    print(f"  {'agrees with' if given == 'verify' else 'manifest'} {manifest_path(path)}")
+    first, *more = [manifest_path(file) for file in set_files(path)]
+    others = f" and {len(more)} more" if more else ""
+    print(f"  {'agrees with' if given == 'verify' else 'manifest'} {first}{others}")
 
 
-def show(done: int, total: int) -> None:
-    print(f"\r{done:,} of {total:,} images", end="" if done < total else "\n", file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time that is left; a line now and then where the output is no terminal."""
+    from tqdm import tqdm
+
+    live = sys.stderr.isatty()
+    bar = tqdm(unit=" images", mininterval=0.2 if live else 30, delay=0 if live else 30, smoothing=0.05)
+
+    def show(done: int, total: int) -> None:
+        if bar.total is None:
+            bar.reset(total)
+            if done > 32:  # more than one part: what an earlier command left
+                bar.initial = bar.n = done
+                bar.write(f"going on after {done:,} of {total:,} images", file=sys.stderr)
+        bar.update(done - bar.n)
+
+    with bar:
+        yield show
 
 
 if __name__ == "__main__":

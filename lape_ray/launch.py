@@ -33,18 +33,12 @@ from ray.train import (
 
 from lape_ray import storage, tracking
 from lape_ray.checkpoint import differences
+from lape_ray.cluster import connected
 from lape_ray.config import TrainConfig, flatten, from_dict, replace_fields, to_dict
 from lape_ray.preflight import check_before_start
 from lape_ray.train import train
 
 RECORD = "run.json"
-
-# The controller polls workers at this interval; a checkpoint counts only once it has been polled.
-_ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with the patch every printed line appears twice in the job's log
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page of training runs
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +76,7 @@ def fit(config: TrainConfig) -> FitResult:
     folder, record = storage.join(root, name), storage.join(root, name, RECORD)
     check_before_start(config, storage_root=root, tracking_uri=uri)
     earlier = _earlier_run(config, folder, record)
-    with _connected():
+    with connected():
         use_gpu = _use_gpu(config)
         _wait_for_resources(config, use_gpu, uri)
         run_id = _open_mlflow_run(config, uri, earlier)
@@ -133,20 +127,6 @@ def _earlier_run(config: TrainConfig, folder: str, record: str) -> dict[str, Any
 def _write_record(record: str, config: TrainConfig, run_id: str, *, finished: bool) -> None:
     values = {"finished": finished, "mlflow_run_id": run_id, "config": to_dict(config)}
     storage.write_text(record, json.dumps(values, indent=1))
-
-
-@contextlib.contextmanager
-def _connected() -> Iterator[None]:
-    """A connection to the cluster: the one that is there already, the one at RAY_ADDRESS, or a local one."""
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(log_to_driver=True, configure_logging=True)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _use_gpu(config: TrainConfig) -> bool:

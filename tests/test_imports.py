@@ -17,10 +17,11 @@ FLOORS = [
     {"cli", "data", "checkpoint", "tracking"},
     {"distill"},
     {"train", "preflight"},
+    {"cluster"},
     {"launch", "evaluation"},
     {"jobs"},
 ]
-DOORS = {"ray": {"launch"}, "mlflow": {"tracking"}, "boto3": {"storage"}, "ffcv": {"data"}}
+DOORS = {"ray": {"cluster", "launch"}, "mlflow": {"tracking"}, "boto3": {"storage"}, "ffcv": {"data"}}
 
 
 def room_of(path: Path) -> str:

@@ -111,7 +111,15 @@ def _lengths(file: Path, records_N: np.ndarray, allocations_N: np.ndarray) -> np
     found = order[np.searchsorted(allocations_N["ptr"], pointers_N, sorter=order).clip(max=len(order) - 1)]
     if not np.array_equal(allocations_N["ptr"][found], pointers_N):
         raise ValueError(f"{file} is damaged: images lie outside its allocation table; write it again")
-    return allocations_N["size"][found].astype(np.int64)
+    sizes_N = allocations_N["size"][found]
+    images_N, size = records_N["image"], file.stat().st_size
+    bad_N = (pointers_N > size) | (sizes_N > size) | (np.minimum(images_N["width"], images_N["height"]) == 0)
+    if bad_N.any():
+        raise ValueError(
+            f"{file} is damaged: image {np.flatnonzero(bad_N)[0]} lies outside the file or has no pixels; "
+            "write it again"
+        )
+    return sizes_N.astype(np.int64)
 
 
 def tables_sha256(records_N: np.ndarray, allocations_N: np.ndarray) -> str:

@@ -1,0 +1,67 @@
+"""A connection to Ray, and work spread over its nodes. Training is in `launch`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import ray
+
+from lape_ray.data.parallel import Mapper
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+# The controller polls workers at this interval; a checkpoint counts only once it has been polled.
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with the patch every printed line appears twice in the job's log
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page of training runs
+}
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """A connection to the cluster: the one that is there already, the one at RAY_ADDRESS, or a local one."""
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(log_to_driver=True, configure_logging=True)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def ray_mapper() -> Iterator[Mapper]:
+    """Maps over all CPUs of the cluster, one task each; a task whose node is lost runs again elsewhere.
+
+    Functions must be importable on the nodes, and what they read must be readable there. Results travel back to
+    the caller: two for each CPU are held at a time, whatever the speed of either side.
+    """
+    with connected():
+
+        def ordered(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+            remote = ray.remote(num_cpus=1, max_retries=5)(function)
+            pending: deque[ray.ObjectRef] = deque()
+            try:
+                for task in tasks:
+                    pending.append(remote.remote(task))
+                    if len(pending) > 2 * max(1, int(ray.cluster_resources().get("CPU", 1))):
+                        yield ray.get(pending.popleft())
+                while pending:
+                    yield ray.get(pending.popleft())
+            except ray.exceptions.WorkerCrashedError as error:
+                raise OSError(
+                    "a Ray worker died again and again at the same task, most likely for want of memory"
+                ) from error
+            finally:
+                for reference in pending:
+                    ray.cancel(reference, force=False)
+
+        yield ordered
