@@ -18,6 +18,8 @@ from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
 from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.data.beton import check_beton, write_beton
+from lape_ray.data.sources import digits
 from lape_ray.launch import fit
 from lape_ray.local_cluster import LocalCluster, executable, local_cluster
 from lape_ray.recipes import recipe
@@ -45,22 +47,18 @@ class Service:
         return replace_fields(recipe(recipe_name), {**data, **values})
 
     def submit(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """A training job on the smoke data."""
+        return self.submit_job("jobs/imagenet_deit.py", *self.data(), *words)
+
+    def submit_job(self, *words: str) -> subprocess.CompletedProcess[str]:
         """`ray job submit` from a laptop."""
         # Five steps end before MLflow's first sample of the system, which it takes every ten seconds.
         variables = {"LAPE_RAY_HOME": str(self.home), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}
         runtime = json.dumps({"env_vars": variables})
         command = [executable("ray"), "job", "submit", f"--address={self.cluster.dashboard}"]
-        command += [
-            f"--working-dir={ROOT}",
-            f"--runtime-env-json={runtime}",
-            "--",
-            "python",
-            "jobs/imagenet_deit.py",
-        ]
+        command += [f"--working-dir={ROOT}", f"--runtime-env-json={runtime}", "--", "python", *words]
         environment = {**os.environ, **self.cluster.environment}
-        return subprocess.run(
-            [*command, *self.data(), *words], capture_output=True, text=True, env=environment
-        )
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     def data(self) -> list[str]:
         return [f"--data.{split}={self.home / f'{split}.beton'}" for split in ("train", "val")]
@@ -232,3 +230,21 @@ def test_a_truncated_beton_is_one_line_and_exit_code_2(service: Service) -> None
     assert len(errors) == 1
     assert str(torn) in errors[0]
     assert "Traceback" not in done.stderr
+
+
+def test_the_cluster_encodes_what_one_machine_would(service: Service, tmp_path: Path) -> None:
+    """The job's own process writes in order, so the bytes are the same; here both nodes are one machine."""
+    done = service.submit_job(
+        "jobs/write_beton.py",
+        "digits",
+        str(tmp_path / "ray.beton"),
+        "--ray",
+        "--shards",
+        "2",
+        "--mode",
+        "jpg",
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "1,797 images of 10 classes" in done.stdout
+    local = write_beton(digits(), tmp_path / "local.beton", shards=2, mode="jpg", workers=1)
+    assert check_beton(tmp_path / "ray.beton", deep=True, workers=1).sha256 == local.sha256
