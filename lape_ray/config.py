@@ -26,6 +26,8 @@ Variant = Literal[
     "deit_tiny_distilled", "deit_small_distilled", "deit_base_distilled",
     "vit_lite_6_4", "vit_lite_7_4", "cvt_7_4", "cct_6_3x1", "cct_7_3x1", "cct_7_3x2",
 ]  # fmt: skip
+Compile = Literal["auto", "off", "default", "max-autotune-no-cudagraphs"]
+Compression = Literal["none", "bf16"]
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "gpu"]
 Backend = Literal["native", "ffcv"]
@@ -204,6 +206,12 @@ class RunConfig:
         1, "CPUs that Ray reserves for a worker: its loader and, on CPU, its arithmetic"
     )
     precision: Precision = option("auto", "auto: bf16 on GPU, fp32 on CPU")
+    compile: Compile = option(
+        "auto", "torch.compile of the training step's network; auto: default on GPU, off on CPU"
+    )
+    compression: Compression = option(
+        "none", "what gradients travel as between workers; bf16 halves the traffic and rounds them"
+    )
     init_from: str | None = option(
         None, "checkpoint whose weights the run starts from (ours, LaPE, DeiT or timm)"
     )
@@ -316,6 +324,7 @@ _PLACE = frozenset(
         for name in (
             "name", "storage", "experiment", "tracking_uri", "num_workers", "device", "cpus_per_worker", "log_steps",
             "eval_epochs", "keep_checkpoints", "max_failures", "timeout_s", "wait_s", "overwrite", "stop_after_epochs",
+            "compile",
         )
     }
 )  # fmt: skip

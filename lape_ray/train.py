@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lape_ray import checkpoint
+from lape_ray.acceleration import compiled, data_parallel
 from lape_ray.config import DataConfig, TrainConfig
 from lape_ray.data.augment import Augment, AugmentSpec, build_augment
 from lape_ray.data.loader import Loader, build_loader
@@ -95,7 +95,7 @@ class TrainState:
     world: World
     network: VisionTransformer
     model: nn.Module
-    """The network, wrapped for data parallelism where there is more than one worker."""
+    """The network as the training step calls it: compiled, and data parallel where there are several workers."""
     ema: Ema | None
     optimizer: torch.optim.Optimizer
     train_loader: Loader
@@ -105,6 +105,8 @@ class TrainState:
     normalize: Normalize
     teacher: nn.Module | None
     autocast: Callable[[], AbstractContextManager[None]]
+    notes: tuple[str, ...] = ()
+    """What a person should know of how this state was built."""
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -124,16 +126,9 @@ def build_state(config: TrainConfig, device: torch.device) -> TrainState:
     spec = resolve(config.model)
     torch.manual_seed(config.run.seed)
     network = build_model(config.model).to(device)
-    model: nn.Module = network
+    model, note = compiled(network, config.run, device)
     if world.size > 1:
-        with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; 2.11 knows no other name
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            model = DistributedDataParallel(
-                network,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                broadcast_buffers=False,
-            )
+        model = data_parallel(model, config.run, device, accumulate=config.optim.accumulate)
     teacher = None
     if config.optim.teacher is not None:
         teacher = load_teacher(config.optim.teacher, num_classes=spec.num_classes, image_size=spec.image_size)
@@ -179,6 +174,7 @@ def build_state(config: TrainConfig, device: torch.device) -> TrainState:
         normalize=Normalize(config.data).to(device),
         teacher=teacher,
         autocast=autocast_for(config, device),
+        notes=(note,) if note else (),
     )
 
 
@@ -319,6 +315,8 @@ def train(
     losses are those of a run that was never interrupted.
     """
     state = build_state(config, device)
+    for note in state.notes:
+        reporter.line(note)
     done = 0
     if resume_from is not None:
         meta = checkpoint.restore(

@@ -229,3 +229,27 @@ def test_weights_of_any_file_are_read_or_refused(tmp_path: Path) -> None:
         checkpoint.read_weights(tmp_path / "absent.pth")
     with pytest.raises(ValueError, match="only our checkpoint folders"):
         checkpoint.read_weights(tmp_path / "official.pth", ema=True)
+
+
+@pytest.mark.parametrize("compression", ["none", "bf16"])
+def test_compressed_gradients_train_nearly_the_same(tmp_path: Path, compression: str) -> None:
+    config = smoke(run__compression=compression)
+    one, two = run(config), _with_workers(2, config, tmp_path)
+    assert (two["losses"] == one.losses) is False  # sums of two halves round otherwise
+    np.testing.assert_allclose(two["losses"], one.losses, rtol=1e-5 if compression == "none" else 1e-2)
+    if compression == "bf16":
+        assert np.abs(np.array(two["losses"]) - one.losses).max() > 1e-5
+
+
+def test_compiled_steps_learn_what_eager_ones_do() -> None:
+    """Nothing is compiled anew after the first epoch, whose evaluation runs eagerly."""
+    eager = run(smoke())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        fast = run(smoke(run__compile="default"))
+    assert fast.lines[0] == "compiled (default): the first step takes longer"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    np.testing.assert_allclose(fast.losses, eager.losses, rtol=1e-4)
+    assert fast.epochs[-1]["val/acc1"] == eager.epochs[-1]["val/acc1"]

@@ -1,0 +1,68 @@
+"""What makes a network's training step fast without changing what it computes: compilation, data parallelism."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from lape_ray.config import RunConfig
+
+
+def compiled(network: nn.Module, run: RunConfig, device: torch.device) -> tuple[nn.Module, str]:
+    """`network` as the training step calls it, and a line that says what became of `run.compile`.
+
+    The result shares `network`'s parameters; evaluation goes on with `network` itself, whose batches vary in size.
+    It must be wrapped for data parallelism after this, not before: buckets then do not cut the graph.
+
+    Raises:
+        ValueError: compilation was asked for by name, and there is no compiler.
+    """
+    mode = run.compile
+    if mode == "auto":
+        mode = "default" if device.type == "cuda" else "off"
+    if mode == "off":
+        return network, ""
+    if missing := _missing_compiler(device):
+        if run.compile != "auto":
+            raise ValueError(
+                f"run.compile={run.compile} needs {missing}; install it, or set --run.compile off"
+            )
+        return network, f"not compiled, and slower for it: {missing} is missing"
+    return torch.compile(network, mode=mode, dynamic=False), f"compiled ({mode}): the first step takes longer"
+
+
+def _missing_compiler(device: torch.device) -> str | None:
+    """What Inductor would miss on this machine."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton"
+    return None if shutil.which("g++") or shutil.which("clang++") else "a C++ compiler (g++)"
+
+
+def data_parallel(
+    module: nn.Module, run: RunConfig, device: torch.device, *, accumulate: int
+) -> DistributedDataParallel:
+    """`module` with its gradients averaged over all workers of the default process group.
+
+    Gradients live in the buckets that are sent, buffers are not sent (none of ours changes), and as every parameter
+    takes part in every step, buckets are ordered anew after the first one by when gradients arrive: the position
+    chain's come last, so that no other bucket waits for them.
+    """
+    with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; 2.11 knows no other name
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        parallel = DistributedDataParallel(
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+            static_graph=accumulate == 1,  # the graph of a step without communication is another one
+        )
+    if run.compression == "bf16":
+        parallel.register_comm_hook(None, bf16_compress_hook)
+    return parallel
