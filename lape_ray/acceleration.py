@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from typing import cast
 
 import torch
 from torch import nn
@@ -33,7 +34,8 @@ def compiled(network: nn.Module, run: RunConfig, device: torch.device) -> tuple[
                 f"run.compile={run.compile} needs {missing}; install it, or set --run.compile off"
             )
         return network, f"not compiled, and slower for it: {missing} is missing"
-    return torch.compile(network, mode=mode, dynamic=False), f"compiled ({mode}): the first step takes longer"
+    fast = cast(nn.Module, torch.compile(network, mode=mode, dynamic=False))
+    return fast, f"compiled ({mode}): the first step takes longer"
 
 
 def _missing_compiler(device: torch.device) -> str | None:

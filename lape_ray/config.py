@@ -30,7 +30,7 @@ Compile = Literal["auto", "off", "default", "max-autotune-no-cudagraphs"]
 Compression = Literal["none", "bf16"]
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "gpu"]
-Backend = Literal["native", "ffcv"]
+Backend = Literal["native", "ffcv", "torchvision"]
 Interpolation = Literal["bicubic", "bilinear", "random"]
 
 
@@ -106,7 +106,8 @@ class DataConfig:
     flip: float = option(0.5, "probability of a horizontal flip")
     eval_crop: float = option(0.875, "share of the shorter side that evaluation's centre crop keeps")
     backend: Backend = option(
-        "native", "decoder: native (Pillow's pixels, antialiased) or ffcv (area, starts slower)"
+        "native",
+        "decoder: native (Pillow's pixels, antialiased), ffcv (area, starts slower) or torchvision (slow, any source)",
     )
     interpolation: Interpolation = option(
         "bicubic", "filter of crops and of RandAugment's warps; random: per image"

@@ -9,7 +9,7 @@ import torch
 from lape_ray import storage, tracking
 from lape_ray.checkpoint import read_weights
 from lape_ray.config import TrainConfig
-from lape_ray.data.beton import Manifest, check_beton
+from lape_ray.data.facts import SplitFacts, split_facts
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
 
@@ -40,20 +40,18 @@ def check_data(config: TrainConfig) -> None:
         )
 
 
-def check_split(config: TrainConfig, split: Literal["train", "val"]) -> Manifest:
-    """One file is whole and fits the model's classes and image size."""
-    path = config.data.train if split == "train" else config.data.val
-    if not path:
-        raise ValueError(f"no {split} data: give --data.{split} FILE.beton (jobs/write_beton.py makes one)")
-    manifest, spec = check_beton(path), resolve(config.model)
-    classes, largest = len(manifest.classes), max(manifest.width[1], manifest.height[1])
-    if classes != spec.num_classes:
+def check_split(config: TrainConfig, split: Literal["train", "val"]) -> SplitFacts:
+    """One split is whole and fits the model's classes and image size."""
+    facts, spec = split_facts(config.data, split), resolve(config.model)
+    if len(facts.classes) != spec.num_classes:
         raise ValueError(
-            f"{path} has {classes} classes, the model {spec.num_classes}: set --model.num_classes {classes}"
+            f"{facts.path} has {len(facts.classes)} classes, the model {spec.num_classes}: "
+            f"set --model.num_classes {len(facts.classes)}"
         )
-    if largest < spec.image_size and not config.data.upscale:
+    largest = facts.largest_side
+    if largest is not None and largest < spec.image_size and not config.data.upscale:
         raise ValueError(
-            f"{path} has images of at most {largest} px, but the model reads {spec.image_size}: "
+            f"{facts.path} has images of at most {largest} px, but the model reads {spec.image_size}: "
             f"set --model.image_size {largest}, or --data.upscale true to enlarge them"
         )
-    return manifest
+    return facts

@@ -53,7 +53,7 @@ def train(data: DataConfig) -> Loader:
 def of_rank(loader: Loader, rank: int, world_size: int, batch_size: int, accumulate: int = 1) -> Loader:
     """Another rank's loader over the same compiled reader (compiling takes seconds)."""
     loader.reader.batch_size = batch_size
-    return Loader(loader.reader, loader.manifest, split=loader.split, accumulate=accumulate, rank=rank,
+    return Loader(loader.reader, loader.facts, split=loader.split, accumulate=accumulate, rank=rank,
                   world_size=world_size, seed=loader.seed, device=loader.device)  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def test_threads_are_clamped_to_what_numba_allows(data: DataConfig) -> None:
 
 def test_bad_arguments(data: DataConfig, tmp_path: Path) -> None:
     options: dict[str, Any] = {"image_size": SIDE, "batch_size": 20}
-    with pytest.raises(ValueError, match=r"data\.train is empty; give the path of a \.beton"):
+    with pytest.raises(ValueError, match=r"data\.train is empty; give --data\.train FILE\.beton"):
         build_loader(DataConfig(), "train", **options)
     with pytest.raises(FileNotFoundError, match=r"absent\.beton is missing"):
         build_loader(DataConfig(val=str(tmp_path / "absent.beton")), "val", **options)

@@ -170,6 +170,8 @@ def test_shard_errors(tmp_path: Path) -> None:
         open_source(shard([PNG] * 3, [2, -1, 0]))
     with pytest.raises(ValueError, match=r"row 2 has label 7, outside 0\.\.1"):
         open_source(shard([PNG] * 3, [0, 1, 7], names=["a", "b"]))
+    with pytest.raises(ValueError, match="has a label of 4611686018427387904, and no class names"):
+        open_source(shard([PNG] * 2, [0, 2**62]))
     with pytest.raises(ValueError, match="row 1 has no label"):
         open_source(shard([PNG] * 2, [0, None]))
     with pytest.raises(ValueError, match="labels must be integers"):

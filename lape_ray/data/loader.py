@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from lape_ray.config import DataConfig
-from lape_ray.data.beton import Manifest, check_beton, set_files
+from lape_ray.data.beton import set_files
+from lape_ray.data.facts import SplitFacts, reads_sources, source_facts, split_facts, split_path
 from lape_ray.data.parallel import usable_cpus
+from lape_ray.data.sources import open_source
 
 INDEX_MASK = 0xFFFFFFFF  # of a key: the sample's index
 ORDER_STREAM = 1  # first word of the seed, which keeps these draws apart from mixup's
@@ -87,14 +89,14 @@ class Loader:
     """One rank's batches of a split; made once for a run by `build_loader`.
 
     Attributes:
-        manifest: of the file
+        facts: of the split
         num_samples: images of the whole split, over all ranks
     """
 
     def __init__(
         self,
         reader: Reader,
-        manifest: Manifest,
+        facts: SplitFacts,
         *,
         split: Literal["train", "val"],
         accumulate: int,
@@ -105,8 +107,8 @@ class Loader:
         repeats: int = 1,
     ) -> None:
         self.reader = reader
-        self.manifest = manifest
-        self.num_samples = manifest.num_samples
+        self.facts = facts
+        self.num_samples = facts.num_samples
         self.split = split
         self.step_samples = reader.batch_size * world_size * accumulate
         self.rank, self.world_size, self.seed, self.device = rank, world_size, seed, device
@@ -235,13 +237,19 @@ def build_loader(
     Raises:
         FileNotFoundError, ValueError: the file is missing, damaged, or holds fewer images than one step.
     """
-    path = {"train": data.train, "val": data.val}[split]
-    if not path:
-        raise ValueError(f"data.{split} is empty; give the path of a .beton (jobs/write_beton.py makes one)")
-    manifest = check_beton(path)
+    path = split_path(data, split)
     threads = data.threads or threads or usable_cpus()
     reader: Reader
-    if data.backend == "native":
+    if data.backend == "torchvision":
+        from lape_ray.data.torchvision_reader import TorchvisionReader
+
+        source = open_source(path)
+        facts = source_facts(path, source) if reads_sources(data, path) else split_facts(data, split)
+        reader = TorchvisionReader(
+            source, data, split, image_size=image_size, batch_size=batch_size, threads=threads, seed=seed
+        )
+    elif data.backend == "native":
+        facts = split_facts(data, split)
         from lape_ray.data.native_reader import NativeReader  # needs the compiled decoder
 
         reader = NativeReader(
@@ -255,6 +263,7 @@ def build_loader(
             pin_memory=torch.device(device).type == "cuda",
         )
     else:
+        facts = split_facts(data, split)
         if len(files := set_files(path)) > 1:
             raise ValueError(
                 f"{path} is a set of {len(files)} files; FFCV's loader reads one: set data.backend=native, or write "
@@ -268,7 +277,7 @@ def build_loader(
         reader = pipeline.BatchLoader(path, decoder, batch_size=batch_size, threads=threads)
     return Loader(
         reader,
-        manifest,
+        facts,
         split=split,
         accumulate=accumulate,
         rank=rank,

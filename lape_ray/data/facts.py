@@ -1,0 +1,70 @@
+"""What is known of a split before any of its images is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lape_ray.config import DataConfig
+from lape_ray.data.beton import check_beton
+from lape_ray.data.sources import Source, open_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitFacts:
+    """One split's images.
+
+    Attributes:
+        path: as the config has it
+        num_samples: images, over all ranks
+        classes: name of each label
+        largest_side: of any image, in pixels; None: not known without reading them
+        sha256: of the file, or of a set of files; None: a source has none
+    """
+
+    path: str
+    num_samples: int
+    classes: tuple[str, ...]
+    largest_side: int | None
+    sha256: str | None
+
+
+def split_path(data: DataConfig, split: Literal["train", "val"]) -> str:
+    """Where the split is; ValueError if the config does not say."""
+    path = data.train if split == "train" else data.val
+    if not path:
+        raise ValueError(
+            f"no {split} data: data.{split} is empty; give --data.{split} FILE.beton (jobs/write_beton.py makes one)"
+        )
+    return path
+
+
+def split_facts(data: DataConfig, split: Literal["train", "val"]) -> SplitFacts:
+    """The facts, of files that agree with their manifests.
+
+    Raises:
+        FileNotFoundError, ValueError: the data is missing or damaged; says what and how to mend it.
+    """
+    path = split_path(data, split)
+    if reads_sources(data, path):
+        return source_facts(path, open_source(path))
+    manifest = check_beton(path)
+    return SplitFacts(
+        path=path,
+        num_samples=manifest.num_samples,
+        classes=manifest.classes,
+        largest_side=max(manifest.width[1], manifest.height[1]),
+        sha256=manifest.sha256,
+    )
+
+
+def reads_sources(data: DataConfig, path: str) -> bool:
+    """Whether the split is read as a source, image files and all, and not as a .beton."""
+    return data.backend == "torchvision" and not path.endswith(".beton")
+
+
+def source_facts(path: str, source: Source) -> SplitFacts:
+    """Of a source that is open already."""
+    return SplitFacts(
+        path=path, num_samples=len(source), classes=source.classes, largest_side=None, sha256=None
+    )

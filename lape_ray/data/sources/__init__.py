@@ -1,0 +1,62 @@
+"""Labelled images as they come: class folders, parquet or tar shards, or scikit-learn's digits.
+
+A source knows every label at once but opens an image only when asked. It pickles as plain arrays of names, and
+`take` cuts it into parts, so that a worker process is sent the few names it works on.
+
+    base         `Source`, and how an image file becomes RGB
+    folder       class folders, as torchvision's ImageFolder
+    shards       what parquet and tar have in common
+    parquet      rows of parquet files, as dataset hubs have them
+    tar          WebDataset shards
+    handwritten  the digits
+    odd          `oddity`: what is unusual about an image that is read all the same
+    subset       `select`: parts that are the same each time
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lape_ray.data.sources.base import EXTENSIONS, Source, load_image, to_rgb
+from lape_ray.data.sources.folder import ImageFolder, image_folder
+from lape_ray.data.sources.handwritten import Digits, digits
+from lape_ray.data.sources.odd import oddity
+from lape_ray.data.sources.parquet import ParquetShards, parquet_shards
+from lape_ray.data.sources.shards import kind_of_shards
+from lape_ray.data.sources.subset import select
+from lape_ray.data.sources.tar import TarShards, tar_shards
+
+__all__ = [
+    "EXTENSIONS", "Digits", "ImageFolder", "ParquetShards", "Source", "TarShards", "digits", "image_folder",
+    "load_image", "oddity", "open_source", "parquet_shards", "select", "tar_shards", "to_rgb",
+]  # fmt: skip
+
+
+def open_source(where: str, split: str | None = None) -> Source:
+    """The source at `where`.
+
+    Args:
+        where: `digits`; a folder of class folders; or parquet or tar shards: a file, a folder of them, a glob, or
+            ranges such as `train-{0000..0146}.tar`; or a .beton. A folder with .parquet or else .tar files anywhere
+            below it is taken for shards.
+        split: `train` or `val` of the digits; the shards named after it (train-00000-of-00004.parquet, or a
+            folder train/); or the folder of that name below `where`. None: all there is.
+
+    Raises:
+        ValueError: nothing is there, no class has images, labels are missing or out of range; says which.
+    """
+    if where == "digits":
+        return digits(split)
+    path = Path(where)
+    if path.suffix == ".beton":
+        from lape_ray.data.beton.source import beton_images  # which is made of sources
+
+        if split:
+            raise ValueError(f"{where} is one .beton, and has no split {split!r}; leave the split out")
+        return beton_images(where)
+    holds = kind_of_shards(where)
+    if holds == "parquet":
+        return parquet_shards(where, split)
+    if holds == "tar":
+        return tar_shards(where, split)
+    return image_folder(path / split if split else path)
