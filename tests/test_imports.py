@@ -19,9 +19,15 @@ FLOORS = [
     {"train", "preflight"},
     {"cluster"},
     {"launch", "evaluation"},
+    {"bench"},
     {"jobs"},
 ]
-DOORS = {"ray": {"cluster", "launch"}, "mlflow": {"tracking"}, "boto3": {"storage"}, "ffcv": {"data"}}
+DOORS = {
+    "ray": {"cluster", "launch"},
+    "mlflow": {"tracking"},
+    "boto3": {"storage"},
+    "ffcv": {"data", "bench"},  # bench: as a peer
+}
 
 
 def room_of(path: Path) -> str:

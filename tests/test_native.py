@@ -704,23 +704,6 @@ def test_a_missing_or_stale_extension_says_the_fix(source_tree: Path, module: st
     run_python(code, cwd=source_tree, PYTHONPATH=str(source_tree))
 
 
-# ---- the benchmark
-
-
-def test_benchmark_rows() -> None:
-    """Every decoder runs on every input it is meant for; what is measured is for jobs/benchmark.py."""
-    from lape_ray.data.bench import CHUNK, DECODERS, decoder_benchmark
-
-    rows = decoder_benchmark([GOOD] * CHUNK, side=32, rounds=2, threads=2)
-    assert {row["decoder"] for row in rows} == set(DECODERS)
-    assert len(rows) == 4 + 2 * (len(DECODERS) - 1)
-    for row in rows:
-        assert 0 < row["cpu_ms_quiet"] <= row["cpu_ms_low"] <= row["cpu_ms"] <= row["cpu_ms_high"]
-        assert row["images_per_second"] > 0 and row["bytes"] > 0
-    with pytest.raises(ValueError, match="3 files"):
-        decoder_benchmark([GOOD] * 3)
-
-
 # ---- fuzzing
 
 

@@ -8,7 +8,6 @@
     parallel       `map` over processes, in order
     ffcv_pipeline  FFCV's loader, made to fail loudly and to repeat itself; another backend
     augment        what follows the crop, batched on the device: RandAugment, 3-Augment, jitter, erasing
-    bench          the decoder beside its peers
     mixup          `Mixer`: mixup and CutMix of a batch, on its device
 
 Nothing is imported here: sources and beton need no torch, mixup needs no ffcv, and ffcv (seconds to import)

@@ -1,7 +1,8 @@
 """How fast a random resized crop comes out of a JPEG: this package's decoder and its peers, on the same files.
 
 Every decoder gets the same crops and flips and delivers uint8 (side, side, 3) or (3, side, side). The rounds of
-all of them are interleaved, so that a disturbance meets each alike.
+all of them are interleaved, so that a disturbance meets each alike, and ours runs twice: how far its two rows lie
+apart is what the others' rows are uncertain by.
 
 Shape suffixes: B images, R rounds, C chunks of images.
 """
@@ -24,11 +25,13 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as v2
 
+from lape_ray.bench.inputs import MARKERS, make_inputs
+from lape_ray.bench.record import spread
 from lape_ray.data import native
 
 CHUNK = 10  # images that are timed at a time
-OURS = "lape_ray"
-MARKERS = ", markers"  # ends the name of an input with restart markers
+OURS, AGAIN = "lape_ray", "lape_ray, again"
+WHOLE = "libjpeg-turbo, whole, no resize"
 
 
 @dataclass
@@ -149,10 +152,11 @@ def pillow_crops(work: Work, threads: int) -> Decode:
 
 DECODERS: dict[str, Callable[[Work, int], Decode]] = {
     OURS: native_crops,
+    AGAIN: native_crops,
     "ffcv core": ffcv_crops,
     "torchvision.io": torchvision_crops,
     "Pillow": pillow_crops,
-    "libjpeg-turbo, whole, no resize": libjpeg_whole,
+    WHOLE: libjpeg_whole,
 }
 
 
@@ -166,31 +170,38 @@ def decoder_benchmark(
 
     Returns:
         A dict for each decoder and input:
-        decoder, input: names
+        name, input: of the decoder and of what it decodes
+        missing: why the decoder did not run, if it is not installed; then nothing below is there
         bytes: of a file, on average
-        cpu_ms: CPU time of an image, one thread; median of the rounds
-        cpu_ms_low, cpu_ms_high: the range of the rounds
+        cpu_ms: CPU time of an image with one thread, a `spread` over the rounds
         cpu_ms_quiet: the same with each chunk of images at its best round, for machines that others use too
-        images_per_second: by the clock, with `threads` threads; median of the rounds
+        images_per_second: by the clock, with `threads` threads, a `spread`
     """
     if len(files) < CHUNK or rounds < 1 or threads < 1:
         raise ValueError(f"{len(files)} files, {rounds} rounds, {threads} threads; it takes {CHUNK}, 1 and 1")
     works = {name: Work.of(inputs, side, seed) for name, inputs in make_inputs(files).items()}
-    # Peers gain nothing from restart markers.
-    runs = [
-        (decoder, name) for name in works for decoder in DECODERS if decoder == OURS or MARKERS not in name
-    ]
-    alone = {run: DECODERS[run[0]](works[run[1]], 1) for run in runs}
-    shared = {run: DECODERS[run[0]](works[run[1]], threads) for run in runs}
+    missing: dict[str, str] = {}
+    alone: dict[tuple[str, str], Decode] = {}
+    shared: dict[tuple[str, str], Decode] = {}
+    for name, work in works.items():
+        for decoder, make in DECODERS.items():
+            if MARKERS in name and decoder not in (OURS, AGAIN):
+                continue  # peers gain nothing from restart markers
+            try:
+                alone[decoder, name], shared[decoder, name] = make(work, 1), make(work, threads)
+            except ImportError as error:
+                if decoder in (OURS, AGAIN):
+                    raise
+                missing[decoder] = str(error)
     chunks = [range(i, min(i + CHUNK, len(files))) for i in range(0, len(files), CHUNK)]
-    cpu_ms: dict[tuple[str, str], list[list[float]]] = {run: [] for run in runs}
-    per_second: dict[tuple[str, str], list[float]] = {run: [] for run in runs}
+    cpu_ms: dict[tuple[str, str], list[list[float]]] = {run: [] for run in alone}
+    per_second: dict[tuple[str, str], list[float]] = {run: [] for run in alone}
     with _one_torch_thread(), ThreadPoolExecutor(threads) as pool:
         for round_ in range(-1, rounds):  # the first warms up
-            for run in runs:
+            for run in alone:
                 cpu_C = [_cpu_ms(partial(alone[run], chunk)) for chunk in chunks]
                 start = time.perf_counter()
-                if run[0] == OURS:  # has threads of its own
+                if run[0] in (OURS, AGAIN):  # has threads of its own
                     shared[run](range(len(files)))
                 else:
                     list(pool.map(shared[run], chunks))
@@ -198,35 +209,20 @@ def decoder_benchmark(
                 if round_ >= 0:
                     cpu_ms[run].append(cpu_C)
                     per_second[run].append(len(files) / seconds)
-    rows = []
-    for decoder, name in runs:
+    rows: list[dict[str, Any]] = []
+    for decoder, name in alone:
         cpu_RC = np.array(cpu_ms[decoder, name]) / len(files)
-        cpu_R = cpu_RC.sum(axis=1)
-        row: dict[str, Any] = {"decoder": decoder, "input": name}
-        row["bytes"] = round(sum(map(len, works[name].files)) / len(files))
-        row["cpu_ms"] = float(np.median(cpu_R))
-        row["cpu_ms_low"], row["cpu_ms_high"] = float(cpu_R.min()), float(cpu_R.max())
-        row["cpu_ms_quiet"] = float(cpu_RC.min(axis=0).sum())
-        row["images_per_second"] = float(np.median(per_second[decoder, name]))
-        rows.append(row)
-    return rows
-
-
-def make_inputs(files: Sequence[bytes]) -> dict[str, list[bytes]]:
-    """The sets of files that are measured, by name."""
-    small = []
-    for data in files:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        image.thumbnail((500, 500), Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=90)
-        small.append(file.getvalue())
-    return {
-        "original": list(files),
-        f"original{MARKERS}": [native.add_restart_markers(data) for data in files],
-        "500px q90": small,
-        f"500px q90{MARKERS}": [native.add_restart_markers(data) for data in small],
-    }
+        rows.append(
+            {
+                "name": decoder,
+                "input": name,
+                "bytes": round(sum(map(len, works[name].files)) / len(files)),
+                "cpu_ms": spread(cpu_RC.sum(axis=1).tolist()),
+                "cpu_ms_quiet": float(cpu_RC.min(axis=0).sum()),
+                "images_per_second": spread(per_second[decoder, name]),
+            }
+        )
+    return rows + [{"name": name, "input": "all", "missing": why} for name, why in missing.items()]
 
 
 def _cpu_ms(work: Callable[[], None]) -> float:

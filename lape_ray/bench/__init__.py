@@ -1,0 +1,16 @@
+"""What this package's speed is, measured beside its peers: what `jobs/benchmark.py` prints.
+
+    loader      the subcommand of that name: settings and sections; loader_report, its tables
+    inputs      which images: a source's or drawn ones, as originals, at 500 pixels, with restart markers, as .beton
+    gate        nothing is timed before our pixels are Pillow's
+    decoder     crops out of JPEGs in memory
+    contenders  whole loaders: ours, FFCV's, torchvision's
+    isolated    each contender in a process of its own, in interleaved rounds
+    fresh       what only a fresh process shows: memory and start-up
+    feeding     the device's side: augmentation, and training steps fed by the loader
+    targets     what must be reached, and whether it was
+    record      measured values with their spread, machine, versions; the JSON file
+    table       aligned tables for the terminal
+
+Nothing is imported here. Peers are imported where they run, and one that is missing is a row that says so.
+"""
