@@ -4,15 +4,18 @@ A checkpoint is a folder:
     model.safetensors      the weights
     ema.safetensors        their moving average, where the run keeps one
     optimizer.pt           the optimizer's state
-    meta.json              epoch, step, metrics, config, config hash, world size, MLflow run, format version
+    meta.json              epoch, step, metrics, config, config hash, world size, MLflow run, format version, and the
+                           size and sha256 of every other file
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +26,54 @@ from torch import Tensor, nn
 
 from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_is_learned
 
-FORMAT = 1
+FORMAT = 2
+
+
+class DamagedError(ValueError):
+    """A checkpoint is torn, incomplete or changed; an older one may be whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far an epoch has come.
+
+    Attributes:
+        step: optimizer steps done
+        logged: of these, the steps up to the last log step
+        loss: sum of the steps' losses up to the last log step, mean over the workers
+        window_loss: the same of the steps since
+    """
+
+    step: int = 0
+    logged: int = 0
+    loss: float = 0.0
+    window_loss: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """The small facts of a checkpoint."""
+    """The small facts of a checkpoint.
+
+    `progress` is that of the epoch after the `epochs_done` whole ones.
+    """
 
     epochs_done: int
     steps_done: int
+    progress: Progress = field(default_factory=Progress)
     config: TrainConfig
     metrics: Mapping[str, float]
     world_size: int
     mlflow_run_id: str | None = None
 
-    def to_json(self) -> str:
+    def to_json(self, files: Mapping[str, Mapping[str, Any]]) -> str:
+        """With the size and sha256 of the checkpoint's other files."""
         return json.dumps(
             {
                 "format": FORMAT,
+                "files": files,
                 "epochs_done": self.epochs_done,
                 "steps_done": self.steps_done,
+                "progress": asdict(self.progress),
                 "config": to_dict(self.config),
                 "config_hash": config_hash(self.config),
                 "metrics": dict(self.metrics),
@@ -55,12 +86,7 @@ class Meta:
 
 def read_meta(folder: Path) -> Meta:
     """The facts of the checkpoint in `folder`; a ValueError where it holds none that this version reads."""
-    try:
-        values = json.loads((folder / "meta.json").read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no checkpoint: it has no meta.json") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/meta.json is damaged: {error}") from None
+    values = _read_values(folder)
     if values.get("format") != FORMAT:
         raise ValueError(
             f"{folder} has checkpoint format {values.get('format')}; this version reads {FORMAT}"
@@ -68,11 +94,40 @@ def read_meta(folder: Path) -> Meta:
     return Meta(
         epochs_done=values["epochs_done"],
         steps_done=values["steps_done"],
+        progress=Progress(**values["progress"]),
         config=from_dict(TrainConfig, values["config"]),
         metrics=values["metrics"],
         world_size=values["world_size"],
         mlflow_run_id=values["mlflow_run_id"],
     )
+
+
+def _read_values(folder: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+    except FileNotFoundError:
+        raise DamagedError(f"{folder} is no checkpoint: it has no meta.json") from None
+    except ValueError as error:
+        raise DamagedError(f"{folder}/meta.json is damaged: {error}") from None
+    return values
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with what meta.json says of it; a DamagedError names the first that differs."""
+    for name, expected in _read_values(folder).get("files", {}).items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedError(f"{file} is missing")
+        if _size_and_hash(file) != expected:
+            raise DamagedError(f"{file} is damaged: its size or sha256 is not the one in meta.json")
+
+
+def _size_and_hash(file: Path) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        return {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.file_digest(opened, "sha256").hexdigest(),
+        }
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -82,12 +137,19 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 def save(
     folder: Path, *, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, meta: Meta
 ) -> None:
-    """Write a checkpoint into an existing, empty folder; meta.json comes last, so that it marks a whole one."""
+    """Write a checkpoint into an existing, empty folder and bring it to the disk.
+
+    meta.json comes last, so that it marks a whole one.
+    """
     save_file(_weights(model), folder / "model.safetensors")
     if ema is not None:
         save_file(_weights(ema), folder / "ema.safetensors")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    (folder / "meta.json").write_text(meta.to_json())
+    files = {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}
+    (folder / "meta.json").write_text(meta.to_json(files))
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
@@ -104,7 +166,13 @@ def restore(
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer,
 ) -> Meta:
-    """Load a checkpoint to continue its run; a ValueError says what differs if it is of another config."""
+    """Load a checkpoint to continue its run.
+
+    Raises:
+        DamagedError: it is torn or changed.
+        ValueError: it is of another config; says what differs.
+    """
+    verify(folder)
     meta = read_meta(folder)
     if changed := differences(meta.config, config):
         raise ValueError(

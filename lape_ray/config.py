@@ -218,6 +218,12 @@ class RunConfig:
     )
     log_steps: int = option(50, "steps between two progress lines")
     eval_epochs: int = option(1, "epochs between two evaluations")
+    checkpoint_steps: int | None = option(
+        None, "optimizer steps between two checkpoints within an epoch; none: by checkpoint_minutes alone"
+    )
+    checkpoint_minutes: float = option(
+        15, "minutes after which the next log step saves a checkpoint, if no epoch has ended; 0: off"
+    )
     keep_checkpoints: int = option(2, "checkpoints to keep: the best by val/acc1, and always the newest")
     max_failures: int = option(3, "worker failures after which the run gives up")
     timeout_s: int = option(180, "seconds after which a collective that waits for a hung worker fails")
@@ -233,7 +239,8 @@ class RunConfig:
         _check_choices(self)
         _check_range(self, 0, 2**31, "seed", "max_failures", "wait_s")
         _check_range(self, 1, 10**6, "num_workers", "cpus_per_worker", "log_steps", "eval_epochs",
-                     "keep_checkpoints", "timeout_s", "stop_after_epochs")  # fmt: skip
+                     "keep_checkpoints", "timeout_s", "stop_after_epochs", "checkpoint_steps")  # fmt: skip
+        _check_range(self, 0, 10**6, "checkpoint_minutes")
         bad = sorted(set(self.name or "") & set("/\\: \t\n"))
         _require(not bad, f"name={self.name!r} holds {bad}; use letters, digits, '-', '_' and '.'")
 
@@ -325,7 +332,7 @@ _PLACE = frozenset(
         for name in (
             "name", "storage", "experiment", "tracking_uri", "num_workers", "device", "cpus_per_worker", "log_steps",
             "eval_epochs", "keep_checkpoints", "max_failures", "timeout_s", "wait_s", "overwrite", "stop_after_epochs",
-            "compile",
+            "compile", "checkpoint_steps", "checkpoint_minutes",
         )
     }
 )  # fmt: skip

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +35,8 @@ from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.optim import Ema, build_optimizer, lr_at
 
+NOTHING_DONE = checkpoint.Progress()
+
 
 class DivergedError(RuntimeError):
     """The loss is no finite number any more."""
@@ -47,6 +50,12 @@ class Reporter(Protocol):
 
     def epoch(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
         """After an epoch; `write(folder)` saves a checkpoint of the state as it is now."""
+
+    def checkpoint(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
+        """Within an epoch, where a checkpoint is due; as after an epoch, but nothing was evaluated."""
+
+    def leaving(self) -> bool:
+        """Whether a machine of this run is about to go, so that a checkpoint is due; asked on log steps, of all."""
 
     def line(self, text: str) -> None:
         """One line of progress for people."""
@@ -72,6 +81,10 @@ class World:
         if self.size > 1:
             dist.all_reduce(value)
         return value.item() / self.size
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any worker."""
+        return self.mean(torch.tensor(float(flag), device=self.device)) > 0
 
 
 class Normalize(nn.Module):
@@ -210,41 +223,79 @@ def micro_step(
     return loss.detach()
 
 
-def train_epoch(state: TrainState, epoch: int, reporter: Reporter) -> dict[str, float]:
-    """One epoch of optimizer steps. Synchronises with the device on log steps only."""
+def train_epoch(
+    state: TrainState,
+    epoch: int,
+    reporter: Reporter,
+    *,
+    start: checkpoint.Progress = NOTHING_DONE,
+    save: Callable[[checkpoint.Progress], None],
+) -> dict[str, float]:
+    """One epoch of optimizer steps, from `start` on. Synchronises with the device on log and checkpoint steps only.
+
+    `save` is called where a checkpoint is due within the epoch. What follows does not depend on whether the run was
+    interrupted there: order, crops and all draws are functions of the epoch and the step.
+    """
     config, world, steps = state.config, state.world, state.steps_per_epoch
     accumulate = config.optim.accumulate
     state.model.train()
-    epoch_loss, window_loss = torch.zeros(2, device=world.device).unbind()
-    speed, logged, lr = Speed(), 0, 0.0
-    with contextlib.closing(state.train_loader.epoch(epoch)) as batches:
-        for step in range(steps):
+    sums = torch.tensor([start.loss, start.window_loss], device=world.device)
+    epoch_loss, window_loss = sums.unbind()
+    speed, logged, lr = Speed(), start.logged, 0.0
+    clock = time.monotonic()
+    with contextlib.closing(state.train_loader.epoch(epoch, start=start.step * accumulate)) as batches:
+        for step in range(start.step, steps):
             lr = lr_at(epoch * steps + step, config=config.optim, steps_per_epoch=steps)
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
-            state.optimizer.zero_grad(set_to_none=True)
-            for micro in range(accumulate):
-                with _gradients_stay_local(state.model, micro < accumulate - 1):
-                    window_loss += micro_step(state, *next(batches), key=(epoch, step, micro))
-            if config.optim.clip_norm is not None:
-                nn.utils.clip_grad_norm_(state.network.parameters(), config.optim.clip_norm)
-            state.optimizer.step()
-            if state.ema is not None:
-                state.ema.update()
+            window_loss += optimizer_step(state, batches, epoch=epoch, step=step, lr=lr)
+            due = config.run.checkpoint_steps is not None and (step + 1) % config.run.checkpoint_steps == 0
             if (step + 1) % config.run.log_steps == 0 or step + 1 == steps:
                 loss = world.mean(window_loss / (step + 1 - logged))
                 _refuse_divergence(loss, epoch, step)
-                rate = speed.read((step + 1 - logged) * config.data.batch_size)
+                rate = speed.read((step + 1 - max(logged, start.step)) * config.data.batch_size)
                 reporter.step({"train/loss": loss, "train/lr": lr}, step=epoch * steps + step + 1)
                 reporter.line(_progress(state, epoch, step, loss, lr, rate, speed.mean()))
                 epoch_loss += window_loss
                 window_loss.zero_()
                 logged = step + 1
+                minutes = config.run.checkpoint_minutes
+                late = minutes > 0 and time.monotonic() - clock > 60 * minutes
+                due |= world.any(late or reporter.leaving())
+            if due and step + 1 < steps:
+                # The means take the sums' place on every worker, as they do where a run goes on from here.
+                done = checkpoint.Progress(
+                    step=step + 1,
+                    logged=logged,
+                    loss=world.mean(epoch_loss),
+                    window_loss=world.mean(window_loss),
+                )
+                sums.copy_(torch.tensor([done.loss, done.window_loss]))
+                save(done)
+                clock = time.monotonic()
     return {
         "train/epoch_loss": world.mean(epoch_loss / steps),
         "train/lr": lr,
         "train/images_per_s": speed.mean(),
     }
+
+
+def optimizer_step(
+    state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], *, epoch: int, step: int, lr: float
+) -> Tensor:
+    """One step over `optim.accumulate` batches; returns this worker's loss, a scalar on the device."""
+    config = state.config
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=state.world.device)
+    for micro in range(config.optim.accumulate):
+        with _gradients_stay_local(state.model, micro < config.optim.accumulate - 1):
+            loss += micro_step(state, *next(batches), key=(epoch, step, micro))
+    if config.optim.clip_norm is not None:
+        nn.utils.clip_grad_norm_(state.network.parameters(), config.optim.clip_norm)
+    state.optimizer.step()
+    if state.ema is not None:
+        state.ema.update()
+    return loss
 
 
 def _gradients_stay_local(model: nn.Module, yes: bool) -> AbstractContextManager[None]:
@@ -317,7 +368,7 @@ def train(
     state = build_state(config, device)
     for note in state.notes:
         reporter.line(note)
-    done = 0
+    done, progress = 0, NOTHING_DONE
     if resume_from is not None:
         meta = checkpoint.restore(
             resume_from,
@@ -326,26 +377,45 @@ def train(
             ema=state.ema.model if state.ema else None,
             optimizer=state.optimizer,
         )
-        done, state.metrics = meta.epochs_done, dict(meta.metrics)
-        reporter.line(f"continuing after epoch {done} of {config.optim.total_epochs}")
+        done, progress, state.metrics = meta.epochs_done, meta.progress, dict(meta.metrics)
+        within = f" and step {progress.step} of {state.steps_per_epoch}" if progress.step else ""
+        reporter.line(f"continuing after epoch {done} of {config.optim.total_epochs}{within}")
     elif config.run.init_from is not None:
         for note in load_initial_weights(state, config.run.init_from):
             reporter.line(f"init_from: {note}")
     last = min(config.optim.total_epochs, config.run.stop_after_epochs or config.optim.total_epochs)
     for epoch in range(done, last):
-        state.metrics = {"epoch": epoch + 1.0, **train_epoch(state, epoch, reporter)}
+
+        def save(within: checkpoint.Progress, epoch: int = epoch) -> None:
+            steps = epoch * state.steps_per_epoch + within.step
+            reporter.checkpoint(
+                {"epoch": steps / state.steps_per_epoch},
+                step=steps,
+                write=partial(_save, state, epoch, within, mlflow_run_id=mlflow_run_id),
+            )
+
+        trained = train_epoch(state, epoch, reporter, start=progress, save=save)
+        progress = NOTHING_DONE
+        state.metrics = {"epoch": epoch + 1.0, **trained}
         if (epoch + 1) % config.run.eval_epochs == 0 or epoch + 1 == last:
             state.metrics |= _validate(state)
             reporter.line(_epoch_line(state))
         reporter.epoch(
             state.metrics,
             step=(epoch + 1) * state.steps_per_epoch,
-            write=partial(_save, state, epochs_done=epoch + 1, mlflow_run_id=mlflow_run_id),
+            write=partial(_save, state, epoch + 1, NOTHING_DONE, mlflow_run_id=mlflow_run_id),
         )
     return state.metrics
 
 
-def _save(state: TrainState, folder: Path, *, epochs_done: int, mlflow_run_id: str | None) -> None:
+def _save(
+    state: TrainState,
+    epochs_done: int,
+    progress: checkpoint.Progress,
+    folder: Path,
+    *,
+    mlflow_run_id: str | None,
+) -> None:
     checkpoint.save(
         folder,
         model=state.network,
@@ -353,7 +423,8 @@ def _save(state: TrainState, folder: Path, *, epochs_done: int, mlflow_run_id: s
         optimizer=state.optimizer,
         meta=checkpoint.Meta(
             epochs_done=epochs_done,
-            steps_done=epochs_done * state.steps_per_epoch,
+            steps_done=epochs_done * state.steps_per_epoch + progress.step,
+            progress=progress,
             config=state.config,
             metrics=state.metrics,
             world_size=state.world.size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,8 +46,8 @@ class MemoryLoader:
     def __len__(self) -> int:
         return -(-len(self._indices(0)) // self.batch_size)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in torch.from_numpy(self._indices(epoch)).split(self.batch_size):
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.from_numpy(self._indices(epoch)).split(self.batch_size)[start:]:
             yield self.images[index], self.labels[index]
 
 
@@ -56,11 +57,16 @@ def memory_loader(data: object, split: str, **kwargs: Any) -> MemoryLoader:
     return MemoryLoader(split, **kwargs)
 
 
+class KilledError(Exception):
+    pass
+
+
 class Recorder:
     """A reporter that keeps everything; checkpoints go to `folder` if there is one."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, stop_at: int | None = None, leaves: bool = False) -> None:
         self.folder, self.losses, self.epochs, self.lines = folder, [], [], []  # type: ignore[var-annotated]
+        self.stop_at, self.leaves = stop_at, leaves
 
     def step(self, metrics: dict[str, float], *, step: int) -> None:
         self.losses.append(metrics["train/loss"])
@@ -71,6 +77,17 @@ class Recorder:
             target = self.folder / f"{metrics['epoch']:.0f}"
             target.mkdir(parents=True)
             write(target)
+
+    def checkpoint(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
+        if self.folder is not None:
+            target = self.folder / f"step-{step}"
+            target.mkdir(parents=True)
+            write(target)
+        if step == self.stop_at:
+            raise KilledError
+
+    def leaving(self) -> bool:
+        return self.leaves
 
     def line(self, text: str) -> None:
         self.lines.append(text)
@@ -122,6 +139,63 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, after: int) -
         assert (tmp_path / "whole/3" / name).read_bytes() == (tmp_path / "rest/3" / name).read_bytes()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_killed_within_an_epoch_equals_an_undisturbed_one(tmp_path: Path, accumulate: int) -> None:
+    """Three steps an epoch, a checkpoint after each second step of an epoch; the sums of losses go on as well."""
+    config = smoke(**RANDOM, run__checkpoint_steps=2, run__log_steps=3, optim__accumulate=accumulate)
+    whole = run(config, tmp_path / "whole")
+    for epoch in range(3):
+        step = 3 * epoch + 2
+        killed = Recorder(tmp_path / f"killed-{step}", stop_at=step)
+        with pytest.raises(KilledError):
+            train_module.train(config, device=CPU, reporter=killed)
+        rest = run(config, tmp_path / f"rest-{step}", tmp_path / f"killed-{step}" / f"step-{step}")
+        assert rest.lines[0] == f"continuing after epoch {epoch} of 3 and step 2 of 3"
+        assert killed.losses + rest.losses == whole.losses
+        assert killed.epochs + rest.epochs == whole.epochs
+        for name in ("model.safetensors", "ema.safetensors"):
+            assert (tmp_path / "whole/3" / name).read_bytes() == (
+                tmp_path / f"rest-{step}" / "3" / name
+            ).read_bytes()
+
+
+def test_a_run_killed_within_an_epoch_goes_on_with_fewer_workers(tmp_path: Path) -> None:
+    """The global batch and its images stay; without draws that differ by worker the losses are the same."""
+    config = smoke(run__checkpoint_steps=2)
+    whole = run(config)
+    killed = _with_workers(2, config, tmp_path, stop_at=5)
+    rest = run(config, resume_from=tmp_path / "2" / "step-5")
+    np.testing.assert_allclose(killed["losses"] + rest.losses, whole.losses, rtol=1e-5)
+
+
+def test_a_machine_that_leaves_and_time_are_reasons_for_a_checkpoint(tmp_path: Path) -> None:
+    leaving = Recorder(tmp_path / "leaving", leaves=True)
+    train_module.train(smoke(optim__epochs=1, run__log_steps=2), device=CPU, reporter=leaving)
+    assert sorted(path.name for path in (tmp_path / "leaving").iterdir()) == ["1", "step-2"]
+    run(smoke(optim__epochs=1, run__log_steps=1, run__checkpoint_minutes=1e-6), tmp_path / "late")
+    assert sorted(path.name for path in (tmp_path / "late").iterdir()) == ["1", "step-1", "step-2"]
+    run(smoke(optim__epochs=1, run__log_steps=1), tmp_path / "never")
+    assert sorted(path.name for path in (tmp_path / "never").iterdir()) == ["1"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"])
+def test_a_damaged_checkpoint_is_found(tmp_path: Path, name: str) -> None:
+    config = smoke(optim__epochs=1)
+    run(config, tmp_path)
+    file = tmp_path / "1" / name
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (whole[:middle], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :], None):
+        if damaged is None:
+            file.unlink()
+        else:
+            file.write_bytes(damaged)
+        if name == "meta.json" and damaged and len(damaged) == len(whole):
+            continue  # one wrong bit of a number in it goes unseen
+        with pytest.raises(checkpoint.DamagedError, match=name):
+            run(config, resume_from=tmp_path / "1")
+
+
 def test_the_same_seed_repeats_and_another_does_not() -> None:
     first, again, other = (run(smoke(**RANDOM, run__seed=seed)).losses for seed in (3, 3, 4))
     assert first == again
@@ -134,24 +208,27 @@ def test_accumulation_equals_the_whole_batch() -> None:
     assert parts.epochs[-1]["val/acc1"] == whole.epochs[-1]["val/acc1"]
 
 
-def _one_of(rank: int, size: int, port: int, config: TrainConfig, out: Path) -> None:
+def _one_of(rank: int, size: int, port: int, config: TrainConfig, out: Path, stop_at: int | None) -> None:
     train_module.build_loader = memory_loader  # type: ignore[assignment]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    recorder = Recorder()
-    train_module.train(config, device=CPU, reporter=recorder)
+    recorder = Recorder(out.with_suffix("") if rank == 0 else None, stop_at)
+    with contextlib.suppress(KilledError):
+        train_module.train(config, device=CPU, reporter=recorder)
     if rank == 0:
         torch.save({"losses": recorder.losses, "epochs": recorder.epochs}, out)
     dist.destroy_process_group()
 
 
-def _with_workers(size: int, config: TrainConfig, tmp_path: Path) -> dict[str, Any]:
+def _with_workers(
+    size: int, config: TrainConfig, tmp_path: Path, stop_at: int | None = None
+) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = tmp_path / f"{size}.pt"
     config = replace_fields(config, {"run.num_workers": size})
-    mp.spawn(_one_of, args=(size, port, config, out), nprocs=size)
+    mp.spawn(_one_of, args=(size, port, config, out, stop_at), nprocs=size)
     return torch.load(out, weights_only=True)
 
 
