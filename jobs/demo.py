@@ -26,6 +26,8 @@ def main() -> int:
     )
     parser.add_argument("--workers", type=int, default=2, help="training processes, one CPU each")
     options, overrides = parser.parse_known_args()
+    from lape_ray.tracking import git_commit  # after parsing, so that --help is instant
+
     started, home = time.monotonic(), options.home.absolute()
     data = {split: home / "data" / f"digits_{split}.beton" for split in ("train", "val")}
     for split, path in data.items():
@@ -43,6 +45,8 @@ def main() -> int:
     job = ["python", "jobs/imagenet_deit.py", "demo", f"--run.num_workers={options.workers}"]
     job += [f"--data.{split}={path}" for split, path in data.items()] + overrides
     environment = {"env_vars": {"LAPE_RAY_HOME": str(home), "PYTHONUNBUFFERED": "1"}}
+    if commit := git_commit(PROJECT):  # a submitted job has the files, but not the repository
+        environment["env_vars"]["LAPE_RAY_GIT_COMMIT"] = commit
     environment["env_vars"] |= {
         key: value for key, value in os.environ.items() if key.startswith(("MLFLOW_", "AWS_"))
     }

@@ -224,6 +224,9 @@ class RunConfig:
     checkpoint_minutes: float = option(
         15, "minutes after which the next log step saves a checkpoint, if no epoch has ended; 0: off"
     )
+    position_report_epochs: int | None = option(
+        None, "epochs between two position reports in MLflow while training; none: at the end only"
+    )
     keep_checkpoints: int = option(2, "checkpoints to keep: the best by val/acc1, and always the newest")
     max_failures: int = option(3, "worker failures after which the run gives up")
     timeout_s: int = option(180, "seconds after which a collective that waits for a hung worker fails")
@@ -239,7 +242,8 @@ class RunConfig:
         _check_choices(self)
         _check_range(self, 0, 2**31, "seed", "max_failures", "wait_s")
         _check_range(self, 1, 10**6, "num_workers", "cpus_per_worker", "log_steps", "eval_epochs",
-                     "keep_checkpoints", "timeout_s", "stop_after_epochs", "checkpoint_steps")  # fmt: skip
+                     "keep_checkpoints", "timeout_s", "stop_after_epochs", "checkpoint_steps",
+                     "position_report_epochs")  # fmt: skip
         _check_range(self, 0, 10**6, "checkpoint_minutes")
         bad = sorted(set(self.name or "") & set("/\\: \t\n"))
         _require(not bad, f"name={self.name!r} holds {bad}; use letters, digits, '-', '_' and '.'")
@@ -331,8 +335,8 @@ _PLACE = frozenset(
         f"run.{name}"
         for name in (
             "name", "storage", "experiment", "tracking_uri", "num_workers", "device", "cpus_per_worker", "log_steps",
-            "eval_epochs", "keep_checkpoints", "max_failures", "timeout_s", "wait_s", "overwrite", "stop_after_epochs",
-            "compile", "checkpoint_steps", "checkpoint_minutes",
+            "eval_epochs", "position_report_epochs", "keep_checkpoints", "max_failures", "timeout_s", "wait_s",
+            "overwrite", "stop_after_epochs", "compile", "checkpoint_steps", "checkpoint_minutes",
         )
     }
 )  # fmt: skip

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from lape_ray.checkpoint import read_meta, read_weights
+from lape_ray.checkpoint import read_meta
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.data.loader import build_loader
-from lape_ray.model import build_model, resolve
-from lape_ray.model.convert import load_weights
+from lape_ray.model import resolve
+from lape_ray.predict import load_network
 from lape_ray.preflight import check_split
 from lape_ray.recipes import recipe
 from lape_ray.train import Normalize, autocast_for, available_cpus, evaluate
@@ -29,15 +29,17 @@ def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str,
     return replace_fields(base, overrides)
 
 
+def choose_device(config: TrainConfig) -> torch.device:
+    """This machine's GPU where the config asks for it, or leaves it open and there is one."""
+    gpu = config.run.device == "gpu" or (config.run.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if gpu else "cpu")
+
+
 def evaluate_checkpoint(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> dict[str, float]:
     """`images`, `loss`, `acc1` and `acc5` (percent) of `config.model` with the checkpoint's weights on `data.val`."""
-    spec = resolve(config.model)
-    network = build_model(config.model)
-    weights, _ = read_weights(checkpoint, ema=ema)
-    load_weights(network, weights)
+    spec, device = resolve(config.model), choose_device(config)
+    network = load_network(checkpoint, config, ema=ema)
     check_split(config, "val")
-    gpu = config.run.device == "gpu" or (config.run.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if gpu else "cpu")
     loader = build_loader(
         config.data,
         "val",

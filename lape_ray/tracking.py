@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import getpass
 import itertools
 import logging
 import os
 import shutil
+import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lape_ray.config import TrainConfig, dump, flatten
+from lape_ray.recipes import RECIPES
 from lape_ray.storage import home
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+Datasets = Mapping[str, tuple[str, str]]
 
 
 def _client(uri: str) -> mlflow.MlflowClient:
@@ -59,6 +64,18 @@ def ui_command(uri: str) -> str:
     if uri.startswith("http"):
         return uri
     return f"mlflow ui --backend-store-uri {uri}"
+
+
+def run_page(uri: str, run_id: str) -> str:
+    """Where to look at a run: its page on a server; else the command, and the page of charts that it then serves."""
+    with _never_raise("looking for the run's page"), _impatient():
+        experiment = _client(uri).get_run(run_id).info.experiment_id
+        runs = f"#/experiments/{experiment}/runs"
+        if uri.startswith("http"):
+            return f"{uri.rstrip('/')}/{runs}/{run_id}?workflowType=machine_learning"
+        charts = f"http://127.0.0.1:5000/{runs}?workflowType=machine_learning&compareRunsMode=CHART"
+        return f"{ui_command(uri)}\n  and open {charts}"
+    return ui_command(uri)
 
 
 @contextlib.contextmanager
@@ -106,20 +123,69 @@ def _experiment_id(client: mlflow.MlflowClient, name: str, uri: str) -> str:
         return str(client.get_experiment_by_name(name).experiment_id)
 
 
-def create_run(config: TrainConfig, *, name: str, command: str, tags: Mapping[str, str]) -> str:
-    """Make the run with its parameters, description and config; returns its id."""
-    from mlflow.entities import Param, RunTag
+def create_run(
+    config: TrainConfig, *, name: str, command: str, tags: Mapping[str, str], datasets: Datasets
+) -> str:
+    """Make the run with its parameters, tags, data, description and config; returns its id.
+
+    `datasets` maps the role of each file ("train", "val") to its path and checksum.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
     uri = tracking_uri(config)
     client = _client(uri)
     run = client.create_run(_experiment_id(client, config.run.experiment, uri), run_name=name)
     run_id = str(run.info.run_id)
     parameters = [Param(key, str(value)) for key, value in flatten(config).items()]
-    description = f"`{config.recipe}`\n\n```\n{command}\n```"
-    labels = {"mlflow.note.content": description, **tags}
+    labels = {"mlflow.note.content": _description(config, command, tags), "command": command, **tags}
+    labels |= {f"data.{role}.sha256": digest for role, (_, digest) in datasets.items()}
     client.log_batch(run_id, params=parameters, tags=[RunTag(key, value) for key, value in labels.items()])
+    inputs = [
+        DatasetInput(
+            Dataset(Path(path).stem, digest[:12], "local", path),
+            [InputTag("mlflow.data.context", {"train": "training", "val": "validation"}.get(role, role))],
+        )
+        for role, (path, digest) in datasets.items()
+    ]
+    client.log_inputs(run_id, datasets=inputs)
     client.log_text(run_id, dump(config), "config.txt")
     return run_id
+
+
+def _description(config: TrainConfig, command: str, tags: Mapping[str, str]) -> str:
+    """Markdown that the run's page shows: what it is, where it lies, how to repeat it."""
+    about = RECIPES[config.recipe].__doc__ or "" if config.recipe in RECIPES else ""
+    shown = ("variant", "position", "join", "bias", "rotary", "seed")
+    facts = " · ".join(f"{key} **{tags[key]}**" for key in shown if tags.get(key, "none") != "none")
+    where = "Pages: artifacts `summary/summary.html` and `position_report/position_report.html`."
+    title = f"**{config.recipe or 'run'}** {about.partition(chr(10))[0]}".strip()
+    return "\n\n".join((title, facts, where, f"```\n{command}\n```"))
+
+
+def source_tags(program: str) -> dict[str, str]:
+    """The tags by which MLflow's list names source, version and user of a run; what is not known is left out.
+
+    The commit is $LAPE_RAY_GIT_COMMIT, for code that was sent without its repository, else that of this checkout.
+    """
+    tags = {"mlflow.source.name": program, "mlflow.source.type": "JOB"}
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    commit = os.environ.get("LAPE_RAY_GIT_COMMIT") or git_commit(Path(__file__).parent)
+    if commit:
+        tags |= {"mlflow.source.git.commit": commit, "git_commit": commit}
+    return tags
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the checkout that `folder` lies in, `-dirty` where files differ from it; None outside of one."""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return (
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            or None
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def reopen_run(uri: str, run_id: str) -> bool:
@@ -152,6 +218,106 @@ def log_model(uri: str, run_id: str, checkpoint: Path, metrics: Mapping[str, flo
         client.log_batch(run_id, metrics=_metrics(best, 0))
 
 
+def log_files(uri: str, run_id: str, folder: Path, to: str) -> None:
+    """Keep every file of `folder` under the run's artifact folder `to`; a ValueError says why that failed."""
+    try:
+        _client(uri).log_artifacts(run_id, str(folder), to)
+    except Exception as error:  # the client raises its own kinds and those of its transports
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"MLflow run {run_id} at {uri!r} does not take {to!r}: {reason}") from None
+
+
+def download_model(uri: str, run_id: str, folder: Path) -> Path:
+    """Fetch the run's artifact `model`, a checkpoint folder, into `folder`; a ValueError says why that failed."""
+    try:
+        client = _client(uri)
+        with _impatient():
+            client.get_run(run_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(client.download_artifacts(run_id, "model", str(folder)))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"MLflow run {run_id} at {uri!r} has no model that can be fetched: {reason}; "
+            "give --run.tracking_uri or MLFLOW_TRACKING_URI, and the id of a finished run"
+        ) from None
+
+
+def log_pyfunc(
+    uri: str,
+    run_id: str,
+    *,
+    loader_module: str,
+    data: Path,
+    package: Path,
+    requirements: Sequence[str],
+    example: str,
+    columns: Mapping[str, str],
+    register: str | None,
+) -> str:
+    """Log a pyfunc model of one text column `image` to the run, and register it on request; returns its address.
+
+    Args:
+        loader_module: module with `_load_pyfunc`, which gets a copy of the folder `data`.
+        package: folder of the package that holds it; it travels with the model.
+        requirements: what else the model needs, as pip writes it.
+        example: a value of `image`.
+        columns: of the answer: name -> MLflow's type, or `array` for a list of doubles.
+        register: name under which the model becomes a new version.
+    """
+    import mlflow
+    import pandas as pd
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types.schema import Array, ColSpec, Schema
+
+    def column(name: str, kind: str) -> ColSpec:
+        return ColSpec(Array("double") if kind == "array" else kind, name)
+
+    client = _client(uri)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment(experiment_id=client.get_run(run_id).info.experiment_id)
+    outputs = Schema([column(name, kind) for name, kind in columns.items()])
+    info = Model.log(
+        artifact_path=None,
+        name="classifier",
+        flavor=mlflow.pyfunc,
+        run_id=run_id,
+        registered_model_name=register,
+        loader_module=loader_module,
+        data_path=str(data),
+        code_paths=[str(package)],
+        pip_requirements=list(requirements),
+        signature=ModelSignature(Schema([ColSpec("string", "image")]), outputs),
+        input_example=pd.DataFrame({"image": [example]}),
+    )
+    return str(info.model_uri)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a run has come to."""
+
+    name: str
+    status: str
+    tags: Mapping[str, str]
+    history: Mapping[str, Sequence[tuple[int, float]]]
+    """(step, value) of every metric, in the order of steps."""
+
+
+def read_run(uri: str, run_id: str, metrics: Sequence[str]) -> RunFacts:
+    """The run and the history of those of `metrics` that it has; the client's error where it does not answer."""
+    client = _client(uri)
+    run = client.get_run(run_id)
+    history = {}
+    for key in metrics:
+        if key in run.data.metrics:
+            points = [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+            history[key] = sorted(points)
+    return RunFacts(
+        name=str(run.info.run_name), status=str(run.info.status), tags=dict(run.data.tags), history=history
+    )
+
+
 @contextlib.contextmanager
 def _never_raise(doing: str) -> Iterator[None]:
     try:
@@ -163,7 +329,9 @@ def _never_raise(doing: str) -> Iterator[None]:
 class Tracker:
     """Rank 0's way into the driver's run: a queue and a thread, so that logging neither blocks nor raises.
 
-    The thread sends everything that waits as one batch and tries again, in order, while the server is away.
+    The thread sends everything that waits as one batch and tries again, in order, while the server is away. What
+    the run's history holds already, because training went on from an older checkpoint or an answer was lost on the
+    way, is not sent twice.
     """
 
     RETRY_S = 5.0
@@ -175,6 +343,7 @@ class Tracker:
         self._client = _client(uri)
         self._run_id = run_id
         self._waiting: collections.deque[mlflow.entities.Metric] = collections.deque()
+        self._last_step: dict[str, int] = {}  # of each metric, in the run's history
         self._wake, self._closing, self._give_up = threading.Event(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
@@ -187,6 +356,11 @@ class Tracker:
         """Queue `values` for the run's history."""
         self._waiting.extend(_metrics(values, step))
         self._wake.set()
+
+    def files(self, folder: Path, to: str) -> None:
+        """Keep every file of `folder` under the run's artifact folder `to`, at once; a failure is a warning."""
+        with _never_raise(f"logging {to}"):
+            self._client.log_artifacts(self._run_id, str(folder), to)
 
     def close(self, timeout_s: float = 60) -> None:
         """Wait until everything is stored, for `timeout_s` at most; what is lost then is said."""
@@ -209,12 +383,21 @@ class Tracker:
             while self._waiting and not self._give_up.is_set():
                 batch = list(itertools.islice(self._waiting, self.BATCH))
                 try:
-                    self._client.log_batch(self._run_id, metrics=batch, synchronous=True)
+                    if news := self._not_yet_stored(batch):
+                        self._client.log_batch(self._run_id, metrics=news, synchronous=True)
+                    self._last_step |= {metric.key: metric.step for metric in news}
                 except Exception as error:  # whatever a server can do, the training goes on
                     log.warning("MLflow does not take metrics, trying again: %s", str(error).splitlines()[0])
+                    self._last_step.clear()
                     self._give_up.wait(self.RETRY_S)
                     continue
                 for _ in batch:
                     self._waiting.popleft()
             if self._closing.is_set():
                 return
+
+    def _not_yet_stored(self, batch: Sequence[mlflow.entities.Metric]) -> list[mlflow.entities.Metric]:
+        for key in {metric.key for metric in batch} - self._last_step.keys():
+            history = self._client.get_metric_history(self._run_id, key)
+            self._last_step[key] = max((point.step for point in history), default=-1)
+        return [metric for metric in batch if metric.step > self._last_step[metric.key]]

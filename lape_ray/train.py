@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lape_ray import checkpoint
 from lape_ray.acceleration import compiled, data_parallel
-from lape_ray.config import DataConfig, TrainConfig
+from lape_ray.config import TrainConfig
 from lape_ray.data.augment import Augment, AugmentSpec, build_augment
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.mixup import Mixer
@@ -33,6 +33,7 @@ from lape_ray.distill import load_teacher, training_loss
 from lape_ray.metrics import EvalCounts, Speed, duration
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.convert import load_weights
+from lape_ray.model.normalize import Normalize
 from lape_ray.optim import Ema, build_optimizer, lr_at
 
 NOTHING_DONE = checkpoint.Progress()
@@ -85,19 +86,6 @@ class World:
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any worker."""
         return self.mean(torch.tensor(float(flag), device=self.device)) > 0
-
-
-class Normalize(nn.Module):
-    """uint8 images (B, 3, H, W) to floats with the data's mean and standard deviation, on their device."""
-
-    def __init__(self, data: DataConfig) -> None:
-        super().__init__()
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
-        self.register_buffer("scale_C11", 1 / (255 * std))
-        self.register_buffer("shift_C11", mean / std)
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        return images_BCHW * self.get_buffer("scale_C11") - self.get_buffer("shift_C11")
 
 
 @dataclass(kw_only=True)

@@ -15,11 +15,12 @@ FLOORS = [
     {"config"},
     {"acceleration", "recipes", "storage", "metrics", "optim", "model", "local_cluster"},
     {"cli", "data", "checkpoint", "tracking"},
-    {"distill"},
+    {"distill", "predict"},
     {"train", "preflight"},
-    {"cluster"},
-    {"launch", "evaluation"},
-    {"bench"},
+    {"cluster", "evaluation", "samples", "served"},
+    {"subjects"},
+    {"report", "export"},
+    {"launch", "bench"},
     {"jobs"},
 ]
 DOORS = {

@@ -235,16 +235,57 @@ def test_a_truncated_beton_is_one_line_and_exit_code_2(service: Service) -> None
 def test_the_cluster_encodes_what_one_machine_would(service: Service, tmp_path: Path) -> None:
     """The job's own process writes in order, so the bytes are the same; here both nodes are one machine."""
     done = service.submit_job(
-        "jobs/write_beton.py",
-        "digits",
-        str(tmp_path / "ray.beton"),
-        "--ray",
-        "--shards",
-        "2",
-        "--mode",
-        "jpg",
+        *["jobs/write_beton.py", "digits", str(tmp_path / "ray.beton"), "--ray"],
+        *["--shards", "2", "--mode", "jpg"],
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "1,797 images of 10 classes" in done.stdout
     local = write_beton(digits(), tmp_path / "local.beton", shards=2, mode="jpg", workers=1)
     assert check_beton(tmp_path / "ray.beton", deep=True, workers=1).sha256 == local.sha256
+
+
+def test_a_run_ends_with_its_pages(service: Service, submitted: subprocess.CompletedProcess[str]) -> None:
+    run = service.run_of(submitted.stdout)
+    client = mlflow.MlflowClient(service.uri)
+    names = {
+        file.path
+        for kind in ("summary", "position_report")
+        for file in client.list_artifacts(run.info.run_id, kind)
+    }
+    assert {
+        "summary/summary.html",
+        "position_report/position_report.html",
+        "position_report/token.svg",
+    } <= names
+    page = Path(client.download_artifacts(run.info.run_id, "summary/summary.html")).read_text()
+    assert f"top-1 of the best checkpoint<b>{run.data.metrics['best/acc1']:.2f} %</b>" in page
+    assert "jobs/imagenet_deit.py --data.train=" in page
+
+
+def test_the_list_of_runs_says_which_is_which(
+    service: Service, submitted: subprocess.CompletedProcess[str]
+) -> None:
+    run = service.run_of(submitted.stdout)
+    tags = run.data.tags
+    assert tags["mlflow.source.name"] == "jobs/imagenet_deit.py"
+    manifest = json.loads((service.home / "train.beton.json").read_text())
+    assert tags["data.train.sha256"] == manifest["sha256"]
+    assert (tags["position"], tags["join"], tags["seed"]) == ("learnable", "lape", "0")
+    assert [(i.dataset.name, i.tags[0].value) for i in run.inputs.dataset_inputs] == [
+        ("train", "training"),
+        ("val", "validation"),
+    ]
+    assert "compareRunsMode=CHART" in submitted.stdout
+
+
+def test_a_position_report_every_other_epoch(service: Service) -> None:
+    result = fit(service.config(run__name="watched", optim__epochs=2, run__position_report_epochs=2))
+    client = mlflow.MlflowClient(service.uri)
+    folders = {
+        file.path for file in client.list_artifacts(result.mlflow_run_id, "position_report") if file.is_dir
+    }
+    assert folders == {"position_report/epoch-000002"}
+    names = {
+        file.path for file in client.list_artifacts(result.mlflow_run_id, "position_report/epoch-000002")
+    }
+    assert "position_report/epoch-000002/position_report.html" in names

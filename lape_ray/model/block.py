@@ -43,18 +43,31 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
+        q_BHNE, k_BHNE, v_BHNE = self._heads(x_BND, position)
+        return self.proj(self._attend(q_BHNE, k_BHNE, v_BHNE, position).transpose(1, 2).flatten(2))
+
+    def weights(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
+        """The attention weights (B, H, N, N) that `forward` applies to the values; each row sums to 1."""
+        q_BHNE, k_BHNE, _ = self._heads(x_BND, position)
+        # The fused kernel returns no weights, but applied to an identity it returns nothing else.
+        identity_NN = torch.eye(x_BND.shape[1], dtype=x_BND.dtype, device=x_BND.device)
+        return self._attend(q_BHNE, k_BHNE, identity_NN.expand(*q_BHNE.shape[:2], -1, -1), position)
+
+    def _heads(self, x_BND: Tensor, position: LayerPosition) -> tuple[Tensor, Tensor, Tensor]:
         qkv_3BHNE = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q_BHNE, k_BHNE, v_BHNE = qkv_3BHNE.unbind(0)
         if position.rotation is not None:
             q_BHNE, k_BHNE = rotate(q_BHNE, position.rotation), rotate(k_BHNE, position.rotation)
-        out_BHNE = F.scaled_dot_product_attention(
+        return q_BHNE, k_BHNE, v_BHNE
+
+    def _attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, position: LayerPosition) -> Tensor:
+        return F.scaled_dot_product_attention(
             q_BHNE,
             k_BHNE,
             v_BHNE,
             attn_mask=None if position.logits_1HNN is None else position.logits_1HNN.to(q_BHNE.dtype),
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.proj(out_BHNE.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_ray.model.block import Block
+from lape_ray.model.block import Block, LayerPosition
 from lape_ray.model.ports import logits_port, merge, rotation_port, token_port
 from lape_ray.model.position import Grid, Layout
 
@@ -109,10 +109,14 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x_BND = self._tokens(images_BCHW)
-        tokens = None if self.join is None else self.join(self.pos_embed)
-        for block, layer in zip(self.blocks, merge(self.depth, tokens, self.bias, self.rotary), strict=True):
+        for block, layer in zip(self.blocks, self.layer_positions(), strict=True):
             x_BND = block(x_BND, layer)
         return self._classify(self.norm(x_BND))
+
+    def layer_positions(self) -> list[LayerPosition]:
+        """What every layer receives of position, through all ports; the same for every image."""
+        tokens = None if self.join is None else self.join(self.pos_embed)
+        return merge(self.depth, tokens, self.bias, self.rotary)
 
     def _tokens(self, images_BCHW: Tensor) -> Tensor:
         x_BPD = self.patch_embed(images_BCHW)

@@ -1,0 +1,41 @@
+"""A checkpoint in other tools' formats: export.py CHECKPOINT|RUN [--timm FOLDER] [--onnx FILE] [--mlflow].
+
+CHECKPOINT is PATH[@RECIPE]: a checkpoint folder of ours, which knows its network, or a .pth or .safetensors file of
+the official LaPE code, DeiT or timm, whose network is told by @RECIPE and --model.* options. RUN is an MLflow run's id.
+"""
+
+from pathlib import Path
+
+from lape_ray.cli import ConfigParser, run_job
+
+
+def main() -> None:
+    parser = ConfigParser(
+        usage="%(prog)s CHECKPOINT|RUN [options] [--section.field VALUE ...]", description=__doc__
+    )
+    add = parser.add_argument
+    add("subject", metavar="CHECKPOINT|RUN", help="see above")
+    add("--timm", type=Path, metavar="FOLDER", help="write safetensors and config.json in timm's names")
+    add(
+        "--onnx",
+        type=Path,
+        metavar="FILE",
+        help="write ONNX and compare onnxruntime with PyTorch on real images",
+    )
+    add("--mlflow", action="store_true", help="log a servable model to the run")
+    add("--register", metavar="NAME", help="with --mlflow: make it a new version of this registered model")
+    add("--images", type=Path, help="folder of real images for comparison and example (default: data.val)")
+    add("--ema", action="store_true", help="the moving average that our checkpoints hold")
+    values = vars(parser.parse_args())
+    names = ("subject", "timm", "onnx", "mlflow", "register", "images", "ema")
+    options = {name: values.pop(name) for name in names}
+    if not (options["timm"] or options["onnx"] or options["mlflow"]):
+        parser.error("nothing to do: give --timm, --onnx or --mlflow")
+    from lape_ray.export import export
+
+    for line in export(overrides=values, **options):
+        print(line)
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,57 @@
+"""Classify a folder of images: predict.py CHECKPOINT|RUN FOLDER [--csv FILE] [--top 5].
+
+CHECKPOINT is PATH[@RECIPE], as in export.py; RUN is an MLflow run's id. The classes' names come from the manifest of
+data.val. An image that cannot be read is named and left out, and the exit code is then 1.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+from lape_ray.cli import ConfigParser, run_job
+
+
+def main() -> int:
+    usage = "%(prog)s CHECKPOINT|RUN FOLDER [options] [--section.field VALUE ...]"
+    parser = ConfigParser(usage=usage, description=__doc__)
+    add = parser.add_argument
+    add("subject", metavar="CHECKPOINT|RUN", help="see above")
+    add("folder", type=Path, help="images are looked for in all folders below it")
+    add(
+        "--csv",
+        type=Path,
+        metavar="FILE",
+        help="write path, classes and probabilities (default: lines on the screen)",
+    )
+    add("--top", type=int, default=5, help="classes of an image (default: %(default)s)")
+    add("--batch", type=int, default=32, help="images at a time (default: %(default)s)")
+    add("--ema", action="store_true", help="the moving average that our checkpoints hold")
+    values = vars(parser.parse_args())
+    names = ("subject", "folder", "csv", "top", "batch", "ema")
+    subject, folder, file, top, batch, ema = (values.pop(name) for name in names)
+    from tqdm import tqdm
+
+    from lape_ray.export import open_predictor
+    from lape_ray.predict import csv_rows, find_images, predict_files
+
+    paths = find_images(folder)
+    predictor, _ = open_predictor(subject, values, ema=ema)
+    found = []
+    for one in tqdm(
+        predict_files(predictor, paths, top=top, batch_size=batch), total=len(paths), disable=None
+    ):
+        found.append(one)
+        if one.error is not None:
+            tqdm.write(f"skipped: {one.error}", file=sys.stderr)
+        elif file is None:
+            tqdm.write(f"{one.path}  " + "  ".join(f"{name} {p:.3f}" for name, p in one.top))
+    if file is not None:
+        with file.open("w", newline="") as stream:
+            csv.writer(stream).writerows(csv_rows(found, min(top, len(predictor.classes))))
+    failed = sum(one.error is not None for one in found)
+    print(f"{len(found) - failed} images classified, {failed} skipped" + (f"; {file}" if file else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,255 @@
+"""The figures of a report, by matplotlib without a display. Each function takes numbers and returns a Figure.
+
+Shapes: L layers, H heads, N tokens, P patches, C classes that are shown.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from lape_ray.report.position import PositionView
+
+CELL_IN = 1.25  # side of a small map, in inches
+MAP_DPI = 120  # of PNGs and of the maps inside SVGs
+LEFT_IN = 1.5  # for the row's name
+MAP = matplotlib.colormaps["RdBu_r"].with_extremes(bad="0.85")
+CORRELATION = "cosine similarity (grey: a row of zeros)"
+
+
+def svg(figure: Figure) -> bytes:
+    """The figure as SVG, equal for equal figures: no date, no random names."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "lape_ray"}):
+        figure.savefig(buffer, format="svg", dpi=MAP_DPI, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def save(figure: Figure, folder: Path, name: str) -> bytes:
+    """Write `name.png` and `name.svg` into the folder; returns the SVG."""
+    drawing = svg(figure)
+    (folder / f"{name}.svg").write_bytes(drawing)
+    figure.savefig(folder / f"{name}.png", dpi=MAP_DPI)
+    return drawing
+
+
+def _grid(rows: int, columns: int, cell: float = CELL_IN) -> tuple[Figure, Any]:
+    figure = Figure(
+        figsize=(LEFT_IN + columns * cell + 1.0, 0.75 + rows * (cell + 0.12)), layout="constrained"
+    )
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)  # until something is drawn on it
+    return figure, axes
+
+
+def _show(axis: Axes, image: Tensor, low: float, high: float) -> Any:
+    axis.set_visible(True)
+    axis.tick_params(labelsize=7, length=2)
+    return axis.imshow(image.cpu().numpy(), cmap=MAP, vmin=low, vmax=high, interpolation="auto")
+
+
+def _ticks(axis: Axes, rows: int, columns: int, *, left: bool, bottom: bool) -> None:
+    """First and last index on the outer axes only."""
+    axis.set_xticks([0, columns - 1] if bottom else [])
+    axis.set_yticks([0, rows - 1] if left else [])
+
+
+def maps_figure(
+    named: Sequence[tuple[str, Tensor]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    colors: str,
+    limit: float | None = 1.0,
+    marks: Sequence[tuple[int, int] | None] = (),
+    columns: Sequence[str] | None = None,
+) -> Figure:
+    """A row of maps (L, rows, columns) for each name, a column for each layer, all on one colour scale.
+
+    The scale is symmetric: -limit to limit, or the largest absolute value of all maps where `limit` is None.
+    `marks` are the (row, column) to frame in each name's maps.
+    """
+    depth = max(len(maps_LYX) for _, maps_LYX in named)
+    if limit is None:
+        limit = max(float(maps_LYX.nan_to_num().abs().max()) for _, maps_LYX in named) or 1.0
+    figure, axes = _grid(len(named), depth)
+    image = None
+    for index, (name, maps_LYX) in enumerate(named):
+        for layer, map_YX in enumerate(maps_LYX):
+            axis = axes[index, layer]
+            image = _show(axis, map_YX, -limit, limit)
+            last = index == len(named) - 1 or layer >= len(named[index + 1][1])
+            _ticks(axis, *map_YX.shape, left=layer == 0, bottom=last)
+            if index == 0 or layer >= len(named[index - 1][1]):
+                axis.set_title(columns[layer] if columns else f"layer {layer + 1}", fontsize=9)
+            if layer == 0:
+                axis.set_ylabel(f"{name}\n{y}", fontsize=8)
+            if last:
+                axis.set_xlabel(x, fontsize=8)
+            if index < len(marks) and (mark := marks[index]) is not None:
+                frame = Rectangle(
+                    (mark[1] - 0.5, mark[0] - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1
+                )
+                axis.add_patch(frame)
+    assert image is not None
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=12 * len(named), pad=0.01)
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label(colors, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def token_figure(views: Sequence[PositionView], token: tuple[int, int] | None) -> Figure | None:
+    """The correlation of one patch's embedding with every patch's; None where no view has a token embedding."""
+    named, marks = [], []
+    for one in views:
+        patch = one.patch(token)
+        if (maps_LYX := one.correlation_maps(patch)) is not None:
+            named.append((one.label, maps_LYX))
+            marks.append(divmod(patch, one.grid[1]))
+    title = "Position embedding of the framed patch against every patch, as attention sees it"
+    if not named:
+        return None
+    return maps_figure(named, title=title, x="column", y="row", colors=CORRELATION, marks=marks)
+
+
+def class_figure(views: Sequence[PositionView]) -> Figure | None:
+    """The correlation of the class token's embedding with every patch's; None where no view has both."""
+    named = [(one.label, maps_LYX) for one in views if (maps_LYX := one.class_maps()) is not None]
+    title = "Position embedding of the class token against every patch, as attention sees it"
+    if not named:
+        return None
+    return maps_figure(named, title=title, x="column", y="row", colors=CORRELATION)
+
+
+def matrix_figure(views: Sequence[PositionView]) -> Figure | None:
+    """The correlation of all tokens with all tokens; None where no view has a token embedding."""
+    named = [(one.label, one.correlation_LNN) for one in views if one.correlation_LNN is not None]
+    title = (
+        "Position embedding of every token against every token, as attention sees it (prefix tokens first)"
+    )
+    return maps_figure(named, title=title, x="token", y="token", colors=CORRELATION) if named else None
+
+
+def bias_figure(one: PositionView, token: tuple[int, int] | None) -> Figure | None:
+    """What is added to one query patch's logits for every key patch: a row for each head, a column for each layer."""
+    if one.bias_LHPP is None:
+        return None
+    patch = one.patch(token)
+    heads = [
+        (f"head {head + 1}", one.patch_maps(one.bias_LHPP[:, head], patch))
+        for head in range(one.bias_LHPP.shape[1])
+    ]
+    marks = [divmod(patch, one.grid[1])] * len(heads)
+    title = f"{one.label}: bias on the attention logits of the framed patch"
+    return maps_figure(
+        heads, title=title, x="column", y="row", colors="added to the logit", limit=None, marks=marks
+    )
+
+
+def rotation_figure(views: Sequence[PositionView], token: tuple[int, int] | None) -> Figure | None:
+    """How far a rotation turns every key against one query; None where no view rotates."""
+    named, marks = [], []
+    for one in views:
+        if one.rotation_LPP is not None:
+            patch = one.patch(token)
+            named.append((one.label, one.patch_maps(one.rotation_LPP, patch)))
+            marks.append(divmod(patch, one.grid[1]))
+    title = "Rotation of every key against the framed query"
+    if not named:
+        return None
+    return maps_figure(
+        named, title=title, x="column", y="row", colors="mean cosine of the angle", marks=marks
+    )
+
+
+def _lines(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+    axis.grid(alpha=0.3)
+    axis.tick_params(labelsize=8)
+
+
+def strength_figure(views: Sequence[PositionView]) -> Figure | None:
+    """Two panels over layers: length of position over length of token, and the attention that position moves."""
+    measured = [(one, one.strength) for one in views if one.strength is not None]
+    if not measured:
+        return None
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, (one, strength) in enumerate(measured):
+        for axis, values_LN in ((left, strength.norm_ratio_LN), (right, strength.moved_LN)):
+            if values_LN is None:
+                continue
+            layers = range(1, len(values_LN) + 1)
+            patches_L = values_LN[:, one.num_prefix :].mean(1)
+            axis.plot(layers, patches_L, "o-", color=f"C{index}", markersize=4, label=f"{one.label}, patches")
+            if one.num_prefix:
+                name = f"{one.label}, class token"
+                axis.plot(
+                    layers, values_LN[:, 0], "s--", color=f"C{index}", markersize=3, alpha=0.7, label=name
+                )
+    _lines(left, "Position part over token part", "layer", "ratio of lengths")
+    left.set_yscale(
+        "log"
+    )  # an untrained class token is next to nothing, and would press all else to the floor
+    left.axhline(1, color="0.5", linewidth=1)
+    _lines(right, "Attention that position moves", "layer", "share of attention weight")
+    right.legend(fontsize=7)
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def curves_figure(
+    panels: Sequence[tuple[str, str, str, Sequence[tuple[str, Sequence[float], Sequence[float]]]]],
+) -> Figure:
+    """Panels side by side, each (title, x, y, [(name, xs, ys), ...])."""
+    figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
+    for axis, (title, x, y, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        _lines(axis, title, x, y)
+        for name, xs, ys in lines:
+            axis.plot(xs, ys, "o-" if len(xs) < 60 else "-", markersize=3, linewidth=1.5, label=name)
+        if len(lines) > 1:
+            axis.legend(fontsize=8)
+    return figure
+
+
+def confusion_figure(counts_CC: np.ndarray, images_C: np.ndarray, names: Sequence[str]) -> Figure:
+    """Share of each class's images (row) that is taken for each class (column), in percent, as colour and number.
+
+    `images_C` counts all images of a class, also those that are taken for classes which are not shown.
+    """
+    share_CC = 100 * counts_CC / np.maximum(images_C, 1)[:, None]
+    size = 2.2 + 0.42 * len(names)
+    figure = Figure(figsize=(size + 1.2, size), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(share_CC, cmap="Blues", vmin=0, vmax=100)
+    short = [name if len(name) <= 22 else f"{name[:21]}…" for name in names]
+    axis.set_xticks(range(len(names)), short, rotation=90, fontsize=8)
+    axis.set_yticks(range(len(names)), short, fontsize=8)
+    axis.set_xlabel("taken for", fontsize=9)
+    axis.set_ylabel("is", fontsize=9)
+    for row, column in zip(*np.nonzero(counts_CC), strict=True):
+        color = "white" if share_CC[row, column] > 50 else "black"
+        text = f"{share_CC[row, column]:.0f}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+    bar = figure.colorbar(image, ax=axis, shrink=0.8)
+    bar.set_label("share of the class, %", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure

@@ -1,0 +1,122 @@
+"""The page of position embeddings: pictures of every view, tables of every number, in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lape_ray.report import figures
+from lape_ray.report.page import Page
+from lape_ray.report.position import PositionView
+from lape_ray.report.robustness import Robustness, robustness_figure, robustness_tables
+
+HTML = "position_report.html"
+
+
+def write_position_report(
+    views: Sequence[PositionView],
+    folder: Path,
+    *,
+    token: tuple[int, int] | None = None,
+    robustness: Sequence[Robustness] = (),
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write figures (PNG and SVG) and one self-contained page into `folder`; returns the page.
+
+    Args:
+        token: (row, column) of the patch whose maps are drawn; None: the centre of each grid.
+        robustness: tables and a plot of accuracy where they were measured.
+        notes: what the reader must know, such as a part that is left out and why.
+
+    Raises:
+        ValueError: the token is not on a grid, or no view has any position embedding.
+    """
+    if not any(one.depth for one in views):
+        labels = ", ".join(one.label for one in views)
+        raise ValueError(f"{labels}: there is no position to report, for position, bias and rotary are none")
+    for one in views:
+        one.patch(token)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = Page(
+        "Position embeddings",
+        "As attention sees them, layer by layer. All maps of a figure share one colour scale.",
+    )
+    page.table(
+        ("network", "grid", "what it is"),
+        [(one.label, f"{one.grid[0]} x {one.grid[1]}", one.description) for one in views],
+    )
+    for text in notes:
+        page.note(text)
+    _maps(page, views, folder, token)
+    _strength(page, views, folder)
+    if robustness:
+        _robustness(page, robustness, folder)
+    target = folder / HTML
+    target.write_text(page.html())
+    return target
+
+
+def _maps(page: Page, views: Sequence[PositionView], folder: Path, token: tuple[int, int] | None) -> None:
+    if (figure := figures.token_figure(views, token)) is not None:
+        page.heading("One patch against all patches")
+        page.text(
+            "Cosine similarity of the embeddings' rows. Where position is added to the tokens, attention sees it "
+            "through the layer's common LayerNorm (eq. 6-7 of the LaPE paper: l2 LN(w), and l2 changes no cosine); "
+            "with LaPE it is the layer's own LN_w(w)."
+        )
+        page.figure(figures.save(figure, folder, "token"), "One row a network, one column a layer.")
+    if (figure := figures.class_figure(views)) is not None:
+        page.heading("The class token against all patches")
+        page.figure(figures.save(figure, folder, "class_token"), "One row a network, one column a layer.")
+    if (figure := figures.matrix_figure(views)) is not None:
+        page.heading("All tokens against all tokens")
+        page.figure(
+            figures.save(figure, folder, "matrix"), "Rows and columns are tokens, patches in reading order."
+        )
+    for index, one in enumerate(views):
+        if (figure := figures.bias_figure(one, token)) is not None:
+            page.heading(f"Bias on attention: {one.label}")
+            page.figure(
+                figures.save(figure, folder, f"bias_{index + 1}"), "One row a head, one column a layer."
+            )
+    if (figure := figures.rotation_figure(views, token)) is not None:
+        page.heading("Rotation")
+        page.figure(figures.save(figure, folder, "rotation"), "1 where query and key are turned alike.")
+
+
+def _strength(page: Page, views: Sequence[PositionView], folder: Path) -> None:
+    figure = figures.strength_figure(views)
+    if figure is None:
+        return
+    page.heading("How strongly each layer uses position")
+    page.text(
+        "Left: the length of attention's input that is position over the length that is token. Right: the share of a "
+        "query's attention that goes to other keys when the layer is given no position at all (0: position does "
+        "nothing, 1: all of it moves). Means over images, heads and patches."
+    )
+    page.figure(figures.save(figure, folder, "strength"), "Solid: patches; dashed: the class token.")
+    rows = []
+    for one in views:
+        if one.strength is None:
+            continue
+        for name, values_LN in (("ratio", one.strength.norm_ratio_LN), ("moved", one.strength.moved_LN)):
+            if values_LN is not None:
+                patches = [f"{value:.3f}" for value in values_LN[:, one.num_prefix :].mean(1).tolist()]
+                rows.append((one.label, name, *patches))
+    depth = max(len(row) for row in rows) - 2
+    header = ("network", "of patches", *(f"layer {layer + 1}" for layer in range(depth)))
+    page.table(header, [(*row, *[""] * (depth + 2 - len(row))) for row in rows])
+
+
+def _robustness(page: Page, robustness: Sequence[Robustness], folder: Path) -> None:
+    page.heading("Robustness to resolution and to shifts")
+    page.text(
+        "Top-1 on the validation images, delivered at other sizes to the same weights with the position embedding "
+        "resized (bicubic), and rolled cyclically down and to the right by the same number of pixels."
+    )
+    page.figure(
+        figures.save(robustness_figure(robustness), folder, "robustness"),
+        "Top-1 over image size and over shift.",
+    )
+    for header, rows in robustness_tables(robustness):
+        page.table(header, rows)

@@ -1,0 +1,151 @@
+"""How accuracy holds where positions change: other resolutions, and cyclic shifts of the image.
+
+Shapes: B images, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lape_ray.config import TrainConfig
+from lape_ray.data.loader import build_loader
+from lape_ray.model import build_model, resolve
+from lape_ray.model.convert import load_weights
+from lape_ray.model.variants import VariantSpec
+from lape_ray.report.figures import curves_figure
+from lape_ray.train import Normalize, autocast_for, available_cpus, evaluate
+
+SIZES_OF_224 = (160, 192, 224, 256, 288, 320, 352, 384)
+
+
+class Batches(Protocol):
+    """What `evaluate` reads."""
+
+    def epoch(self, epoch: int) -> Generator[tuple[Tensor, Tensor], None, None]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shifted:
+    """A loader whose images are rolled down and to the right by `pixels`, around the border."""
+
+    loader: Batches
+    pixels: int
+
+    def epoch(self, epoch: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+        with contextlib.closing(self.loader.epoch(epoch)) as batches:
+            for images_BCHW, labels_B in batches:
+                yield images_BCHW.roll((self.pixels, self.pixels), dims=(2, 3)), labels_B
+
+
+@dataclass(frozen=True, kw_only=True)
+class Robustness:
+    """Top-1 in percent of one network over image size and over shift, both in pixels."""
+
+    label: str
+    trained_size: int
+    patch: int
+    sizes: Mapping[int, float]
+    shifts: Mapping[int, float]
+
+
+def token_stride(spec: VariantSpec) -> int:
+    """Pixels from one token to the next."""
+    return spec.patch_size or 2**spec.conv_layers
+
+
+def sizes_for(spec: VariantSpec) -> list[int]:
+    """160 to 384 px for a network of 224 px; the same shares of another size, in whole tokens. Ascending."""
+    stride = token_stride(spec)
+    sizes = {max(2, round(size / 224 * spec.image_size / stride)) * stride for size in SIZES_OF_224}
+    return sorted(sizes | {spec.image_size})
+
+
+def shifts_for(spec: VariantSpec) -> list[int]:
+    """0 to half the image, at whole and half tokens, nine at most. Ascending."""
+    stride = token_stride(spec)
+    step = max(1, stride // 2)
+    steps = spec.image_size // 2 // step
+    every = -(-steps // 8)
+    return [k * step for k in range(0, steps + 1, every)]
+
+
+def measure_robustness(
+    label: str,
+    config: TrainConfig,
+    weights: Mapping[str, Any],
+    *,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Robustness:
+    """Exact top-1 on `data.val` for each size of `sizes_for` and each shift of `shifts_for`.
+
+    Images smaller than a size are enlarged to it, as `data.upscale` does.
+    """
+    spec, autocast, normalize = (
+        resolve(config.model),
+        autocast_for(config, device),
+        Normalize(config.data).to(device),
+    )
+
+    def loader(size: int) -> Any:
+        return build_loader(
+            config.data,
+            "val",
+            image_size=size,
+            batch_size=config.data.eval_batch_size,
+            device=device,
+            threads=available_cpus(),
+        )
+
+    def network(size: int) -> torch.nn.Module:
+        model = build_model(dataclasses.replace(config.model, image_size=size))
+        load_weights(model, weights)
+        return model.to(device)
+
+    sizes = {}
+    for size in sizes_for(spec):
+        progress(f"{label}: {size} px")
+        sizes[size] = evaluate(network(size), loader(size), normalize, autocast, device)["acc1"]
+    shifts = {}
+    own, own_loader = network(spec.image_size), loader(spec.image_size)
+    for pixels in shifts_for(spec):
+        progress(f"{label}: shifted by {pixels} px")
+        shifted: Any = Shifted(loader=own_loader, pixels=pixels)
+        shifts[pixels] = evaluate(own, shifted, normalize, autocast, device)["acc1"]
+    return Robustness(
+        label=label, trained_size=spec.image_size, patch=token_stride(spec), sizes=sizes, shifts=shifts
+    )
+
+
+def robustness_figure(results: Sequence[Robustness]) -> Figure:
+    """Two panels: top-1 over image size, and over shift."""
+    sizes = [(one.label, list(one.sizes), list(one.sizes.values())) for one in results]
+    shifts = [(one.label, list(one.shifts), list(one.shifts.values())) for one in results]
+    return curves_figure(
+        [
+            ("Resized position embedding", "image size, px", "top-1, %", sizes),
+            ("Cyclic shift of the image", "shift, px", "top-1, %", shifts),
+        ]
+    )
+
+
+def robustness_tables(results: Sequence[Robustness]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Header and rows of both tables; a network that was not measured at a value has a dash there."""
+    tables = []
+    for what, field in (("px", "sizes"), ("px shift", "shifts")):
+        values: list[Mapping[int, float]] = [getattr(result, field) for result in results]
+        columns = sorted(set().union(*values))
+        rows = [
+            (result.label, *(f"{found[column]:.2f}" if column in found else "–" for column in columns))
+            for result, found in zip(results, values, strict=True)
+        ]
+        tables.append((("top-1, %", *(f"{column} {what}" for column in columns)), rows))
+    return tables

@@ -1,0 +1,215 @@
+"""One page of a finished run: curves, worst classes, sample predictions, speed and cost, config and command.
+
+Shapes: N validation images, K classes, S side of an image in pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from lape_ray.config import TrainConfig, dump
+from lape_ray.data.loader import build_loader
+from lape_ray.evaluation import choose_device
+from lape_ray.model import resolve
+from lape_ray.model.normalize import Normalize
+from lape_ray.predict import load_network
+from lape_ray.report import figures, outcome
+from lape_ray.report.outcome import ClassScore, Predictions, by_epoch
+from lape_ray.report.page import Page
+from lape_ray.samples import images_at, spread
+from lape_ray.tracking import RunFacts
+from lape_ray.train import autocast_for, available_cpus
+
+HTML = "summary.html"
+METRICS = (
+    "epoch", "train/epoch_loss", "train/images_per_s", "train/lr",
+    "val/loss", "val/acc1", "val/acc5", "val_ema/loss", "val_ema/acc1", "val_ema/acc5",
+)  # fmt: skip
+WORST = 10
+SAMPLES = 12
+PICTURE_PX = 112
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All that a page of a run shows."""
+
+    config: TrainConfig
+    facts: RunFacts
+    predictions: Predictions
+    classes: Sequence[str]
+    samples: Sequence[tuple[int, Tensor]]
+    """Index in the validation set and uint8 picture (3, S, S)."""
+    devices: str
+    """What a worker computes on, as in "2 GPU"."""
+
+
+def write_run_summary(config: TrainConfig, checkpoint: Path, facts: RunFacts, folder: Path) -> Path:
+    """Evaluate the checkpoint on `data.val` and write the page and its figures into `folder`; returns the page.
+
+    Raises ValueError and OSError where the validation data or the checkpoint cannot be read.
+    """
+    device = choose_device(config)
+    loader = build_loader(
+        config.data,
+        "val",
+        image_size=resolve(config.model).image_size,
+        batch_size=config.data.eval_batch_size,
+        device=device,
+        threads=available_cpus(),
+    )
+    network = load_network(str(checkpoint), config).to(device)
+    normalize = Normalize(config.data).to(device)
+    predictions = outcome.predict_all(network, loader, normalize, autocast_for(config, device))
+    chosen = _chosen(predictions)
+    run = config.run
+    count = (
+        f"{run.num_workers} GPU" if device.type == "cuda" else f"{run.num_workers * run.cpus_per_worker} CPU"
+    )
+    results = Results(
+        config=config,
+        facts=facts,
+        predictions=predictions,
+        classes=loader.facts.classes,
+        samples=list(zip(chosen.tolist(), images_at(config, chosen), strict=True)),
+        devices=count,
+    )
+    return write_page(results, folder)
+
+
+def _chosen(predictions: Predictions) -> np.ndarray:
+    """Images to show: some spread over all, and some spread over the wrong ones."""
+    some_N = spread(len(predictions.labels_N), SAMPLES)
+    wrong_N = predictions.wrong
+    wrong_N = wrong_N[spread(len(wrong_N), SAMPLES)] if len(wrong_N) else wrong_N
+    return np.concatenate([some_N, wrong_N[~np.isin(wrong_N, some_N)]])
+
+
+def write_page(results: Results, folder: Path) -> Path:
+    """The page and its figures of results that are there; returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, facts = results.config, results.facts
+    model = config.model
+    embedding = f"position {model.position}, join {model.join}, bias {model.bias}, rotary {model.rotary}"
+    page = Page(
+        facts.name, f"{config.recipe or model.variant}: {model.variant}, {embedding}; seed {config.run.seed}"
+    )
+    page.facts(_headline(results))
+    page.heading("Curves")
+    page.figure(figures.save(_curves(results), folder, "curves"), "By epoch.")
+    page.heading("Worst classes")
+    _classes(page, results, folder)
+    page.heading("Sample predictions")
+    page.note(
+        "Framed green where the best class is the truth, red where it is not; spread over the validation set."
+    )
+    page.pictures(_cards(results))
+    page.heading("Repeat it")
+    page.code(facts.tags.get("command", "the command was not recorded"))
+    known = [(name, facts.tags[name]) for name in sorted(facts.tags) if not name.startswith("mlflow.")]
+    page.table(("tag", "value"), [(name, value) for name, value in known if name != "command"])
+    page.heading("Config")
+    page.code(dump(config))
+    target = folder / HTML
+    target.write_text(page.html())
+    return target
+
+
+def _headline(results: Results) -> list[tuple[str, str]]:
+    history, data = results.facts.history, results.config.data
+    right = 100 - 100 * len(results.predictions.wrong) / len(results.predictions.labels_N)
+    speeds = [value for _, value in history.get("train/images_per_s", ())]
+    hours = outcome.training_hours(history, data.batch_size)
+    number, unit = results.devices.split()
+    cards = [
+        ("top-1 of the best checkpoint", f"{right:.2f} %"),
+        ("validation images", f"{len(results.predictions.labels_N):,}"),
+    ]
+    if epochs := history.get("epoch"):
+        cards.append(("epochs", f"{epochs[-1][1]:.0f}"))
+    if speeds:
+        cards.append(("training speed", f"{sum(speeds) / len(speeds):,.0f} images/s"))
+        cards.append((f"{unit}-hours of training", f"{hours * int(number):.3g} on {results.devices}"))
+    return cards
+
+
+def _curves(results: Results) -> Figure:
+    def lines(*names: tuple[str, str]) -> list[tuple[str, list[float], list[float]]]:
+        found = [(label, by_epoch(results.facts.history, name)) for label, name in names]
+        return [(label, [e for e, _ in points], [v for _, v in points]) for label, points in found if points]
+
+    loss = lines(
+        ("training", "train/epoch_loss"), ("validation", "val/loss"), ("moving average", "val_ema/loss")
+    )
+    accuracy = lines(("top-1", "val/acc1"), ("top-5", "val/acc5"), ("top-1, moving average", "val_ema/acc1"))
+    speed = lines(("images/s", "train/images_per_s"))
+    return figures.curves_figure(
+        [
+            ("Loss", "epoch", "cross-entropy", loss),
+            ("Validation accuracy", "epoch", "%", accuracy),
+            ("Training speed", "epoch", "images/s", speed),
+        ]
+    )
+
+
+def _classes(page: Page, results: Results, folder: Path) -> None:
+    names = results.classes
+    confusion_KK = outcome.confusion(results.predictions, len(names))
+    worst = [score for score in outcome.worst_classes(confusion_KK, WORST) if score.right < score.images]
+    if not worst:
+        page.text("Every image of every class is right.")
+        return
+    shown = _confused(worst)
+    labels = [names[k] for k in shown]
+    figure = figures.confusion_figure(confusion_KK[np.ix_(shown, shown)], confusion_KK.sum(1)[shown], labels)
+    page.figure(
+        figures.save(figure, folder, "confusion"),
+        "The worst classes and what they are taken for: share of a class's images, in percent.",
+    )
+    page.table(
+        ("class", "images", "right, %", "taken for"),
+        [
+            (
+                names[score.label],
+                score.images,
+                f"{score.accuracy:.1f}",
+                ", ".join(f"{names[k]} ({n})" for k, n in score.taken_for) or "–",
+            )
+            for score in worst
+        ],
+    )
+
+
+def _confused(worst: Sequence[ClassScore]) -> list[int]:
+    """The worst classes and the class that each is taken for most often, in order of number."""
+    return sorted(
+        {score.label for score in worst} | {score.taken_for[0][0] for score in worst if score.taken_for}
+    )
+
+
+def _cards(results: Results) -> list[tuple[bytes, str, bool]]:
+    cards = []
+    for index, image_CSS in results.samples:
+        truth, best = int(results.predictions.labels_N[index]), int(results.predictions.best_N[index])
+        said = f"{results.classes[best]} {100 * results.predictions.probability_N[index]:.0f} %"
+        text = said if truth == best else f"{said}; is {results.classes[truth]}"
+        cards.append((_png(image_CSS), text, truth == best))
+    return cards
+
+
+def _png(image_CSS: Tensor) -> bytes:
+    image = Image.fromarray(np.ascontiguousarray(image_CSS.permute(1, 2, 0).to(torch.uint8).numpy()))
+    if image.width > PICTURE_PX:
+        image = image.resize((PICTURE_PX, PICTURE_PX), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,63 @@
+"""A few images as evaluation sees them, for measurements and examples.
+
+Shapes: B images, S side of the model's input in pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lape_ray.config import TrainConfig
+from lape_ray.data.loader import Loader, build_loader
+from lape_ray.data.sources import load_image, to_rgb
+from lape_ray.model import resolve
+from lape_ray.predict import center_crop, find_images, to_tensor
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """At most `count` indices spread evenly over `total` things, so that every class of a sorted file has its share."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
+
+
+def folder_images(folder: Path, config: TrainConfig, count: int) -> Tensor:
+    """At most `count` of a folder's images as evaluation sees them: uint8 (B, 3, S, S)."""
+    paths = find_images(folder)
+    size = resolve(config.model).image_size
+    squares: list[Image.Image] = []
+    for index in spread(len(paths), count):
+        path = paths[index]
+        squares.append(
+            center_crop(
+                to_rgb(load_image(path.read_bytes(), str(path)), str(path)), size=size, data=config.data
+            )
+        )
+    return to_tensor(squares)
+
+
+def images_at(config: TrainConfig, index_B: np.ndarray) -> Tensor:
+    """The images of `data.val` at these places of the file, as evaluation sees them: uint8 (B, 3, S, S).
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is damaged.
+    """
+    side = resolve(config.model).image_size
+    if len(index_B) == 0:
+        return torch.empty(0, 3, side, side, dtype=torch.uint8)
+    return _read(build_loader(config.data, "val", image_size=side, batch_size=len(index_B)), index_B)
+
+
+def validation_images(config: TrainConfig, count: int) -> Tensor:
+    """At most `count` images of `data.val`, spread over the file; see `images_at`."""
+    loader = build_loader(config.data, "val", image_size=resolve(config.model).image_size, batch_size=count)
+    return _read(loader, spread(loader.num_samples, count))
+
+
+def _read(loader: Loader, index_B: np.ndarray) -> Tensor:
+    with contextlib.closing(loader.reader.batches(index_B, np.arange(len(index_B)), 0)) as batches:
+        return torch.from_numpy(next(batches).copy()).permute(0, 3, 1, 2)

@@ -1,0 +1,88 @@
+"""Which networks a job is about: checkpoints of any origin and MLflow runs, by what a person types."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lape_ray import tracking
+from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.evaluation import config_for
+from lape_ray.model import resolve
+
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+WRITTEN = re.compile(r"(?:(?P<label>[^=/@]+)=)?(?P<place>[^@]+)(?:@(?P<recipe>\w+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One network to work on."""
+
+    label: str
+    checkpoint: str
+    config: TrainConfig
+    run_id: str | None = None
+    """The MLflow run, where one was named."""
+
+    @property
+    def description(self) -> str:
+        """The network in one line."""
+        model, spec = self.config.model, resolve(self.config.model)
+        parts = [f"{model.variant} at {spec.image_size} px", f"position {model.position}, join {model.join}"]
+        if model.bias != "none":
+            parts.append(f"bias {model.bias}, join {model.bias_join}")
+        if model.rotary != "none":
+            parts.append(f"rotary {model.rotary}")
+        return "; ".join(parts)
+
+
+def find_subjects(
+    written: Sequence[str], overrides: Mapping[str, Any], *, downloads: Path, ema: bool = False
+) -> list[Subject]:
+    """Resolve each `[LABEL=]CHECKPOINT[@RECIPE]` or `[LABEL=]RUN_ID`.
+
+    A checkpoint folder of ours knows its own network; `model.*` overrides and the recipe describe those of other code.
+    Labels that are left out are the run's name, the recipe or the file, made unique.
+
+    Raises:
+        ValueError, FileNotFoundError: something written does not exist, or is no checkpoint.
+    """
+    subjects = []
+    for index, text in enumerate(written):
+        match = WRITTEN.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is not [LABEL=]CHECKPOINT[@RECIPE] or [LABEL=]RUN_ID")
+        place, run_id = match["place"], None
+        if RUN_ID.fullmatch(place):
+            run_id = place
+            config = replace_fields(
+                TrainConfig(), {k: v for k, v in overrides.items() if k == "run.tracking_uri"}
+            )
+            place = str(
+                tracking.download_model(tracking.tracking_uri(config), run_id, downloads / str(index))
+            )
+        ours = Path(place).is_dir()
+        if ours and match["recipe"]:
+            raise ValueError(f"{text!r}: {place} knows its own network; leave out @{match['recipe']}")
+        if not ours and not Path(place).exists():
+            raise FileNotFoundError(f"{place} is neither a checkpoint nor the id of an MLflow run")
+        values = {k: v for k, v in overrides.items() if not (ours and k.startswith("model."))}
+        config = config_for(place, match["recipe"], values)
+        label = match["label"] or config.run.name or match["recipe"] or Path(place).stem
+        subjects.append(Subject(label=label, checkpoint=place, config=config, run_id=run_id))
+    return _unique_labels(subjects)
+
+
+def _unique_labels(subjects: Sequence[Subject]) -> list[Subject]:
+    count, used = Counter(one.label for one in subjects), Counter[str]()
+    unique = []
+    for one in subjects:
+        used[one.label] += 1
+        label = one.label if count[one.label] == 1 else f"{one.label} ({used[one.label]})"
+        unique.append(dataclasses.replace(one, label=label))
+    return unique
