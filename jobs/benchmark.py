@@ -7,6 +7,7 @@ python jobs/benchmark.py loader --device cuda --threads 16
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ STARTED = time.perf_counter()
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files and processes go too
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,14 +40,16 @@ def main() -> None:
 
 
 def run_loader(options: argparse.Namespace) -> None:
-    from lape_ray.bench.loader import Settings, run  # after parsing: --help is instant
-    from lape_ray.bench.loader_report import report
-    from lape_ray.bench.record import save
+    from lape_ray.bench.settings import Settings  # after parsing: --help is instant
 
     given = {"images": options.images, "split": options.split, "side": options.size}
     given |= {"rounds": options.rounds, "device": options.device, "training": options.device != "cpu"}
     given |= {"threads": options.threads} if options.threads is not None else {}
-    settings = Settings(**given)
+    settings = Settings(**given)  # refused before torch is imported, which takes seconds
+    from lape_ray.bench.loader import run
+    from lape_ray.bench.loader_report import report
+    from lape_ray.bench.record import save
+
     record = run(settings.quick() if options.quick else settings, show)
     print(report(record))
     if options.json:

@@ -1,6 +1,6 @@
 """What this package's speed is, measured beside its peers: what `jobs/benchmark.py` prints.
 
-    loader      the subcommand of that name: settings and sections; loader_report, its tables
+    loader      the subcommand of that name; settings, what it measures; loader_report, its tables
     inputs      which images: a source's or drawn ones, as originals, at 500 pixels, with restart markers, as .beton
     gate        nothing is timed before our pixels are Pillow's
     decoder     crops out of JPEGs in memory

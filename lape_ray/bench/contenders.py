@@ -131,6 +131,7 @@ def _data_loader(job: Job, files: _Files) -> Epoch:
         drop_last=True,
         num_workers=job.threads,
         persistent_workers=True,
+        multiprocessing_context="fork",  # its default outside of a process that was itself spawned
         pin_memory=device.type == "cuda",
     )
 

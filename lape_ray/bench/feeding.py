@@ -156,11 +156,16 @@ def fed_training(
         "name": config.recipe,
         "batch_size": len(images_BCHW),
         "steps": steps,
-        "precision": "bf16" if torch.is_autocast_enabled(where.type) or where.type == "cuda" else "fp32",
+        "precision": _precision(state),
         **row,
         "fed_over_synthetic": ratio(row["fed"], row["synthetic"]),
         "again_over_synthetic": ratio(row["again"], row["synthetic"]),
     }
+
+
+def _precision(state: TrainState) -> str:
+    with state.autocast():
+        return "bf16" if torch.is_autocast_enabled(state.world.device.type) else "fp32"
 
 
 def _endless(state: TrainState) -> Generator[tuple[Tensor, Tensor], None, None]:
