@@ -35,6 +35,8 @@ class LocalCluster:
     """Of the dashboard and the job server: http://host:port."""
     environment: dict[str, str]
     """What a process needs in its environment to connect: address and access token."""
+    pid: int
+    """Of the process that all others of the cluster descend from."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -79,7 +81,9 @@ def local_cluster(*, num_cpus: int, start_timeout_s: float = 90) -> Iterator[Loc
         )
     try:
         address = f"127.0.0.1:{gcs}"
-        cluster = LocalCluster(address, f"http://127.0.0.1:{dashboard}", {"RAY_ADDRESS": address, **access})
+        cluster = LocalCluster(
+            address, f"http://127.0.0.1:{dashboard}", {"RAY_ADDRESS": address, **access}, process.pid
+        )
         _wait_until_ready(cluster, process, log, start_timeout_s)
         yield cluster
     finally:

@@ -7,14 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 import ray
-from ray.train import TrainingFailedError
 from safetensors.torch import load_file
 
 from lape_ray.config import TrainConfig, replace_fields
@@ -23,6 +25,7 @@ from lape_ray.data.sources import digits
 from lape_ray.launch import fit
 from lape_ray.local_cluster import LocalCluster, executable, local_cluster
 from lape_ray.recipes import recipe
+from lape_ray.train import DivergedError
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "smoke_losses.json"
@@ -184,10 +187,62 @@ def test_two_workers_and_a_resumed_run_give_the_same_losses(
     assert second.metrics["val/acc1"] == whole.metrics["val/acc1"]
 
 
+WITHIN = {"optim__epochs": 2, "run__checkpoint_steps": 2, "run__log_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(service: Service) -> list[float]:
+    return service.losses(service.run(fit(service.config(run__name="undisturbed", **WITHIN)).mlflow_run_id))
+
+
+def test_a_worker_killed_within_an_epoch_costs_nothing(
+    service: Service, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL once the first epoch's second step is stored; every loss is in the history, once and as it would be."""
+    folder = service.home / "runs" / "killed" / "checkpoint-step-000000002"
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not folder.exists():
+            time.sleep(0.02)
+        for process in psutil.Process(service.cluster.pid).children(recursive=True):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.kill()
+                killed.append(process.pid)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    result = fit(service.config(run__name="killed", **WITHIN))
+    thread.join(1)
+    assert len(killed) == 1
+    assert service.losses(service.run(result.mlflow_run_id)) == undisturbed
+    output = capfd.readouterr().out
+    assert re.search(r"continuing after epoch [01] of 2 and step [24] of 5", output), output
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    service: Service, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = fit(service.config(run__name="damaged", run__stop_after_epochs=1, **WITHIN))
+    weights = service.home / "runs/damaged/checkpoint-epoch-000001/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    capfd.readouterr()
+    second = fit(service.config(run__name="damaged", **WITHIN))
+    assert second.mlflow_run_id == first.mlflow_run_id
+    assert service.losses(service.run(second.mlflow_run_id)) == undisturbed
+    output = capfd.readouterr().out
+    assert "warning: a checkpoint cannot be used, trying the one before" in output
+    assert "continuing after epoch 0 of 2 and step 4 of 5" in output
+
+
 def test_a_failed_run_is_marked_failed(service: Service) -> None:
     wild = {"optim__lr": 1000, "optim__weight_decay": 1000, "optim__clip_norm": None, "optim__epochs": 20}
-    with pytest.raises(TrainingFailedError, match=r"lower optim\.lr"):
-        fit(service.config(run__name="diverged", run__max_failures=0, **wild))
+    with pytest.raises(
+        DivergedError, match=r"lower optim\.lr"
+    ):  # and is not tried again: it would diverge again
+        fit(service.config(run__name="diverged", run__max_failures=3, **wild))
     record = json.loads((service.home / "runs/diverged/run.json").read_text())
     assert not record["finished"]
     assert service.run(record["mlflow_run_id"]).info.status == "FAILED"
