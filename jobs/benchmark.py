@@ -1,7 +1,9 @@
-"""How fast this package is on this machine, beside its peers: benchmark.py loader [options].
+"""How fast this package is on this machine, beside its peers: benchmark.py COMMAND [options].
 
 python jobs/benchmark.py loader --images imagenet/train --json loader.json
 python jobs/benchmark.py loader --device cuda --threads 16
+python jobs/benchmark.py compare --json compare.json
+python jobs/benchmark.py gpu --json results --minutes 25
 """
 
 from __future__ import annotations
@@ -15,9 +17,15 @@ from pathlib import Path
 from lape_ray.cli import run_job
 
 STARTED = time.perf_counter()
+STEPPING = {
+    "step": "our training step: images/s, share of the device's peaks, memory, operators",
+    "compare": "our training step beside timm's, torchvision's and an explicit softmax",
+    "ray": "the same loop under Ray Train and torchrun",
+    "checkpoint": "saving and restoring",
+}
 
 
-def main() -> None:
+def main() -> int | None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files and processes go too
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -33,10 +41,37 @@ def main() -> None:
     add("--device", default="cpu", help="cpu or cuda; with cuda, training steps are fed too (default: cpu)")
     add("--quick", action="store_true", help="everything at tiny sizes, to see that it runs")
     loader.set_defaults(run=run_loader)
-    for command in (loader,):
-        command.add_argument("--json", type=Path, help="file for the whole record")
+    for name, what in STEPPING.items():
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+        command.add_argument("--rounds", type=int, help="interleaved rounds")
+        command.add_argument(
+            "--threads", type=int, help="of a CPU's arithmetic, in each process (default: 1)"
+        )
+        command.add_argument(
+            "--models", help="such as deit_tiny:8,vit_lite:64, with batch sizes where those count"
+        )
+        command.add_argument(
+            "--quick", action="store_true", help="everything at tiny sizes, to see that it runs"
+        )
+        if name in ("step", "compare"):
+            command.add_argument("--compile", help="mode of torch.compile, or off (default: default)")
+            command.add_argument("--steps", type=int, help="of a window")
+            command.add_argument("--minutes", type=float, help="after which nothing new is begun")
+        command.set_defaults(run=run_stepping)
+    suite = commands.add_parser("gpu", help="compare, step, checkpoint and loader on a GPU, in one go")
+    suite.add_argument("--only", default="", help="some of them, in this order, such as step,compare")
+    suite.add_argument("--minutes", type=float, default=25, help="for all of it (default: 25)")
+    suite.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
+    suite.add_argument("--quick", action="store_true", help="everything at tiny sizes, to see that it runs")
+    suite.add_argument(
+        "--json", type=Path, required=True, metavar="DIR", help="folder for all records and tables"
+    )
+    suite.set_defaults(run=run_suite)
+    for name in ("loader", *STEPPING):
+        commands.choices[name].add_argument("--json", type=Path, help="file for the whole record")
     options = parser.parse_args()
-    options.run(options)
+    return options.run(options)
 
 
 def run_loader(options: argparse.Namespace) -> None:
@@ -54,6 +89,18 @@ def run_loader(options: argparse.Namespace) -> None:
     print(report(record))
     if options.json:
         save(record, options.json)
+
+
+def run_stepping(options: argparse.Namespace) -> None:
+    from lape_ray.bench.commands import run  # after parsing: --help is instant
+
+    print(run(options.command, vars(options), show))
+
+
+def run_suite(options: argparse.Namespace) -> int:
+    from lape_ray.bench.suite import run_all
+
+    return run_all(options.json, options.only, options.minutes, options.device, quick=options.quick)
 
 
 def show(text: str) -> None:

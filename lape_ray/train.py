@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +41,14 @@ NOTHING_DONE = checkpoint.Progress()
 
 class DivergedError(RuntimeError):
     """The loss is no finite number any more."""
+
+
+class Batches(Protocol):
+    """What the loop asks of a loader: an epoch's batches, uint8 images (B, 3, H, W) and int64 labels (B,)."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int, *, start: int = 0) -> Generator[tuple[Tensor, Tensor], None, None]: ...
 
 
 class Reporter(Protocol):
@@ -99,8 +107,8 @@ class TrainState:
     """The network as the training step calls it: compiled, and data parallel where there are several workers."""
     ema: Ema | None
     optimizer: torch.optim.Optimizer
-    train_loader: Loader
-    val_loader: Loader
+    train_loader: Batches
+    val_loader: Batches
     augment: Augment
     mixer: Mixer
     normalize: Normalize
@@ -121,8 +129,10 @@ def seed_draws(*key: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little"))
 
 
-def build_state(config: TrainConfig, device: torch.device) -> TrainState:
-    """The state of a fresh run on this worker."""
+def build_state(
+    config: TrainConfig, device: torch.device, *, loaders: tuple[Batches, Batches] | None = None
+) -> TrainState:
+    """The state of a fresh run on this worker; `loaders` (train, val) stand in for those of the config's data."""
     world = World.current(device)
     spec = resolve(config.model)
     torch.manual_seed(config.run.seed)
@@ -149,6 +159,10 @@ def build_state(config: TrainConfig, device: torch.device) -> TrainState:
             threads=config.data.threads or available_cpus(),
         )
 
+    train_loader, val_loader = loaders or (
+        loader("train", config.micro_batch_size),
+        loader("val", config.data.eval_batch_size),
+    )
     return TrainState(
         config=config,
         world=world,
@@ -156,8 +170,8 @@ def build_state(config: TrainConfig, device: torch.device) -> TrainState:
         model=model,
         ema=Ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
         optimizer=build_optimizer(network, config.optim, exempt=network.position_parameters()),
-        train_loader=loader("train", config.micro_batch_size),
-        val_loader=loader("val", config.data.eval_batch_size),
+        train_loader=train_loader,
+        val_loader=val_loader,
         augment=build_augment(
             AugmentSpec(
                 rand_augment=config.data.rand_augment,
@@ -313,7 +327,7 @@ def _progress(
 
 def evaluate(
     model: nn.Module,
-    loader: Loader,
+    loader: Batches,
     normalize: Normalize,
     autocast: Callable[[], AbstractContextManager[None]],
     device: torch.device,

@@ -10,8 +10,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol, TypeVar
 
-from joblib import cpu_count
-
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -27,6 +25,8 @@ class Mapper(Protocol):
 
 def usable_cpus() -> int:
     """CPUs that this process may use: those it is pinned to, and no more than its cgroup (container) pays for."""
+    from joblib import cpu_count  # here, so that training steps can be run where torch alone is installed
+
     return int(cpu_count())
 
 

@@ -1,0 +1,215 @@
+"""`jobs/benchmark.py step`: our training step against the ceilings of the device it runs on."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lape_ray.bench import ceilings, counts, isolated
+from lape_ray.bench.clock import Window, first_step_s, interleaved
+from lape_ray.bench.goals import step_targets
+from lape_ray.bench.record import begin, finish, spread
+from lape_ray.bench.synthetic import Stepper, synthetic_state, training_config
+from lape_ray.bench.targets import judge
+from lape_ray.config import Compile
+from lape_ray.model import resolve
+from lape_ray.optim import Ema
+from lape_ray.train import TrainState
+
+Note = Callable[[str], None]
+Row = dict[str, Any]
+Save = Callable[[Row], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured; fields that are None take what suits the device.
+
+    Attributes:
+        models: names of `synthetic.MODELS` with the batch size of each
+        sweep: batch sizes that are measured of `sweep_model` beside its own, compiled
+        steps: of a window; a round is two windows
+        threads: of a CPU's arithmetic
+        minutes: after which nothing new is begun
+    """
+
+    device: str = "cpu"
+    join: str = "lape"
+    models: tuple[tuple[str, int], ...] | None = None
+    compile: Compile = "default"
+    sweep_model: str = "deit_small"
+    sweep: tuple[int, ...] | None = None
+    rounds: int = 3
+    steps: int | None = None
+    warmup_steps: int | None = None
+    threads: int = 1
+    minutes: float = 60.0
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps", "warmup_steps", "threads", "minutes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be above 0")
+        if not self.device.startswith(("cpu", "cuda")):
+            raise ValueError(f"device={self.device!r} is not known; choose cpu or cuda")
+
+    def filled(self) -> Settings:
+        """The same with every field set."""
+        gpu = self.device.startswith("cuda")
+        real = (("deit_small", 256), ("deit_tiny", 256), ("deit_base", 256))
+        small = (("deit_tiny", 8), ("vit_lite", 64))
+        filled = dataclasses.replace(
+            self,
+            models=self.models or (real if gpu else small),
+            sweep=self.sweep if self.sweep is not None else ((128, 512, 1024) if gpu else ()),
+            steps=self.steps or (50 if gpu else 1),
+            warmup_steps=self.warmup_steps or (20 if gpu else 1),
+        )
+        if not self.quick:
+            return filled
+        return dataclasses.replace(
+            filled, models=self.models or (("toy", 4),), sweep=(), rounds=1, steps=1, warmup_steps=1
+        )
+
+
+class Deadline:
+    """Says when nothing new may be begun."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes = minutes
+        self._end = time.monotonic() + 60 * minutes
+
+    def over(self) -> str | None:
+        """Why something is not begun; None while there is time."""
+        return f"not run: {self.minutes:g} minutes were over" if time.monotonic() > self._end else None
+
+
+def prepared(device: str, threads: int) -> torch.device:
+    """The device, with a CPU's threads set; a ValueError where it is not there."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device={device} is not there: torch finds no GPU; use --device cpu")
+        where = torch.device("cuda", where.index or 0)
+    else:
+        torch.set_num_threads(threads)
+    return where
+
+
+def run(settings: Settings, note: Note, save: Save = lambda record: None) -> Row:
+    """The record of a whole run; `save` gets it after each row, so that nothing measured is lost."""
+    settings = settings.filled()
+    device = prepared(settings.device, settings.threads)
+    record = begin("step", dataclasses.asdict(settings), device=settings.device)
+    deadline = Deadline(settings.minutes)
+    sections = record["sections"] = {"ceilings": [], "step": []}
+    note("ceilings")
+    sections["ceilings"] = [ceilings.measured_peaks(device, rounds=settings.rounds, quick=settings.quick)]
+    for model, batch_size, compile in entries(settings):
+        name = f"{model}, batch {batch_size}, {'eager' if compile == 'off' else 'compiled'}"
+        note(name)
+        if missing := deadline.over():
+            row: Row = {"model": model, "batch_size": batch_size, "compile": compile, "missing": missing}
+        else:
+            # A fresh process each: memory, graphs and allocators of one tell nothing about the next.
+            row = isolated.call(measured, settings, model, batch_size, compile, sections["ceilings"][0])
+        sections["step"].append(row)
+        record["targets"] = judge(sections, step_targets(settings.device))
+        finish(record)
+        save(record)
+    return record
+
+
+def entries(settings: Settings) -> list[tuple[str, int, Compile]]:
+    """Model, batch size and compile mode of every row: eager and compiled, then the sweep."""
+    assert settings.models is not None and settings.sweep is not None
+    modes: tuple[Compile, ...] = ("off",) if settings.compile == "off" else (settings.compile, "off")
+    found = [(model, batch_size, mode) for mode in modes for model, batch_size in settings.models]
+    if settings.sweep_model in dict(settings.models):
+        own = dict(settings.models)[settings.sweep_model]
+        found += [(settings.sweep_model, size, settings.compile) for size in settings.sweep if size != own]
+    return found
+
+
+def measured(settings: Settings, model: str, batch_size: int, compile: Compile, peaks: Row) -> Row:
+    """One row: rates, shares of the peaks, memory and counts of one network at one batch size."""
+    device = prepared(settings.device, settings.threads)
+    config = training_config(model, join=settings.join, batch_size=batch_size, compile=compile)
+    row: Row = {"model": model, "join": settings.join, "batch_size": batch_size, "compile": compile}
+    try:
+        state = synthetic_state(config, device)
+        stepper = Stepper(state)
+        first_s = first_step_s(stepper.run, device)
+        assert settings.warmup_steps is not None and settings.steps is not None
+        stepper.run(settings.warmup_steps)
+        warm = counts.graphs()
+        windows = interleaved(
+            {"step": stepper.run}, rounds=settings.rounds, steps=settings.steps, device=device
+        )["step"]
+    except torch.OutOfMemoryError as error:
+        return row | {"missing": f"cannot run: {str(error).splitlines()[0]}"}
+    after = counts.graphs()
+    if compile != "off" and (after["graph_breaks"] or after["graphs"] != 1 or after != warm):
+        raise RuntimeError(
+            f"{model}: the compiler made {after['graphs']} graphs with {after['graph_breaks']} breaks, and "
+            f"{after['graphs'] - warm['graphs']} of them after the warm-up, where one graph is expected"
+        )
+    row |= {
+        "precision": "bf16" if device.type == "cuda" else "fp32",
+        "notes": list(state.notes),
+        "parameters": sum(parameter.numel() for parameter in state.network.parameters()),
+        "first_step_s": first_s,
+        "graphs": after["graphs"] if compile != "off" else 0,
+        **rates(windows, batch_size, ceilings.training_flops(resolve(config.model)), peaks, device),
+    }
+    if device.type == "cuda":
+        row |= counts.kernels(stepper.run, device)
+    if compile == "off":
+        row["operators"] = counts.operators(stepper.run)
+    row["peak_bytes"] = peak_bytes(stepper, device)
+    return row | {"loss": stepper.mean_loss()}
+
+
+def rates(
+    windows: list[Window], batch_size: int, flops: int, peaks: Row, device: torch.device
+) -> dict[str, Any]:
+    """Times of a step and what they come to.
+
+    Returns:
+        step_s, cpu_s: seconds of a step, of the device (a CPU: by the clock) and of CPU time
+        images_per_second; train_flops: of an image
+        mfu_measured, mfu_datasheet: median share of the measured matmul and of the data sheet, None: not known
+    """
+    step_s = spread([each.step_s for each in windows])
+    reached = flops * batch_size / step_s["median"]
+    sheet = ceilings.datasheet_peak(device)
+    return {
+        "step_s": step_s,
+        "cpu_s": spread([each.cpu_s for each in windows]),
+        "images_per_second": spread([batch_size / each.step_s for each in windows]),
+        "train_flops": flops,
+        "mfu_measured": reached / peaks["matmul_flops"]["median"],
+        "mfu_datasheet": None if sheet is None else reached / sheet,
+    }
+
+
+def peak_bytes(stepper: Stepper, device: torch.device) -> int:
+    """The most that tensors hold during a step of `stepper`: weights, moments, average, activations, gradients."""
+    stepper.state.optimizer.zero_grad(set_to_none=True)
+    return counts.peak_bytes(stepper.run, device, kept=kept_bytes(stepper.state))
+
+
+def kept_bytes(state: TrainState) -> int:
+    """What a state holds between steps without gradients, its synthetic batches left out."""
+    held = [*state.network.parameters(), *state.network.buffers()]
+    if isinstance(state.ema, Ema):
+        held += [*state.ema.model.parameters(), *state.ema.model.buffers()]
+    for values in state.optimizer.state.values():
+        held += [value for value in values.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in held)
