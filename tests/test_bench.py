@@ -262,6 +262,7 @@ def check_record(record: dict[str, Any], *, missing: set[str]) -> None:
     assert {row["name"] for row in record["targets"]} == {target.name for target in targets.TARGETS}
 
 
+@pytest.mark.slow
 def test_quick_run_without_ffcv(tmp_path: Path, without_ffcv: dict[str, str]) -> None:
     done = benchmark(
         "--quick", "--threads", "2", "--json", str(tmp_path / "x.json"), environment=without_ffcv
