@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 from lape_ray.config import DataConfig
 from lape_ray.data.beton import Manifest, read_contents, write_beton
 from lape_ray.data.beton.format import HEADER, RECORD, RECORDS_START, read_tables, tables_sha256
+from lape_ray.data.buffers import Buffers
 from lape_ray.data.loader import build_loader, train_keys
 from lape_ray.data.sources import Source, image_folder
 
@@ -312,3 +313,22 @@ def test_hostile_files(own: DataConfig) -> None:
 @pytest.mark.timeout(1200)
 def test_hostile_files_longer(own: DataConfig) -> None:
     assert set(read_hostile(own, range(1000, 6000))) == {"refused", "read", "reported"}
+
+
+def test_memory_of_batches_is_used_again_but_never_under_one_that_is_kept() -> None:
+    buffers = Buffers()
+    first = buffers.take((4, 8, 8, 3))
+    address, view = first.ctypes.data, first[1:3, ::2]
+    tensor = torch.from_numpy(view)
+    view[:] = 7
+    del first, view
+    assert buffers.take((4, 8, 8, 3)).ctypes.data != address
+    assert (tensor == 7).all()
+    del tensor
+    again = buffers.take((3, 8, 8, 3))  # an epoch's last batch is smaller
+    assert again.ctypes.data == address
+    del again
+    assert buffers.take((1, 2, 2, 3)).ctypes.data != address  # another resolution
+    many = [buffers.take((10,)) for _ in range(30)]
+    del many
+    assert len(buffers._free) <= 8

@@ -198,8 +198,8 @@ def undisturbed(service: Service) -> list[float]:
 def test_a_worker_killed_within_an_epoch_costs_nothing(
     service: Service, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGKILL once the first epoch's second step is stored; every loss is in the history, once and as it would be."""
-    folder = service.home / "runs" / "killed" / "checkpoint-step-000000002"
+    """SIGKILL while a second checkpoint is stored; every loss is in the history, once and as it would be."""
+    folder = service.home / "runs" / "killed" / "checkpoint-step-000000004"
     killed: list[int] = []
 
     def kill() -> None:

@@ -149,5 +149,5 @@ def store(name: str, files: Sequence[bytes], folder: Path, *, samples: int, raw:
     if raw:
         write_beton(source, beton, max_size=RAW_SIDE, mode="raw")
     else:
-        write_beton(source, beton)
+        write_beton(source, beton, markers=0)  # kept as they are, with markers where they have them
     return Stored(name, tuple(map(str, paths)), str(beton), samples)

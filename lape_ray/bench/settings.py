@@ -33,7 +33,7 @@ class Settings:
     device: str = "cpu"
     count: int = 200
     batch_size: int = 256
-    batches: int = 16
+    batches: int = 8
     inputs: tuple[str, ...] = (SMALL_JPEG, ORIGINAL, RAW)
     memory_epochs: int = 50
     start_rounds: int = 3

@@ -19,6 +19,7 @@ import torch
 from lape_ray.config import DataConfig
 from lape_ray.data.augment.draws import Stream, uniform
 from lape_ray.data.beton import read_contents
+from lape_ray.data.buffers import Buffers
 from lape_ray.data.native import FILTERS, Decoder, center_crops, check, flips, random_resized_crops
 
 BATCHES_AHEAD = 2
@@ -54,6 +55,7 @@ class NativeReader:
         self.descriptors = np.array([file.fileno() for file in self.files], np.int32)
         self.states = [_state(descriptor) for descriptor in self.descriptors]
         self.decoder = Decoder(threads)
+        self.buffers = Buffers()
 
     def batches(
         self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
@@ -85,7 +87,10 @@ class NativeReader:
         data, contents = self.data, self.contents
         images_B = contents.images_N[index_B]
         shape = (len(index_B), side, side, 3)
-        out_BSS3 = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory).numpy()
+        if self.pin_memory:  # torch keeps pinned memory for its next use by itself
+            out_BSS3 = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+        else:
+            out_BSS3 = self.buffers.take(shape)
         widths_B, heights_B = images_B["width"], images_B["height"]
         filters_B = np.full(
             len(index_B), FILTERS["bilinear" if data.interpolation == "bilinear" else "bicubic"]
