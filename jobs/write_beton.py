@@ -79,19 +79,24 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
     """A bar with the time that is left; a line now and then where the output is no terminal."""
     from tqdm import tqdm
 
-    live = sys.stderr.isatty()
-    bar = tqdm(unit=" images", mininterval=0.2 if live else 30, delay=0 if live else 30, smoothing=0.05)
+    bars: list[tqdm] = []
 
     def show(done: int, total: int) -> None:
-        if bar.total is None:
-            bar.reset(total)
-            if done > 32:  # more than one part: what an earlier command left
-                bar.initial = bar.n = done
-                bar.write(f"going on after {done:,} of {total:,} images", file=sys.stderr)
-        bar.update(done - bar.n)
+        if not bars:
+            left = done if done > 32 else 0  # more than one part: what an earlier command left
+            if left:
+                print(f"going on after {done:,} of {total:,} images", file=sys.stderr)
+            wait = 0.2 if sys.stderr.isatty() else 30
+            bars.append(
+                tqdm(total=total, initial=left, unit=" images", mininterval=wait, delay=wait, smoothing=0.05)
+            )
+        bars[0].update(done - bars[0].n)
 
-    with bar:
+    try:
         yield show
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 if __name__ == "__main__":

@@ -224,6 +224,7 @@ class RunConfig:
     checkpoint_minutes: float = option(
         15, "minutes after which the next log step saves a checkpoint, if no epoch has ended; 0: off"
     )
+    pages: bool = option(True, "end the run with its pages in MLflow: summary and position report")
     position_report_epochs: int | None = option(
         None, "epochs between two position reports in MLflow while training; none: at the end only"
     )
@@ -335,7 +336,7 @@ _PLACE = frozenset(
         f"run.{name}"
         for name in (
             "name", "storage", "experiment", "tracking_uri", "num_workers", "device", "cpus_per_worker", "log_steps",
-            "eval_epochs", "position_report_epochs", "keep_checkpoints", "max_failures", "timeout_s", "wait_s",
+            "eval_epochs", "pages", "position_report_epochs", "keep_checkpoints", "max_failures", "timeout_s", "wait_s",
             "overwrite", "stop_after_epochs", "compile", "checkpoint_steps", "checkpoint_minutes",
         )
     }

@@ -99,7 +99,8 @@ def fit(config: TrainConfig) -> FitResult:
             best, metrics = _best(result)
             with best.as_directory() as files:
                 tracking.log_model(uri, run_id, Path(files), metrics)
-            _log_pages(config, best, uri, run_id, use_gpu)
+            if config.run.pages:
+                _log_pages(config, best, uri, run_id, use_gpu)
             _write_record(record, config, run_id, finished=config.run.stop_after_epochs is None)
     address = best.path if not storage.is_remote(root) else f"{root.partition('://')[0]}://{best.path}"
     return FitResult(name=name, metrics=metrics, checkpoint=address, mlflow_run_id=run_id, tracking_uri=uri)

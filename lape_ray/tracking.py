@@ -243,6 +243,28 @@ def download_model(uri: str, run_id: str, folder: Path) -> Path:
         ) from None
 
 
+@contextlib.contextmanager
+def _process_wide(uri: str, experiment_id: str) -> Iterator[None]:
+    """MLflow's settings for the whole process, which some of its functions read, for as long as one needs them.
+
+    It keeps them in the environment too, where processes that are started later would find them.
+    """
+    import mlflow
+
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
+    before = {name: os.environ.get(name) for name in names}
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment(experiment_id=experiment_id)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before["MLFLOW_TRACKING_URI"])  # None: the default
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
 def log_pyfunc(
     uri: str,
     run_id: str,
@@ -274,22 +296,21 @@ def log_pyfunc(
         return ColSpec(Array("double") if kind == "array" else kind, name)
 
     client = _client(uri)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_experiment(experiment_id=client.get_run(run_id).info.experiment_id)
     outputs = Schema([column(name, kind) for name, kind in columns.items()])
-    info = Model.log(
-        artifact_path=None,
-        name="classifier",
-        flavor=mlflow.pyfunc,
-        run_id=run_id,
-        registered_model_name=register,
-        loader_module=loader_module,
-        data_path=str(data),
-        code_paths=[str(package)],
-        pip_requirements=list(requirements),
-        signature=ModelSignature(Schema([ColSpec("string", "image")]), outputs),
-        input_example=pd.DataFrame({"image": [example]}),
-    )
+    with _process_wide(uri, client.get_run(run_id).info.experiment_id):
+        info = Model.log(
+            artifact_path=None,
+            name="classifier",
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            registered_model_name=register,
+            loader_module=loader_module,
+            data_path=str(data),
+            code_paths=[str(package)],
+            pip_requirements=list(requirements),
+            signature=ModelSignature(Schema([ColSpec("string", "image")]), outputs),
+            input_example=pd.DataFrame({"image": [example]}),
+        )
     return str(info.model_uri)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -46,7 +47,8 @@ class Service:
 
     def config(self, recipe_name: str = "smoke", **changes: object) -> TrainConfig:
         values = {name.replace("__", "."): value for name, value in changes.items()}
-        data = {f"data.{split}": str(self.home / f"{split}.beton") for split in ("train", "val")}
+        data: dict[str, object] = {f"data.{s}": str(self.home / f"{s}.beton") for s in ("train", "val")}
+        data["run.pages"] = False  # the submitted job makes them; they are half of a short run's time
         return replace_fields(recipe(recipe_name), {**data, **values})
 
     def submit(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -89,9 +91,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         subprocess.run(
             [sys.executable, str(ROOT / "jobs/write_beton.py"), *words], check=True, capture_output=True
         )
-    with local_cluster(num_cpus=2) as cluster, pytest.MonkeyPatch.context() as patch:
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("LAPE_RAY_HOME", str(home))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.delenv(
+            "MLFLOW_TRACKING_URI", raising=False
+        )  # before the cluster, whose jobs inherit what it has
+        cluster = stack.enter_context(local_cluster(num_cpus=2))
         for key, value in cluster.environment.items():
             patch.setenv(key, value)
         # Ray reads both once, when it is imported, which was before this cluster had a token.
