@@ -36,7 +36,7 @@ class Settings:
     batches: int = 8
     inputs: tuple[str, ...] = (SMALL_JPEG, ORIGINAL, RAW)
     memory_epochs: int = 50
-    start_rounds: int = 3
+    start_rounds: int = 1
     training: bool = False
     round_s: float = 3.0
     shrink: float = 1.0
