@@ -129,6 +129,11 @@ class Keep:
         self.folder.mkdir(exist_ok=True)
         write(self.folder)
 
+    def checkpoint(self, metrics: dict[str, float], *, step: int, write: object) -> None: ...
+
+    def leaving(self) -> bool:
+        return False
+
     def line(self, text: str) -> None: ...
 
 
