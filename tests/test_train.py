@@ -215,6 +215,7 @@ def _one_of(rank: int, size: int, port: int, config: TrainConfig, out: Path, sto
     recorder = Recorder(out.with_suffix("") if rank == 0 else None, stop_at)
     with contextlib.suppress(KilledError):
         train_module.train(config, device=CPU, reporter=recorder)
+    dist.barrier()  # neither takes the group away while the other still needs it
     if rank == 0:
         torch.save({"losses": recorder.losses, "epochs": recorder.epochs}, out)
     dist.destroy_process_group()
