@@ -259,7 +259,7 @@ BAD = [
     ({"model__image_size": 64}, "images of at most 32 px, but the model reads 64"),
     ({"data__batch_size": 500}, "holds 160 images, less than one step of data.batch_size=500"),
     ({"data__val": "/nowhere.beton"}, "/nowhere.beton"),
-    ({"data__val": ""}, "no val data: give --data.val FILE.beton"),
+    ({"data__val": ""}, "no val data: data.val is empty; give --data.val FILE.beton"),
     (
         {"run__num_workers": 4, "run__wait_s": 0},
         "needs 4 CPU, but the cluster has 2 CPU: lower --run.num_workers",
