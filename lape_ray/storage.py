@@ -5,8 +5,14 @@ Credentials, region and endpoint of S3 come from the usual environment variables
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
+import tempfile
+import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pyarrow import fs
@@ -95,3 +101,82 @@ def check_writable(address: str) -> None:
         raise ValueError(
             f"storage {address!r} is not writable: {error}; choose another with --run.storage"
         ) from None
+
+
+@contextlib.contextmanager
+def staging(filesystem: fs.FileSystem, path: str) -> Iterator[Path]:
+    """An empty local folder for what `publish` will bring to `path`; it is gone at the end."""
+    if isinstance(filesystem, fs.LocalFileSystem):
+        folder = Path(path).with_name(f".{Path(path).name}.partial")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="lape-staging-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, filesystem: fs.FileSystem, path: str) -> None:
+    """Bring a staged folder to its place, and replace what is there.
+
+    A local one appears all at once. A remote one is whole when this returns: the sizes of its files are compared.
+
+    Raises:
+        OSError: it could not be stored.
+    """
+    if filesystem.get_file_info(path).type != fs.FileType.NotFound:
+        filesystem.delete_dir(path)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        folder.replace(path)
+        parent = os.open(Path(path).parent, os.O_RDONLY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+        return
+    fs.copy_files(str(folder), path, destination_filesystem=filesystem)
+    for file in folder.iterdir():
+        info = filesystem.get_file_info(f"{path}/{file.name}")
+        if info.size != file.stat().st_size:
+            raise OSError(
+                f"{path}/{file.name} has {info.size} bytes after its upload, not {file.stat().st_size}"
+            )
+
+
+def patiently(work: Callable[[], None], seconds: float, tell: Callable[[str], None]) -> None:
+    """Do `work`, again and again for `seconds` where storage is away; `tell` hears of the first failure.
+
+    Raises:
+        OSError: the last failure, and at once one that waiting does not mend: no space, no permission.
+    """
+    deadline, pause = time.monotonic() + seconds, 1.0
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            hopeless = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+            if hopeless or time.monotonic() + pause > deadline:
+                raise
+            if pause == 1.0:
+                tell(f"warning: storage fails, trying again for {seconds:g} s: {error}")
+            time.sleep(pause)
+            pause = min(2 * pause, 15.0)
+
+
+def folders(address: str) -> list[str]:
+    """Names of the folders in a folder; none where it does not exist."""
+    filesystem, path = _open(address)
+    found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
+
+def free_bytes(address: str) -> int | None:
+    """Space left where `address` lies or will lie; None: that is not known, as for s3://."""
+    if is_remote(address):
+        return None
+    folder = Path(absolute(address))
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -16,7 +16,9 @@ FLOORS = [
     {"acceleration", "recipes", "storage", "metrics", "optim", "model", "local_cluster"},
     {"cli", "data", "checkpoint", "tracking"},
     {"distill", "predict"},
+    {"signals", "supervision"},
     {"train", "preflight"},
+    {"worker"},
     {"cluster", "evaluation", "samples", "served"},
     {"subjects"},
     {"report", "export"},
@@ -24,7 +26,7 @@ FLOORS = [
     {"jobs"},
 ]
 DOORS = {
-    "ray": {"cluster", "launch"},
+    "ray": {"cluster", "launch", "supervision", "worker"},
     "mlflow": {"tracking"},
     "boto3": {"storage"},
     "ffcv": {"data", "bench"},  # bench: as a peer

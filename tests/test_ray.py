@@ -241,6 +241,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     output = capfd.readouterr().out
     assert "warning: a checkpoint cannot be used, trying the one before" in output
     assert "continuing after epoch 0 of 2 and step 4 of 5" in output
+    names = sorted(path.name for path in (service.home / "runs/damaged").iterdir() if "checkpoint-" in path.name)
+    assert "checkpoint-epoch-000001-2" in names or "checkpoint-epoch-000002" in names
 
 
 def test_a_failed_run_is_marked_failed(service: Service) -> None:
