@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from service import Service
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -15,3 +20,12 @@ def shared_dir() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the development data is not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A cluster, and what it takes to run the jobs on it; one for each module that asks for it."""
+    from service import running_service  # ray and mlflow take seconds, which most tests do not need
+
+    with running_service(tmp_path_factory.mktemp("home")) as found:
+        yield found
