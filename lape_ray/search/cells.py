@@ -10,7 +10,7 @@ from typing import Any
 
 from lape_ray.config import Bias, BiasJoin, Join, Position, Rotary, TrainConfig, flatten, replace_fields
 from lape_ray.model.ports import check_cell, valid_joins
-from lape_ray.search.space import Axis, Choice, Range, differing
+from lape_ray.search.space import Axis, Choice, Range, as_text, differing
 
 Cell = Mapping[str, Any]
 PORTS = ("model.position", "model.join", "model.bias", "model.bias_join", "model.rotary")
@@ -175,4 +175,4 @@ def labels(points: Sequence[Cell]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else as_text(value)

@@ -12,7 +12,7 @@ from lape_ray.search.ledger import Trial
 from lape_ray.search.pictures import MOST_CELLS, MOST_CURVES, cells_figure, curves_figure, parallel_figure
 from lape_ray.search.plan import Plan
 from lape_ray.search.statistics import Cell, in_words, unit_of
-from lape_ray.search.tables import HEADER, cells_csv, first_line, markdown, rows, trials_csv
+from lape_ray.search.tables import cells_csv, first_line, markdown, table, trials_csv
 
 HTML = "search.html"
 
@@ -35,11 +35,12 @@ def write_report(
         page.note("No cell has a counterpart with join basic here, so that no paired difference is shown.")
     page.heading("Cells")
     page.note(
-        f"{plan.metric}{unit_of(plan.metric)} after the last epoch, over seeds; against basic: mean of the "
-        "differences seed by seed to the same cell with join basic. In brackets: what a cell had come to whose "
-        "trials were ended early."
+        f"{plan.metric}{unit_of(plan.metric)} after the last epoch, over seeds. In brackets: what a cell had come to "
+        "whose trials were ended early. Against basic: mean of the differences, seed by seed, to the same cell with "
+        "join basic."
     )
-    page.table(HEADER, rows(plan, found))
+    head, *body = table(plan, found)
+    page.table(head, body)
     if (figure := cells_figure(plan, found)) is not None:
         page.figure(
             save(figure, folder, "cells"),
@@ -49,7 +50,7 @@ def write_report(
         text = f"Learning curves: thick, the mean of a cell's seeds; the best {MOST_CURVES} cells in colour."
         page.figure(save(figure, folder, "curves"), text)
     if (figure := parallel_figure(plan, found)) is not None:
-        text = "Each line is a trial: its settings, and on the right what it came to; yellow is best."
+        text = "Each line is a trial: its settings, and on the right what it last came to; yellow is best."
         page.figure(save(figure, folder, "parallel"), text)
     _failures(page, trials)
     page.heading("Train the best")

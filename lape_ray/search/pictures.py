@@ -19,6 +19,7 @@ from lape_ray.search.statistics import Cell, finals, unit_of
 
 MOST_CELLS = 40
 MOST_CURVES = 8
+LABEL = 48
 MAP = matplotlib.colormaps["viridis"]
 
 
@@ -27,7 +28,8 @@ def cells_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
     shown = [cell for cell in found if cell.estimate is not None][:MOST_CELLS]
     if not shown:
         return None
-    figure = Figure(figsize=(8.5, 1.1 + 0.32 * len(shown)), layout="constrained")
+    compared = any(cell.difference is not None for cell in shown)
+    figure = Figure(figsize=(9.5, 1.1 + 0.32 * len(shown)), layout="constrained")
     axis = figure.subplots()
     dots: list[float] = []
     for row, cell in enumerate(shown):
@@ -35,7 +37,7 @@ def cells_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
         assert estimate is not None
         values = list(finals(cell.trials, plan.metric).values())
         dots += values
-        color = "C1" if cell.difference is None else "C0"
+        color = "C1" if compared and cell.difference is None else "C0"
         axis.plot(values, [row] * len(values), "o", color=color, markersize=4, alpha=0.55)
         axis.plot([estimate.mean], [row], "D", color=color, markersize=6, markeredgecolor="black")
         if estimate.interval is not None:
@@ -44,15 +46,20 @@ def cells_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
     # Few seeds have intervals far wider than what was seen; the picture keeps to the dots, and the bars leave it.
     span = max(max(dots) - min(dots), 1e-3)
     axis.set_xlim(min(dots) - 0.35 * span, max(dots) + 0.35 * span)
-    axis.set_yticks(range(len(shown)), [cell.label for cell in shown], fontsize=8)
+    axis.set_yticks(range(len(shown)), [_cut(cell.label) for cell in shown], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(f"{plan.metric}{unit_of(plan.metric)} after the last epoch", fontsize=9)
     axis.grid(axis="x", alpha=0.3)
     axis.tick_params(labelsize=8)
-    axis.set_title(
-        "Dots: seeds. Diamonds: means, with 95 % interval. Orange: join basic", fontsize=9, loc="left"
+    legend = "Dots: seeds. Diamonds: means, with 95 % interval." + (
+        " Orange: join basic." if compared else ""
     )
+    figure.suptitle(legend, fontsize=9)
     return figure
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"
 
 
 def curves_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
@@ -72,7 +79,7 @@ def curves_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
             axis.plot(xs, ys, color=f"C{index}", linewidth=0.7, alpha=0.35)
             drawn += len(xs)
         epochs, means = _mean_curve(cell, plan.metric)
-        axis.plot(epochs, means, "o-", color=f"C{index}", linewidth=1.8, markersize=3, label=cell.label)
+        axis.plot(epochs, means, "o-", color=f"C{index}", linewidth=1.8, markersize=3, label=_cut(cell.label))
     if not drawn:
         return None
     axis.set_xlabel("epoch", fontsize=9)

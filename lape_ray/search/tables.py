@@ -19,9 +19,16 @@ from lape_ray.search.statistics import Cell, unit_of
 HEADER = ("cell", "n", "mean", "sd", "against basic", "95 % interval", "epochs", "training", "state")
 
 
-def rows(plan: Plan, found: Sequence[Cell]) -> list[tuple[str, ...]]:
-    """The table's cells as text, a row for each point, in the order of `found`."""
-    return [(cell.label, *_numbers(plan, cell), *_state(cell)) for cell in found]
+PAIRED = ("against basic", "95 % interval")
+
+
+def table(plan: Plan, found: Sequence[Cell]) -> list[tuple[str, ...]]:
+    """The head, and a row of text for each point in the order of `found`; differences only where there are any."""
+    whole = [HEADER, *((cell.label, *_numbers(plan, cell), *_state(cell)) for cell in found)]
+    if any(cell.difference is not None for cell in found):
+        return whole
+    kept = [index for index, name in enumerate(HEADER) if name not in PAIRED]
+    return [tuple(row[index] for index in kept) for row in whole]
 
 
 def _numbers(plan: Plan, cell: Cell) -> tuple[str, ...]:
@@ -49,21 +56,21 @@ def _state(cell: Cell) -> tuple[str, ...]:
 
 def markdown(plan: Plan, found: Sequence[Cell]) -> str:
     """The table in Markdown; a value in brackets is that of a trial which did not train to the end."""
-    table = [HEADER, *rows(plan, found)]
-    lines = [f"| {' | '.join(text.replace('|', '/') for text in row)} |" for row in table]
-    lines.insert(1, "|" + "---|" * len(HEADER))
+    head, *body = table(plan, found)
+    lines = [f"| {' | '.join(text.replace('|', '/') for text in row)} |" for row in (head, *body)]
+    lines.insert(1, "|" + "---|" * len(head))
     return f"{plan.metric}{unit_of(plan.metric)} after the last epoch\n\n" + "\n".join(lines) + "\n"
 
 
 def plain(plan: Plan, found: Sequence[Cell]) -> str:
     """The table in columns, for a terminal or a job's log."""
-    table = [HEADER, *rows(plan, found)]
-    widths = [max(len(row[index]) for row in table) for index in range(len(HEADER))]
+    whole = table(plan, found)
+    widths = [max(len(text) for text in column) for column in zip(*whole, strict=True)]
     lines = []
-    for row in table:
+    for row in whole:
         padded = [
             text.ljust(width) if name in ("cell", "state") else text.rjust(width)
-            for name, text, width in zip(HEADER, row, widths, strict=True)
+            for name, text, width in zip(whole[0], row, widths, strict=True)
         ]
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)

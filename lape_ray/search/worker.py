@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -84,8 +85,10 @@ def _train_one(order: Mapping[str, Any], channel: Channel, rank: int, device: to
         if rank == 0:
             channel.ask(kind="left", trial=trial)
     finally:
-        # What the next trial of this process would otherwise inherit.
-        torch.compiler.reset()
+        # What the next trial of this process would otherwise inherit. After eight networks of one process torch would
+        # compile no more; where nothing was compiled, asking for it would import the compiler.
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
