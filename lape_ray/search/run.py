@@ -100,17 +100,19 @@ def search(
     earlier = _earlier(plan, ledger)
     display = display or Display(plan)
     command = shlex.join(["python", *sys.argv])
-    with connected():
-        group = worker_groups.Group.of(
-            plan.base.run, use_gpu=uses_gpu(plan.base), gpus_per_worker=gpus_per_worker
-        )
-        conductor = _Conductor(
-            plan, ledger, Runs(plan, uri, command=command, program=sys.argv[0]), display, earlier
-        )
-        with conductor.recorded():
-            if not conductor.engine.over:
-                conductor.train(group, concurrent)
-            return conductor.conclude(command)
+    runs = Runs(plan, uri, command=command, program=sys.argv[0])
+    conductor = _Conductor(plan, ledger, runs, display, earlier)
+    with contextlib.ExitStack() as stack:
+        group = None
+        if not conductor.engine.over:
+            stack.enter_context(connected())
+            group = worker_groups.Group.of(
+                plan.base.run, use_gpu=uses_gpu(plan.base), gpus_per_worker=gpus_per_worker
+            )
+        stack.enter_context(conductor.recorded())
+        if group is not None:
+            conductor.train(group, concurrent)
+        return conductor.conclude(command)
 
 
 def _check_networks(plan: Plan) -> None:
@@ -287,11 +289,17 @@ class _Conductor:
             "folder": self.ledger.trial_folder(trial.number),
             "reported": trial.done,
             "clone": clone,
+            "best": self._best_checkpoint(trial),
             "metric": self.plan.metric,
             "sign": self.plan.sign,
             "tracking_uri": self.runs.uri,
             "run_id": run_id,
         }
+
+    def _best_checkpoint(self, trial: Trial) -> tuple[float, str] | None:
+        """Score and name of the best checkpoint that earlier parts of the trial have left."""
+        best = trial.best(self.plan.metric, self.plan.sign)
+        return None if best is None else (self.plan.sign * best, trial.checkpoint.partition("?")[0].rpartition("/")[2])
 
     # --- results ----------------------------------------------------------------------------------------------
 

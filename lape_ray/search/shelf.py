@@ -56,6 +56,7 @@ class Shelf:
     def _upload(self, source: Path, name: str) -> None:
         """meta.json goes last: it marks a whole checkpoint."""
         system, path = storage.filesystem(self.address(name))
+        system.create_dir(path, recursive=True)
         for file in sorted(source.iterdir(), key=lambda file: file.name == "meta.json"):
             fs.copy_files(str(file), f"{path}/{file.name}", fs.LocalFileSystem(), system)
 

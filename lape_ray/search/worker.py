@@ -73,17 +73,18 @@ def _train_one(order: Mapping[str, Any], channel: Channel, rank: int, device: to
     world = World.current(device)
     trial = order["trial"]
     try:
-        _train_trial(order, channel, rank, device)
+        with contextlib.suppress(LeaveError):
+            _train_trial(order, channel, rank, device)
+        if rank == 0:
+            channel.ask(kind="left", trial=trial)
     except LeaveError:
-        pass
+        raise  # there is nobody left to tell
     except Exception as error:
         kind = "failed" if isinstance(error, HOPELESS) else "crashed"
         channel.ask(kind=kind, trial=trial, error=_in_words(error))
-        if world.size > 1:
-            raise  # the other workers wait in a collective: Ray Train starts the whole group again
-    else:
-        if rank == 0:
-            channel.ask(kind="left", trial=trial)
+        # All workers see a divergence. With any other error they wait for this one, and the group must start anew.
+        if world.size > 1 and not isinstance(error, DivergedError):
+            raise
     finally:
         # What the next trial of this process would otherwise inherit. After eight networks of one process torch would
         # compile no more; where nothing was compiled, asking for it would import the compiler.
@@ -120,7 +121,9 @@ def _train_trial(order: Mapping[str, Any], channel: Channel, rank: int, device: 
         if rank == 0:
             tracker = tracking.Tracker(order["tracking_uri"], order["run_id"])
             stack.callback(tracker.close)
-        reporter = TrialReporter(order, channel, shelf, tracker, World.current(device), protected=name)
+        reporter = TrialReporter(
+            order, channel, shelf, tracker, World.current(device), protected=name, best=order["best"]
+        )
         try:
             if folder is not None:
                 reporter.tell_again(read_meta(folder))
@@ -143,6 +146,7 @@ class TrialReporter:
     """The checkpoint that this part of the trial began with; another trial may be cloning it."""
     lines: list[str] = field(default_factory=list)
     best: tuple[float, str] | None = None
+    """Score and name of the best checkpoint that is kept."""
     clock: float = field(default_factory=time.monotonic)
     told: object = None
 
