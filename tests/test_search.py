@@ -449,7 +449,7 @@ def test_differences_are_paired_by_seed_and_said_in_words(result: tuple[Plan, En
     assert words[1].startswith(
         "lape: better than basic by more than the noise, +4.00 points (95% interval +3.75"
     )
-    assert words[3].startswith("share: no different from basic within the noise, +0.33 points")
+    assert words[3].startswith("share: cannot be told from basic, as the noise is larger, +0.33 points")
     assert words[4].startswith("unshare: worse than basic by more than the noise, -9.93 points")
     assert words[5].startswith("4 differences were looked at: where there is none at all, about 0.2")
 

@@ -45,7 +45,8 @@ def cells_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
             axis.plot([low, high], [row, row], color=color, linewidth=1.5, zorder=0)
     # Few seeds have intervals far wider than what was seen; the picture keeps to the dots, and the bars leave it.
     span = max(max(dots) - min(dots), 1e-3)
-    axis.set_xlim(min(dots) - 0.35 * span, max(dots) + 0.35 * span)
+    ends = (min(dots) - 0.35 * span, max(dots) + 0.35 * span)
+    axis.set_xlim(max(ends[0], 0.0), min(ends[1], 100.0) if "acc" in plan.metric else ends[1])
     axis.set_yticks(range(len(shown)), [_cut(cell.label) for cell in shown], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(f"{plan.metric}{unit_of(plan.metric)} after the last epoch", fontsize=9)

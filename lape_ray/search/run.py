@@ -299,7 +299,11 @@ class _Conductor:
     def _best_checkpoint(self, trial: Trial) -> tuple[float, str] | None:
         """Score and name of the best checkpoint that earlier parts of the trial have left."""
         best = trial.best(self.plan.metric, self.plan.sign)
-        return None if best is None else (self.plan.sign * best, trial.checkpoint.partition("?")[0].rpartition("/")[2])
+        return (
+            None
+            if best is None
+            else (self.plan.sign * best, trial.checkpoint.partition("?")[0].rpartition("/")[2])
+        )
 
     # --- results ----------------------------------------------------------------------------------------------
 

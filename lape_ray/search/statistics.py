@@ -138,6 +138,10 @@ def in_words(plan: Plan, found: Sequence[Cell]) -> list[str]:
         lines.append(_best_in_words(plan, found))
     lines += [verdict(plan, cell) for cell in compared]
     intervals = [cell for cell in compared if cell.difference and cell.difference.estimate.interval]
+    if len(plan.seeds) == 2 and intervals:
+        lines.append(
+            "With 2 seeds an interval is 18 standard deviations wide, with 3 it is 5: one more seed tells far more."
+        )
     if len(intervals) > 1:
         chance = (1 - LEVEL) * len(intervals)
         lines.append(
@@ -174,7 +178,7 @@ def verdict(plan: Plan, cell: Cell) -> str:
         better = "better" if plan.sign * estimate.mean > 0 else "worse"
         word = f"{better} than {reference} by more than the noise"
     else:
-        word = f"no different from {reference} within the noise"
+        word = f"cannot be told from {reference}, as the noise is larger"
     return f"{cell.label}: {word}, {amount} ({_interval(plan, estimate)}, {_seeds(estimate.n)})."
 
 
