@@ -83,6 +83,8 @@ def running_service(home: Path) -> Iterator[Service]:
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("LAPE_RAY_HOME", str(home))
+        # On a machine that does more than these tests a worker's imports alone can take Ray Train's minute.
+        patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "240")
         patch.delenv(
             "MLFLOW_TRACKING_URI", raising=False
         )  # before the cluster, whose jobs inherit what it has

@@ -105,9 +105,12 @@ class Silent:
 
 def alone(config: TrainConfig, resume_from: Path | None = None) -> list[dict[str, float]]:
     """The metrics of a config that is trained in this process, without Ray."""
-    reporter = Silent()
+    reporter, threads = Silent(), torch.get_num_threads()
     torch.set_num_threads(1)
-    train(config, device=CPU, reporter=reporter, resume_from=resume_from)
+    try:
+        train(config, device=CPU, reporter=reporter, resume_from=resume_from)
+    finally:
+        torch.set_num_threads(threads)
     return reporter.epochs
 
 

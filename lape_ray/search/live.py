@@ -21,7 +21,8 @@ class Display:
 
     def __init__(self, plan: Plan, out: TextIO = sys.stdout) -> None:
         self._plan, self._out = plan, out
-        self._table = out.isatty()
+        self.draws = out.isatty()
+        """Whether this is a terminal, on which the table is drawn anew."""
         self._drawn = 0  # lines of the table as it stands on the terminal
         self._next = 0.0
         self._started = time.monotonic()
@@ -34,7 +35,7 @@ class Display:
 
     def reported(self, trial: Trial, trials: Sequence[Trial], decision: str) -> None:
         """A trial has reported an epoch."""
-        if not self._table:
+        if not self.draws:
             words = {"go": "", "pause": "  pauses"}.get(decision, "  stopped: among the worse of its rung")
             value = trial.last(self._plan.metric)
             shown = "" if value is None else f"  {self._plan.metric} {value:.2f}"
@@ -70,7 +71,7 @@ class Display:
 
     def draw(self, trials: Sequence[Trial], lanes: Mapping[int, int]) -> None:
         """Draw the table anew, if this is a terminal and it is time."""
-        if not self._table or time.monotonic() < self._next:
+        if not self.draws or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + DRAW_S
         lines = self.table(trials, lanes, *shutil.get_terminal_size((100, 30)))

@@ -105,7 +105,7 @@ def search(
     with contextlib.ExitStack() as stack:
         group = None
         if not conductor.engine.over:
-            stack.enter_context(connected())
+            stack.enter_context(connected(show_logs=not display.draws))
             group = worker_groups.Group.of(
                 plan.base.run, use_gpu=uses_gpu(plan.base), gpus_per_worker=gpus_per_worker
             )
@@ -181,6 +181,11 @@ class _Conductor:
         """Train until every trial is over."""
         started = time.time()
         room = worker_groups.concurrency(group, asked=concurrent, wait_s=self.plan.base.run.wait_s)
+        if (nodes := worker_groups.node_count()) > 1 and tracking.is_local(self.runs.uri):
+            raise ValueError(
+                f"the MLflow store {self.runs.uri!r} is a file on this machine, but the cluster has {nodes} nodes: "
+                "start an MLflow server and set MLFLOW_TRACKING_URI"
+            )
         count = min(room, self.engine.most_at_once)
         workers = f"{group.workers} worker" + ("s" if group.workers > 1 else "")
         need = " and ".join(f"{amount:g} {kind}" for kind, amount in group.need.items())

@@ -51,10 +51,20 @@ class Channel:
             raise LeaveError("the search is gone") from None
         return ticket, answer
 
+    def tell(self, **message: Any) -> None:
+        """Say what needs no answer; if the search is gone, the next order tells so to all workers."""
+        with contextlib.suppress(LeaveError):
+            self.ask(**message)
+
     def order(self, rank: int) -> dict[str, Any]:
-        """The group's next order, which all ranks receive."""
-        ticket = self.ask(kind="ready")[0] if rank == 0 else None
+        """The group's next order, which all ranks receive. LeaveError, on all of them: the search is gone."""
+        ticket: int | None = None
+        if rank == 0:
+            with contextlib.suppress(LeaveError):
+                ticket = self.ask(kind="ready")[0]
         ticket = ray.train.collective.broadcast_from_rank_zero(ticket)
+        if ticket is None:
+            raise LeaveError("the search is gone")
         order: dict[str, Any] = ray.get(self.desk.kept.remote(ticket))
         return order
 
@@ -76,12 +86,10 @@ def _train_one(order: Mapping[str, Any], channel: Channel, rank: int, device: to
         with contextlib.suppress(LeaveError):
             _train_trial(order, channel, rank, device)
         if rank == 0:
-            channel.ask(kind="left", trial=trial)
-    except LeaveError:
-        raise  # there is nobody left to tell
+            channel.tell(kind="left", trial=trial)
     except Exception as error:
         kind = "failed" if isinstance(error, HOPELESS) else "crashed"
-        channel.ask(kind=kind, trial=trial, error=_in_words(error))
+        channel.tell(kind=kind, trial=trial, error=_in_words(error))
         # All workers see a divergence. With any other error they wait for this one, and the group must start anew.
         if world.size > 1 and not isinstance(error, DivergedError):
             raise
@@ -113,7 +121,7 @@ def _train_trial(order: Mapping[str, Any], channel: Channel, rank: int, device: 
         if name is None and clone is not None:
             name, weights = shelf.clone(Shelf(clone["folder"]), config, clone)
             what = {"epoch": clone["epoch"], "source": clone["source"], "weights": weights}
-            channel.ask(kind="loaded", trial=order["trial"], what=what)
+            channel.tell(kind="loaded", trial=order["trial"], what=what)
     name = ray.train.collective.broadcast_from_rank_zero(name)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(shelf.opened(name)) if name is not None else None
@@ -199,14 +207,17 @@ class TrialReporter:
     def _decision(self, metrics: Mapping[str, float], name: str) -> str:
         seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
         best = self.best[1] if self.best else name
-        answer = self.channel.ask(
-            kind="epoch",
-            trial=self.order["trial"],
-            epoch=round(metrics["epoch"]),
-            metrics=dict(metrics),
-            seconds=seconds,
-            checkpoint=self.shelf.address(best),
-        )[1]
+        try:
+            answer = self.channel.ask(
+                kind="epoch",
+                trial=self.order["trial"],
+                epoch=round(metrics["epoch"]),
+                metrics=dict(metrics),
+                seconds=seconds,
+                checkpoint=self.shelf.address(best),
+            )[1]
+        except LeaveError:
+            return "stop"  # and so the other workers hear of it, too
         return str(answer)
 
     def _keep(self, metrics: Mapping[str, float], step: int, write: Callable[[Path], None]) -> str:
