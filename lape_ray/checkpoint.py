@@ -122,11 +122,12 @@ def verify(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise DamagedError(f"{file} is missing")
-        if _size_and_hash(file) != expected:
+        if size_and_hash(file) != expected:
             raise DamagedError(f"{file} is damaged: its size or sha256 is not the one in meta.json")
 
 
-def _size_and_hash(file: Path) -> dict[str, Any]:
+def size_and_hash(file: Path) -> dict[str, Any]:
+    """What meta.json says of a file: its `bytes`, and its `sha256` in hexadecimal."""
     with file.open("rb") as opened:
         return {
             "bytes": file.stat().st_size,
@@ -171,7 +172,7 @@ def save(folder: Path, state: Snapshot, meta: Meta) -> None:
     if state.ema is not None:
         save_file(dict(state.ema), folder / "ema.safetensors")
     torch.save(dict(state.optimizer), folder / "optimizer.pt")
-    files = {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}
+    files = {file.name: size_and_hash(file) for file in sorted(folder.iterdir())}
     (folder / "meta.json").write_text(meta.to_json(files))
     for file in folder.iterdir():
         with file.open("rb") as opened:

@@ -315,6 +315,22 @@ def _variables() -> dict[str, str]:
     }
 
 
+def worker_variables() -> dict[str, str]:
+    """The environment of Ray Train workers that other modules start."""
+    return {**_variables(), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """`config` with paths that mean the same on every worker, and the storage that its runs lie in."""
+    config = _with_absolute_paths(config)
+    return config, config.run.storage or str(storage.home() / "runs")
+
+
+def uses_gpu(config: TrainConfig) -> bool:
+    """Whether workers of this config compute on GPUs of the connected cluster."""
+    return _use_gpu(config)
+
+
 def _log_pages(config: TrainConfig, best: Checkpoint, uri: str, run_id: str, use_gpu: bool) -> None:
     """Make the run's pages where workers were: there are data and GPU. A failure is a warning, and not the run's."""
     task = ray.remote(_make_pages).options(

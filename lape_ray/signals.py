@@ -40,6 +40,14 @@ class Signals:
             self._group = group
         self._sent: tuple[torch.Tensor, dist.Work | None] | None = None
 
+    def close(self) -> None:
+        """Take the process group away; all workers are done with it."""
+        if self._group is not None:
+            if self._sent is not None and self._sent[1] is not None:
+                self._sent[1].wait()
+            dist.destroy_process_group(self._group)
+            self._group = None
+
     def exchange(self, news: News) -> News:
         """Send this worker's news; returns what all sent at the call before, the same on every worker."""
         flags = torch.tensor([flag in news for flag in News], dtype=torch.uint8)

@@ -180,3 +180,15 @@ def free_bytes(address: str) -> int | None:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def filesystem(address: str) -> tuple[fs.FileSystem, str]:
+    """pyarrow's filesystem of an address, and the path in it; a ValueError says why there is none."""
+    return _open(address)
+
+
+def upload_folder(source: Path, address: str) -> None:
+    """Copy every file of a local folder, and of those in it, to `address`."""
+    target, path = _open(address)
+    target.create_dir(path, recursive=True)
+    fs.copy_files(str(source), path, fs.LocalFileSystem(), target)

@@ -449,3 +449,17 @@ class Tracker:
             history = self._client.get_metric_history(self._run_id, key)
             self._last_step[key] = max((point.step for point in history), default=-1)
         return [metric for metric in batch if metric.step > self._last_step[metric.key]]
+
+
+def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run; a tracking server that is away is a warning."""
+    from mlflow.entities import RunTag
+
+    with _never_raise("setting tags"):
+        _client(uri).log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def log_values(uri: str, run_id: str, values: Mapping[str, float], *, step: int = 0) -> None:
+    """Store a few metrics of a run at once; a tracking server that is away is a warning."""
+    with _never_raise("logging metrics"):
+        _client(uri).log_batch(run_id, metrics=_metrics(values, step))

@@ -453,6 +453,7 @@ def train(
     elif config.run.init_from is not None:
         for note in load_initial_weights(state, config.run.init_from):
             reporter.line(f"init_from: {note}")
+    state.world.answers_within(config.run.start_timeout_s)
     last = min(config.optim.total_epochs, config.run.stop_after_epochs or config.optim.total_epochs)
     for epoch in range(done, last):
 
@@ -476,6 +477,7 @@ def train(
             take=partial(_take, state, epoch + 1, NOTHING_DONE, mlflow_run_id),
         )
     reporter.stored()
+    state.signals.close()
     return state.metrics
 
 

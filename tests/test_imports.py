@@ -23,10 +23,11 @@ FLOORS = [
     {"subjects"},
     {"report", "export"},
     {"launch", "bench"},
+    {"search"},
     {"jobs"},
 ]
 DOORS = {
-    "ray": {"cluster", "launch", "supervision", "worker"},
+    "ray": {"cluster", "launch", "search", "supervision", "worker"},
     "mlflow": {"tracking"},
     "boto3": {"storage"},
     "ffcv": {"data", "bench"},  # bench: as a peer
@@ -76,3 +77,8 @@ def test_each_service_has_one_door(path: Path) -> None:
 
 def test_every_room_exists() -> None:
     assert {room_of(path) for path in FILES} - {"__init__"} == set(FLOOR)
+
+
+def test_in_a_search_two_modules_know_ray() -> None:
+    knowing = {path.name for path in FILES if room_of(path) == "search" and "ray" in imported(path)}
+    assert knowing == {"lanes.py", "worker.py"}
