@@ -11,17 +11,20 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 from ray.train import (
@@ -38,10 +41,13 @@ from lape_ray.checkpoint import DamagedError, differences, verify
 from lape_ray.cluster import connected
 from lape_ray.config import TrainConfig, flatten, from_dict, replace_fields, to_dict
 from lape_ray.data.facts import split_facts
+from lape_ray.data.remote import stage_data
+from lape_ray.gauges import RunGauges
 from lape_ray.preflight import check_before_start
 from lape_ray.train import DivergedError, World, train
 
 RECORD = "run.json"
+SECRET = re.compile("SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL")  # in the name of a variable
 PAGES_LIMIT_S = 1800.0
 SCORE = "score"  # of a checkpoint: its val/acc1; within an epoch, where nothing was evaluated, UNSCORED
 UNSCORED = -1.0
@@ -237,9 +243,15 @@ def _trainer(
 
 
 def _variables() -> dict[str, str]:
-    """What of the driver's environment the other processes of a run need."""
+    """What of the driver's environment the other processes of a run need.
+
+    Secrets are not among them: Ray writes environments into its logs and shows them in its dashboard. Each node has
+    them in its own environment, or the job in its runtime environment.
+    """
     return {
-        key: value for key, value in os.environ.items() if key.startswith(("AWS_", "MLFLOW_", "LAPE_RAY_"))
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith(("AWS_", "MLFLOW_", "LAPE_RAY_")) and not SECRET.search(key)
     }
 
 
@@ -294,6 +306,7 @@ def _worker(payload: dict[str, Any]) -> str | None:
     reporter = RayReporter(tracker, config)
     device = ray.train.torch.get_device()
     try:
+        _stage(config)
         with _whole_checkpoint(reporter, device) as folder:
             train(
                 config,
@@ -308,6 +321,16 @@ def _worker(payload: dict[str, Any]) -> str | None:
         if tracker is not None:
             tracker.close()
     return None
+
+
+def _stage(config: TrainConfig) -> None:
+    """Have data that lies on S3 on this worker's node.
+
+    Nodes are ready at different times. All wait here for the last, where no time limit of a collective runs.
+    """
+    if any(map(storage.is_remote, (config.data.train, config.data.val))):
+        stage_data(config.data)
+        ray.train.collective.barrier()
 
 
 @contextlib.contextmanager
@@ -362,11 +385,18 @@ class RayReporter:
     told: object = None
     """The last news of a node that is about to go."""
 
+    @cached_property
+    def gauges(self) -> RunGauges:
+        return RunGauges(self.config.run.name or "", ray.train.get_context().get_world_rank())
+
     def step(self, metrics: dict[str, float], *, step: int) -> None:
+        rate = self.config.data.batch_size / metrics["train/step_s"]
+        self.gauges.show({**metrics, "train/images_per_s": rate})
         if self.tracker is not None:
             self.tracker.metrics(metrics, step=step)
 
     def epoch(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
+        self.gauges.show({key: metrics[key] for key in ("epoch", "val/acc1") if key in metrics})
         if self.tracker is not None:
             self.tracker.metrics(metrics, step=step)
         score = metrics.get("val/acc1", UNSCORED)
@@ -385,6 +415,7 @@ class RayReporter:
 
     def _report(self, metrics: dict[str, float], name: str, write: Callable[[Path], None]) -> None:
         """Store a checkpoint of all workers under `name`, and wait until it is committed."""
+        began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="lape-checkpoint-") as folder:
             checkpoint = None
             if self.tracker is not None:
@@ -400,6 +431,7 @@ class RayReporter:
         # report() returns when the files are stored, which is before the controller knows of them: a worker that dies
         # in between would resume from the checkpoint before. This waits, on all ranks, until it is committed.
         ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+        self.gauges.show({"checkpoint_s": time.monotonic() - began})
 
     def _position_report(self, checkpoint: Path, epoch: int) -> None:
         every = self.config.run.position_report_epochs

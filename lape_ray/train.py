@@ -30,7 +30,7 @@ from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.mixup import Mixer
 from lape_ray.data.parallel import usable_cpus
 from lape_ray.distill import load_teacher, training_loss
-from lape_ray.metrics import EvalCounts, Speed, duration
+from lape_ray.metrics import EvalCounts, Speed, Waited, duration
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.normalize import Normalize
@@ -55,7 +55,7 @@ class Reporter(Protocol):
     """What the loop tells the world. Called on every worker, at the same points."""
 
     def step(self, metrics: dict[str, float], *, step: int) -> None:
-        """After a log step. `metrics` are means over all workers."""
+        """After a log step. `metrics` are means over all workers; those that end in `_s` are this worker's seconds."""
 
     def epoch(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
         """After an epoch; `write(folder)` saves a checkpoint of the state as it is now."""
@@ -245,7 +245,8 @@ def train_epoch(
     epoch_loss, window_loss = sums.unbind()
     speed, logged, lr = Speed(), start.logged, 0.0
     clock = time.monotonic()
-    with contextlib.closing(state.train_loader.epoch(epoch, start=start.step * accumulate)) as batches:
+    with contextlib.closing(state.train_loader.epoch(epoch, start=start.step * accumulate)) as loaded:
+        batches = Waited(loaded)
         for step in range(start.step, steps):
             lr = lr_at(epoch * steps + step, config=config.optim, steps_per_epoch=steps)
             window_loss += optimizer_step(state, batches, epoch=epoch, step=step, lr=lr)
@@ -253,8 +254,13 @@ def train_epoch(
             if (step + 1) % config.run.log_steps == 0 or step + 1 == steps:
                 loss = world.mean(window_loss / (step + 1 - logged))
                 _refuse_divergence(loss, epoch, step)
-                rate = speed.read((step + 1 - max(logged, start.step)) * config.data.batch_size)
-                reporter.step({"train/loss": loss, "train/lr": lr}, step=epoch * steps + step + 1)
+                since = step + 1 - max(logged, start.step)
+                rate = speed.read(since * config.data.batch_size)
+                times = {
+                    "train/step_s": config.data.batch_size / rate,
+                    "train/data_wait_s": batches.read() / since,
+                }
+                reporter.step({"train/loss": loss, "train/lr": lr, **times}, step=epoch * steps + step + 1)
                 reporter.line(_progress(state, epoch, step, loss, lr, rate, speed.mean()))
                 epoch_loss += window_loss
                 window_loss.zero_()

@@ -17,14 +17,14 @@ FLOORS = [
     {"cli", "data", "checkpoint", "tracking"},
     {"distill", "predict"},
     {"train", "preflight"},
-    {"cluster", "evaluation", "samples", "served"},
+    {"cluster", "evaluation", "gauges", "samples", "served"},
     {"subjects"},
     {"report", "export"},
     {"launch", "bench"},
     {"jobs"},
 ]
 DOORS = {
-    "ray": {"cluster", "launch"},
+    "ray": {"cluster", "gauges", "launch"},
     "mlflow": {"tracking"},
     "boto3": {"storage"},
     "ffcv": {"data", "bench"},  # bench: as a peer
