@@ -3,10 +3,14 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 APT := libopencv-dev libturbojpeg0-dev libjpeg62-turbo-dev pkg-config g++ python3-venv
+CONTAINERS := buildah podman runc netavark aardvark-dns iptables iproute2 debootstrap chromium
+COMPOSE ?= docker compose
+COMPOSE_HERE = $(COMPOSE) --env-file docker/.env -f docker/compose.yaml
+PYTHON3 := python3
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-tune test test-slow check format lock clean
+.PHONY: help setup demo demo-tune test test-slow test-faults test-images audit stack stack-demo stack-open stack-down check format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -42,6 +46,35 @@ test: setup ## the tests, without the slow ones
 test-slow: setup ## the slow tests
 	$(PYTHON) -m pytest -m slow
 
+# Words for tests/images/run.py, such as --keep or --torch "torch==2.13.0+cpu torchvision==0.28.0"
+ARGS ?=
+test-images: setup ## build all images and run the whole stack, without a Docker engine (Debian 12, root; 15 minutes)
+	@for package in $(CONTAINERS); do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
+	if [ -n "$$missing" ]; then echo "installing$$missing"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+	.uv/bin/uv pip install -q --python $(PYTHON) podman-compose
+	$(PYTHON) tests/images/run.py $(ARGS)
+
+audit: setup ## known weaknesses of the pinned packages, and of images and manifests (a report; asks PyPI)
+	[ -x .audit/bin/checkov ] || { .uv/bin/uv venv -q --python 3.11 .audit && \
+	  .uv/bin/uv pip install -q --python .audit/bin/python checkov pip-audit; }
+	$(PYTHON) tests/images/audit.py
+
+stack: ## the whole service in containers of this machine: PostgreSQL, S3, MLflow, Ray (PROFILES=monitoring: graphs too)
+	docker/make-env
+	$(COMPOSE_HERE) $(addprefix --profile ,$(PROFILES)) up -d --build
+
+stack-demo: ## submit the demo to the stack
+	COMPOSE="$(COMPOSE) --env-file .env" docker/demo-job $(ARGS)
+
+stack-open: ## open MLflow and the Ray dashboard of the stack in a browser
+	@. docker/.env; for port in $$MLFLOW_PORT $$RAY_PORT; do echo "http://127.0.0.1:$$port"; \
+	  $(PYTHON3) -m webbrowser "http://127.0.0.1:$$port" >/dev/null; done; \
+	  echo "MLflow asks for $$MLFLOW_ADMIN_USERNAME and MLFLOW_ADMIN_PASSWORD, Ray for RAY_AUTH_TOKEN, of docker/.env"
+
+stack-down: ## stop the stack; its volumes stay ($(COMPOSE) down -v deletes them)
+	$(COMPOSE_HERE) --profile monitoring down
+
 check: setup ## linter, formatter and type checker
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -55,6 +88,8 @@ lock: .uv/bin/uv ## pin the newest versions that pyproject.toml allows
 	.uv/bin/uv pip compile -q --upgrade --no-header --python-version 3.11 pyproject.toml -o requirements.lock
 	.uv/bin/uv pip compile -q --upgrade --no-header --python-version 3.11 --extra dev pyproject.toml \
 	  -c requirements.lock -o requirements-dev.lock
+	for image in mlflow s3; do .uv/bin/uv pip compile -q --upgrade --no-header --no-annotate --python-version 3.11 \
+	  docker/$$image.in -c requirements.lock -o docker/$$image.lock; done
 
 clean: ## remove what setup and the tests made, but no runs
-	rm -rf $(VENV) .uv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .uv .audit .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,7 +1,8 @@
 """Exact top-1 and top-5 of a checkpoint: evaluate.py CHECKPOINT --data.val FILE.beton [--section.field VALUE ...].
 
 CHECKPOINT is a checkpoint folder of ours, which knows its network, or a .pth or .safetensors file of the
-official LaPE code, DeiT or timm, whose network is told by --recipe or by --model.* options.
+official LaPE code, DeiT or timm, whose network is told by --recipe or by --model.* options; or the
+s3:// address of one.
 """
 
 from lape_ray.cli import ConfigParser, run_job
@@ -19,7 +20,9 @@ def main() -> None:
     values = vars(parser.parse_args())
     checkpoint, recipe, ema = (values.pop(name) for name in ("checkpoint", "recipe", "ema"))
     from lape_ray.evaluation import config_for, evaluate_checkpoint
+    from lape_ray.storage import local
 
+    checkpoint = str(local(checkpoint))
     result = evaluate_checkpoint(checkpoint, config_for(checkpoint, recipe, values), ema=ema)
     print("{images:.0f} images  top-1 {acc1:.3f}  top-5 {acc5:.3f}  loss {loss:.4f}".format(**result))
 

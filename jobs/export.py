@@ -1,7 +1,8 @@
 """A checkpoint in other tools' formats: export.py CHECKPOINT|RUN [--timm FOLDER] [--onnx FILE] [--mlflow].
 
 CHECKPOINT is PATH[@RECIPE]: a checkpoint folder of ours, which knows its network, or a .pth or .safetensors file of
-the official LaPE code, DeiT or timm, whose network is told by @RECIPE and --model.* options. RUN is an MLflow run's id.
+the official LaPE code, DeiT or timm, whose network is told by @RECIPE and --model.* options. It, FOLDER and FILE may be
+s3:// addresses. RUN is an MLflow run's id.
 """
 
 from pathlib import Path
@@ -15,10 +16,9 @@ def main() -> None:
     )
     add = parser.add_argument
     add("subject", metavar="CHECKPOINT|RUN", help="see above")
-    add("--timm", type=Path, metavar="FOLDER", help="write safetensors and config.json in timm's names")
+    add("--timm", metavar="FOLDER", help="write safetensors and config.json in timm's names")
     add(
         "--onnx",
-        type=Path,
         metavar="FILE",
         help="write ONNX and compare onnxruntime with PyTorch on real images",
     )

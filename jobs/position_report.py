@@ -19,9 +19,8 @@ def main() -> None:
     add("subjects", nargs="+", metavar="CHECKPOINT|RUN", help="see above")
     add(
         "--out",
-        type=Path,
-        default=Path("position_report"),
-        help="folder for figures and page (default: %(default)s)",
+        default="position_report",
+        help="folder or s3:// address for figures and page (default: %(default)s)",
     )
     add("--token", metavar="ROW,COLUMN", help="patch whose maps are drawn (default: the centre)")
     add(

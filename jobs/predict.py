@@ -1,12 +1,12 @@
 """Classify a folder of images: predict.py CHECKPOINT|RUN FOLDER [--csv FILE] [--top 5].
 
-CHECKPOINT is PATH[@RECIPE], as in export.py; RUN is an MLflow run's id. The classes' names come from the manifest of
-data.val. An image that cannot be read is named and left out, and the exit code is then 1.
+CHECKPOINT is PATH[@RECIPE], as in export.py; RUN is an MLflow run's id; paths may be s3:// addresses. The
+classes' names come from the manifest of data.val. An image that cannot be read is named and left out, and the exit code
+is then 1.
 """
 
 import csv
 import sys
-from pathlib import Path
 
 from lape_ray.cli import ConfigParser, run_job
 
@@ -16,10 +16,9 @@ def main() -> int:
     parser = ConfigParser(usage=usage, description=__doc__)
     add = parser.add_argument
     add("subject", metavar="CHECKPOINT|RUN", help="see above")
-    add("folder", type=Path, help="images are looked for in all folders below it")
+    add("folder", help="images are looked for in all folders below it")
     add(
         "--csv",
-        type=Path,
         metavar="FILE",
         help="write path, classes and probabilities (default: lines on the screen)",
     )
@@ -33,8 +32,9 @@ def main() -> int:
 
     from lape_ray.export import open_predictor
     from lape_ray.predict import csv_rows, find_images, predict_files
+    from lape_ray.storage import local, written_path
 
-    paths = find_images(folder)
+    paths = find_images(local(folder))
     predictor, _ = open_predictor(subject, values, ema=ema)
     found = []
     for one in tqdm(
@@ -46,7 +46,7 @@ def main() -> int:
         elif file is None:
             tqdm.write(f"{one.path}  " + "  ".join(f"{name} {p:.3f}" for name, p in one.top))
     if file is not None:
-        with file.open("w", newline="") as stream:
+        with written_path(file) as path, path.open("w", newline="") as stream:
             csv.writer(stream).writerows(csv_rows(found, min(top, len(predictor.classes))))
     failed = sum(one.error is not None for one in found)
     print(f"{len(found) - failed} images classified, {failed} skipped" + (f"; {file}" if file else ""))

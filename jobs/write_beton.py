@@ -6,6 +6,7 @@ python jobs/write_beton.py cifar10 data/train.beton --split train --subset rest:
 python jobs/write_beton.py old_ffcv_file.beton data/train.beton
 python jobs/write_beton.py verify data/train.beton
 
+SOURCE on S3 is a .beton; BETON may be an s3:// address, where it appears when it is whole.
 Interrupted, it goes on where it stopped when the same command is given again.
 """
 
@@ -26,7 +27,7 @@ def main() -> None:
     add = parser.add_argument
     add("source", help="folder of class folders, tar or parquet shards (file, folder, glob), .beton, 'digits'; "
                        "or 'verify'")  # fmt: skip
-    add("beton", help="file to write, or to verify")
+    add("beton", help="file or s3:// address to write, or to verify")
     add("--split", help="train, val, ...: folder or shards of that name in the source")
     add(
         "--subset",
@@ -56,20 +57,26 @@ def main() -> None:
 
     # After parsing: --help is instant.
     from lape_ray.data.beton import check_beton, manifest_path, set_files, write_beton
+    from lape_ray.data.remote import local_split, written_beton
     from lape_ray.data.sources import open_source, select
 
     if given == "verify":
-        manifest = check_beton(path, deep=True, workers=options["workers"])
+        file = local_split(path)
+        manifest = check_beton(file, deep=True, workers=options["workers"])
+        first, *more = [manifest_path(one).name for one in set_files(file)]
     else:
         source = select(open_source(given, split), subset)
-        with progress_bar() as progress, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(written_beton(path))
+            progress = stack.enter_context(progress_bar())
             if over_ray:
                 from lape_ray.cluster import ray_mapper
 
                 options["mapper"] = stack.enter_context(ray_mapper())
-            manifest = write_beton(source, path, progress=progress, **options)
+            manifest = write_beton(source, file, progress=progress, **options)
+            first, *more = [manifest_path(one).name for one in set_files(file)]
     print(manifest.summary(path))
-    first, *more = [manifest_path(file) for file in set_files(path)]
+    first = f"{path.rpartition('/')[0] or '.'}/{first}"
     others = f" and {len(more)} more" if more else ""
     print(f"  {'agrees with' if given == 'verify' else 'manifest'} {first}{others}")
 

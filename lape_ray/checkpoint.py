@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_is_learned
+from lape_ray.storage import local
 
 FORMAT = 3
 
@@ -216,9 +217,10 @@ def restore(
 def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Any], TrainConfig | None]:
     """A state dict as it was saved, and the config if the checkpoint is ours.
 
-    `path` is a checkpoint folder, a .safetensors file, or a .pth/.pt file of the official LaPE code, DeiT or timm.
+    `path` is a checkpoint folder, a .safetensors file, or a .pth/.pt file of the official LaPE code, DeiT or timm; or
+    the s3:// address of one, of which this machine then gets a copy.
     """
-    path = Path(path)
+    path = local(path)
     if path.is_dir():
         meta = read_meta(path)
         file = path / ("ema.safetensors" if ema else "model.safetensors")

@@ -26,10 +26,12 @@ from lape_ray import served, tracking
 from lape_ray.checkpoint import read_meta
 from lape_ray.config import TrainConfig, to_dict
 from lape_ray.data.beton import Manifest
+from lape_ray.data.remote import remote_manifest
 from lape_ray.model import resolve
 from lape_ray.model.variants import VariantSpec
 from lape_ray.predict import Predictor, make_predictor
 from lape_ray.samples import folder_images, validation_images
+from lape_ray.storage import is_remote, written_folder, written_path
 from lape_ray.subjects import find_subjects
 
 TIMM_NAMES = {
@@ -46,7 +48,7 @@ def class_names(config: TrainConfig) -> tuple[str, ...] | None:
     for path in (config.data.val, config.data.train):
         if path:
             try:
-                return Manifest.load(path).classes
+                return (remote_manifest(path) if is_remote(path) else Manifest.load(path)).classes
             except FileNotFoundError:
                 continue
     return None
@@ -253,8 +255,8 @@ def export(
     subject: str,
     *,
     overrides: Mapping[str, Any],
-    timm: Path | None = None,
-    onnx: Path | None = None,
+    timm: str | Path | None = None,
+    onnx: str | Path | None = None,
     mlflow: bool = False,
     register: str | None = None,
     images: Path | None = None,
@@ -269,13 +271,16 @@ def export(
     if mlflow and run_id is None:
         raise ValueError(f"{subject} does not know its MLflow run: give the run's id instead")
     if timm is not None:
-        yield f"{timm}: {export_timm(predictor, timm)}"
+        with written_folder(timm) as folder:
+            written = export_timm(predictor, folder)
+        yield f"{timm}: {written.replace(str(folder), str(timm))}"
     if onnx is None and not mlflow:
         return
     config = predictor.config
     real_BCHW = folder_images(images, config, 16) if images else validation_images(config, 16)
     if onnx is not None:
-        difference = export_onnx(predictor, onnx, real_BCHW)
+        with written_path(onnx) as file:
+            difference = export_onnx(predictor, file, real_BCHW)
         yield f"{onnx}: logits of {len(real_BCHW)} images equal PyTorch's within {difference:.1e}"
     if run_id is not None and mlflow:
         uri = tracking.tracking_uri(config)

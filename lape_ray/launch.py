@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from typing import Any
 
 import ray
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
@@ -38,6 +40,7 @@ from lape_ray.worker import SCORE, StorageError, run_worker
 
 RECORD = "run.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that count
+SECRET = re.compile("SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL")  # in the name of a variable
 PAGES_LIMIT_S = 1800.0
 log = logging.getLogger(__name__)
 
@@ -282,6 +285,7 @@ def _trainer(
         run_worker,
         train_loop_config={
             "config": to_dict(config),
+            "folder": storage.join(root, run.name or ""),
             "tracking_uri": uri,
             "mlflow_run_id": run_id,
             "supervisor": supervisor,
@@ -309,9 +313,15 @@ def _trainer(
 
 
 def _variables() -> dict[str, str]:
-    """What of the driver's environment the other processes of a run need."""
+    """What of the driver's environment the other processes of a run need.
+
+    Secrets are not among them: Ray writes environments into its logs and shows them in its dashboard. Each node has
+    them in its own environment, or the job in its runtime environment.
+    """
     return {
-        key: value for key, value in os.environ.items() if key.startswith(("AWS_", "MLFLOW_", "LAPE_RAY_"))
+        key: value
+        for key, value in os.environ.items()
+        if key.startswith(("AWS_", "MLFLOW_", "LAPE_RAY_")) and not SECRET.search(key)
     }
 
 

@@ -6,11 +6,15 @@ Shapes: B images, K classes.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class EvalCounts:
@@ -61,6 +65,26 @@ class Speed:
 
     def mean(self) -> float:
         return self._images / max(self._last - self._start, 1e-9)
+
+
+class Waited(Iterator[T]):
+    """The items of another iterator, and how long they were waited for."""
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._items = items
+        self._seconds = 0.0
+
+    def __next__(self) -> T:
+        began = time.perf_counter()
+        try:
+            return next(self._items)
+        finally:
+            self._seconds += time.perf_counter() - began
+
+    def read(self) -> float:
+        """Seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 def duration(seconds: float) -> str:

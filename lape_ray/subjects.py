@@ -14,6 +14,7 @@ from lape_ray import tracking
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.evaluation import config_for
 from lape_ray.model import resolve
+from lape_ray.storage import local
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 WRITTEN = re.compile(r"(?:(?P<label>[^=/@]+)=)?(?P<place>[^@]+)(?:@(?P<recipe>\w+))?")
@@ -47,7 +48,8 @@ def find_subjects(
     """Resolve each `[LABEL=]CHECKPOINT[@RECIPE]` or `[LABEL=]RUN_ID`.
 
     A checkpoint folder of ours knows its own network; `model.*` overrides and the recipe describe those of other code.
-    Labels that are left out are the run's name, the recipe or the file, made unique.
+    What lies on S3 is copied to this machine. Labels that are left out are the run's name, the recipe or the file,
+    made unique.
 
     Raises:
         ValueError, FileNotFoundError: something written does not exist, or is no checkpoint.
@@ -66,6 +68,7 @@ def find_subjects(
             place = str(
                 tracking.download_model(tracking.tracking_uri(config), run_id, downloads / str(index))
             )
+        place = str(local(place))
         ours = Path(place).is_dir()
         if ours and match["recipe"]:
             raise ValueError(f"{text!r}: {place} knows its own network; leave out @{match['recipe']}")

@@ -31,7 +31,7 @@ from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.mixup import Mixer
 from lape_ray.data.parallel import usable_cpus
 from lape_ray.distill import load_teacher, training_loss
-from lape_ray.metrics import EvalCounts, Speed, duration
+from lape_ray.metrics import EvalCounts, Speed, Waited, duration
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.normalize import Normalize
@@ -67,7 +67,7 @@ class Reporter(Protocol):
     """What the loop tells the world. Called on every worker, at the same points."""
 
     def step(self, metrics: dict[str, float], *, step: int) -> None:
-        """After a log step. `metrics` are means over all workers."""
+        """After a log step. `metrics` are means over all workers; those that end in `_s` are this worker's seconds."""
 
     def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
         """After an epoch: begin to store a checkpoint, and wait for the one before if that is not stored yet."""
@@ -292,9 +292,9 @@ def train_epoch(
         else 0.0
     )
     clock = time.monotonic()
-    with contextlib.closing(
-        state.train_loader.epoch(epoch, start=start.step * len(state.micro_batches))
-    ) as batches:
+    start_batch = start.step * len(state.micro_batches)
+    with contextlib.closing(state.train_loader.epoch(epoch, start=start_batch)) as loaded:
+        batches = Waited(loaded)
         for step in range(start.step, steps):
             lr = lr_at(epoch * steps + step, config=config.optim, steps_per_epoch=steps)
             window_loss += optimizer_step(state, batches, epoch=epoch, step=step, lr=lr)
@@ -305,8 +305,13 @@ def train_epoch(
             if (step + 1) % config.run.log_steps == 0 or step + 1 == steps:
                 loss = world.mean(window_loss / (step + 1 - logged))
                 _refuse_divergence(loss, epoch, step)
-                rate = speed.read((step + 1 - max(logged, start.step)) * config.data.batch_size)
-                reporter.step({"train/loss": loss, "train/lr": lr}, step=epoch * steps + step + 1)
+                since = step + 1 - max(logged, start.step)
+                rate = speed.read(since * config.data.batch_size)
+                times = {
+                    "train/step_s": config.data.batch_size / rate,
+                    "train/data_wait_s": batches.read() / since,
+                }
+                reporter.step({"train/loss": loss, "train/lr": lr, **times}, step=epoch * steps + step + 1)
                 reporter.line(_progress(state, epoch, step, loss, lr, rate, speed.mean()))
                 epoch_loss += window_loss
                 window_loss.zero_()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,13 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from pyarrow.fs import FileSystem
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from lape_ray import storage, tracking
 from lape_ray.checkpoint import DamagedError, read_meta, verify
 from lape_ray.config import TrainConfig, from_dict
+from lape_ray.data.remote import stage_data
+from lape_ray.gauges import RunGauges
 from lape_ray.signals import News
 from lape_ray.supervision import StopRequest
 from lape_ray.train import DivergedError, StoppedError, Take, World, train
@@ -40,7 +42,8 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Train. What ends a run for good is returned on every rank: as an error, Ray Train would repeat it.
 
     Args:
-        payload: `config` as a dict, `tracking_uri`, `mlflow_run_id` and `supervisor`, the actor's handle.
+        payload: `config` as a dict, `folder`, the run's address, `tracking_uri`, `mlflow_run_id` and `supervisor`, the
+            actor's handle.
 
     Returns:
         end: an `End`; reason: in words, where it is not `done`; unsent: values that MLflow did not take
@@ -48,12 +51,15 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
     config = from_dict(TrainConfig, payload["config"])
     _quiet_ray_train()
     device = ray.train.torch.get_device()
-    reporter = RayReporter(config, first=ray.train.get_context().get_world_rank() == 0)
+    reporter = RayReporter(
+        config, folder=payload["folder"], first=ray.train.get_context().get_world_rank() == 0
+    )
     if reason := reporter.may_start(payload["supervisor"]):
         return {"end": "failures", "reason": reason, "unsent": 0}
     end: End = "done"
     reason = ""
     try:
+        _stage(config)
         with _whole_checkpoint(reporter, device) as folder:
             reporter.open(payload, folder)
             train(
@@ -73,6 +79,16 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
         reporter.close(timeout_s=1)  # what it has not sent is trained again, or in the checkpoint
         raise
     return {"end": end, "reason": reason, "unsent": reporter.close()}
+
+
+def _stage(config: TrainConfig) -> None:
+    """Have data that lies on S3 on this worker's node.
+
+    Nodes are ready at different times. All wait here for the last, where no time limit of a collective runs.
+    """
+    if any(map(storage.is_remote, (config.data.train, config.data.val))):
+        stage_data(config.data)
+        ray.train.collective.barrier()
 
 
 @contextlib.contextmanager
@@ -138,6 +154,8 @@ class RayReporter:
     """
 
     config: TrainConfig
+    folder: str
+    """Address of the run's folder."""
     first: bool
     """Whether this is rank 0."""
     tracker: tracking.Tracker | None = None
@@ -188,11 +206,18 @@ class RayReporter:
 
     # --- what the loop calls --------------------------------------------------------------------------------------
 
+    @cached_property
+    def gauges(self) -> RunGauges:
+        return RunGauges(self.config.run.name or "", ray.train.get_context().get_world_rank())
+
     def step(self, metrics: dict[str, float], *, step: int) -> None:
+        rate = self.config.data.batch_size / metrics["train/step_s"]
+        self.gauges.show({**metrics, "train/images_per_s": rate})
         if self.tracker is not None:
             self.tracker.metrics(metrics, step=step)
 
     def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+        self.gauges.show({key: metrics[key] for key in ("epoch", "val/acc1") if key in metrics})
         if self.tracker is not None:
             self.tracker.metrics(metrics, step=step)
         self.stored()
@@ -263,22 +288,27 @@ class RayReporter:
         done = None
         if self.tracker is not None:
             write = take({"unsent": self.tracker.unsent()})
+            name = _unused(name, self.used)
+            self.used.add(name)
             place = ray.train.get_context().get_storage()
-            path = place.build_checkpoint_path_from_name(_unused(name, self.used))
-            self.used.add(Path(path).name)
-            done = self.threads.submit(self._bring, path, place.storage_filesystem, write)
+            checkpoint = Checkpoint(
+                place.build_checkpoint_path_from_name(name), filesystem=place.storage_filesystem
+            )
+            done = self.threads.submit(self._bring, storage.join(self.folder, name), write, checkpoint)
         self.storing = _Storing(metrics, where, done)
 
-    def _bring(self, path: str, files: FileSystem, write: Callable[[Path], None]) -> Checkpoint:
-        """Write a checkpoint and store it at `path`."""
+    def _bring(self, address: str, write: Callable[[Path], None], checkpoint: Checkpoint) -> Checkpoint:
+        """Write a checkpoint and store it at `address`, which Ray Train knows as `checkpoint`."""
+        began = time.monotonic()
 
         def bring() -> None:
-            with storage.staging(files, path) as folder:
+            with storage.staging(address) as folder:
                 write(folder)
-                storage.publish(folder, files, path)
+                storage.publish(folder, address, last="meta.json")
 
         storage.patiently(bring, self.config.run.outage_s, self.line)
-        return Checkpoint(path, filesystem=files)
+        self.gauges.show({"checkpoint_s": time.monotonic() - began})
+        return checkpoint
 
     def _position_report(self, epoch: int) -> None:
         """Rank 0 draws, in its own thread: what it draws from must not meet the draws of a training step."""

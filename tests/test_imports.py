@@ -18,7 +18,7 @@ FLOORS = [
     {"distill", "predict"},
     {"signals", "supervision"},
     {"train", "preflight"},
-    {"worker"},
+    {"gauges", "worker"},
     {"cluster", "evaluation", "samples", "served"},
     {"subjects"},
     {"report", "export"},
@@ -27,7 +27,7 @@ FLOORS = [
     {"jobs"},
 ]
 DOORS = {
-    "ray": {"cluster", "launch", "search", "supervision", "worker"},
+    "ray": {"cluster", "gauges", "launch", "search", "supervision", "worker"},
     "mlflow": {"tracking"},
     "boto3": {"storage"},
     "ffcv": {"data", "bench"},  # bench: as a peer

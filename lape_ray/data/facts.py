@@ -7,7 +7,9 @@ from typing import Literal
 
 from lape_ray.config import DataConfig
 from lape_ray.data.beton import check_beton
+from lape_ray.data.remote import remote_manifest
 from lape_ray.data.sources import Source, open_source
+from lape_ray.storage import is_remote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ def split_path(data: DataConfig, split: Literal["train", "val"]) -> str:
 
 
 def split_facts(data: DataConfig, split: Literal["train", "val"]) -> SplitFacts:
-    """The facts, of files that agree with their manifests.
+    """The facts, of files that agree with their manifests; those on S3 are not fetched for it.
 
     Raises:
         FileNotFoundError, ValueError: the data is missing or damaged; says what and how to mend it.
@@ -48,7 +50,7 @@ def split_facts(data: DataConfig, split: Literal["train", "val"]) -> SplitFacts:
     path = split_path(data, split)
     if reads_sources(data, path):
         return source_facts(path, open_source(path))
-    manifest = check_beton(path)
+    manifest = remote_manifest(path) if is_remote(path) else check_beton(path)
     return SplitFacts(
         path=path,
         num_samples=manifest.num_samples,
@@ -60,7 +62,7 @@ def split_facts(data: DataConfig, split: Literal["train", "val"]) -> SplitFacts:
 
 def reads_sources(data: DataConfig, path: str) -> bool:
     """Whether the split is read as a source, image files and all, and not as a .beton."""
-    return data.backend == "torchvision" and not path.endswith(".beton")
+    return data.backend == "torchvision" and not path.endswith(".beton") and not is_remote(path)
 
 
 def source_facts(path: str, source: Source) -> SplitFacts:

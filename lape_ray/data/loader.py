@@ -13,6 +13,7 @@ channels.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Generator, Iterator
 from types import ModuleType
 from typing import Literal, Protocol
@@ -24,6 +25,7 @@ from lape_ray.config import DataConfig
 from lape_ray.data.beton import set_files
 from lape_ray.data.facts import SplitFacts, reads_sources, source_facts, split_facts, split_path
 from lape_ray.data.parallel import usable_cpus
+from lape_ray.data.remote import local_split
 from lape_ray.data.sources import open_source
 
 INDEX_MASK = 0xFFFFFFFF  # of a key: the sample's index
@@ -245,7 +247,9 @@ def build_loader(
     device: torch.device | str = "cpu",
     threads: int | None = None,
 ) -> Loader:
-    """A loader of `data.train` or `data.val`; make it once for a run, each costs seconds of compilation.
+    """A loader of `data.train` or `data.val`, over a copy of what lies on S3.
+
+    Make it once for a run, each costs seconds of compilation.
 
     Args:
         split: `train`: random resized crops and flips, whole optimizer steps only. `val`: the centre crop, every
@@ -261,7 +265,8 @@ def build_loader(
     Raises:
         FileNotFoundError, ValueError: the file is missing, damaged, or holds fewer images than one step.
     """
-    path = split_path(data, split)
+    path = local_split(split_path(data, split))
+    data = dataclasses.replace(data, train=path) if split == "train" else dataclasses.replace(data, val=path)
     threads = data.threads or threads or usable_cpus()
     reader: Reader
     if data.backend == "torchvision":

@@ -21,6 +21,7 @@ from lape_ray.report.position import PositionView, view
 from lape_ray.report.position_page import HTML, write_position_report
 from lape_ray.report.robustness import Robustness, measure_robustness
 from lape_ray.samples import folder_images, validation_images
+from lape_ray.storage import is_remote, join, written_folder
 from lape_ray.subjects import Subject, find_subjects
 
 FIGURES = re.compile(r"(token|class_token|matrix|bias_\d+|rotation|strength|robustness)\.(png|svg)")
@@ -28,7 +29,7 @@ FIGURES = re.compile(r"(token|class_token|matrix|bias_\d+|rotation|strength|robu
 
 def build_position_report(
     subjects: Sequence[str],
-    out: Path,
+    out: str | Path,
     *,
     overrides: Mapping[str, Any],
     token: str | None = None,
@@ -37,7 +38,7 @@ def build_position_report(
     robustness: bool = False,
     ema: bool = False,
     progress: Callable[[str], None] = lambda text: None,
-) -> tuple[Path, list[str]]:
+) -> tuple[str | Path, list[str]]:
     """Write the report of `subjects` (see `find_subjects`) into `out`, and log it to the MLflow runs among them.
 
     Args:
@@ -73,8 +74,9 @@ def build_position_report(
                     tracking.tracking_uri(one.config), one.run_id, Path(fresh), "position_report"
                 )
                 notes.append(f"logged to MLflow run {one.run_id} as position_report/")
-        _replace_report(Path(fresh), out)
-    return out / HTML, notes
+        with written_folder(out) as folder:
+            _replace_report(Path(fresh), folder)
+    return join(out, HTML) if isinstance(out, str) and is_remote(out) else Path(out) / HTML, notes
 
 
 def _replace_report(fresh: Path, out: Path) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pyarrow import fs
 
 from lape_ray import storage
 from lape_ray.checkpoint import DamagedError, differences, read_meta, verify
@@ -33,43 +31,22 @@ class Shelf:
 
     def names(self) -> list[str]:
         """The checkpoints, newest first."""
-        system, path = storage.filesystem(self.folder)
-        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return sorted((info.base_name for info in found if info.base_name.startswith(PREFIX)), reverse=True)
+        found = (name for name in storage.folders(self.folder) if name.startswith(PREFIX))
+        return sorted(found, reverse=True)
 
     def put(self, step: int, write: Callable[[Path], None]) -> str:
         """Keep what `write(folder)` writes as the checkpoint after `step`; returns its name."""
         name = f"{PREFIX}{step:09}"
-        if storage.is_remote(self.folder):
-            with tempfile.TemporaryDirectory(prefix="lape-checkpoint-") as temporary:
-                write(Path(temporary))
-                self._upload(Path(temporary), name)
-            return name
-        folder = Path(storage.absolute(self.folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.mkdtemp(prefix=".partial-", dir=folder)
-        write(Path(temporary))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        Path(temporary).rename(folder / name)
+        address = self.address(name)
+        with storage.staging(address) as folder:
+            write(folder)
+            storage.publish(folder, address, last="meta.json")
         return name
-
-    def _upload(self, source: Path, name: str) -> None:
-        """meta.json goes last: it marks a whole checkpoint."""
-        system, path = storage.filesystem(self.address(name))
-        system.create_dir(path, recursive=True)
-        for file in sorted(source.iterdir(), key=lambda file: file.name == "meta.json"):
-            fs.copy_files(str(file), f"{path}/{file.name}", fs.LocalFileSystem(), system)
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[Path]:
         """A checkpoint as a local folder."""
-        if not storage.is_remote(self.folder):
-            yield Path(storage.absolute(self.folder), name)
-            return
-        system, path = storage.filesystem(self.address(name))
-        with tempfile.TemporaryDirectory(prefix="lape-checkpoint-") as temporary:
-            fs.copy_files(path, temporary, system, fs.LocalFileSystem())
-            yield Path(temporary)
+        yield storage.local(self.address(name))
 
     def drop_all_but(self, names: set[str]) -> None:
         for name in self.names():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,26 +144,33 @@ def set_files(path: str | Path) -> tuple[Path, ...]:
         ValueError: both are there, or shards of two sets.
     """
     path = Path(path)
+    entries = path.parent.iterdir() if path.parent.is_dir() else ()
+    names = set_names(path.name, {entry.name for entry in entries if entry.is_file()}, path.parent)
+    return tuple(path.with_name(name) for name in names)
+
+
+def set_names(name: str, names: Collection[str], place: str | Path) -> tuple[str, ...]:
+    """The same by names alone: which of the files `names`, which lie at `place`, the .beton `name` consists of."""
+    path = Path(name)
     shape = re.compile(re.escape(path.stem) + r"-(\d{5})-of-(\d{5})" + re.escape(path.suffix))
-    found = {
-        (int(match[1]), int(match[2])): entry
-        for entry in (path.parent.iterdir() if path.parent.is_dir() else ())
-        if (match := shape.fullmatch(entry.name))
-    }
-    if path.is_file():
+    found = {(int(match[1]), int(match[2])) for entry in names if (match := shape.fullmatch(entry))}
+    if name in names:
         if found:
-            raise ValueError(f"{path} is there, and shards of that name too; remove or rename one of them")
-        return (path,)
+            raise ValueError(
+                f"{place}/{name} is there, and shards of that name too; remove or rename one of them"
+            )
+        return (name,)
     if not found:
-        raise FileNotFoundError(f"{path} is missing; write it with jobs/write_beton.py")
+        raise FileNotFoundError(f"{place}/{name} is missing; write it with jobs/write_beton.py")
     if len(sizes := sorted({shards for _, shards in found})) > 1:
         raise ValueError(
-            f"there are shards of several sets {path.stem}-*{path.suffix} in {path.parent}, of {sizes} files; "
+            f"there are shards of several sets {path.stem}-*{path.suffix} in {place}, of {sizes} files; "
             "remove all but one set"
         )
-    files = [shard_path(path, shard, sizes[0]) for shard in range(sizes[0])]
-    if missing := [file for file in files if not file.is_file()]:
+    wanted = tuple(shard_path(name, shard, sizes[0]).name for shard in range(sizes[0]))
+    if missing := [one for one in wanted if one not in names]:
         raise FileNotFoundError(
-            f"{missing[0]} is missing ({len(missing)} of {sizes[0]} shards are); copy it, or write the set again"
+            f"{place}/{missing[0]} is missing ({len(missing)} of {sizes[0]} shards are); copy it, "
+            "or write the set again"
         )
-    return tuple(files)
+    return wanted

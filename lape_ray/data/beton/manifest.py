@@ -54,12 +54,19 @@ class Manifest:
         """The manifest of the .beton at `path`; FileNotFoundError or ValueError if it is absent or not one."""
         file = manifest_path(path)
         try:
-            values = json.loads(file.read_text())
+            text = file.read_text()
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{file} is missing; copy it with its .beton, or make both from the .beton that is there: "
                 f"jobs/write_beton.py {path} NEW.beton"
             ) from None
+        return cls.parse(text, file)
+
+    @classmethod
+    def parse(cls, text: str, file: str | Path) -> Manifest:
+        """The manifest that `text` is; ValueError, which names `file`, if it is none."""
+        try:
+            values = json.loads(text)
         except ValueError as error:
             raise ValueError(f"{file} is not a manifest ({error}); write the .beton again") from error
         names = [field.name for field in dataclasses.fields(cls)]

@@ -25,6 +25,7 @@ from lape_ray.data.sources.parquet import ParquetShards, parquet_shards
 from lape_ray.data.sources.shards import kind_of_shards
 from lape_ray.data.sources.subset import select
 from lape_ray.data.sources.tar import TarShards, tar_shards
+from lape_ray.storage import is_remote
 
 __all__ = [
     "EXTENSIONS", "Digits", "ImageFolder", "ParquetShards", "Source", "TarShards", "digits", "image_folder",
@@ -37,8 +38,8 @@ def open_source(where: str, split: str | None = None) -> Source:
 
     Args:
         where: `digits`; a folder of class folders; or parquet or tar shards: a file, a folder of them, a glob, or
-            ranges such as `train-{0000..0146}.tar`; or a .beton. A folder with .parquet or else .tar files anywhere
-            below it is taken for shards.
+            ranges such as `train-{0000..0146}.tar`; or a .beton, also on S3. A folder with .parquet or else
+            .tar files anywhere below it is taken for shards.
         split: `train` or `val` of the digits; the shards named after it (train-00000-of-00004.parquet, or a
             folder train/); or the folder of that name below `where`. None: all there is.
 
@@ -48,12 +49,13 @@ def open_source(where: str, split: str | None = None) -> Source:
     if where == "digits":
         return digits(split)
     path = Path(where)
-    if path.suffix == ".beton":
+    if path.suffix == ".beton" or is_remote(where):
         from lape_ray.data.beton.source import beton_images  # which is made of sources
+        from lape_ray.data.remote import local_split
 
         if split:
             raise ValueError(f"{where} is one .beton, and has no split {split!r}; leave the split out")
-        return beton_images(where)
+        return beton_images(local_split(where))
     holds = kind_of_shards(where)
     if holds == "parquet":
         return parquet_shards(where, split)

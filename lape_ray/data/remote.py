@@ -1,0 +1,90 @@
+"""A .beton, or set of shards, that lies on S3: its manifest, its copy on this machine, and how one gets there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lape_ray import storage
+from lape_ray.config import DataConfig
+from lape_ray.data.beton.format import set_files, set_names
+from lape_ray.data.beton.manifest import Manifest, manifest_path
+
+
+def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifest]]:
+    """(file, manifest object, manifest) of each file of the set, all checked by their sizes."""
+    place, _, name = address.rpartition("/")
+    if not name.endswith(".beton"):
+        raise ValueError(
+            f"{address} is no .beton; data on S3 is written and read as one: "
+            f"jobs/write_beton.py SOURCE {place}/NAME.beton"
+        )
+    found = {one.name: one for one in storage.listing(f"{place}/{Path(name).stem}")}
+    files = []
+    for file in set_names(name, found.keys(), place):
+        described = manifest_path(file).name
+        if described not in found:
+            raise FileNotFoundError(
+                f"{place}/{described} is missing; copy it with its .beton, or write both again"
+            )
+        where = found[described].address
+        manifest = Manifest.parse(storage.read_text(where), where)
+        if found[file].size != manifest.bytes:
+            raise ValueError(
+                f"{place}/{file} has {found[file].size:,} bytes but its manifest says {manifest.bytes:,}; "
+                "upload it again"
+            )
+        files.append((found[file], found[described], manifest))
+    return files
+
+
+def remote_manifest(address: str) -> Manifest:
+    """The manifest of what lies at the address, if the sizes there agree with it; the images are not fetched.
+
+    Raises:
+        FileNotFoundError, ValueError: something is missing or of another size.
+        OSError: S3 does not answer as it should; says why.
+    """
+    return Manifest.of_set([manifest for _, _, manifest in _objects(address)], address)
+
+
+def local_split(path: str) -> str:
+    """`path` itself, or the copy of the .beton at an s3:// address, fetched now if this machine has none.
+
+    Its size and sha256 are those of the manifest. See `storage.stage` for what is raised.
+    """
+    if not storage.is_remote(path):
+        return path
+    place, _, name = path.rpartition("/")
+    objects = _objects(path)
+    sha256 = {file.address: manifest.sha256 for file, _, manifest in objects}
+    wanted = [one for file, described, _ in objects for one in (file, described)]
+    return str(storage.stage(wanted, below=place, sha256=sha256) / name)
+
+
+def stage_data(data: DataConfig) -> None:
+    """Have the copies of both splits on this machine, before anyone waits for batches."""
+    for path in (data.train, data.val):
+        local_split(path)
+
+
+@contextlib.contextmanager
+def written_beton(path: str) -> Iterator[str]:
+    """A path to write a .beton, or a set, at; for an s3:// address it is uploaded when the block ends without error.
+
+    What an interrupted writer leaves stays on this machine, and the same address finds it again.
+    """
+    if not storage.is_remote(path):
+        yield path
+        return
+    storage.check_writable(path.rpartition("/")[0])
+    name = path.rpartition("/")[2]
+    folder = storage.cache() / "written" / hashlib.sha256(path.encode()).hexdigest()[:16]
+    yield str(folder / name)
+    files = set_files(folder / name)
+    for file in (*files, *map(manifest_path, files)):  # a manifest says that its file is there
+        storage.upload(file, f"{path.rpartition('/')[0]}/{file.name}")
+    shutil.rmtree(folder)

@@ -1,0 +1,141 @@
+"""What lies in a bucket: listing, small texts and deletion."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from lape_ray.storage.address import bucket_and_key
+from lape_ray.storage.s3 import PATIENCE_S, attempt, client, content_md5
+
+DELETED_AT_ONCE = 1000  # the most keys of one request
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object of a bucket.
+
+    Attributes:
+        address: s3://bucket/key
+        size: in bytes
+        etag: changes with the content
+    """
+
+    address: str
+    size: int
+    etag: str
+
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.address.rpartition("/")[2]
+
+
+def listing(prefix: str, *, patience_s: float = PATIENCE_S) -> list[Object]:
+    """All objects whose address begins with `prefix`, in the order of their keys.
+
+    The empty objects by which some servers and tools mark folders are left out.
+    """
+    return [one for one in _everything(prefix, patience_s) if not one.address.endswith("/")]
+
+
+def _everything(prefix: str, patience_s: float = PATIENCE_S) -> list[Object]:
+    bucket, _ = bucket_and_key(prefix)
+    key = prefix.removeprefix(f"s3://{bucket}").removeprefix(
+        "/"
+    )  # with the slash at its end, if there is one
+    found: list[Object] = []
+    arguments = {"Bucket": bucket, "Prefix": key}
+    while True:
+        page = attempt(
+            lambda: client().list_objects_v2(**arguments), prefix, "listing", patience_s=patience_s
+        )
+        found += [
+            Object(f"s3://{bucket}/{one['Key']}", int(one["Size"]), str(one.get("ETag", "")).strip('"'))
+            for one in page.get("Contents", ())
+        ]
+        if not page.get("IsTruncated"):
+            return found
+        arguments["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def exists(address: str, *, patience_s: float = PATIENCE_S) -> bool:
+    """Whether there is an object of this address, or objects below it."""
+    bucket, key = bucket_and_key(address)
+    for prefix in (key, f"{key}/"):
+        request = functools.partial(client().list_objects_v2, Bucket=bucket, MaxKeys=2, Prefix=prefix)
+        page = attempt(request, address, "listing", patience_s=patience_s)
+        keys = [one["Key"] for one in page.get("Contents", ()) if not one["Key"].endswith("/")]
+        if any(found == key or found.startswith(f"{key}/") for found in keys):
+            return True
+    return False
+
+
+def get_text(address: str) -> str:
+    """The text of an object; FileNotFoundError where there is none."""
+    bucket, key = bucket_and_key(address)
+    content: bytes = attempt(
+        lambda: client().get_object(Bucket=bucket, Key=key)["Body"].read(), address, "reading"
+    )
+    return content.decode()
+
+
+def put(address: str, content: bytes, *, patience_s: float = PATIENCE_S, **options: Any) -> None:
+    """Make an object whole; the server compares its MD5."""
+    bucket, key = bucket_and_key(address)
+    attempt(
+        lambda: client().put_object(
+            Bucket=bucket, Key=key, Body=content, ContentMD5=content_md5(content), **options
+        ),
+        address,
+        "writing",
+        patience_s=patience_s,
+    )
+
+
+def delete(address: str, *, patience_s: float = PATIENCE_S) -> None:
+    """Delete one object; nothing happens where there is none."""
+    bucket, key = bucket_and_key(address)
+    attempt(
+        lambda: client().delete_object(Bucket=bucket, Key=key), address, "deleting", patience_s=patience_s
+    )
+
+
+def delete_below(address: str) -> None:
+    """Delete all objects below an address."""
+    bucket, _ = bucket_and_key(address)
+    found = _everything(f"{address.rstrip('/')}/")
+    keys = [one.address.removeprefix(f"s3://{bucket}/") for one in reversed(found)]  # folders' marks last
+    for start in range(0, len(keys), DELETED_AT_ONCE):
+        wanted = {"Objects": [{"Key": key} for key in keys[start : start + DELETED_AT_ONCE]], "Quiet": True}
+        request = functools.partial(client().delete_objects, Bucket=bucket, Delete=wanted)
+        answer = attempt(request, address, "deleting")
+        if failed := answer.get("Errors"):
+            raise OSError(
+                f"{address}: {len(failed)} objects could not be deleted, the first is {failed[0].get('Key')}: "
+                f"{failed[0].get('Message')} ({failed[0].get('Code')})"
+            )
+
+
+def check_region(address: str, *, patience_s: float = PATIENCE_S) -> None:
+    """Whether the bucket is where the environment says; an OSError names its region.
+
+    boto3 finds the right region by itself, but Ray Train's upload of checkpoints, through another library, does not.
+    """
+    bucket, _ = bucket_and_key(address)
+    try:
+        answer = attempt(
+            lambda: client().head_bucket(Bucket=bucket),
+            address,
+            "looking for the bucket",
+            patience_s=patience_s,
+        )
+    except PermissionError:  # reading and writing may be allowed all the same
+        return
+    region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+    ours = client().meta.region_name
+    if region and region != ours:
+        raise OSError(
+            f"{address}: bucket {bucket!r} is in region {region}, not in {ours}; set AWS_REGION={region}"
+        )

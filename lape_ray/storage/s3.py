@@ -1,0 +1,211 @@
+"""The connection to S3: who we are, what is tried again, and errors that say what to do.
+
+boto3 finds endpoint, region and credentials as every tool of AWS does: AWS_ENDPOINT_URL, AWS_REGION or
+AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of the machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+import boto3
+from botocore import exceptions
+from botocore.config import Config
+
+T = TypeVar("T")
+PATIENCE_S = 120.0
+"""How long a server may be away before a transfer gives up."""
+HASTE_S = 5.0
+"""The same for checks before a run, which should not keep a person waiting."""
+CONNECTIONS = 32
+LONGEST_WAIT_S = 15.0
+log = logging.getLogger(__name__)
+
+_TRANSIENT = (
+    exceptions.EndpointConnectionError,
+    exceptions.ConnectionClosedError,
+    exceptions.ConnectTimeoutError,
+    exceptions.ReadTimeoutError,
+    exceptions.ResponseStreamingError,
+    exceptions.IncompleteReadError,
+    ConnectionError,
+)
+_TRANSIENT_CODES = frozenset(
+    {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "RequestLimitExceeded", "InternalError",
+     "ServiceUnavailable", "BadDigest", "IncompleteBody", "OperationAborted"}
+)  # fmt: skip
+_WRONG_REGION = frozenset(
+    {"301", "PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed",
+     "IllegalLocationConstraintException"}
+)  # fmt: skip
+_NO_IDENTITY = (
+    exceptions.NoCredentialsError,
+    exceptions.PartialCredentialsError,
+    exceptions.CredentialRetrievalError,
+    exceptions.TokenRetrievalError,
+    exceptions.UnauthorizedSSOTokenError,
+    exceptions.ProfileNotFound,
+)
+
+
+def client() -> Any:
+    """A client of the S3 that the environment names; one for each process and environment, safe for threads."""
+    names = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+    return _client(os.getpid(), names)
+
+
+@functools.lru_cache(maxsize=4)
+def _client(_process: int, _environment: tuple[tuple[str, str], ...]) -> Any:
+    other = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config = Config(
+        # One policy of retries, below: botocore's own would multiply with it and does not cover answers' bodies.
+        retries={"total_max_attempts": 1, "mode": "standard"},
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=CONNECTIONS,
+        # Parts carry Content-MD5, which every server checks; trailing checksums are refused by many.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        # A server of one's own has no host name for each bucket.
+        s3={"addressing_style": "path" if other else "auto"},
+    )
+    region = os.environ.get("AWS_REGION") or os.environ.get(
+        "AWS_DEFAULT_REGION"
+    )  # boto3 knows only the second
+    try:
+        made = boto3.session.Session().client("s3", config=config, region_name=region)
+        made.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
+        return made
+    except (exceptions.BotoCoreError, ValueError) as error:
+        raise explained(error, "S3", "opening a connection") from error
+
+
+def content_md5(content: bytes) -> str:
+    """As the header of that name has it: against errors on the way, not against people."""
+    return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
+
+
+def _add_md5(request: Any, **_: Any) -> None:
+    """The one request whose body must have a checksum; the newer ones are not known to every server."""
+    request.headers["Content-MD5"] = content_md5(request.body)
+
+
+def attempt(call: Callable[[], T], address: str, doing: str, *, patience_s: float = PATIENCE_S) -> T:
+    """What `call` returns; it is called again, with growing pauses, while the server is away or overloaded.
+
+    Args:
+        doing: what it does, as the error says it, such as "reading"
+
+    Raises:
+        FileNotFoundError: there is no such bucket or object.
+        PermissionError: no, wrong or expired credentials, or they do not allow it.
+        ConnectionError: the server did not answer properly for `patience_s` seconds.
+        OSError: region or clock are wrong, or the server refuses for a reason of its own, which is said.
+    """
+    deadline, pause = time.monotonic() + patience_s, 0.25
+    while True:
+        try:
+            return call()
+        except (exceptions.BotoCoreError, exceptions.ClientError, ConnectionError) as error:
+            if not _is_transient(error):
+                raise explained(error, address, doing) from error
+            if time.monotonic() + pause > deadline:
+                raise ConnectionError(
+                    f"{address}: {doing} failed for {patience_s:g} s: {_first_line(error)}; check that the server at "
+                    f"{endpoint()} is up, and that AWS_ENDPOINT_URL and AWS_REGION name the right one"
+                ) from error
+            log.warning("%s: %s failed, trying again: %s", address, doing, _first_line(error))
+            time.sleep(pause * random.uniform(0.5, 1.0))  # not all processes of a cluster at once
+            pause = min(2 * pause, LONGEST_WAIT_S)
+
+
+def endpoint() -> str:
+    """Where requests go."""
+    try:
+        return str(client().meta.endpoint_url)
+    except OSError:
+        return "the configured endpoint"
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, exceptions.SSLError):
+        return False
+    if isinstance(error, exceptions.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or _code(error) in _TRANSIENT_CODES
+    return isinstance(error, _TRANSIENT)
+
+
+def _code(error: exceptions.ClientError) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def explained(error: Exception, address: str, doing: str) -> OSError:
+    """The same error as one of Python's, which says how to mend it."""
+    if isinstance(error, _NO_IDENTITY):
+        return PermissionError(
+            f"{address}: no credentials for S3 on {os.uname().nodename} ({_first_line(error)}); set AWS_ACCESS_KEY_ID "
+            "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in its environment (on a cluster: of every Ray node)"
+        )
+    if not isinstance(error, exceptions.ClientError):
+        return OSError(f"{address}: {doing} failed: {_first_line(error)}")
+    bucket = address.removeprefix("s3://").partition("/")[0]
+    code = _code(error)
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if code == "NoSuchBucket":
+        return FileNotFoundError(
+            f"{address}: there is no bucket {bucket!r} at {endpoint()}; create it, or check the name and "
+            "AWS_ENDPOINT_URL"
+        )
+    if code in ("NoSuchKey", "404"):
+        return FileNotFoundError(f"{address} does not exist at {endpoint()}")
+    if code in _WRONG_REGION:
+        region = error.response.get("Error", {}).get("Region") or headers.get("x-amz-bucket-region")
+        fix = (
+            f"set AWS_REGION={region}"
+            if region
+            else "set AWS_REGION to the region that the bucket was made in"
+        )
+        return OSError(f"{address}: bucket {bucket!r} is not in region {client().meta.region_name!r}; {fix}")
+    if code in ("RequestTimeTooSkewed", "RequestInTheFuture"):
+        return OSError(
+            f"{address}: the clock of {os.uname().nodename} is wrong: {_clocks(headers)}; set it (for example with "
+            "`timedatectl set-ntp true`), for S3 refuses requests that are 15 minutes off"
+        )
+    if code == "PreconditionFailed":
+        return OSError(f"{address} was replaced by another object while it was read; start again")
+    known = {
+        "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL",
+        "SignatureDoesNotMatch": "the secret does not fit the access key; check AWS_SECRET_ACCESS_KEY",
+        "ExpiredToken": "the temporary credentials have expired; get new ones",
+        "InvalidToken": "AWS_SESSION_TOKEN does not belong to these credentials; unset it, or get new ones",
+        "AccessDenied": "these credentials do not allow it; grant s3:ListBucket on the bucket, and s3:GetObject, "
+                        "s3:PutObject, s3:DeleteObject and s3:AbortMultipartUpload on its objects",
+    }  # fmt: skip
+    known |= dict.fromkeys(("403", "Forbidden", "AllAccessDisabled"), known["AccessDenied"])
+    if code in known:
+        return PermissionError(f"{address}: {doing} is refused ({code}): {known[code]}")
+    message = error.response.get("Error", {}).get("Message") or "no reason given"
+    return OSError(f"{address}: {doing} is refused by {endpoint()}: {message} ({code})")
+
+
+def _clocks(headers: dict[str, str]) -> str:
+    here = datetime.now(UTC).replace(microsecond=0)
+    if "date" not in headers:
+        return f"it says {here.isoformat()}"
+    there = parsedate_to_datetime(headers["date"])
+    return f"it says {here.isoformat()}, the server {there.isoformat()}"

@@ -1,0 +1,150 @@
+"""Copies of S3 objects on this machine: fetched once, then used by all its processes and by later runs.
+
+<cache>/<digest>/           one set of objects; the digest is of their names, sizes and checksums
+<cache>/<digest>/.complete  written last: the names and sizes of all files
+<cache>/<digest>/.lock      held by the process that fetches; the kernel lets go of it when that process ends
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from lape_ray.storage.address import home, is_remote
+from lape_ray.storage.objects import Object, listing
+from lape_ray.storage.transfer import download
+
+SPARE_BYTES = 1 << 30
+"""What must stay free on the disk of the cache."""
+COMPLETE = ".complete"
+
+
+def cache() -> Path:
+    """Where copies are kept: $LAPE_RAY_CACHE, else $LAPE_RAY_HOME/cache. It belongs on a disk of the machine's own."""
+    return Path(os.environ.get("LAPE_RAY_CACHE") or home() / "cache").expanduser().absolute()
+
+
+def local(address: str | Path) -> Path:
+    """The file or folder that an address means, on this machine: a copy of what lies on S3, else the path itself.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        OSError: see `s3.attempt` and `stage`.
+    """
+    if not is_remote(address):
+        return Path(str(address).removeprefix("file://"))
+    address = str(address).rstrip("/")
+    found = listing(address)
+    objects = [one for one in found if one.address == address]
+    objects += [
+        one for one in found if one.address.startswith(f"{address}/") and not one.address.endswith("/")
+    ]
+    if not objects:
+        raise FileNotFoundError(f"{address} does not exist")
+    return stage(objects, below=address.rpartition("/")[0]) / address.rpartition("/")[2]
+
+
+def stage(objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | None = None) -> Path:
+    """A folder with copies of the objects, under their names below the address `below`.
+
+    Whoever comes first fetches them; others wait for it. One that died leaves what it had for the next.
+
+    Args:
+        sha256: of objects, by address; what is fetched is compared with it. Others by what was stored with them.
+
+    Raises:
+        DownloadError: an object is not what it should be.
+        OSError: the disk has too little space, or see `s3.attempt`.
+    """
+    sha256 = sha256 or {}
+    names = {one.address: one.address.removeprefix(below).lstrip("/") for one in objects}
+    facts = sorted((names[one.address], one.size, sha256.get(one.address) or one.etag) for one in objects)
+    folder = cache() / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    wanted = {name: size for name, size, _ in facts}
+    if _is_complete(folder, wanted):
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be made: {error.strerror}; set LAPE_RAY_CACHE to a folder on a disk"
+        ) from error
+    with _held(folder / ".lock", f"{below}/{facts[0][0]}"):
+        if _is_complete(folder, wanted):  # another process was faster
+            return folder
+        missing = [one for one in objects if _size(folder / names[one.address]) != one.size]
+        _require_space(folder, missing, names)
+        began, total = time.monotonic(), sum(one.size for one in missing)
+        where = f"on {os.uname().nodename}"
+        _tell(f"fetching {len(missing)} objects of {total / 1e9:.3g} GB from {below} to {folder} {where}")
+        for one in missing:
+            target = folder / names[one.address]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            download(one, target, sha256=sha256.get(one.address))
+        seconds = time.monotonic() - began
+        _tell(f"fetched {total / 1e9:.3g} GB in {seconds:.0f} s ({total / 1e6 / seconds:.0f} MB/s) {where}")
+        mark = folder / f"{COMPLETE}.{os.getpid()}"
+        mark.write_text(json.dumps(wanted))
+        mark.replace(folder / COMPLETE)
+    return folder
+
+
+def _is_complete(folder: Path, wanted: Mapping[str, int]) -> bool:
+    try:
+        complete = json.loads((folder / COMPLETE).read_text()) == wanted
+    except (OSError, ValueError):
+        return False
+    return complete and all(_size(folder / name) == size for name, size in wanted.items())
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return -1
+
+
+@contextlib.contextmanager
+def _held(lock: Path, what: str) -> Iterator[None]:
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _tell(f"another process of {os.uname().nodename} fetches {what}; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _require_space(folder: Path, missing: Sequence[Object], names: Mapping[str, str]) -> None:
+    have = shutil.disk_usage(folder).free
+    need = sum(one.size for one in missing) + SPARE_BYTES
+    for one in missing:  # what an interrupted fetch has taken already
+        target = folder / names[one.address]
+        with contextlib.suppress(OSError):
+            need -= (target.parent / f".{target.name}.part").stat().st_blocks * 512
+    if need > have:
+        others = sorted(
+            (path for path in folder.parent.iterdir() if path != folder and path.is_dir()), key=_last_use
+        )
+        old = f"; the copy that was not used for longest is {others[0]}" if others else ""
+        raise OSError(
+            f"{folder.parent} on {os.uname().nodename} has {have / 1e9:.3g} GB free, but {need / 1e9:.3g} GB are "
+            f"needed: delete copies there that no run uses{old}, or set LAPE_RAY_CACHE to a folder on a larger disk"
+        )
+
+
+def _last_use(folder: Path) -> float:
+    times = [max(path.stat().st_atime, path.stat().st_mtime) for path in folder.rglob("*") if path.is_file()]
+    return max(times, default=0.0)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,204 @@
+"""`make test-images`: builds all images, brings the compose stack up, trains the demo on it, and looks at everything.
+
+Needs root on a Debian 12 with buildah, podman, runc, netavark, aardvark-dns, iptables, debootstrap and chromium
+(`make test-images` installs them); no Docker engine. Takes about 15 minutes and 15 GB the first time.
+
+  --work FOLDER   images, logs and pictures (default: /var/tmp/lape-images)
+  --torch WORDS   another CPU build of PyTorch than the lock's, if its index cannot be reached, such as
+                  "torch==2.13.0+cpu torchvision==0.28.0"
+  --keep          leave the stack up
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from images import IMAGES, ROOT, build, configure, make_base, size
+from stack import Stack
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, default=Path("/var/tmp/lape-images"))
+    parser.add_argument("--torch", default="")
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--no-build", action="store_true", help="use the images that are there")
+    options = parser.parse_args()
+    began = time.monotonic()
+    configure(options.work)
+    if not options.no_build:
+        make_base(options.work)
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+        for name in IMAGES:
+            build(
+                name,
+                options.work,
+                {"TORCH": options.torch, "REVISION": revision} if name == "trainer" else {},
+            )
+    for tag, _ in IMAGES.values():
+        print(f"{tag}: {size(tag)}")
+    stack = Stack(options.work)
+    failed = []
+    try:
+        stack.up()
+        for check in CHECKS:
+            start = time.monotonic()
+            try:
+                said = check(stack)
+            except Exception as error:  # the other checks say more about what is wrong
+                failed.append(check.__name__)
+                said = f"FAILED: {type(error).__name__}: {error}"
+            print(
+                f"{check.__name__.replace('_', ' ')}: {said} ({time.monotonic() - start:.0f} s)", flush=True
+            )
+    finally:
+        stack.save_logs()
+        if not options.keep:
+            stack.down()
+    print(f"{len(CHECKS) - len(failed)} passed, {len(failed)} failed")
+    print(f"after {time.monotonic() - began:.0f} s; logs and pictures: {options.work}")
+    sys.exit(bool(failed))
+
+
+def images_hold_no_compiler_and_no_root(stack: Stack) -> str:
+    for name in ("trainer", "mlflow", "s3"):
+        tag = IMAGES[name][0]
+        script = "id -u; command -v gcc g++ cc c++ make || true; bash -lc 'command -v python'"
+        words = [
+            "podman",
+            "run",
+            "--rm",
+            "--read-only",
+            "--tmpfs",
+            "/tmp",
+            "--cap-drop",
+            "ALL",
+            "--network",
+            "none",
+        ]
+        user, *rest = stack.run([*words, tag, "bash", "-c", script]).split()
+        assert user == "1000", f"{tag} runs as {user}"
+        assert rest == ["/opt/venv/bin/python"], f"{tag}: {rest}"
+    ray = stack.run(
+        ["podman", "run", "--rm", IMAGES["trainer"][0], "bash", "-lc", "ray --version; python --version"]
+    )
+    return " ".join(ray.split())
+
+
+def two_nodes_and_a_head(stack: Stack) -> str:
+    nodes = stack.wait_for_nodes(3)
+    return f"{nodes} nodes"
+
+
+def strangers_are_refused(stack: Stack) -> str:
+    jobs, mlflow = f"{stack.ray}/api/jobs/", f"{stack.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
+    wrong = {"Authorization": "Bearer wrong"}
+    found = {
+        "jobs": stack.status(jobs),
+        "jobs, wrong token": stack.status(jobs, wrong),
+        "jobs, POST": stack.status(jobs, method="POST"),
+        "mlflow": stack.status(mlflow),
+        "mlflow, wrong password": stack.status(mlflow, stack.basic("admin", "wrong-password")),
+        "mlflow, other host": stack.status(mlflow, {**stack.admin, "Host": "evil.example"}),
+    }
+    assert all(code in (401, 403) for code in found.values()), found
+    assert stack.status(jobs, stack.token) == 200
+    assert stack.status(mlflow, stack.admin) == 200
+    return ", ".join(f"{what} {code}" for what, code in found.items())
+
+
+def the_demo_trains_on_two_nodes(stack: Stack) -> str:
+    stack.submit_demo("--run.name", "stack-demo")
+    run = stack.mlflow_run()
+    assert run["info"]["status"] == "FINISHED", run["info"]
+    metrics = {one["key"]: one["value"] for one in run["data"]["metrics"]}
+    assert metrics["best/acc1"] > 95, metrics
+    assert {"train/loss", "train/step_s", "train/data_wait_s", "val/acc1"} <= set(metrics)
+    fetched = {
+        line.rsplit(" ", 1)[-1] for line in stack.log("demo").splitlines() if "fetching 2 objects" in line
+    }
+    assert len(fetched) == 2, f"both containers stage the data for themselves: {fetched}"
+    return f"top-1 {metrics['best/acc1']:.2f}, data staged on {len(fetched)} containers"
+
+
+def a_finished_name_is_refused_by_its_record_on_s3(stack: Stack) -> str:
+    output = stack.submit_demo("--run.name", "stack-demo", ok=False)
+    assert "run 'stack-demo' is finished already" in output, output[-500:]
+    return "refused"
+
+
+def postgres_and_s3_hold_it(stack: Stack) -> str:
+    query = "select count(*) from metrics m join runs r using (run_uuid) where r.name='stack-demo'"
+    rows = int(stack.execute("postgres", ["psql", "-U", "mlflow", "-d", "mlflow", "-tAc", query]))
+    assert rows > 100, rows
+    code = "from lape_ray import storage; print(*(o.address for o in storage.listing('s3://{}')), sep='\\n')"
+    kept = stack.execute("ray-head", ["python", "-c", code.format("lape/runs/stack-demo")]).split()
+    artifacts = stack.execute("ray-head", ["python", "-c", code.format("mlflow/artifacts")]).split()
+    assert any(name.endswith("run.json") for name in kept), kept
+    assert any(name.endswith("model.safetensors") for name in kept), kept
+    assert any(name.endswith("artifacts/model/model.safetensors") for name in artifacts), artifacts
+    assert any(name.endswith("summary/summary.html") for name in artifacts), artifacts
+    return f"{rows} metric rows, {len(kept)} objects of the run, {len(artifacts)} artifacts"
+
+
+def prometheus_could_read_our_metrics(stack: Stack) -> str:
+    """While a second run trains: gauges live as long as the workers that set them."""
+    wanted = ("ray_lape_images_per_second", "ray_lape_loss", "ray_lape_step_seconds", "ray_lape_data_wait_seconds",
+              "ray_lape_checkpoint_seconds")  # fmt: skip
+    with stack.demo_in_background("--run.name", "watched"):
+        pages = stack.scrape_until(wanted, timeout_s=240)
+    refused = stack.execute(
+        "ray-head", ["python", "-c", stack.SCRAPE, "http://ray-worker:8080/metrics", "none"]
+    )
+    ranks = {
+        word
+        for line in pages.splitlines()
+        if line.startswith(wanted[0])
+        for word in line.split('"')
+        if word in "01"
+    }
+    return f"{len(wanted)} gauges, ranks {sorted(ranks)}; without the token: {refused.strip()}"
+
+
+def a_browser_shows_run_and_charts(stack: Stack) -> str:
+    run = stack.mlflow_run()["info"]
+    page = f"#/experiments/{run['experiment_id']}/runs/{run['run_id']}"
+    stack.picture("run.png", f"{page}?workflowType=machine_learning")
+    stack.picture("charts.png", f"{page}/model-metrics?workflowType=machine_learning")
+    return "run.png, charts.png"
+
+
+def no_secret_is_anywhere(stack: Stack) -> str:
+    places = stack.places_where_secrets_could_be()
+    for name, text in places.items():
+        for variable, secret in stack.secrets.items():
+            assert secret not in text, f"{variable} is in {name}"
+    return f"{len(places)} places, {sum(map(len, places.values())) / 1e6:.1f} MB"
+
+
+CHECKS: list[Callable[[Stack], str]] = [
+    images_hold_no_compiler_and_no_root,
+    two_nodes_and_a_head,
+    strangers_are_refused,
+    the_demo_trains_on_two_nodes,
+    a_finished_name_is_refused_by_its_record_on_s3,
+    postgres_and_s3_hold_it,
+    prometheus_could_read_our_metrics,
+    a_browser_shows_run_and_charts,
+    no_secret_is_anywhere,
+]
+
+if __name__ == "__main__":
+    os.nice(5)
+    main()

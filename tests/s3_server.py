@@ -1,0 +1,142 @@
+"""Servers for the tests of S3: JuiceFS's gateway, which speaks it for real, a proxy that can hold it up, and a liar."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import os
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from lape_ray.local_cluster import executable, free_ports
+
+KEY, SECRET = "testuser", "testpassword"
+
+
+class Gateway:
+    """An S3 server over a folder; it keeps its port when it is started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.meta = f"sqlite3://{folder}/meta.db"
+        self.log = folder / "gateway.log"
+        self.port = free_ports(1)[0]
+        self.process: subprocess.Popen[bytes] | None = None
+        command = [executable("juicefs"), "format", "--storage", "file", "--bucket", f"{folder}/objects"]
+        subprocess.run([*command, self.meta, "lape-test"], check=True, capture_output=True)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": "us-east-1",
+            # Ray Train's uploads go through Arrow, whose trailing checksums this server refuses.
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+            "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+        }
+
+    def start(self) -> None:
+        command = [executable("juicefs"), "gateway", "--no-banner", "--multi-buckets", "--keep-etag"]
+        command += ["--object-meta", self.meta, f"127.0.0.1:{self.port}"]
+        environment = {**os.environ, "MINIO_ROOT_USER": KEY, "MINIO_ROOT_PASSWORD": SECRET}
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, urllib.error.URLError):
+                urllib.request.urlopen(f"{self.url}/minio/health/live", timeout=2).read()
+                return
+            time.sleep(0.1)
+        raise TimeoutError(self.log.read_text()[-2000:])
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@contextlib.contextmanager
+def gateway(folder: Path) -> Iterator[Gateway]:
+    server = Gateway(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+class Proxy:
+    """Passes bytes on to a server's port; counts those that come back, and holds them up after `limit`."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.received = 0
+        self.limit: int | None = None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                threading.Thread(target=self._pass, args=(near, far, False), daemon=True).start()
+                threading.Thread(target=self._pass, args=(far, near, True), daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, count: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if count:
+                    while self.limit is not None and self.received > self.limit:
+                        time.sleep(0.01)
+                    self.received += len(data)
+                sink.sendall(data)
+        for one in (source, sink):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@contextlib.contextmanager
+def refusing(
+    status: int, code: str, *, headers: dict[str, str] | None = None, extra: str = ""
+) -> Iterator[str]:
+    """The address of a server that answers every request with one of S3's errors (or with 200 and nothing)."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = f"<Error><Code>{code}</Code><Message>no</Message>{extra}</Error>".encode() if code else b""
+            self.send_response(status)
+            for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = answer
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
