@@ -41,7 +41,7 @@ demo-tune: setup ## which position embedding and which join: 28 trials, a table 
 	$(PYTHON) jobs/demo.py --tune
 
 test: setup ## the tests, without the slow ones
-	$(PYTHON) -m pytest -m "not slow"
+	$(PYTHON) -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-faults: setup ## the tests that kill workers, drivers, servers and nodes
 	$(PYTHON) -m pytest -m faults
