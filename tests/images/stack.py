@@ -34,10 +34,11 @@ class Stack:
         "    except e.HTTPError as error: print(error.code)\n"
     )
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, *, fresh: bool) -> None:
         self.work = work
         self.environment = work / "stack.env"
-        self.environment.unlink(missing_ok=True)
+        if fresh:
+            self.environment.unlink(missing_ok=True)
         subprocess.run([str(ROOT / "docker/make-env"), str(self.environment)], check=True)
         values = dict(
             line.split("=", 1)
@@ -57,7 +58,7 @@ class Stack:
 
     # --- the stack ---
 
-    def run(self, command: Sequence[str], *, ok: bool = True, timeout_s: float = 900) -> str:
+    def run(self, command: Sequence[str], *, ok: bool = True, timeout_s: float = 1800) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
         if ok and done.returncode:
             raise RuntimeError(
@@ -65,12 +66,13 @@ class Stack:
             )
         return done.stdout
 
-    def up(self) -> None:
-        self.down()
+    def up(self, *, fresh: bool) -> None:
         began = time.monotonic()
-        self.run([*self.compose, "up", "-d", "--no-build"])
-        self._wait(lambda: self.status(f"{self.mlflow}/health") == 200, "MLflow", 240)
-        self._wait(lambda: self.status(f"{self.ray}/api/jobs/", self.token) == 200, "Ray", 240)
+        if fresh:
+            self.down()
+            self.run([*self.compose, "up", "-d", "--no-build"])
+        self._wait(lambda: self.status(f"{self.mlflow}/health") == 200, "MLflow", 900)
+        self._wait(lambda: self.status(f"{self.ray}/api/jobs/", self.token) == 200, "Ray", 900)
         print(f"stack is up: {time.monotonic() - began:.0f} s", flush=True)
 
     def down(self) -> None:
@@ -134,7 +136,7 @@ class Stack:
                 found[0] = int(self.execute("ray-head", ["python", "-c", code]).split()[-1])
             return found[0] == count
 
-        self._wait(enough, f"a cluster of {count} nodes", 180)
+        self._wait(enough, f"a cluster of {count} nodes", 600)
         return found[0]
 
     def mlflow_run(self, name: str = "stack-demo") -> dict[str, dict[str, object]]:
@@ -160,7 +162,7 @@ class Stack:
 
     def submit_demo(self, *words: str, ok: bool = True) -> str:
         command, environment = self._demo(*words)
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000)
         name = "demo" if ok else "demo-refused"
         (self.work / f"log-{name}.txt").write_text(done.stdout + done.stderr)
         if ok and done.returncode:
@@ -178,7 +180,7 @@ class Stack:
             try:
                 yield
             finally:
-                process.wait(600)
+                process.wait(3000)
 
     def scrape_until(self, names: Sequence[str], timeout_s: float) -> str:
         pages = [""]
