@@ -10,7 +10,7 @@ PYTHON3 := python3
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-images audit stack stack-demo stack-open stack-down check format lock clean
+.PHONY: help setup demo demo-tune test test-slow test-faults test-images audit stack stack-demo stack-open stack-down check format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ $(VENV)/.ready: requirements-dev.lock pyproject.toml setup.py $(wildcard lape_ra
 
 demo: setup ## train on real digits through a Ray of its own; prints accuracy and where to look
 	$(PYTHON) jobs/demo.py
+
+demo-tune: setup ## which position embedding and which join: 28 trials, a table and a report
+	$(PYTHON) jobs/demo.py --tune
 
 test: setup ## the tests, without the slow ones
 	$(PYTHON) -m pytest -m "not slow"

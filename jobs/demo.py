@@ -1,6 +1,7 @@
 """The whole service on this machine: digits -> .beton -> a private Ray -> a submitted job -> MLflow.
 
-`make demo` runs it. Everything it keeps lies in --home; the Ray it starts is gone when it ends.
+`make demo` trains one network, `make demo-tune` (--tune) compares position embeddings and joins. Everything it keeps
+lies in --home; the Ray it starts is gone when it ends.
 """
 
 import argparse
@@ -15,6 +16,11 @@ from lape_ray.cli import run_job
 from lape_ray.local_cluster import executable, local_cluster
 
 PROJECT = Path(__file__).resolve().parent.parent
+# Half as wide as the demo's network and half as long, one worker a trial: 28 trials in minutes.
+SEARCH = (
+    "--seeds=2", "--model.bias=none", "--model.rotary=none", "--model.embed_dim=64", "--optim.epochs=12",
+    "--run.num_workers=1",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -23,6 +29,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--home", type=Path, default=PROJECT / "runs", help="folder for data, checkpoints and MLflow"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="a search over positions and joins, with two seeds"
     )
     parser.add_argument("--workers", type=int, default=2, help="training processes, one CPU each")
     options, overrides = parser.parse_known_args()
@@ -41,8 +50,10 @@ def main() -> int:
                 split,
             ]
             subprocess.run(write, check=True)
-    # A name of its own for every demo, so that each can be compared with the others in MLflow.
+    # A name of its own for every training, so that each can be compared with the others in MLflow.
     job = ["python", "jobs/imagenet_deit.py", "demo", f"--run.num_workers={options.workers}"]
+    if options.tune:
+        job = ["python", "jobs/tune_position.py", "positions", "demo", *SEARCH]
     job += [f"--data.{split}={path}" for split, path in data.items()] + overrides
     environment = {"env_vars": {"LAPE_RAY_HOME": str(home), "PYTHONUNBUFFERED": "1"}}
     if commit := git_commit(PROJECT):  # a submitted job has the files, but not the repository

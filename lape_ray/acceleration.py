@@ -48,13 +48,17 @@ def _missing_compiler(device: torch.device) -> str | None:
 
 
 def data_parallel(
-    module: nn.Module, run: RunConfig, device: torch.device, *, accumulate: int
+    module: nn.Module, run: RunConfig, device: torch.device, *, one_micro_batch: bool
 ) -> DistributedDataParallel:
     """`module` with its gradients averaged over all workers of the default process group.
 
     Gradients live in the buckets that are sent, buffers are not sent (none of ours changes), and as every parameter
     takes part in every step, buckets are ordered anew after the first one by when gradients arrive: the position
     chain's come last, so that no other bucket waits for them.
+
+    Args:
+        one_micro_batch: every worker sends one micro-batch through the network in a step, so that each of its passes
+            communicates.
     """
     with warnings.catch_warnings():  # torch 2.15 renames broadcast_buffers; 2.11 knows no other name
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
@@ -63,7 +67,7 @@ def data_parallel(
             device_ids=[device.index] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             broadcast_buffers=False,
-            static_graph=accumulate == 1,  # the graph of a step without communication is another one
+            static_graph=one_micro_batch,  # the graph of a pass without communication is another one
         )
     if run.compression == "bf16":
         parallel.register_comm_hook(None, bf16_compress_hook)

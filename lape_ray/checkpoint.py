@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_is_learned
 from lape_ray.storage import local
 
-FORMAT = 2
+FORMAT = 3
 
 
 class DamagedError(ValueError):
@@ -55,7 +55,8 @@ class Progress:
 class Meta:
     """The small facts of a checkpoint.
 
-    `progress` is that of the epoch after the `epochs_done` whole ones.
+    `progress` is that of the epoch after the `epochs_done` whole ones; `notes` are its keeper's own, and no part of
+    the training.
     """
 
     epochs_done: int
@@ -65,6 +66,7 @@ class Meta:
     metrics: Mapping[str, float]
     world_size: int
     mlflow_run_id: str | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self, files: Mapping[str, Mapping[str, Any]]) -> str:
         """With the size and sha256 of the checkpoint's other files."""
@@ -80,6 +82,7 @@ class Meta:
                 "metrics": dict(self.metrics),
                 "world_size": self.world_size,
                 "mlflow_run_id": self.mlflow_run_id,
+                "notes": dict(self.notes),
             },
             indent=1,
         )
@@ -100,6 +103,7 @@ def read_meta(folder: Path) -> Meta:
         metrics=values["metrics"],
         world_size=values["world_size"],
         mlflow_run_id=values["mlflow_run_id"],
+        notes=values["notes"],
     )
 
 
@@ -119,11 +123,12 @@ def verify(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise DamagedError(f"{file} is missing")
-        if _size_and_hash(file) != expected:
+        if size_and_hash(file) != expected:
             raise DamagedError(f"{file} is damaged: its size or sha256 is not the one in meta.json")
 
 
-def _size_and_hash(file: Path) -> dict[str, Any]:
+def size_and_hash(file: Path) -> dict[str, Any]:
+    """What meta.json says of a file: its `bytes`, and its `sha256` in hexadecimal."""
     with file.open("rb") as opened:
         return {
             "bytes": file.stat().st_size,
@@ -131,22 +136,44 @@ def _size_and_hash(file: Path) -> dict[str, Any]:
         }
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A copy of the state in host memory, which stays as it is while the training goes on."""
+
+    model: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor] | None
+    optimizer: Mapping[str, Any]
 
 
-def save(
-    folder: Path, *, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, meta: Meta
-) -> None:
+def snapshot(*, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> Snapshot:
+    """Copy the state; takes as long as the copies to host memory, waiting for the device included."""
+    return Snapshot(
+        model=_on_host(model.state_dict()),
+        ema=None if ema is None else _on_host(ema.state_dict()),
+        optimizer=_on_host(optimizer.state_dict()),
+    )
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(value, Mapping):
+        return {key: _on_host(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_on_host(item) for item in value]
+    return value
+
+
+def save(folder: Path, state: Snapshot, meta: Meta) -> None:
     """Write a checkpoint into an existing, empty folder and bring it to the disk.
 
     meta.json comes last, so that it marks a whole one.
     """
-    save_file(_weights(model), folder / "model.safetensors")
-    if ema is not None:
-        save_file(_weights(ema), folder / "ema.safetensors")
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    files = {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}
+    save_file(dict(state.model), folder / "model.safetensors")
+    if state.ema is not None:
+        save_file(dict(state.ema), folder / "ema.safetensors")
+    torch.save(dict(state.optimizer), folder / "optimizer.pt")
+    files = {file.name: size_and_hash(file) for file in sorted(folder.iterdir())}
     (folder / "meta.json").write_text(meta.to_json(files))
     for file in folder.iterdir():
         with file.open("rb") as opened:

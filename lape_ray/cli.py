@@ -85,9 +85,14 @@ def parse(argv: Sequence[str] | None, *, description: str) -> TrainConfig:
 
 
 def run_job(job: Callable[[], int | None]) -> NoReturn:
-    """Run a job's main function; what a user can cause becomes one line and exit code 2, not a traceback."""
+    """Run a job's main function; what a user can cause becomes one line and an exit code, not a traceback.
+
+    The code is 2, or the `exit_code` of an error that has one.
+    """
     try:
         sys.exit(job() or 0)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError)) and not hasattr(error, "exit_code"):
+            raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))

@@ -24,13 +24,16 @@ _ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def connected() -> Iterator[None]:
-    """A connection to the cluster: the one that is there already, the one at RAY_ADDRESS, or a local one."""
+def connected(*, show_logs: bool = True) -> Iterator[None]:
+    """A connection to the cluster: the one that is there already, the one at RAY_ADDRESS, or a local one.
+
+    Without `show_logs`, what other processes print stays in their logs: a table on a terminal needs the room.
+    """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if ray.is_initialized():
         yield
         return
-    ray.init(log_to_driver=True, configure_logging=True)
+    ray.init(log_to_driver=show_logs, configure_logging=True)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 Position = Literal["none", "learnable", "sincos1d", "sincos2d"]
 Join = Literal["basic", "share", "unshare", "lape", "lape_shared"]
@@ -32,6 +32,24 @@ Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "gpu"]
 Backend = Literal["native", "ffcv", "torchvision"]
 Interpolation = Literal["bicubic", "bilinear", "random"]
+
+
+class Span(NamedTuple):
+    """A whole number that may vary, from `low` to `high`; written `2:8`."""
+
+    low: int
+    high: int
+
+    @classmethod
+    def parse(cls, text: str) -> Span:
+        """`2:8` as a span; a ValueError where it is none."""
+        low, colon, high = text.partition(":")
+        if not (colon and low.isdecimal() and high.isdecimal()):
+            raise ValueError(f"{text!r} must be LOW:HIGH")
+        return cls(int(low), int(high))
+
+    def __repr__(self) -> str:
+        return f"{self.low}:{self.high}"
 
 
 def option(default: Any, help: str) -> Any:
@@ -201,7 +219,9 @@ class RunConfig:
         None, "MLflow server; none: $MLFLOW_TRACKING_URI, else sqlite in $LAPE_RAY_HOME"
     )
     seed: int = option(0, "seed of initialisation, order and augmentation")
-    num_workers: int = option(1, "training processes, one for each GPU")
+    num_workers: int | Span = option(
+        1, "training processes, one for each GPU; LOW:HIGH: as many of these as the cluster has at the time"
+    )
     device: Device = option("auto", "where workers compute; auto: gpu if the cluster has any")
     cpus_per_worker: int = option(
         1, "CPUs that Ray reserves for a worker: its loader and, on CPU, its arithmetic"
@@ -229,8 +249,14 @@ class RunConfig:
         None, "epochs between two position reports in MLflow while training; none: at the end only"
     )
     keep_checkpoints: int = option(2, "checkpoints to keep: the best by val/acc1, and always the newest")
-    max_failures: int = option(3, "worker failures after which the run gives up")
-    timeout_s: int = option(180, "seconds after which a collective that waits for a hung worker fails")
+    max_failures: int = option(
+        3, "failures of workers without a new checkpoint between them, after which the run gives up"
+    )
+    timeout_s: int = option(60, "seconds after which a worker that hangs is an error, from its first step on")
+    start_timeout_s: int = option(
+        600, "the same until the first step is done: data may be fetched, networks are compiled"
+    )
+    outage_s: int = option(300, "seconds for which storage that is away is tried again, before the run stops")
     wait_s: int = option(60, "seconds to wait for the cluster to have the CPUs or GPUs that the run needs")
     overwrite: bool = option(
         False, "start again under a name that is already finished, deleting what it left"
@@ -241,13 +267,24 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check_range(self, 0, 2**31, "seed", "max_failures", "wait_s")
-        _check_range(self, 1, 10**6, "num_workers", "cpus_per_worker", "log_steps", "eval_epochs",
-                     "keep_checkpoints", "timeout_s", "stop_after_epochs", "checkpoint_steps",
+        _check_range(self, 0, 2**31, "seed", "max_failures", "wait_s", "outage_s")
+        low, high = self.workers
+        _require(1 <= low <= high, f"num_workers={self.num_workers} must be from 1 up, and LOW at most HIGH")
+        _check_range(self, 1, 10**6, "cpus_per_worker", "log_steps", "eval_epochs",
+                     "keep_checkpoints", "timeout_s", "start_timeout_s", "stop_after_epochs", "checkpoint_steps",
                      "position_report_epochs")  # fmt: skip
         _check_range(self, 0, 10**6, "checkpoint_minutes")
         bad = sorted(set(self.name or "") & set("/\\: \t\n"))
         _require(not bad, f"name={self.name!r} holds {bad}; use letters, digits, '-', '_' and '.'")
+
+    @property
+    def workers(self) -> Span:
+        """The least and the most workers."""
+        return (
+            Span(self.num_workers, self.num_workers)
+            if isinstance(self.num_workers, int)
+            else self.num_workers
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,19 +298,24 @@ class TrainConfig:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        shares = self.run.num_workers * self.optim.accumulate
+        shares = self.micro_batches
         _require(
             self.data.batch_size % shares == 0,
-            f"data.batch_size={self.data.batch_size} does not divide by run.num_workers={self.run.num_workers} "
+            f"data.batch_size={self.data.batch_size} does not divide by run.num_workers={self.run.workers.high} "
             f"x optim.accumulate={self.optim.accumulate}; the nearest that do are "
             f"{max(shares, self.data.batch_size // shares * shares)} and "
             f"{(self.data.batch_size // shares + 1) * shares}",
         )
 
     @property
+    def micro_batches(self) -> int:
+        """Parts of an optimizer step's batch. Its workers share them out, however many there are."""
+        return self.run.workers.high * self.optim.accumulate
+
+    @property
     def micro_batch_size(self) -> int:
         """Images that one worker sends through the model at once while training."""
-        return self.data.batch_size // (self.run.num_workers * self.optim.accumulate)
+        return self.data.batch_size // self.micro_batches
 
 
 C = TypeVar("C")
@@ -318,8 +360,8 @@ def from_dict(cls: type[C], values: dict[str, Any]) -> C:
         kind = hints[name]
         if dataclasses.is_dataclass(kind):
             value = from_dict(typing.cast(type, kind), value)
-        elif typing.get_origin(kind) is tuple and value is not None:
-            value = tuple(value)
+        elif isinstance(value, list):
+            value = Span(*value) if Span in typing.get_args(kind) else tuple(value)
         arguments[name] = value
     return cls(**arguments)
 
@@ -336,8 +378,9 @@ _PLACE = frozenset(
         f"run.{name}"
         for name in (
             "name", "storage", "experiment", "tracking_uri", "num_workers", "device", "cpus_per_worker", "log_steps",
-            "eval_epochs", "pages", "position_report_epochs", "keep_checkpoints", "max_failures", "timeout_s", "wait_s",
-            "overwrite", "stop_after_epochs", "compile", "checkpoint_steps", "checkpoint_minutes",
+            "eval_epochs", "pages", "position_report_epochs", "keep_checkpoints", "max_failures", "timeout_s",
+            "start_timeout_s", "outage_s", "wait_s", "overwrite", "stop_after_epochs",
+            "compile", "checkpoint_steps", "checkpoint_minutes",
         )
     }
 )  # fmt: skip
@@ -360,6 +403,8 @@ def parse_value(kind: Any, text: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if type(None) in args and text.lower() in ("none", "null"):
             return None
+        if Span in args and ":" in text:
+            return Span.parse(text)
         return parse_value(next(a for a in args if a is not type(None)), text)
     if origin is Literal:
         _require(text in args, f"{text!r} is not one of {', '.join(args)}")
@@ -380,6 +425,8 @@ def parse_value(kind: Any, text: str) -> Any:
 def type_name(kind: Any) -> str:
     """The annotated type in the words of `--help`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Span:
+        return "LOW:HIGH"
     if origin in (typing.Union, types.UnionType):
         return "|".join(type_name(a) if a is not type(None) else "none" for a in args)
     if origin is Literal:

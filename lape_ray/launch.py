@@ -1,4 +1,4 @@
-"""Ray: one training run on a cluster. The only module that imports ray.
+"""One training run on a cluster, as its driver sees it.
 
 `fit` is what a job calls. It checks everything that can be checked before workers start, makes or continues
 the MLflow run, trains through Ray Train, and leaves every status right, whatever happens.
@@ -9,16 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import re
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +25,38 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    CheckpointConsistencyMode,
-    FailureConfig,
-    LoggingConfig,
-    ScalingConfig,
-)
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lape_ray import storage, tracking
-from lape_ray.checkpoint import DamagedError, differences, verify
+from lape_ray.checkpoint import differences
 from lape_ray.cluster import connected
 from lape_ray.config import TrainConfig, flatten, from_dict, replace_fields, to_dict
 from lape_ray.data.facts import split_facts
-from lape_ray.data.remote import stage_data
-from lape_ray.gauges import RunGauges
 from lape_ray.preflight import check_before_start
-from lape_ray.train import DivergedError, World, train
+from lape_ray.supervision import FailureCount, Supervisor, sigterm_stops
+from lape_ray.train import DivergedError, StoppedError
+from lape_ray.worker import SCORE, StorageError, run_worker
 
 RECORD = "run.json"
+SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that count
 SECRET = re.compile("SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL")  # in the name of a variable
 PAGES_LIMIT_S = 1800.0
-SCORE = "score"  # of a checkpoint: its val/acc1; within an epoch, where nothing was evaluated, UNSCORED
-UNSCORED = -1.0
 log = logging.getLogger(__name__)
+
+
+class WorkersFailedError(RuntimeError):
+    """Workers failed again and again at the same place."""
+
+    exit_code = 1
+
+
+ENDS = {
+    "diverged": DivergedError,
+    "stopped": StoppedError,
+    "storage": StorageError,
+    "failures": WorkersFailedError,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +69,8 @@ class FitResult:
     """Address of the best checkpoint."""
     mlflow_run_id: str
     tracking_uri: str
+    tracked: bool
+    """Whether MLflow has all of it."""
 
     def summary(self) -> str:
         scores = "  ".join(f"{key} {value:.2f}" for key, value in self.metrics.items() if "acc" in key)
@@ -71,6 +78,11 @@ class FitResult:
             f"run {self.name} finished: {scores}\n"
             f"best checkpoint: {self.checkpoint}\n"
             f"MLflow run {self.mlflow_run_id}: {tracking.run_page(self.tracking_uri, self.mlflow_run_id)}"
+            + (
+                ""
+                if self.tracked
+                else "\nMLflow does not have all of it: submit the same command again to complete it"
+            )
         )
 
 
@@ -80,36 +92,53 @@ class FitResult:
 def fit(config: TrainConfig) -> FitResult:
     """Train `config` to its end, or continue the unfinished run of the same name.
 
-    Raises ValueError for bad input before any worker starts, and Ray Train's error where training fails.
+    Raises:
+        ValueError, OSError: bad input, before any worker starts.
+        StoppedError: SIGTERM ended it; there is a checkpoint, and the same name goes on from it.
+        StorageError: checkpoints cannot be stored any more; the one before the first of them is there.
+        DivergedError: the loss is no finite number.
+        WorkersFailedError: workers failed again and again at the same place.
     """
     name = config.run.name or f"{config.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
     config = _with_absolute_paths(replace_fields(config, {"run.name": name}))
     uri = tracking.tracking_uri(config)
     root = config.run.storage or str(storage.home() / "runs")
     folder, record = storage.join(root, name), storage.join(root, name, RECORD)
-    check_before_start(config, storage_root=root, tracking_uri=uri)
+    check_before_start(config, storage_root=root)
     earlier = _earlier_run(config, record)
+    if earlier is None:  # a run that goes on can wait for the server
+        tracking.check_reachable(uri)
     with connected():
         use_gpu = _use_gpu(config)
         _wait_for_resources(config, use_gpu, uri)
         if config.run.overwrite:
             storage.delete_folder(folder)
+        _sweep(folder)
         run_id = _open_mlflow_run(config, uri, earlier)
         _write_record(record, config, run_id, finished=False)
         print(f"run {name}  storage {folder}", flush=True)
         print(f"MLflow run {run_id}: {tracking.ui_command(uri)}", flush=True)
         with _status_of(uri, run_id):
-            result = _trainer(config, root, uri, run_id, use_gpu).fit()
-            if result.return_value is not None:
-                raise DivergedError(result.return_value)
+            result = _train(config, root, uri, run_id, use_gpu)
             best, metrics = _best(result)
-            with best.as_directory() as files:
-                tracking.log_model(uri, run_id, Path(files), metrics)
-            if config.run.pages:
+            tracked = (result.return_value or {}).get("unsent", 0) == 0
+            if tracked:
+                with best.as_directory() as files:
+                    tracked = tracking.log_model(uri, run_id, Path(files), metrics)
+            if config.run.pages and tracked:
                 _log_pages(config, best, uri, run_id, use_gpu)
-            _write_record(record, config, run_id, finished=config.run.stop_after_epochs is None)
+        whole = tracked and config.run.stop_after_epochs is None
+        _write_record(record, config, run_id, finished=whole)
+        _sweep(folder)
     address = best.path if not storage.is_remote(root) else f"{root.partition('://')[0]}://{best.path}"
-    return FitResult(name=name, metrics=metrics, checkpoint=address, mlflow_run_id=run_id, tracking_uri=uri)
+    return FitResult(
+        name=name,
+        metrics=metrics,
+        checkpoint=address,
+        mlflow_run_id=run_id,
+        tracking_uri=uri,
+        tracked=tracked,
+    )
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -160,7 +189,8 @@ def _use_gpu(config: TrainConfig) -> bool:
 def _wait_for_resources(config: TrainConfig, use_gpu: bool, uri: str) -> None:
     """Wait until the cluster could hold all workers; Ray Train itself would wait without a word."""
     run = config.run
-    need = {"CPU": run.num_workers * run.cpus_per_worker} | ({"GPU": run.num_workers} if use_gpu else {})
+    least = run.workers.low
+    need = {"CPU": least * run.cpus_per_worker} | ({"GPU": least} if use_gpu else {})
     deadline = time.monotonic() + run.wait_s
     told = False
     while missing := {k: n for k, n in need.items() if ray.cluster_resources().get(k, 0) < n}:
@@ -213,24 +243,64 @@ def _status_of(uri: str, run_id: str) -> Iterator[None]:
     tracking.finish_run(uri, run_id, "FINISHED")
 
 
+def _sweep(folder: str) -> None:
+    """Delete what storing left behind when it was interrupted: folders that are no checkpoints of this run."""
+    known = storage.join(folder, SNAPSHOT)
+    kept: set[str] = set()
+    if storage.exists(known):
+        listed = json.loads(storage.read_text(known))
+        kept = {entry["checkpoint_dir_name"] for entry in listed["checkpoint_results"]}
+    for name in storage.folders(folder):
+        if name.startswith((".checkpoint-", "checkpoint-")) and name not in kept:
+            storage.delete_folder(storage.join(folder, name))
+
+
+def _train(config: TrainConfig, root: str, uri: str, run_id: str, use_gpu: bool) -> ray.train.Result:
+    """Ray Train's result of a run that came to its end, or was completed before; else one of ENDS."""
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.run.outage_s + 600))
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    supervisor = ray.remote(Supervisor).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
+    supervisor = supervisor.remote(config.run.max_failures)
+    trainer = _trainer(config, root, uri, run_id, use_gpu, supervisor)
+    try:
+        with sigterm_stops(supervisor):
+            result = trainer.fit()
+    finally:
+        ray.kill(supervisor)
+    outcome = result.return_value
+    if outcome["end"] in ENDS:
+        raise ENDS[outcome["end"]](outcome["reason"])
+    return result
+
+
 def _trainer(
-    config: TrainConfig, root: str, uri: str, run_id: str, use_gpu: bool
+    config: TrainConfig, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
 ) -> ray.train.torch.TorchTrainer:
     run = config.run
+    low, high = run.workers
     resources: dict[str, float] = {"CPU": run.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
     # Without an address a clean-up actor of Ray Train looks for clusters on the host, and fails where there are two.
     variables = {**_variables(), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     return ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config={"config": to_dict(config), "tracking_uri": uri, "mlflow_run_id": run_id},
-        torch_config=ray.train.torch.TorchConfig(timeout_s=run.timeout_s),
+        run_worker,
+        train_loop_config={
+            "config": to_dict(config),
+            "folder": storage.join(root, run.name or ""),
+            "tracking_uri": uri,
+            "mlflow_run_id": run_id,
+            "supervisor": supervisor,
+        },
+        torch_config=ray.train.torch.TorchConfig(timeout_s=run.start_timeout_s),
         scaling_config=ScalingConfig(
-            num_workers=run.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=low if low == high else (low, high),
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=run.name,
             storage_path=root,
-            failure_config=FailureConfig(max_failures=run.max_failures),
+            failure_config=FailureConfig(max_failures=-1),  # the supervisor counts
+            callbacks=[FailureCount(supervisor)],
             checkpoint_config=CheckpointConfig(
                 num_to_keep=run.keep_checkpoints,
                 checkpoint_score_attribute=SCORE,
@@ -253,6 +323,22 @@ def _variables() -> dict[str, str]:
         for key, value in os.environ.items()
         if key.startswith(("AWS_", "MLFLOW_", "LAPE_RAY_")) and not SECRET.search(key)
     }
+
+
+def worker_variables() -> dict[str, str]:
+    """The environment of Ray Train workers that other modules start."""
+    return {**_variables(), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+
+
+def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """`config` with paths that mean the same on every worker, and the storage that its runs lie in."""
+    config = _with_absolute_paths(config)
+    return config, config.run.storage or str(storage.home() / "runs")
+
+
+def uses_gpu(config: TrainConfig) -> bool:
+    """Whether workers of this config compute on GPUs of the connected cluster."""
+    return _use_gpu(config)
 
 
 def _log_pages(config: TrainConfig, best: Checkpoint, uri: str, run_id: str, use_gpu: bool) -> None:
@@ -289,165 +375,3 @@ def _best(result: ray.train.Result) -> tuple[Checkpoint, Mapping[str, float]]:
     if not scored:
         raise RuntimeError("Ray Train finished without a checkpoint")
     return max(reversed(scored), key=lambda pair: (pair[1]["val/acc1"], pair[1]["epoch"]))
-
-
-# --- worker ---------------------------------------------------------------------------------------------------
-
-
-def _worker(payload: dict[str, Any]) -> str | None:
-    """One training process: find the checkpoint, train, report.
-
-    Returns why the training diverged, on every rank: as an error, Ray Train would repeat it until it gives up.
-    """
-    config = from_dict(TrainConfig, payload["config"])
-    _quiet_ray_train()
-    rank = ray.train.get_context().get_world_rank()
-    tracker = tracking.Tracker(payload["tracking_uri"], payload["mlflow_run_id"]) if rank == 0 else None
-    reporter = RayReporter(tracker, config)
-    device = ray.train.torch.get_device()
-    try:
-        _stage(config)
-        with _whole_checkpoint(reporter, device) as folder:
-            train(
-                config,
-                device=device,
-                reporter=reporter,
-                resume_from=folder,
-                mlflow_run_id=payload["mlflow_run_id"],
-            )
-    except DivergedError as error:
-        return str(error)
-    finally:
-        if tracker is not None:
-            tracker.close()
-    return None
-
-
-def _stage(config: TrainConfig) -> None:
-    """Have data that lies on S3 on this worker's node.
-
-    Nodes are ready at different times. All wait here for the last, where no time limit of a collective runs.
-    """
-    if any(map(storage.is_remote, (config.data.train, config.data.val))):
-        stage_data(config.data)
-        ray.train.collective.barrier()
-
-
-@contextlib.contextmanager
-def _whole_checkpoint(reporter: RayReporter, device: torch.device) -> Iterator[Path | None]:
-    """The newest checkpoint of this run that every worker finds whole; None: there is none yet.
-
-    Raises:
-        DamagedError: there are checkpoints, and each is damaged.
-    """
-    newest = ray.train.get_checkpoint()
-    if newest is None:
-        yield None
-        return
-    reported = [entry.checkpoint for entry in ray.train.get_all_reported_checkpoints()]
-    others = [checkpoint for checkpoint in reversed(reported) if checkpoint.path != newest.path]
-    world, reasons = World.current(device), []
-    for checkpoint in (newest, *others):
-        with contextlib.ExitStack() as stack:
-            reason = ""
-            try:
-                folder = Path(stack.enter_context(checkpoint.as_directory()))
-                verify(folder)
-            except (DamagedError, OSError) as error:
-                reason = str(error)
-            if not world.any(bool(reason)):
-                yield folder
-                return
-        reasons.append(reason or f"{checkpoint.path}: damaged as another worker reads it")
-        reporter.line(f"warning: a checkpoint cannot be used, trying the one before: {reasons[-1]}")
-    raise DamagedError(
-        f"no checkpoint of this run is whole ({'; '.join(reasons)}); "
-        "restore one of them, or start again with --run.overwrite true"
-    )
-
-
-def _quiet_ray_train() -> None:
-    """Keep Ray Train from repeating every report's metrics for every rank.
-
-    Some of its loggers are named after their file instead of their module, so that LoggingConfig misses them.
-    """
-    for name in list(logging.root.manager.loggerDict):
-        if "ray/train/" in name:
-            logging.getLogger(name).setLevel(logging.WARNING)
-
-
-@dataclass
-class RayReporter:
-    """Carries what the loop reports to Ray Train, and from rank 0 to MLflow and the job's log."""
-
-    tracker: tracking.Tracker | None
-    config: TrainConfig
-    told: object = None
-    """The last news of a node that is about to go."""
-
-    @cached_property
-    def gauges(self) -> RunGauges:
-        return RunGauges(self.config.run.name or "", ray.train.get_context().get_world_rank())
-
-    def step(self, metrics: dict[str, float], *, step: int) -> None:
-        rate = self.config.data.batch_size / metrics["train/step_s"]
-        self.gauges.show({**metrics, "train/images_per_s": rate})
-        if self.tracker is not None:
-            self.tracker.metrics(metrics, step=step)
-
-    def epoch(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
-        self.gauges.show({key: metrics[key] for key in ("epoch", "val/acc1") if key in metrics})
-        if self.tracker is not None:
-            self.tracker.metrics(metrics, step=step)
-        score = metrics.get("val/acc1", UNSCORED)
-        self._report({**metrics, SCORE: score}, f"checkpoint-epoch-{metrics['epoch']:06.0f}", write)
-
-    def checkpoint(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
-        self._report({**metrics, SCORE: UNSCORED}, f"checkpoint-step-{step:09}", write)
-        self.line(f"checkpoint within epoch {math.ceil(metrics['epoch'])}, after step {step}")
-
-    def leaving(self) -> bool:
-        """True once for each time that Ray tells of a node which is about to go."""
-        info = ray.train.get_preemption_info()
-        news = info is not None and info != self.told
-        self.told = info
-        return news
-
-    def _report(self, metrics: dict[str, float], name: str, write: Callable[[Path], None]) -> None:
-        """Store a checkpoint of all workers under `name`, and wait until it is committed."""
-        began = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="lape-checkpoint-") as folder:
-            checkpoint = None
-            if self.tracker is not None:
-                write(Path(folder))
-                if "val/acc1" in metrics:
-                    self._position_report(Path(folder), int(metrics["epoch"]))
-                checkpoint = Checkpoint.from_directory(folder)
-            ray.train.report(
-                metrics,
-                checkpoint=checkpoint,
-                checkpoint_dir_name=name,
-            )
-        # report() returns when the files are stored, which is before the controller knows of them: a worker that dies
-        # in between would resume from the checkpoint before. This waits, on all ranks, until it is committed.
-        ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
-        self.gauges.show({"checkpoint_s": time.monotonic() - began})
-
-    def _position_report(self, checkpoint: Path, epoch: int) -> None:
-        every = self.config.run.position_report_epochs
-        if self.tracker is None or every is None or epoch % every:
-            return
-        from lape_ray.report.build import checkpoint_report  # only here: figures need a second to import
-
-        with tempfile.TemporaryDirectory(prefix="lape-report-") as folder:
-            try:
-                page = checkpoint_report(checkpoint, self.config, f"epoch {epoch}", Path(folder))
-            except (OSError, ValueError) as error:  # the training goes on
-                self.line(f"no position report of epoch {epoch}: {error}")
-                return
-            if page is not None:
-                self.tracker.files(Path(folder), f"position_report/epoch-{epoch:06}")
-
-    def line(self, text: str) -> None:
-        if self.tracker is not None:
-            print(text, flush=True)

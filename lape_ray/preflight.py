@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from lape_ray import storage, tracking
+from lape_ray import storage
 from lape_ray.checkpoint import read_weights
 from lape_ray.config import TrainConfig
 from lape_ray.data.facts import SplitFacts, split_facts
@@ -14,16 +14,29 @@ from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
 
 
-def check_before_start(config: TrainConfig, *, storage_root: str, tracking_uri: str) -> None:
-    """Data, model, initial weights, storage and tracking server: an OSError or ValueError says what is wrong."""
+def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
+    """Data, model, initial weights and storage: an OSError or ValueError says what is wrong."""
     with torch.device("meta"):
-        build_model(config.model)
+        model = build_model(config.model)
     check_data(config)
     if config.run.init_from is not None:
         weights, _ = read_weights(config.run.init_from)
         load_weights(build_model(config.model), weights, new_head=True)
     storage.check_writable(storage_root)
-    tracking.check_reachable(tracking_uri)
+    check_space(config, storage_root, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def check_space(config: TrainConfig, storage_root: str, parameters: int) -> None:
+    """The checkpoints that are kept fit into the storage, with one that is being written and one about to go."""
+    free = storage.free_bytes(storage_root)
+    each = 4 * parameters * (4 if config.optim.ema_decay else 3)  # weights, their average, Adam's two moments
+    need = each * (config.run.keep_checkpoints + 2)
+    if free is not None and free < need:
+        raise ValueError(
+            f"storage {storage_root!r} has {free / 1e9:.1f} GB left, but {config.run.keep_checkpoints} checkpoints of "
+            f"{each / 1e6:,.0f} MB, and two more while one is replaced, need {need / 1e9:.1f} GB: free space, choose "
+            "another --run.storage, or lower --run.keep_checkpoints"
+        )
 
 
 def check_data(config: TrainConfig) -> None:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lape_ray.config import TrainConfig, dump, flatten
 from lape_ray.recipes import RECIPES
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import mlflow
 
 log = logging.getLogger(__name__)
+_SHORT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Datasets = Mapping[str, tuple[str, str]]
 
@@ -81,9 +82,8 @@ def run_page(uri: str, run_id: str) -> str:
 @contextlib.contextmanager
 def _impatient() -> Iterator[None]:
     """MLflow retries for minutes by default; a check before the run should not."""
-    settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+    before = {name: os.environ.get(name) for name in _SHORT}
+    os.environ.update(_SHORT)
     try:
         yield
     finally:
@@ -189,25 +189,33 @@ def git_commit(folder: Path) -> str | None:
 
 
 def reopen_run(uri: str, run_id: str) -> bool:
-    """Set an earlier run to RUNNING again; False where the server does not know it."""
+    """Set an earlier run to RUNNING again; False where the server does not know it. One that is away is a warning."""
     from mlflow.exceptions import MlflowException
 
     try:
-        _client(uri).update_run(run_id, status="RUNNING")
+        with _impatient():
+            _client(uri).update_run(run_id, status="RUNNING")
     except MlflowException as error:
-        log.warning("MLflow run %s cannot be continued, a new one is made: %s", run_id, error)
-        return False
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            log.warning("MLflow run %s cannot be continued, a new one is made: %s", run_id, error)
+            return False
+        log.warning("MLflow is away, the run goes on without it for now: %s", str(error).splitlines()[0])
     return True
 
 
-def finish_run(uri: str, run_id: str, status: Status) -> None:
-    """Close the run; a tracking server that is away is a warning."""
-    with _never_raise("closing the run"):
+def finish_run(uri: str, run_id: str, status: Status) -> bool:
+    """Close the run; a tracking server that is away is a warning, and False."""
+    with _never_raise("closing the run"), _impatient():
         _client(uri).set_terminated(run_id, status)
+        return True
+    return False
 
 
-def log_model(uri: str, run_id: str, checkpoint: Path, metrics: Mapping[str, float]) -> None:
-    """Keep a checkpoint's weights and facts as the run's artifact `model`, and its metrics as `best/...`."""
+def log_model(uri: str, run_id: str, checkpoint: Path, metrics: Mapping[str, float]) -> bool:
+    """Keep a checkpoint's weights and facts as the run's artifact `model`, and its metrics as `best/...`.
+
+    A failure is a warning, and False.
+    """
     with _never_raise("logging the best checkpoint"), tempfile.TemporaryDirectory() as folder:
         for name in ("model.safetensors", "ema.safetensors", "meta.json"):
             if (checkpoint / name).exists():
@@ -216,6 +224,8 @@ def log_model(uri: str, run_id: str, checkpoint: Path, metrics: Mapping[str, flo
         client.log_artifacts(run_id, folder, "model")
         best = {f"best/{key[4:]}": value for key, value in metrics.items() if key.startswith("val/")}
         client.log_batch(run_id, metrics=_metrics(best, 0))
+        return True
+    return False
 
 
 def log_files(uri: str, run_id: str, folder: Path, to: str) -> None:
@@ -353,19 +363,35 @@ class Tracker:
     The thread sends everything that waits as one batch and tries again, in order, while the server is away. What
     the run's history holds already, because training went on from an older checkpoint or an answer was lost on the
     way, is not sent twice.
+
+    What waits is kept with every checkpoint, and queued again by the worker that goes on from it: so whatever dies,
+    a value is either stored, or in the checkpoint, or belongs to a step that is trained again.
+
+    Args:
+        unsent: what `unsent` said when the checkpoint was taken.
     """
 
     RETRY_S = 5.0
     BATCH = 1000  # the most metrics that the REST API takes at once
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    def __init__(self, uri: str, run_id: str, unsent: Sequence[Sequence[Any]] = ()) -> None:
+        from mlflow.entities import Metric
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+        for (
+            name,
+            value,
+        ) in _SHORT.items():  # the thread's own patience is longer, and ends when the server is back
+            os.environ.setdefault(name, value)
         self._client = _client(uri)
         self._run_id = run_id
-        self._waiting: collections.deque[mlflow.entities.Metric] = collections.deque()
+        self._waiting: collections.deque[mlflow.entities.Metric] = collections.deque(
+            Metric(key, value, timestamp, step) for key, value, timestamp, step in unsent
+        )
         self._last_step: dict[str, int] = {}  # of each metric, in the run's history
         self._wake, self._closing, self._give_up = threading.Event(), threading.Event(), threading.Event()
+        if self._waiting:
+            self._wake.set()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
         self._monitor: SystemMetricsMonitor | None = None
@@ -378,13 +404,17 @@ class Tracker:
         self._waiting.extend(_metrics(values, step))
         self._wake.set()
 
+    def unsent(self) -> list[tuple[str, float, int, int]]:
+        """What waits to be stored: name, value, time in milliseconds since 1970 and step of each."""
+        return [(metric.key, metric.value, metric.timestamp, metric.step) for metric in tuple(self._waiting)]
+
     def files(self, folder: Path, to: str) -> None:
         """Keep every file of `folder` under the run's artifact folder `to`, at once; a failure is a warning."""
         with _never_raise(f"logging {to}"):
             self._client.log_artifacts(self._run_id, str(folder), to)
 
-    def close(self, timeout_s: float = 60) -> None:
-        """Wait until everything is stored, for `timeout_s` at most; what is lost then is said."""
+    def close(self, timeout_s: float = 60) -> int:
+        """Wait until everything is stored, for `timeout_s` at most; returns how many values are not."""
         if self._monitor is not None:
             with _never_raise("watching the system"):
                 self._monitor.finish()
@@ -392,10 +422,7 @@ class Tracker:
         self._wake.set()
         self._thread.join(timeout_s)
         self._give_up.set()
-        if self._waiting:
-            log.warning(
-                "MLflow: %d values could not be stored in %g s and are lost", len(self._waiting), timeout_s
-            )
+        return len(self._waiting)
 
     def _send_all(self) -> None:
         while not self._give_up.is_set():
@@ -422,3 +449,17 @@ class Tracker:
             history = self._client.get_metric_history(self._run_id, key)
             self._last_step[key] = max((point.step for point in history), default=-1)
         return [metric for metric in batch if metric.step > self._last_step[metric.key]]
+
+
+def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a run; a tracking server that is away is a warning."""
+    from mlflow.entities import RunTag
+
+    with _never_raise("setting tags"):
+        _client(uri).log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+
+def log_values(uri: str, run_id: str, values: Mapping[str, float], *, step: int = 0) -> None:
+    """Store a few metrics of a run at once; a tracking server that is away is a warning."""
+    with _never_raise("logging metrics"):
+        _client(uri).log_batch(run_id, metrics=_metrics(values, step))

@@ -9,12 +9,13 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -35,12 +36,23 @@ from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.normalize import Normalize
 from lape_ray.optim import Ema, build_optimizer, lr_at
+from lape_ray.signals import News, Signals
 
 NOTHING_DONE = checkpoint.Progress()
+Take = Callable[[Mapping[str, Any]], Callable[[Path], None]]
+"""Copies the state as it is now, with notes of whoever keeps it; what is returned writes the copy into a folder."""
 
 
 class DivergedError(RuntimeError):
     """The loss is no finite number any more."""
+
+    exit_code = 1
+
+
+class StoppedError(RuntimeError):
+    """The run was asked to end early, and left a checkpoint."""
+
+    exit_code = 143  # of a process that SIGTERM ended
 
 
 class Batches(Protocol):
@@ -57,14 +69,20 @@ class Reporter(Protocol):
     def step(self, metrics: dict[str, float], *, step: int) -> None:
         """After a log step. `metrics` are means over all workers; those that end in `_s` are this worker's seconds."""
 
-    def epoch(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
-        """After an epoch; `write(folder)` saves a checkpoint of the state as it is now."""
+    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+        """After an epoch: begin to store a checkpoint, and wait for the one before if that is not stored yet."""
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
-        """Within an epoch, where a checkpoint is due; as after an epoch, but nothing was evaluated."""
+    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+        """Within an epoch, where a checkpoint is due: as after one, but nothing was evaluated, and nothing waits."""
+
+    def stored(self) -> None:
+        """Wait until the last checkpoint is stored, and make it the one to go on from; nothing where there is none."""
 
     def leaving(self) -> bool:
         """Whether a machine of this run is about to go, so that a checkpoint is due; asked on log steps, of all."""
+
+    def news(self) -> News:
+        """What this worker has to tell the others; asked at every step, and must not wait for anything."""
 
     def line(self, text: str) -> None:
         """One line of progress for people."""
@@ -95,6 +113,15 @@ class World:
         """Whether the flag is up on any worker."""
         return self.mean(torch.tensor(float(flag), device=self.device)) > 0
 
+    def answers_within(self, seconds: float) -> None:
+        """From now on a worker that hangs is an error of all others after `seconds`."""
+        if self.size > 1:
+            # torch 2.11 has it under another name
+            set_timeout = (
+                getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+            )
+            set_timeout(timedelta(seconds=seconds), None)
+
 
 @dataclass(kw_only=True)
 class TrainState:
@@ -102,6 +129,7 @@ class TrainState:
 
     config: TrainConfig
     world: World
+    signals: Signals
     network: VisionTransformer
     model: nn.Module
     """The network as the training step calls it: compiled, and data parallel where there are several workers."""
@@ -119,12 +147,17 @@ class TrainState:
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
+    def micro_batches(self) -> range:
+        """Which of a step's micro-batches this worker computes: every worker has one, some may have one more."""
+        return range(self.world.rank, self.config.micro_batches, self.world.size)
+
+    @property
     def steps_per_epoch(self) -> int:
-        return len(self.train_loader) // self.config.optim.accumulate
+        return len(self.train_loader) // len(self.micro_batches)
 
 
 def seed_draws(*key: int) -> None:
-    """Seed torch's generators from a key, so that dropout depends on nothing but (seed, epoch, step, rank)."""
+    """Seed torch's generators from a key, so that dropout depends on nothing else."""
     digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little"))
 
@@ -139,7 +172,8 @@ def build_state(
     network = build_model(config.model).to(device)
     model, note = compiled(network, config.run, device)
     if world.size > 1:
-        model = data_parallel(model, config.run, device, accumulate=config.optim.accumulate)
+        equal = world.size == config.micro_batches
+        model = data_parallel(model, config.run, device, one_micro_batch=equal)
     teacher = None
     if config.optim.teacher is not None:
         teacher = load_teacher(config.optim.teacher, num_classes=spec.num_classes, image_size=spec.image_size)
@@ -151,7 +185,7 @@ def build_state(
             split,
             image_size=spec.image_size,
             batch_size=batch_size,
-            accumulate=config.optim.accumulate,
+            micro_batches=config.micro_batches,
             rank=world.rank,
             world_size=world.size,
             seed=config.run.seed,
@@ -166,6 +200,7 @@ def build_state(
     return TrainState(
         config=config,
         world=world,
+        signals=Signals(config.run.timeout_s),
         network=network,
         model=model,
         ema=Ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
@@ -207,20 +242,24 @@ def available_cpus() -> int:
 def micro_step(
     state: TrainState, images_BCHW: Tensor, labels_B: Tensor, *, key: tuple[int, int, int]
 ) -> Tensor:
-    """Loss of one micro-batch with its gradient accumulated; `key` is (epoch, step, micro-step)."""
-    accumulate = state.config.optim.accumulate
+    """This micro-batch's share of the step's loss, with its gradient accumulated; `key` is (epoch, step, micro-batch).
+
+    All that is drawn depends on the seed and the key, and so on no number of workers.
+    """
     epoch, step, micro = key
-    seed = state.config.run.seed
-    draw = (step * accumulate + micro) * state.world.size + state.world.rank  # each worker mixes its own way
-    place = (step * accumulate + micro) * len(images_BCHW) + np.arange(len(images_BCHW))
-    positions_B = place * state.world.size + state.world.rank  # in the epoch's order over all workers
+    total, seed = state.config.micro_batches, state.config.run.seed
+    # in the epoch's order over all micro-batches; see lape_ray.data.loader.train_places
+    positions_B = (step * len(images_BCHW) + np.arange(len(images_BCHW))) * total + micro
     images_BCHW = state.augment(images_BCHW, epoch=epoch, positions=positions_B)
-    images_BCHW, targets_BK = state.mixer(images_BCHW, labels_B, generator_key=(seed, epoch, draw))
-    seed_draws(seed, *key, state.world.rank)
+    images_BCHW, targets_BK = state.mixer(
+        images_BCHW, labels_B, generator_key=(seed, epoch, step * total + micro)
+    )
+    seed_draws(seed, *key)
     with state.autocast():
         teacher = None if state.teacher is None else state.teacher(images_BCHW)
         logits = state.model(images_BCHW)
-    loss = training_loss(logits, targets_BK, teacher) / accumulate
+    # The workers' gradients are averaged, whatever the number of micro-batches that each of them adds up.
+    loss = training_loss(logits, targets_BK, teacher) * (state.world.size / total)
     loss.backward()
     return loss.detach()
 
@@ -237,20 +276,32 @@ def train_epoch(
 
     `save` is called where a checkpoint is due within the epoch. What follows does not depend on whether the run was
     interrupted there: order, crops and all draws are functions of the epoch and the step.
+
+    Raises:
+        DivergedError: the loss is no finite number; what is saved never has such a loss behind it.
+        StoppedError: the run is to end, and its state was saved.
     """
     config, world, steps = state.config, state.world, state.steps_per_epoch
-    accumulate = config.optim.accumulate
     state.model.train()
     sums = torch.tensor([start.loss, start.window_loss], device=world.device)
     epoch_loss, window_loss = sums.unbind()
-    speed, logged, lr = Speed(), start.logged, 0.0
+    speed, logged = Speed(), start.logged
+    lr = (
+        lr_at(epoch * steps + start.step - 1, config=config.optim, steps_per_epoch=steps)
+        if start.step
+        else 0.0
+    )
     clock = time.monotonic()
-    with contextlib.closing(state.train_loader.epoch(epoch, start=start.step * accumulate)) as loaded:
+    start_batch = start.step * len(state.micro_batches)
+    with contextlib.closing(state.train_loader.epoch(epoch, start=start_batch)) as loaded:
         batches = Waited(loaded)
         for step in range(start.step, steps):
             lr = lr_at(epoch * steps + step, config=config.optim, steps_per_epoch=steps)
             window_loss += optimizer_step(state, batches, epoch=epoch, step=step, lr=lr)
+            if step == start.step:
+                world.answers_within(config.run.timeout_s)  # the first step may take longer: it compiles
             due = config.run.checkpoint_steps is not None and (step + 1) % config.run.checkpoint_steps == 0
+            news = reporter.news()
             if (step + 1) % config.run.log_steps == 0 or step + 1 == steps:
                 loss = world.mean(window_loss / (step + 1 - logged))
                 _refuse_divergence(loss, epoch, step)
@@ -267,8 +318,12 @@ def train_epoch(
                 logged = step + 1
                 minutes = config.run.checkpoint_minutes
                 late = minutes > 0 and time.monotonic() - clock > 60 * minutes
-                due |= world.any(late or reporter.leaving())
-            if due and step + 1 < steps:
+                news |= News.SAVE if reporter.leaving() or late else News.NONE
+            heard = state.signals.exchange(news)
+            if News.STORED in heard:
+                reporter.stored()
+            stop = News.STOP in heard
+            if stop or ((due or News.SAVE in heard) and step + 1 < steps):
                 # The means take the sums' place on every worker, as they do where a run goes on from here.
                 done = checkpoint.Progress(
                     step=step + 1,
@@ -276,9 +331,17 @@ def train_epoch(
                     loss=world.mean(epoch_loss),
                     window_loss=world.mean(window_loss),
                 )
+                _refuse_divergence(done.loss + done.window_loss, epoch, step)
                 sums.copy_(torch.tensor([done.loss, done.window_loss]))
+                if stop:
+                    reporter.stored()
                 save(done)
                 clock = time.monotonic()
+            if stop:
+                reporter.stored()
+                raise StoppedError(
+                    f"stopped after epoch {epoch} and step {step + 1} of {steps}, with a checkpoint"
+                )
     return {
         "train/epoch_loss": world.mean(epoch_loss / steps),
         "train/lr": lr,
@@ -289,14 +352,14 @@ def train_epoch(
 def optimizer_step(
     state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], *, epoch: int, step: int, lr: float
 ) -> Tensor:
-    """One step over `optim.accumulate` batches; returns this worker's loss, a scalar on the device."""
+    """One step over this worker's micro-batches; returns their loss, a scalar on the device."""
     config = state.config
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=state.world.device)
-    for micro in range(config.optim.accumulate):
-        with _gradients_stay_local(state.model, micro < config.optim.accumulate - 1):
+    for micro in state.micro_batches:
+        with _gradients_stay_local(state.model, micro != state.micro_batches[-1]):
             loss += micro_step(state, *next(batches), key=(epoch, step, micro))
     if config.optim.clip_norm is not None:
         nn.utils.clip_grad_norm_(state.network.parameters(), config.optim.clip_norm)
@@ -372,6 +435,10 @@ def train(
 
     `resume_from` is a checkpoint folder of this run: training goes on after the epochs it has done, and the
     losses are those of a run that was never interrupted.
+
+    Raises:
+        DivergedError: the loss is no finite number.
+        StoppedError: the reporter's news asked for the end.
     """
     state = build_state(config, device)
     for note in state.notes:
@@ -391,6 +458,7 @@ def train(
     elif config.run.init_from is not None:
         for note in load_initial_weights(state, config.run.init_from):
             reporter.line(f"init_from: {note}")
+    state.world.answers_within(config.run.start_timeout_s)
     last = min(config.optim.total_epochs, config.run.stop_after_epochs or config.optim.total_epochs)
     for epoch in range(done, last):
 
@@ -399,7 +467,7 @@ def train(
             reporter.checkpoint(
                 {"epoch": steps / state.steps_per_epoch},
                 step=steps,
-                write=partial(_save, state, epoch, within, mlflow_run_id=mlflow_run_id),
+                take=partial(_take, state, epoch, within, mlflow_run_id),
             )
 
         trained = train_epoch(state, epoch, reporter, start=progress, save=save)
@@ -411,34 +479,34 @@ def train(
         reporter.epoch(
             state.metrics,
             step=(epoch + 1) * state.steps_per_epoch,
-            write=partial(_save, state, epoch + 1, NOTHING_DONE, mlflow_run_id=mlflow_run_id),
+            take=partial(_take, state, epoch + 1, NOTHING_DONE, mlflow_run_id),
         )
+    reporter.stored()
+    state.signals.close()
     return state.metrics
 
 
-def _save(
+def _take(
     state: TrainState,
     epochs_done: int,
     progress: checkpoint.Progress,
-    folder: Path,
-    *,
     mlflow_run_id: str | None,
-) -> None:
-    checkpoint.save(
-        folder,
-        model=state.network,
-        ema=state.ema.model if state.ema else None,
-        optimizer=state.optimizer,
-        meta=checkpoint.Meta(
-            epochs_done=epochs_done,
-            steps_done=epochs_done * state.steps_per_epoch + progress.step,
-            progress=progress,
-            config=state.config,
-            metrics=state.metrics,
-            world_size=state.world.size,
-            mlflow_run_id=mlflow_run_id,
-        ),
+    notes: Mapping[str, Any],
+) -> Callable[[Path], None]:
+    copy = checkpoint.snapshot(
+        model=state.network, ema=state.ema.model if state.ema else None, optimizer=state.optimizer
     )
+    meta = checkpoint.Meta(
+        epochs_done=epochs_done,
+        steps_done=epochs_done * state.steps_per_epoch + progress.step,
+        progress=progress,
+        config=state.config,
+        metrics=state.metrics,
+        world_size=state.world.size,
+        mlflow_run_id=mlflow_run_id,
+        notes=notes,
+    )
+    return partial(checkpoint.save, state=copy, meta=meta)
 
 
 def load_initial_weights(state: TrainState, path: str) -> list[str]:

@@ -156,7 +156,7 @@ def _bucket_order(rank: int, port: int, out: Path) -> None:
     network = small("lape", depth=6)
     small_buckets = partial(acceleration.DistributedDataParallel, bucket_cap_mb=0.2)
     acceleration.DistributedDataParallel = small_buckets  # type: ignore[assignment,misc]
-    parallel = data_parallel(network, RunConfig(), CPU, accumulate=1)
+    parallel = data_parallel(network, RunConfig(), CPU, one_micro_batch=True)
     for _ in range(5):
         loss_of(parallel, torch.rand(2, 3, 64, 64)).backward()
     if rank == 0:

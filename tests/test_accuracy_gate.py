@@ -38,6 +38,7 @@ from lape_ray.data.parallel import processes
 from lape_ray.data.sources import Source, open_source, select
 from lape_ray.data.torchvision_reader import TorchvisionReader
 from lape_ray.recipes import recipe
+from lape_ray.signals import News
 
 TRAIN, VAL = 10_000, 2_000
 EPOCHS = 12
@@ -101,8 +102,11 @@ class TimmMixer:
 
 class Quiet:
     def step(self, metrics: Any, *, step: int) -> None: ...
-    def epoch(self, metrics: Any, *, step: int, write: Any) -> None: ...
-    def checkpoint(self, metrics: Any, *, step: int, write: Any) -> None: ...
+    def epoch(self, metrics: Any, *, step: int, take: Any) -> None: ...
+    def checkpoint(self, metrics: Any, *, step: int, take: Any) -> None: ...
+    def stored(self) -> None: ...
+    def news(self) -> News:
+        return News.NONE
 
     def leaving(self) -> bool:
         return False

@@ -168,7 +168,7 @@ def saved_checkpoint(folder: Path, made: TrainConfig, run_id: str | None = None)
     network = build_model(made.model)
     facts = Meta(epochs_done=1, steps_done=1, config=made, metrics={}, world_size=1, mlflow_run_id=run_id)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    checkpoint.save(folder, model=network, ema=None, optimizer=optimizer, meta=facts)
+    checkpoint.save(folder, checkpoint.snapshot(model=network, ema=None, optimizer=optimizer), facts)
     return folder
 
 

@@ -16,15 +16,18 @@ FLOORS = [
     {"acceleration", "recipes", "storage", "metrics", "optim", "model", "local_cluster"},
     {"cli", "data", "checkpoint", "tracking"},
     {"distill", "predict"},
+    {"signals", "supervision"},
     {"train", "preflight"},
-    {"cluster", "evaluation", "gauges", "samples", "served"},
+    {"gauges", "worker"},
+    {"cluster", "evaluation", "samples", "served"},
     {"subjects"},
     {"report", "export"},
     {"launch", "bench"},
+    {"search"},
     {"jobs"},
 ]
 DOORS = {
-    "ray": {"cluster", "gauges", "launch"},
+    "ray": {"cluster", "gauges", "launch", "search", "supervision", "worker"},
     "mlflow": {"tracking"},
     "boto3": {"storage"},
     "ffcv": {"data", "bench"},  # bench: as a peer
@@ -74,3 +77,8 @@ def test_each_service_has_one_door(path: Path) -> None:
 
 def test_every_room_exists() -> None:
     assert {room_of(path) for path in FILES} - {"__init__"} == set(FLOOR)
+
+
+def test_in_a_search_two_modules_know_ray() -> None:
+    knowing = {path.name for path in FILES if room_of(path) == "search" and "ray" in imported(path)}
+    assert knowing == {"lanes.py", "worker.py"}

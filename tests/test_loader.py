@@ -15,7 +15,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from lape_ray.config import DataConfig
 from lape_ray.data.beton import write_beton
-from lape_ray.data.loader import Loader, build_loader, rank_part, train_keys
+from lape_ray.data.loader import Loader, build_loader, train_keys, train_places
 from lape_ray.data.sources import image_folder
 
 SIDE = 48  # of the delivered square
@@ -50,11 +50,11 @@ def train(data: DataConfig) -> Loader:
     return build_loader(data, "train", image_size=SIDE, batch_size=20, seed=5, threads=2)
 
 
-def of_rank(loader: Loader, rank: int, world_size: int, batch_size: int, accumulate: int = 1) -> Loader:
+def of_rank(loader: Loader, rank: int, world_size: int, batch_size: int) -> Loader:
     """Another rank's loader over the same compiled reader (compiling takes seconds)."""
     loader.reader.batch_size = batch_size
-    return Loader(loader.reader, loader.facts, split=loader.split, accumulate=accumulate, rank=rank,
-                  world_size=world_size, seed=loader.seed, device=loader.device)  # fmt: skip
+    return Loader(loader.reader, loader.facts, split=loader.split, rank=rank, world_size=world_size,
+                  seed=loader.seed, device=loader.device)  # fmt: skip
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -107,18 +107,21 @@ def test_batches_are_channels_last_bytes(val: Loader) -> None:
     assert images_BCHW.shape[1:] == (3, SIDE, SIDE)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_every_world_size_trains_on_the_same_steps(accumulate: int) -> None:
-    """16 images a micro-batch over all ranks: the k-th batches of all ranks are the same 16 keys."""
-    keys_N = train_keys(1000, step_samples=16 * accumulate, seed=3, epoch=4)
-    assert len(keys_N) == 1000 // (16 * accumulate) * 16 * accumulate
-    assert len(np.unique(keys_N & INDEX)) == len(keys_N)
-    for world_size in (1, 2, 4, 8, 16):
-        parts = [rank_part(keys_N, rank, world_size) for rank in range(world_size)]
-        size = 16 // world_size
-        for step in range(len(keys_N) // 16):
-            union = np.concatenate([part[step * size : (step + 1) * size] for part in parts])
-            assert set(union) == set(keys_N[step * 16 : (step + 1) * 16])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 8])
+def test_every_world_size_trains_on_the_same_micro_batches(world_size: int) -> None:
+    """Steps of 8 micro-batches of 5 images: rank r of R has micro-batches r, r + R, ... of every step."""
+    size = 1000 // 40 * 40
+    parts = [
+        train_places(size, batch_size=5, micro_batches=8, rank=rank, world_size=world_size).reshape(25, -1, 5)
+        for rank in range(world_size)
+    ]
+    for step in range(25):
+        for rank, part in enumerate(parts):
+            for micro, places in zip(range(rank, 8, world_size), part[step], strict=True):
+                assert places.tolist() == [40 * step + micro + 8 * image for image in range(5)]
+    assert sorted(np.concatenate([part.ravel() for part in parts])) == list(range(size))
+    with pytest.raises(ValueError, match="rank=8 of 9 has no part in the 8 micro-batches of a step"):
+        train_places(size, batch_size=5, micro_batches=8, rank=8, world_size=9)
 
 
 def test_train_order_depends_on_seed_and_epoch_alone() -> None:
@@ -271,7 +274,7 @@ def test_bad_arguments(data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent\.beton is missing"):
         build_loader(DataConfig(val=str(tmp_path / "absent.beton")), "val", **options)
     with pytest.raises(ValueError, match="200 images, fewer than the 240 of one optimizer step"):
-        build_loader(data, "train", world_size=4, accumulate=3, **options)
+        build_loader(data, "train", world_size=4, micro_batches=12, **options)
     with pytest.raises(ValueError, match="rank=2 is not from 0 to world_size - 1 = 1"):
         build_loader(data, "val", rank=2, world_size=2, **options)
     cut = tmp_path / "cut.beton"

@@ -18,6 +18,7 @@ from lape_ray.report import figures, outcome
 from lape_ray.report.outcome import ClassScore, Predictions
 from lape_ray.report.summary import Results, _chosen, _curves, write_page, write_run_summary
 from lape_ray.samples import images_at, validation_images
+from lape_ray.signals import News
 from lape_ray.tracking import RunFacts, git_commit, source_tags
 from lape_ray.train import train
 
@@ -123,13 +124,18 @@ class Keep:
 
     def step(self, metrics: dict[str, float], *, step: int) -> None: ...
 
-    def epoch(self, metrics, *, step, write) -> None:  # type: ignore[no-untyped-def]
+    def epoch(self, metrics, *, step, take) -> None:  # type: ignore[no-untyped-def]
         for key, value in metrics.items():
             self.history.setdefault(key, []).append((step, value))
         self.folder.mkdir(exist_ok=True)
-        write(self.folder)
+        take({})(self.folder)
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, write: object) -> None: ...
+    def checkpoint(self, metrics: dict[str, float], *, step: int, take: object) -> None: ...
+
+    def stored(self) -> None: ...
+
+    def news(self) -> News:
+        return News.NONE
 
     def leaving(self) -> bool:
         return False

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import multiprocessing as mp
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +16,40 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from lape_ray import checkpoint
 from lape_ray import train as train_module
-from lape_ray.config import TrainConfig, replace_fields
-from lape_ray.data.loader import rank_part, train_keys
+from lape_ray.config import Span, TrainConfig, replace_fields
+from lape_ray.data.loader import INDEX_MASK, rank_part, train_keys, train_places
 from lape_ray.recipes import recipe
+from lape_ray.signals import News
+from lape_ray.train import Take
 
 CPU = torch.device("cpu")
+Workers = Callable[..., dict[str, Any]]
 
 
 class MemoryLoader:
     """Random images in memory, in the order of the real loader."""
 
     def __init__(
-        self, split: str, *, batch_size: int, accumulate: int, rank: int, world_size: int, seed: int
+        self, split: str, *, batch_size: int, micro_batches: int, rank: int, world_size: int, seed: int
     ) -> None:
         generator = torch.Generator().manual_seed(7 if split == "train" else 8)
         self.images = torch.randint(256, (101, 3, 32, 32), dtype=torch.uint8, generator=generator)
         self.labels = torch.randint(10, (101,), generator=generator)
         self.images[:, 0] = (self.labels * 25).to(torch.uint8)[:, None, None]  # something to learn
         self.split, self.batch_size, self.seed = split, batch_size, seed
-        self.rank, self.world_size, self.step_samples = rank, world_size, batch_size * world_size * accumulate
+        self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
 
     def _indices(self, epoch: int) -> np.ndarray:
-        keys = np.arange(101)
-        if self.split == "train":
-            keys = train_keys(101, step_samples=self.step_samples, seed=self.seed, epoch=epoch) & 0xFFFFFFFF
-        return rank_part(keys, self.rank, self.world_size)
+        place = {"rank": self.rank, "world_size": self.world_size}
+        if self.split == "val":
+            return rank_part(np.arange(101), **place)
+        size = {"batch_size": self.batch_size, "micro_batches": self.micro_batches}
+        keys = train_keys(101, step_samples=math.prod(size.values()), seed=self.seed, epoch=epoch)
+        return keys[train_places(len(keys), **size, **place)] & INDEX_MASK
 
     def __len__(self) -> int:
         return -(-len(self._indices(0)) // self.batch_size)
@@ -65,30 +72,42 @@ class KilledError(Exception):
 class Recorder:
     """A reporter that keeps everything; checkpoints go to `folder` if there is one."""
 
-    def __init__(self, folder: Path | None = None, stop_at: int | None = None, leaves: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        stop_at: int | None = None,
+        leaves: bool = False,
+        told_at: int | None = None,
+    ) -> None:
         self.folder, self.losses, self.epochs, self.lines = folder, [], [], []  # type: ignore[var-annotated]
-        self.stop_at, self.leaves = stop_at, leaves
+        self.stop_at, self.leaves, self.told_at, self.asked = stop_at, leaves, told_at, 0
 
     def step(self, metrics: dict[str, float], *, step: int) -> None:
         self.losses.append(metrics["train/loss"])
 
-    def epoch(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
+    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
         self.epochs.append({k: v for k, v in metrics.items() if "per_s" not in k})
         if self.folder is not None:
-            target = self.folder / f"{metrics['epoch']:.0f}"
-            target.mkdir(parents=True)
-            write(target)
+            self._keep(self.folder / f"{metrics['epoch']:.0f}", take)
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
+    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
         if self.folder is not None:
-            target = self.folder / f"step-{step}"
-            target.mkdir(parents=True)
-            write(target)
+            self._keep(self.folder / f"step-{step}", take)
         if step == self.stop_at:
             raise KilledError
 
+    def _keep(self, folder: Path, take: Take) -> None:
+        folder.mkdir(parents=True)
+        take({"from": "a test"})(folder)
+
+    def stored(self) -> None: ...
+
     def leaving(self) -> bool:
         return self.leaves
+
+    def news(self) -> News:
+        self.asked += 1
+        return News.STOP if self.asked == self.told_at else News.NONE
 
     def line(self, text: str) -> None:
         self.lines.append(text)
@@ -180,23 +199,65 @@ def test_a_run_killed_within_an_epoch_equals_an_undisturbed_one(tmp_path: Path, 
             ).read_bytes()
 
 
-def test_a_run_killed_within_an_epoch_goes_on_with_fewer_workers(tmp_path: Path) -> None:
-    """The global batch and its images stay; without draws that differ by worker the losses are the same."""
-    config = smoke(run__checkpoint_steps=2)
+def test_a_run_killed_within_an_epoch_goes_on_with_fewer_workers(
+    tmp_path: Path, with_workers: Workers
+) -> None:
+    """The micro-batches stay, with all that is drawn for them; so the losses are the same."""
+    config = smoke(**RANDOM, run__checkpoint_steps=2, optim__accumulate=2)
     whole = run(config)
-    killed = _with_workers(2, config, tmp_path, stop_at=5)
+    killed = with_workers(2, config, stop_at=5)
     rest = run(config, resume_from=tmp_path / "2" / "step-5")
     np.testing.assert_allclose(killed["losses"] + rest.losses, whole.losses, rtol=1e-5)
 
 
 def test_a_machine_that_leaves_and_time_are_reasons_for_a_checkpoint(tmp_path: Path) -> None:
+    """They are seen on log steps, and acted upon one step later, by all workers at once."""
     leaving = Recorder(tmp_path / "leaving", leaves=True)
-    train_module.train(smoke(optim__epochs=1, run__log_steps=2), device=CPU, reporter=leaving)
+    train_module.train(smoke(optim__epochs=1, run__log_steps=1), device=CPU, reporter=leaving)
     assert sorted(path.name for path in (tmp_path / "leaving").iterdir()) == ["1", "step-2"]
     run(smoke(optim__epochs=1, run__log_steps=1, run__checkpoint_minutes=1e-6), tmp_path / "late")
-    assert sorted(path.name for path in (tmp_path / "late").iterdir()) == ["1", "step-1", "step-2"]
+    assert sorted(path.name for path in (tmp_path / "late").iterdir()) == ["1", "step-2"]
     run(smoke(optim__epochs=1, run__log_steps=1), tmp_path / "never")
     assert sorted(path.name for path in (tmp_path / "never").iterdir()) == ["1"]
+
+
+@pytest.mark.parametrize("told_at", [1, 2, 3, 5])
+def test_a_run_that_is_told_to_stop_goes_on_as_if_it_never_had(tmp_path: Path, told_at: int) -> None:
+    """Also after the last step of an epoch, before its evaluation; the step after the news is the last."""
+    config = smoke(**RANDOM, run__log_steps=2)
+    whole = run(config)
+    stopped = Recorder(tmp_path / "stopped", told_at=told_at)
+    epoch, step = divmod(told_at, 3)
+    with pytest.raises(
+        train_module.StoppedError, match=f"stopped after epoch {epoch} and step {step + 1} of 3"
+    ):
+        train_module.train(config, device=CPU, reporter=stopped)
+    rest = run(config, tmp_path / "rest", tmp_path / "stopped" / f"step-{told_at + 1}")
+    assert stopped.losses + rest.losses == whole.losses
+    assert stopped.epochs + rest.epochs == whole.epochs
+
+
+def test_two_workers_stop_at_the_same_step(tmp_path: Path, with_workers: Workers) -> None:
+    """Only one of them is told."""
+    config = smoke(optim__accumulate=2)
+    stopped = with_workers(2, config, told_at=4)
+    rest = run(config, resume_from=tmp_path / "2" / "step-5")
+    np.testing.assert_allclose(stopped["losses"] + rest.losses, run(config).losses, rtol=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where the checkpoint is due long before the next log step."""
+    calls: list[int] = []
+    real = train_module.training_loss
+
+    def poisoned(*arguments: Any) -> Tensor:
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(train_module, "training_loss", poisoned)
+    with pytest.raises(train_module.DivergedError, match="loss is nan at epoch 2, step 2"):
+        run(smoke(run__checkpoint_steps=1), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "step-1", "step-2", "step-4"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"])
@@ -229,12 +290,15 @@ def test_accumulation_equals_the_whole_batch() -> None:
     assert parts.epochs[-1]["val/acc1"] == whole.epochs[-1]["val/acc1"]
 
 
-def _one_of(rank: int, size: int, port: int, config: TrainConfig, out: Path, stop_at: int | None) -> None:
+def _one_of(rank: int, size: int, port: int, config: TrainConfig, out: Path, stops: dict[str, int]) -> None:
     train_module.build_loader = memory_loader  # type: ignore[assignment]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    recorder = Recorder(out.with_suffix("") if rank == 0 else None, stop_at)
-    with contextlib.suppress(KilledError):
+    told_at = stops.get("told_at") if rank == 1 else None
+    recorder = Recorder(
+        out.with_suffix("") if rank == 0 else None, stop_at=stops.get("stop_at"), told_at=told_at
+    )
+    with contextlib.suppress(KilledError, train_module.StoppedError):
         train_module.train(config, device=CPU, reporter=recorder)
     dist.barrier()  # neither takes the group away while the other still needs it
     if rank == 0:
@@ -242,32 +306,62 @@ def _one_of(rank: int, size: int, port: int, config: TrainConfig, out: Path, sto
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    """Three, which stay: each needs seconds to import torch."""
+    with ProcessPoolExecutor(3, mp_context=mp.get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.fixture
+def with_workers(processes: ProcessPoolExecutor, tmp_path: Path) -> Workers:
+    """Trains a config with that many workers, and returns rank 0's losses and epochs."""
+
+    def train(size: int, config: TrainConfig, **stops: int) -> dict[str, Any]:
+        return _with_workers(processes, size, config, tmp_path, **stops)
+
+    return train
+
+
 def _with_workers(
-    size: int, config: TrainConfig, tmp_path: Path, stop_at: int | None = None
+    processes: ProcessPoolExecutor, size: int, config: TrainConfig, tmp_path: Path, **stops: int
 ) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out = tmp_path / f"{size}.pt"
-    config = replace_fields(config, {"run.num_workers": size})
-    mp.spawn(_one_of, args=(size, port, config, out, stop_at), nprocs=size)
+    if config.micro_batches % size:
+        workers = {"run.num_workers": Span(size, config.micro_batches), "optim.accumulate": 1}
+    else:
+        workers = {"run.num_workers": size, "optim.accumulate": config.micro_batches // size}
+    config = replace_fields(config, workers)
+    ranks = [processes.submit(_one_of, rank, size, port, config, out, stops) for rank in range(size)]
+    for rank in ranks:
+        rank.result(timeout=200)
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_one_worker_equals_two(tmp_path: Path, accumulate: int) -> None:
-    config = smoke(optim__accumulate=accumulate)
-    one, two = run(config), _with_workers(2, config, tmp_path)
+@pytest.mark.parametrize(("size", "micro_batches"), [(2, 2), (2, 4), (3, 4)])
+def test_any_number_of_workers_gives_the_same_losses(
+    tmp_path: Path, size: int, micro_batches: int, with_workers: Workers
+) -> None:
+    """With every draw on: mixing, stochastic depth and augmentation belong to micro-batches, and not to workers.
+
+    Three workers share out four micro-batches: one of them has two, and counts twice.
+    """
+    config = smoke(**RANDOM, optim__accumulate=micro_batches)
+    one, two = run(config), with_workers(size, config)
     np.testing.assert_allclose(two["losses"], one.losses, rtol=1e-5)
     for a, b in zip(one.epochs, two["epochs"], strict=True):
         assert b["val/acc1"] == a["val/acc1"]  # 101 images, 51 and 50: each counted once
         assert b["val/loss"] == pytest.approx(a["val/loss"], rel=1e-5)
 
 
-def test_every_position_trains_on_two_workers(tmp_path: Path) -> None:
+def test_every_position_trains_on_two_workers(tmp_path: Path, with_workers: Workers) -> None:
     """No parameter is left without a gradient, which DDP would refuse."""
-    config = smoke(optim__epochs=1, model__bias="relative2d", model__bias_join="lape", model__rotary="mixed")
-    assert np.isfinite(_with_workers(2, config, tmp_path)["losses"]).all()
+    position = {"model__bias": "relative2d", "model__bias_join": "lape", "model__rotary": "mixed"}
+    config = smoke(optim__epochs=1, optim__accumulate=2, **position)
+    assert np.isfinite(with_workers(2, config)["losses"]).all()
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
@@ -331,9 +425,9 @@ def test_weights_of_any_file_are_read_or_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", ["none", "bf16"])
-def test_compressed_gradients_train_nearly_the_same(tmp_path: Path, compression: str) -> None:
+def test_compressed_gradients_train_nearly_the_same(compression: str, with_workers: Workers) -> None:
     config = smoke(run__compression=compression)
-    one, two = run(config), _with_workers(2, config, tmp_path)
+    one, two = run(config), with_workers(2, config)
     assert (two["losses"] == one.losses) is False  # sums of two halves round otherwise
     np.testing.assert_allclose(two["losses"], one.losses, rtol=1e-5 if compression == "none" else 1e-2)
     if compression == "bf16":

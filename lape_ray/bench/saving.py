@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -74,7 +73,7 @@ def saving(model: str, device: torch.device, settings: Settings) -> Row:
     """Sizes in bytes and times in seconds of `model` after a step, when the optimizer has its state.
 
     Returns:
-        save_s: what training waits for; flushed_s: until the system has written it to the disk, `save_s` included;
+        copy_s: what training waits for, the copy to host memory; save_s: until it is on the disk, the copy included;
         restore_s: into a state that is there
     """
     # Two images: weights and moments are what is saved, whatever the batch.
@@ -82,29 +81,29 @@ def saving(model: str, device: torch.device, settings: Settings) -> Row:
     state, other = synthetic_state(config, device), synthetic_state(config, device)
     Stepper(state).run(1)
     meta = checkpoint.Meta(epochs_done=1, steps_done=1, config=config, metrics={}, world_size=1)
-    saved, flushed, restored = [], [], []
+    copied, saved, restored = [], [], []
     size = 0
     for number in range(settings.rounds + 1):  # the first is not counted
         with tempfile.TemporaryDirectory(prefix="lape_ray-benchmark-", dir=settings.folder) as name:
             folder = Path(name)
             _wait(device)
             wall = time.perf_counter()
-            checkpoint.save(folder, **_parts(state), meta=meta)
+            copy = checkpoint.snapshot(**_parts(state))
+            copy_s = time.perf_counter() - wall
+            checkpoint.save(folder, copy, meta)
             save_s = time.perf_counter() - wall
-            _flush(folder)
-            flushed_s = time.perf_counter() - wall
             restore_s = _seconds(partial(checkpoint.restore, folder, config, **_parts(other)), device)
             size = sum(file.stat().st_size for file in folder.iterdir())
         if number:
+            copied.append(copy_s)
             saved.append(save_s)
-            flushed.append(flushed_s)
             restored.append(restore_s)
     _check_same(state, other, model)
     return {
         "model": model,
         "bytes": size,
+        "copy_s": spread(copied),
         "save_s": spread(saved),
-        "flushed_s": spread(flushed),
         "restore_s": spread(restored),
     }
 
@@ -128,12 +127,6 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _flush(folder: Path) -> None:
-    for file in folder.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
 
 
 def _tensors(state: TrainState) -> Iterator[tuple[str, Tensor]]:

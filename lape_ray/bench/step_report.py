@@ -158,14 +158,14 @@ def ray_report(record: Row) -> str:
 
 def checkpoint_report(record: Row) -> str:
     """Sizes and times."""
-    columns = ["model", "MB", "save s", "flushed to disk s", "restore s"]
-    title = "Checkpoints: training waits for `save`; restored states were compared bit for bit"
+    columns = ["model", "MB", "copy s", "on disk after s", "restore s"]
+    title = "Checkpoints: training waits for `copy`; restored states were compared bit for bit"
     cells: list[list[Cell]] = [
         [
             row["model"],
             f"{row['bytes'] / 1e6:,.1f}",
+            middle(row["copy_s"], 3),
             middle(row["save_s"], 3),
-            middle(row["flushed_s"], 3),
             middle(row["restore_s"], 3),
         ]
         for row in record["sections"]["checkpoint"]

@@ -1,10 +1,14 @@
 """Batches of a .beton on the device, in an order that is known beforehand.
 
-The order of an epoch is a function of (seed, epoch) alone. Every rank computes it whole and takes every
-world_size-th sample, so that no process group is needed, any number of ranks sees the same images at the same
-step, and a run that resumes at an epoch sees what it would have seen. Crops and flips are keyed the same way.
+The order of an epoch is a function of (seed, epoch) alone. Every rank computes it whole and takes its part of it, so
+that no process group is needed, any number of ranks sees the same images at the same step, and a run that resumes at
+an epoch sees what it would have seen. Crops and flips are keyed the same way.
 
-Shape suffixes: N samples of a pass, B of a batch, H and W pixels, C channels.
+The batch of a training step consists of M micro-batches, whose images do not depend on the number of ranks either: the
+ranks share them out.
+
+Shape suffixes: N samples of a pass, S steps, M micro-batches of a step, B samples of a batch, H and W pixels, C
+channels.
 """
 
 from __future__ import annotations
@@ -54,6 +58,20 @@ def rank_part(keys_N: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     return keys_N[rank::world_size]
 
 
+def train_places(size: int, *, batch_size: int, micro_batches: int, rank: int, world_size: int) -> np.ndarray:
+    """The places (N,), in an epoch of `size` samples, of what one rank trains on, in the order in which it does.
+
+    Micro-batch m of a step holds every M-th of its samples, from the m-th on; rank r has the micro-batches r,
+    r + world_size and so on of every step, which can be one more than others have.
+    """
+    if not 0 <= rank < world_size <= micro_batches:
+        raise ValueError(
+            f"rank={rank} of {world_size} has no part in the {micro_batches} micro-batches of a step"
+        )
+    places_SBM = np.arange(size).reshape(-1, batch_size, micro_batches)
+    return places_SBM.transpose(0, 2, 1)[:, rank::world_size].reshape(-1)
+
+
 class Reader(Protocol):
     """What a backend is: passes over one file's or set's images, in orders that the caller gives.
 
@@ -101,36 +119,43 @@ class Loader:
         facts: SplitFacts,
         *,
         split: Literal["train", "val"],
-        accumulate: int,
         rank: int,
         world_size: int,
         seed: int,
         device: torch.device,
+        micro_batches: int | None = None,
         repeats: int = 1,
     ) -> None:
         self.reader = reader
         self.facts = facts
         self.num_samples = facts.num_samples
         self.split = split
-        self.step_samples = reader.batch_size * world_size * accumulate
+        self.micro_batches = micro_batches or world_size
         self.rank, self.world_size, self.seed, self.device = rank, world_size, seed, device
         self.repeats = repeats
         self.labels_N = reader.labels_N
-        self._length = -(-len(self.keys(0)) // reader.batch_size)
+        self._length = -(-len(self.part(0)[0]) // reader.batch_size)
 
-    def keys(self, epoch: int) -> np.ndarray:
-        """The keys (N,) of this rank's samples in `epoch`, in the order in which they are delivered."""
-        if self.split == "train":
-            keys_N = train_keys(
-                self.num_samples,
-                step_samples=self.step_samples,
-                seed=self.seed,
-                epoch=epoch,
-                repeats=self.repeats,
-            )
-        else:
-            keys_N = np.arange(self.num_samples)
-        return rank_part(keys_N, self.rank, self.world_size)
+    def part(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's samples as they are delivered: keys (N,), and places (N,) in the order of all ranks."""
+        if self.split == "val":
+            places_N = rank_part(np.arange(self.num_samples), self.rank, self.world_size)
+            return places_N, places_N
+        keys_N = train_keys(
+            self.num_samples,
+            step_samples=self.reader.batch_size * self.micro_batches,
+            seed=self.seed,
+            epoch=epoch,
+            repeats=self.repeats,
+        )
+        places_N = train_places(
+            len(keys_N),
+            batch_size=self.reader.batch_size,
+            micro_batches=self.micro_batches,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return keys_N[places_N], places_N
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank. Evaluation: ranks may differ by one, and the last batch is short."""
@@ -148,11 +173,10 @@ class Loader:
             start: batches to leave out at the beginning; those that follow are what they would have been.
             image_size: side of this epoch's images in pixels, and of those that follow; None: as before.
         """
-        keys_N = self.keys(epoch)
+        keys_N, positions_N = self.part(epoch)
         if not 0 <= start <= len(self):
             raise ValueError(f"start={start} must be from 0 to the {len(self)} batches of an epoch")
         self.reader.image_size = image_size or self.reader.image_size
-        positions_N = self.rank + self.world_size * np.arange(len(keys_N))
         rest = slice(start * self.reader.batch_size, None)
         keys_N, positions_N = keys_N[rest], positions_N[rest]
         if len(keys_N) == 0:  # nothing is left, or there are more ranks than images
@@ -216,7 +240,7 @@ def build_loader(
     *,
     image_size: int,
     batch_size: int,
-    accumulate: int = 1,
+    micro_batches: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     seed: int = 0,
@@ -232,7 +256,7 @@ def build_loader(
             image exactly once over all ranks, whatever their number and the batch size.
         image_size: side of the square that is delivered, in pixels.
         batch_size: images of one batch of this rank.
-        accumulate: batches of an optimizer step, for each rank.
+        micro_batches: batches of an optimizer step over all ranks; None: one for each rank.
         seed: of order, crops and flips. All ranks must pass the same.
         device: where batches are delivered. On a GPU, the current stream's work is respected.
         threads: decoding threads where `data.threads` does not say; None: the CPUs this process may use, within
@@ -284,7 +308,7 @@ def build_loader(
         reader,
         facts,
         split=split,
-        accumulate=accumulate,
+        micro_batches=micro_batches,
         rank=rank,
         world_size=world_size,
         seed=seed,

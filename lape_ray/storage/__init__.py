@@ -6,6 +6,7 @@
     transfer   large files, in parallel parts, with checksums
     staging    copies of S3 objects on this machine, made once and used by all its processes
     files      the same few verbs for folders and for S3
+    publish    folders that appear whole
 
 Credentials, region and endpoint of S3 come from the usual environment variables and profiles (AWS_*).
 """
@@ -21,6 +22,7 @@ from lape_ray.storage.files import (
     written_path,
 )
 from lape_ray.storage.objects import Object, listing
+from lape_ray.storage.publish import folders, free_bytes, patiently, publish, staging
 from lape_ray.storage.staging import cache, local, stage
 from lape_ray.storage.transfer import upload, upload_folder
 
@@ -31,13 +33,18 @@ __all__ = [
     "check_writable",
     "delete_folder",
     "exists",
+    "folders",
+    "free_bytes",
     "home",
     "is_remote",
     "join",
     "listing",
     "local",
+    "patiently",
+    "publish",
     "read_text",
     "stage",
+    "staging",
     "upload",
     "upload_folder",
     "write_text",

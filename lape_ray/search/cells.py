@@ -1,0 +1,178 @@
+"""Named search spaces: each is a list of cells (settings that belong together) and axes that cross them."""
+
+from __future__ import annotations
+
+import itertools
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lape_ray.config import Bias, BiasJoin, Join, Position, Rotary, TrainConfig, flatten, replace_fields
+from lape_ray.model.ports import check_cell, valid_joins
+from lape_ray.search.space import Axis, Choice, Range, as_text, differing
+
+Cell = Mapping[str, Any]
+PORTS = ("model.position", "model.join", "model.bias", "model.bias_join", "model.rotary")
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched: every cell, crossed with every value of every axis."""
+
+    cells: tuple[Cell, ...] = ({},)
+    axes: Mapping[str, Axis] = field(default_factory=dict)
+
+    @property
+    def finite(self) -> bool:
+        return all(isinstance(axis, Choice) for axis in self.axes.values())
+
+    def points(self) -> list[dict[str, Any]]:
+        """Every combination, cells first; of a finite space only."""
+        values = [axis.values for axis in self.axes.values() if isinstance(axis, Choice)]
+        crossed = [
+            dict(zip(self.axes, combination, strict=True)) for combination in itertools.product(*values)
+        ]
+        return [{**cell, **settings} for cell in self.cells for settings in crossed]
+
+
+def _valid(position: str, join: str, bias: str, bias_join: str) -> bool:
+    try:
+        check_cell(position, join, bias, bias_join)
+    except ValueError:
+        return False
+    return True
+
+
+def positions(base: TrainConfig) -> Space:
+    """Every valid combination of position, join, bias, bias_join and rotary: 210 cells; fix some to have fewer."""
+    kinds = [typing.get_args(kind) for kind in (Position, Join, Bias, BiasJoin, Rotary)]
+    cells = [cell for cell in itertools.product(*kinds) if _valid(*cell[:4])]
+    return Space(cells=tuple(dict(zip(PORTS, cell, strict=True)) for cell in cells))
+
+
+def paper_table7(base: TrainConfig) -> Space:
+    """The 14 rows of the LaPE paper's table 7 (ICCV 2023): three embeddings by join, and relative position bias."""
+    joins = {
+        "learnable": ("basic", "share", "unshare", "lape_shared", "lape"),
+        "sincos1d": ("basic", "share", "lape_shared", "lape"),
+        "sincos2d": ("basic", "share", "lape_shared", "lape"),
+    }
+    rows = [(position, join, "none") for position in joins for join in joins[position]]
+    rows.append(("none", "basic", "relative2d"))
+    cells = [(position, join, bias, "basic", "none") for position, join, bias in rows]
+    return Space(cells=tuple(dict(zip(PORTS, cell, strict=True)) for cell in cells))
+
+
+def joins(base: TrainConfig) -> Space:
+    """Every join of the recipe's own position embedding."""
+    return Space(cells=tuple({"model.join": join} for join in valid_joins(base.model.position)))
+
+
+def recipe(base: TrainConfig) -> Space:
+    """Learning rate, weight decay, stochastic depth, augmentation strengths and warm-up, around the recipe's own."""
+    optim = base.optim
+    axes: dict[str, Axis] = {
+        "optim.lr": Range(float(f"{optim.lr / 5:.2g}"), float(f"{optim.lr * 5:.2g}"), log=True),
+        "optim.weight_decay": Range(0.005, 0.3, log=True),
+        "optim.warmup_epochs": Range(0.0, max(1.0, optim.epochs / 10)),
+        "optim.label_smoothing": Range(0.0, 0.2),
+        "model.drop_path": Range(0.0, 0.3),
+        "data.rand_augment": Choice((None, "rand-m5-mstd0.5-inc1", "rand-m9-mstd0.5-inc1")),
+        "data.erase_prob": Range(0.0, 0.4),
+        "data.mixup": Range(0.0, 0.8),
+        "data.cutmix": Range(0.0, 1.0),
+    }
+    return Space(axes=axes)
+
+
+def free(base: TrainConfig) -> Space:
+    """Nothing but the axes that --space gives."""
+    return Space()
+
+
+SPACES: dict[str, Callable[[TrainConfig], Space]] = {
+    function.__name__: function for function in (positions, paper_table7, joins, recipe, free)
+}
+
+
+def build_space(name: str, base: TrainConfig, axes: Mapping[str, Axis], fixed: Sequence[str] = ()) -> Space:
+    """The named space of `base` and the given axes; a field in `fixed` keeps the value that `base` has.
+
+    Raises:
+        ValueError: the space is unknown, empty or contradictory; says how to mend it.
+    """
+    if name not in SPACES:
+        raise ValueError(f"space {name!r} is not known; known spaces are {', '.join(SPACES)}")
+    named = SPACES[name](base)
+    for each in fixed:
+        if each in axes:
+            raise ValueError(
+                f"{each} is both fixed by --{each} and searched by --space {each}; leave out one"
+            )
+    both = [each for each in axes if any(each in cell for cell in named.cells)]
+    if both:
+        raise ValueError(
+            f"the space {name} goes over {both[0]} itself; leave out --space {both[0]}, or use the space `free`"
+        )
+    current = flatten(base)
+    cells = [
+        cell for cell in named.cells if all(cell.get(each, current[each]) == current[each] for each in fixed)
+    ]
+    if not cells:
+        given = " ".join(f"--{each} {current[each]}" for each in fixed if each in PORTS)
+        raise ValueError(f"no cell of the space {name} has {given}; leave out one of these options")
+    kept = {each: axis for each, axis in named.axes.items() if each not in fixed} | dict(axes)
+    space = Space(cells=tuple(cells), axes=kept)
+    if len(cells) == 1 and not kept:
+        raise ValueError(
+            f"the space {name} holds a single cell, so there is nothing to search: fix fewer fields, "
+            "or add an axis such as --space optim.lr=choice(5e-4,1e-3)"
+        )
+    for point in space.points() if space.finite else _corners(space):
+        check_point(base, point)
+    return space
+
+
+def _corners(space: Space) -> list[dict[str, Any]]:
+    """Every combination of cells and choices, with ranges at their middle."""
+    choices = {each: a if isinstance(a, Choice) else Choice((a.at(0.5),)) for each, a in space.axes.items()}
+    return Space(cells=space.cells, axes=choices).points()
+
+
+def check_point(base: TrainConfig, point: Cell) -> TrainConfig:
+    """The config of a point; a ValueError names the point and the fix where its settings contradict each other."""
+    try:
+        config = replace_fields(base, point)
+        model = config.model
+        check_cell(model.position, model.join, model.bias, model.bias_join)
+    except ValueError as error:
+        settings = ", ".join(f"{each}={value}" for each, value in point.items())
+        raise ValueError(
+            f"the space holds a contradiction at {settings}: {error} "
+            "(the space `positions` leaves such cells out)"
+        ) from None
+    return config
+
+
+def label(point: Cell, fields: Sequence[str]) -> str:
+    """A short name: the values of `fields`, with ports that are not used and plain joins left out."""
+    parts = []
+    for each in fields:
+        value = point.get(each)
+        if each == "model.join" and point.get("model.position") == "none":
+            continue
+        if each in PORTS and (value == "none" or (each == "model.bias_join" and value == "basic")):
+            continue
+        parts.append(str(value) if each in PORTS[:3] else f"{each.partition('.')[2]}={_short(value)}")
+    return " ".join(parts) or "no position"
+
+
+def labels(points: Sequence[Cell]) -> list[str]:
+    """The name of each point, by the fields in which they differ."""
+    fields = differing(points) or list(points[0])
+    return [label(point, fields) for point in points]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else as_text(value)

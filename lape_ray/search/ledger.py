@@ -1,0 +1,171 @@
+"""What is known of each trial, kept in the storage as it happens: `trials/NNNN/trial.json` below the search's folder.
+
+A record holds everything that later decisions depend on, so that a search which was killed anywhere goes on from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lape_ray import storage
+
+State = Literal["running", "paused", "finished", "stopped", "failed"]
+OVER: tuple[State, ...] = ("finished", "stopped", "failed")
+RECORD = "search.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """What an epoch of a trial came to; `seconds` from the report before it, or from the trial's start."""
+
+    epoch: int
+    metrics: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clone:
+    """Population-based training: after `epoch`, the trial took over the weights of trial `source` and new values."""
+
+    epoch: int
+    source: int
+    values: Mapping[str, Any]
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One training run of a search.
+
+    Attributes:
+        number: its place among the trials, from 0
+        point: number of the point of the space; the same for its other seeds
+        label: the point in words
+        first: `section.field` -> value that it began with
+        crashes: times that workers died while they trained it
+        lineage: whom it was cloned from, in the order of epochs
+        loaded: for each clone, what it loaded: epoch, source and the weights' sha256
+        checkpoint: address of its best, or newest, checkpoint
+    """
+
+    number: int
+    point: int
+    seed: int
+    label: str
+    first: dict[str, Any]
+    state: State = "running"
+    error: str = ""
+    run_id: str = ""
+    crashes: int = 0
+    checkpoint: str = ""
+    epochs: list[Epoch] = field(default_factory=list)
+    lineage: list[Clone] = field(default_factory=list)
+    loaded: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """`section.field` -> value, as they are now."""
+        return self.values_before(None)
+
+    def values_before(self, epoch: int | None) -> dict[str, Any]:
+        """The values with which it came to the end of `epoch`, before it was cloned there; None: the latest."""
+        found = dict(self.first)
+        for clone in self.lineage:
+            if epoch is None or clone.epoch < epoch:
+                found |= clone.values
+        return found
+
+    @property
+    def id(self) -> str:
+        return f"{self.number:04}"
+
+    @property
+    def done(self) -> int:
+        """Epochs that have been reported."""
+        return self.epochs[-1].epoch if self.epochs else 0
+
+    @property
+    def seconds(self) -> float:
+        """Of training, evaluation and saving, of all epochs that were reported."""
+        return sum(one.seconds for one in self.epochs)
+
+    @property
+    def over(self) -> bool:
+        return self.state in OVER
+
+    def at(self, epoch: int, metric: str) -> float | None:
+        """The metric after `epoch`; None where it was not reported."""
+        for one in self.epochs:
+            if one.epoch == epoch:
+                return one.metrics.get(metric)
+        return None
+
+    def last(self, metric: str) -> float | None:
+        """The metric of the last epoch that has it."""
+        return next((one.metrics[metric] for one in reversed(self.epochs) if metric in one.metrics), None)
+
+    def best(self, metric: str, sign: int) -> float | None:
+        """The best value of any epoch."""
+        values = [one.metrics[metric] for one in self.epochs if metric in one.metrics]
+        return max(values, key=lambda value: sign * value) if values else None
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Trial:
+        values = json.loads(text)
+        values["first"] = {name: _tuples(value) for name, value in values["first"].items()}
+        values["epochs"] = [Epoch(**one) for one in values["epochs"]]
+        values["lineage"] = [
+            Clone(**{**one, "values": {n: _tuples(v) for n, v in one["values"].items()}})
+            for one in values["lineage"]
+        ]
+        return cls(**values)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where configs have tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Ledger:
+    """The records of one search below `folder`, a local path or a remote address."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def trial_folder(self, number: int) -> str:
+        return storage.join(self.folder, "trials", f"{number:04}")
+
+    def save(self, trial: Trial) -> None:
+        storage.write_text(storage.join(self.trial_folder(trial.number), "trial.json"), trial.to_json())
+
+    def load(self) -> list[Trial]:
+        """Every trial that was begun, by number. They are begun in order, so that the first gap ends them."""
+        trials: list[Trial] = []
+        while storage.exists(address := storage.join(self.trial_folder(len(trials)), "trial.json")):
+            trials.append(Trial.from_json(storage.read_text(address)))
+        return trials
+
+    def read_search(self) -> dict[str, Any] | None:
+        """The record of the search as a whole; None before there is one."""
+        address = storage.join(self.folder, RECORD)
+        if not storage.exists(address):
+            return None
+        values: dict[str, Any] = json.loads(storage.read_text(address))
+        return values
+
+    def write_search(self, values: Mapping[str, Any]) -> None:
+        storage.write_text(storage.join(self.folder, RECORD), json.dumps(dict(values), indent=1))
+
+
+def by_point(trials: Sequence[Trial]) -> dict[int, list[Trial]]:
+    """Trials of the same point, by its number."""
+    groups: dict[int, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(trial.point, []).append(trial)
+    return dict(sorted(groups.items()))

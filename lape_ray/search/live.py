@@ -1,0 +1,116 @@
+"""What a search shows while it goes on: a table that is drawn anew on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from lape_ray.metrics import duration
+from lape_ray.search.ledger import Trial
+from lape_ray.search.plan import Plan
+from lape_ray.search.tables import first_line
+
+DRAW_S = 0.5
+
+
+class Display:
+    """Shows one search on `out`. `lanes` maps a worker group to the number of the trial that it trains."""
+
+    def __init__(self, plan: Plan, out: TextIO = sys.stdout) -> None:
+        self._plan, self._out = plan, out
+        self.draws = out.isatty()
+        """Whether this is a terminal, on which the table is drawn anew."""
+        self._drawn = 0  # lines of the table as it stands on the terminal
+        self._next = 0.0
+        self._started = time.monotonic()
+        self._epochs_before: int | None = None
+
+    def line(self, text: str) -> None:
+        """A line that stays, above the table."""
+        self._wipe()
+        print(text, file=self._out, flush=True)
+
+    def reported(self, trial: Trial, trials: Sequence[Trial], decision: str) -> None:
+        """A trial has reported an epoch."""
+        if not self.draws:
+            words = {"go": "", "pause": "  pauses"}.get(decision, "  stopped: among the worse of its rung")
+            value = trial.last(self._plan.metric)
+            shown = "" if value is None else f"  {self._plan.metric} {value:.2f}"
+            place = f"epoch {trial.done:>{len(str(self._plan.epochs))}}/{self._plan.epochs}"
+            left = self.eta(trials)
+            self.line(f"trial {trial.id}  {trial.label} seed {trial.seed}  {place}{shown}{words}  ETA {left}")
+
+    def ended(self, trial: Trial, trials: Sequence[Trial]) -> None:
+        """A trial is over, or pauses."""
+        if trial.state == "failed":
+            self.line(f"trial {trial.id}  {trial.label} seed {trial.seed}  FAILED: {first_line(trial)}")
+        elif trial.over:
+            over = sum(each.over for each in trials)
+            value = trial.last(self._plan.metric)
+            shown = "–" if value is None else f"{value:.2f}"
+            self.line(
+                f"trial {trial.id}  {trial.label} seed {trial.seed}  {trial.state} after {duration(trial.seconds)}: "
+                f"{self._plan.metric} {shown}  ({over} of {self._plan.trials} trials)"
+            )
+
+    def eta(self, trials: Sequence[Trial]) -> str:
+        """Time until the last trial would end if none were stopped, by the speed of this session."""
+        done = sum(trial.done for trial in trials)
+        if self._epochs_before is None:
+            self._epochs_before = done
+            return "–"
+        if done == self._epochs_before:
+            return "–"
+        whole = sum(trial.done if trial.over else self._plan.epochs for trial in trials)
+        whole += (self._plan.trials - len(trials)) * self._plan.epochs
+        pace = (time.monotonic() - self._started) / (done - self._epochs_before)
+        return duration((whole - done) * pace)
+
+    def draw(self, trials: Sequence[Trial], lanes: Mapping[int, int]) -> None:
+        """Draw the table anew, if this is a terminal and it is time."""
+        if not self.draws or time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + DRAW_S
+        lines = self.table(trials, lanes, *shutil.get_terminal_size((100, 30)))
+        self._wipe()
+        self._out.write("\n".join(lines) + "\n")
+        self._out.flush()
+        self._drawn = len(lines)
+
+    def table(self, trials: Sequence[Trial], lanes: Mapping[int, int], width: int, height: int) -> list[str]:
+        """The table's lines: a head, then trials that train, then the latest of the others, as many as fit."""
+        plan = self._plan
+        over = sum(trial.over for trial in trials)
+        left = self.eta(trials)
+        head = f"{plan.name}: {over} of {plan.trials} trials over, {len(lanes)} training, ETA {left}"
+        training = [trial for trial in trials if trial.number in lanes.values()]
+        others = [trial for trial in trials if trial not in training]
+        room = max(1, height - 4 - len(training))
+        shown = [*sorted(others, key=lambda each: each.number)[-room:], *training]
+        wide = max([len(trial.label) for trial in shown], default=4)
+        wide = min(wide, max(8, width - 58))
+        names = (
+            f"{'trial':>5}  {'cell':{wide}}  {'seed':>4}  {'epoch':>9}  {plan.metric:>12}  {'time':>8}  state"
+        )
+        lines = [head, names]
+        for trial in shown:
+            value = trial.last(plan.metric)
+            metric = "" if value is None else f"{value:.2f}"
+            epoch = f"{trial.done}/{plan.epochs}"
+            state: str = "training" if trial in training else trial.state
+            state += f": {first_line(trial)}" if trial.error else ""
+            lines.append(
+                f"{trial.number:>5}  {trial.label[:wide]:{wide}}  {trial.seed:>4}  {epoch:>9}  {metric:>12}  "
+                f"{duration(trial.seconds):>8}  {state}"
+            )
+        return [line[: width - 1] for line in lines]
+
+    def _wipe(self) -> None:
+        if self._drawn:
+            self._out.write(
+                f"\x1b[{self._drawn}F\x1b[J"
+            )  # up to the table's first line, and clear what is below
+            self._drawn = 0

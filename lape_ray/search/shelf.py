@@ -1,0 +1,116 @@
+"""The checkpoints of one trial: written whole or not at all, and no more of them than are needed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lape_ray import storage
+from lape_ray.checkpoint import DamagedError, differences, read_meta, verify
+from lape_ray.config import TrainConfig
+
+PREFIX = "checkpoint-"
+CLONED = "clone.json"
+
+
+class Shelf:
+    """Checkpoint folders `checkpoint-STEP` below `folder`, a local path or a remote address."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def address(self, name: str) -> str:
+        return storage.join(self.folder, name)
+
+    def names(self) -> list[str]:
+        """The checkpoints, newest first."""
+        found = (name for name in storage.folders(self.folder) if name.startswith(PREFIX))
+        return sorted(found, reverse=True)
+
+    def put(self, step: int, write: Callable[[Path], None]) -> str:
+        """Keep what `write(folder)` writes as the checkpoint after `step`; returns its name."""
+        name = f"{PREFIX}{step:09}"
+        address = self.address(name)
+        with storage.staging(address) as folder:
+            write(folder)
+            storage.publish(folder, address, last="meta.json")
+        return name
+
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[Path]:
+        """A checkpoint as a local folder."""
+        yield storage.local(self.address(name))
+
+    def drop_all_but(self, names: set[str]) -> None:
+        for name in self.names():
+            if name not in names:
+                storage.delete_folder(self.address(name))
+
+    def newest_whole(self, config: TrainConfig, clone: Mapping[str, Any] | None) -> str | None:
+        """The newest checkpoint that is whole and of `config`; after a clone, only what came from it. None: none."""
+        for name in self.names():
+            with contextlib.suppress(DamagedError, OSError), self.opened(name) as folder:
+                verify(folder)
+                meta = read_meta(folder)
+                if differences(meta.config, config):
+                    continue
+                if clone is not None and meta.epochs_done <= clone["epoch"] and not _is_clone(folder, clone):
+                    continue
+                return name
+        return None
+
+    def clone(self, source: Shelf, config: TrainConfig, clone: Mapping[str, Any]) -> tuple[str, str]:
+        """Take over the checkpoint of `source` after the clone's epoch, as one of `config`.
+
+        Returns its name and the sha256 of its weights.
+
+        Raises:
+            DamagedError: the source has no whole checkpoint of that epoch.
+        """
+        for name in source.names():
+            with source.opened(name) as folder:
+                try:
+                    verify(folder)
+                    meta = read_meta(folder)
+                except DamagedError:
+                    continue
+                if meta.epochs_done != clone["epoch"] or meta.progress.step:
+                    continue
+
+                def write(target: Path, folder: Path = folder) -> None:
+                    _rewrite(folder, target, config, clone)
+
+                kept = self.put(meta.steps_done, write)
+                files = json.loads((folder / "meta.json").read_text())["files"]
+                return kept, str(files["model.safetensors"]["sha256"])
+        raise DamagedError(f"{source.folder} has no whole checkpoint of epoch {clone['epoch']} to be cloned")
+
+
+def _is_clone(folder: Path, clone: Mapping[str, Any]) -> bool:
+    file = folder / CLONED
+    return file.exists() and json.loads(file.read_text()) == {key: clone[key] for key in ("epoch", "source")}
+
+
+def _rewrite(source: Path, target: Path, config: TrainConfig, clone: Mapping[str, Any]) -> None:
+    """A copy of a checkpoint under another config; the optimizer's weight decay is the new one."""
+    from lape_ray.checkpoint import size_and_hash
+
+    for file in source.iterdir():
+        if file.name not in ("meta.json", CLONED, "optimizer.pt"):
+            shutil.copy(file, target)
+    state = torch.load(source / "optimizer.pt", map_location="cpu", weights_only=True)
+    for group in state["param_groups"]:
+        if group["weight_decay"]:  # 0 marks the parameters that are exempt
+            group["weight_decay"] = config.optim.weight_decay
+    torch.save(state, target / "optimizer.pt")
+    files = {file.name: size_and_hash(file) for file in sorted(target.iterdir())}
+    meta = replace(read_meta(source), config=config)
+    (target / CLONED).write_text(json.dumps({key: clone[key] for key in ("epoch", "source")}))
+    (target / "meta.json").write_text(meta.to_json(files))

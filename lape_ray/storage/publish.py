@@ -1,0 +1,100 @@
+"""Folders that appear whole: written on this machine, then brought to their place at once."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lape_ray.storage.address import absolute, is_remote
+from lape_ray.storage.files import delete_folder
+from lape_ray.storage.objects import listing
+from lape_ray.storage.transfer import upload_folder
+
+HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What waiting does not mend: no space, no permission."""
+
+
+@contextlib.contextmanager
+def staging(address: str) -> Iterator[Path]:
+    """An empty folder of this machine for what `publish` will bring to `address`; it is gone at the end."""
+    if is_remote(address):
+        with tempfile.TemporaryDirectory(prefix="lape-staging-") as temporary:
+            folder = Path(temporary, address.rpartition("/")[2])
+            folder.mkdir()
+            yield folder
+        return
+    target = Path(absolute(address))
+    folder = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, address: str, *, last: str = "") -> None:
+    """Bring a staged folder to its place, and replace what is there.
+
+    A local one appears all at once; of a remote one the file `last`, which marks it as whole, comes last.
+
+    Raises:
+        OSError: it could not be stored.
+    """
+    delete_folder(address)
+    if is_remote(address):
+        upload_folder(folder, address, last=last)
+        return
+    target = Path(absolute(address))
+    folder.replace(target)
+    parent = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+def patiently(work: Callable[[], None], seconds: float, tell: Callable[[str], None]) -> None:
+    """Do `work`, again and again for `seconds` where storage is away; `tell` hears of the first failure.
+
+    Raises:
+        OSError: the last failure, and at once one of `HOPELESS`.
+    """
+    deadline, pause, told = time.monotonic() + seconds, 1.0, False
+    while True:
+        try:
+            return work()
+        except OSError as error:
+            if error.errno in HOPELESS or time.monotonic() + pause > deadline:
+                raise
+            if not told:
+                tell(f"warning: storage fails, trying again for {seconds:g} s: {error}")
+            told = True
+            time.sleep(pause)
+            pause = min(2 * pause, 15.0)
+
+
+def folders(address: str) -> list[str]:
+    """Names of the folders in a folder; none where it does not exist."""
+    if is_remote(address):
+        below = f"{address.rstrip('/')}/"
+        rest = (one.address.removeprefix(below) for one in listing(below))
+        return sorted({name.partition("/")[0] for name in rest if "/" in name})
+    folder = Path(absolute(address))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def free_bytes(address: str) -> int | None:
+    """Space left where `address` lies or will lie; None: that is not known, as for s3://."""
+    if is_remote(address):
+        return None
+    folder = Path(absolute(address))
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,96 @@
+"""What the driver of a run and its workers share while it goes on: the wish to end it, and how often it failed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.train import UserCallback
+
+
+class Supervisor:
+    """An actor, one for each run, on the driver's node; it ends with the driver.
+
+    Args:
+        max_failures: failures of workers between two checkpoints that the run survives.
+    """
+
+    def __init__(self, max_failures: int) -> None:
+        self._stop = asyncio.Event()
+        self._max_failures = max_failures
+        self._checkpoint: str | None = None
+        self._failures: list[str] = []
+
+    async def stop(self) -> None:
+        """Ask the workers to end after a checkpoint."""
+        self._stop.set()
+
+    async def until_stop(self) -> None:
+        """Returns when the workers are asked to end."""
+        await self._stop.wait()
+
+    async def failed(self, reason: str) -> None:
+        """Workers failed."""
+        self._failures.append(reason)
+
+    async def started(self, checkpoint: str | None) -> str:
+        """Workers start from `checkpoint`; returns why they had better not, or nothing."""
+        if checkpoint != self._checkpoint:
+            self._checkpoint, self._failures = checkpoint, []
+        if len(self._failures) <= self._max_failures:
+            return ""
+        return (
+            f"workers failed {len(self._failures)} times without a new checkpoint (run.max_failures="
+            f"{self._max_failures}), the last time with: {self._failures[-1]}"
+        )
+
+
+class FailureCount(UserCallback):
+    """Tells the supervisor of every failure that Ray Train's controller sees."""
+
+    def __init__(self, supervisor: Any) -> None:
+        self.supervisor = supervisor
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        reasons = [str(error).strip() or repr(error) for error in worker_exceptions.values()]
+        self.supervisor.failed.remote(reasons[0].splitlines()[-1])
+
+
+class StopRequest:
+    """A worker's view of the wish to end; asking costs no waiting."""
+
+    def __init__(self, supervisor: Any) -> None:
+        self._wish = supervisor.until_stop.remote()
+
+    def __bool__(self) -> bool:
+        ready, _ = ray.wait([self._wish], timeout=0)
+        return bool(ready)
+
+
+@contextlib.contextmanager
+def sigterm_stops(supervisor: Any) -> Iterator[None]:
+    """While this is open, SIGTERM asks the workers for a checkpoint and the end; a second one ends the process.
+
+    Outside of the main thread, where no signal arrives, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, before)
+        print("SIGTERM: the run ends after a checkpoint; a second one ends it at once", flush=True)
+        # A call into Ray may not interrupt the one that the main thread is in.
+        threading.Thread(target=supervisor.stop.remote, daemon=True).start()
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
