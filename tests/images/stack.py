@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -196,19 +198,22 @@ class Stack:
 
     # --- looking ---
 
-    def picture(self, name: str, page: str) -> None:
-        """What a browser shows of a page of MLflow."""
+    def picture(self, name: str, page: str, words: Sequence[str]) -> None:
+        """What a browser shows of a page of MLflow, in which these words must stand."""
         target = self.work / name
         target.unlink(missing_ok=True)
-        address = f"{self.mlflow.replace('://', f'://{self.user}:{self.password}@')}/{page}"
         command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
         command += [
             f"--user-data-dir={self.work}/chromium",
             "--window-size=1500,1100",
-            "--virtual-time-budget=40000",
+            "--virtual-time-budget=60000",
         ]
-        self.run([*command, f"--screenshot={target}", address], timeout_s=180)
-        assert target.stat().st_size > 20_000, f"{target} is too small to show anything"
+        with logged_in(self.mlflow, self.admin) as door:
+            text = self.run([*command, "--dump-dom", f"{door}/{page}"], timeout_s=600)
+            missing = [word for word in words if word not in text]
+            assert not missing, f"{page} does not show {missing}"
+            self.run([*command, f"--screenshot={target}", f"{door}/{page}"], timeout_s=600)
+        assert target.exists()
 
     def places_where_secrets_could_be(self) -> dict[str, str]:
         places = {}
@@ -238,3 +243,40 @@ class Stack:
         dump = ["pg_dump", "-U", "mlflow", "-d", "mlflow"]
         places["MLflow's database"] = self.execute("postgres", dump)
         return places
+
+
+@contextlib.contextmanager
+def logged_in(server: str, headers: Mapping[str, str]) -> Iterator[str]:
+    """The address of a proxy that adds a password: pages of an address which holds one may not fetch anything."""
+
+    class Door(http.server.BaseHTTPRequestHandler):
+        def pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
+            kept = {key: self.headers[key] for key in ("Content-Type", "Accept") if key in self.headers}
+            request = urllib.request.Request(
+                server + self.path, body, {**kept, **headers}, method=self.command
+            )
+            try:
+                answer = urllib.request.urlopen(request, timeout=120)
+            except urllib.error.HTTPError as error:
+                answer = error
+            content = answer.read()
+            self.send_response(answer.status)
+            for key in ("Content-Type", "Cache-Control"):
+                if key in answer.headers:
+                    self.send_header(key, answer.headers[key])
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = pass_on
+
+        def log_message(self, *_: object) -> None: ...
+
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}"
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
