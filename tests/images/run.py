@@ -171,7 +171,9 @@ def a_browser_shows_run_and_charts(stack: Stack) -> str:
     page = f"#/experiments/{run['experiment_id']}/runs/{run['run_id']}"
     stack.picture("run.png", f"{page}?workflowType=machine_learning", ["stack-demo", "best/acc1", "Finished"])
     stack.picture(
-        "charts.png", f"{page}/model-metrics?workflowType=machine_learning", ["val/acc1", "train/loss"]
+        "charts.png",
+        f"{page}/model-metrics?workflowType=machine_learning",
+        ["main-svg", "(train/images_per_s)"],
     )
     return "run.png, charts.png"
 

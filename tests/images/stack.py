@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import http.server
@@ -16,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from browser import chromium, photograph
 from images import IMAGES, ROOT
 
 PROJECT = "lape-images-test"
@@ -202,18 +204,8 @@ class Stack:
         """What a browser shows of a page of MLflow, in which these words must stand."""
         target = self.work / name
         target.unlink(missing_ok=True)
-        command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += [
-            f"--user-data-dir={self.work}/chromium",
-            "--window-size=1500,1100",
-            "--virtual-time-budget=60000",
-        ]
-        with logged_in(self.mlflow, self.admin) as door:
-            text = self.run([*command, "--dump-dom", f"{door}/{page}"], timeout_s=600)
-            missing = [word for word in words if word not in text]
-            assert not missing, f"{page} does not show {missing}"
-            self.run([*command, f"--screenshot={target}", f"{door}/{page}"], timeout_s=600)
-        assert target.exists()
+        with logged_in(self.mlflow, self.admin) as door, chromium(self.work / "chromium", 19222) as browser:
+            asyncio.run(photograph(browser, f"{door}/{page}", target, words, timeout_s=300))
 
     def places_where_secrets_could_be(self) -> dict[str, str]:
         places = {}
