@@ -43,6 +43,9 @@ demo-tune: setup ## which position embedding and which join: 28 trials, a table 
 test: setup ## the tests, without the slow ones
 	$(PYTHON) -m pytest -m "not slow"
 
+test-faults: setup ## the tests that kill workers, drivers, servers and nodes
+	$(PYTHON) -m pytest -m faults
+
 test-slow: setup ## the slow tests
 	$(PYTHON) -m pytest -m slow
 

@@ -1,0 +1,81 @@
+"""What the tests of faults share: strikes at a chosen moment, and the table of what they cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import psutil
+from service import Service
+
+# 20 epochs of 5 steps, each a log step; checkpoints after the third step and the last. Long enough for a fault within.
+LONG: dict[str, object] = {
+    "optim__epochs": 20,
+    "run__eval_epochs": 20,
+    "run__checkpoint_steps": 3,
+    "run__log_steps": 1,
+}
+
+
+@dataclass
+class Strike:
+    """Something that happens once `file` is there, in a thread."""
+
+    file: Path
+    action: Callable[[], object]
+    at: float = 0.0
+    """When, in seconds since 1970; 0: not yet."""
+
+    def run(self) -> None:
+        while not self.file.exists():
+            time.sleep(0.01)
+        self.action()
+        self.at = time.time()
+
+    @contextmanager
+    def armed(self) -> Iterator[Strike]:
+        thread = threading.Thread(target=self.run, daemon=True)
+        thread.start()
+        yield self
+        thread.join(5)
+        assert self.at, f"{self.file} never appeared"
+
+
+def workers(service: Service) -> list[psutil.Process]:
+    """The training processes of the cluster, in the order in which they started."""
+    found = [
+        process
+        for process in psutil.Process(service.cluster.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def add_row(fault: str, recovery_s: float | None, steps_repeated: int | None) -> None:
+    """Add what a fault cost to the table at $LAPE_RAY_FAULT_TABLE, if there is one."""
+    row = {"fault": fault, "recovery_s": recovery_s, "steps_repeated": steps_repeated}
+    print(row)
+    if table := os.environ.get("LAPE_RAY_FAULT_TABLE"):
+        with Path(table).open("a") as opened:
+            opened.write(json.dumps(row) + "\n")
+
+
+def note_cost(service: Service, run_id: str, fault: str, struck: float, output: str = "") -> None:
+    """Note the seconds to the next new step of a run, and how many were repeated, as its output tells."""
+    points = mlflow.MlflowClient(service.uri).get_metric_history(run_id, "train/loss")
+    before = max((point.step for point in points if point.timestamp / 1000 <= struck), default=0)
+    after = [point.timestamp / 1000 for point in points if point.step > before]
+    resumed = re.findall(r"continuing after epoch (\d+) of \d+(?: and step (\d+) of (\d+))?", output)
+    repeated = None
+    if resumed:
+        epoch, step, _ = resumed[-1]
+        repeated = max(0, before - (5 * int(epoch) + int(step or 0)))
+    add_row(fault, round(min(after) - struck, 1) if after else None, repeated)

@@ -1,0 +1,199 @@
+"""Faults that long runs die of, done to real runs: each ends with the history of one that nothing happened to."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from faults import LONG, Strike, note_cost, workers
+from service import ROOT, Service
+from tracking_server import history, tracking_server
+
+from lape_ray.launch import WorkersFailedError, fit
+from lape_ray.worker import StorageError
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.faults]
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(service: Service) -> list[float]:
+    return service.losses(service.run(fit(service.config(run__name="undisturbed", **LONG)).mlflow_run_id))
+
+
+def folder(service: Service, name: str, step: int) -> Path:
+    return service.home / "runs" / name / f"checkpoint-step-{step:09}"
+
+
+def no_litter(service: Service, name: str) -> None:
+    """As many checkpoints as are kept, and nothing half written."""
+    found = [path.name for path in (service.home / "runs" / name).iterdir() if path.is_dir()]
+    assert all(each.startswith("checkpoint-") for each in found)
+    assert len(found) <= 3
+
+
+def job(service: Service, name: str, *words: str) -> subprocess.Popen[str]:
+    """The driver of a run as a process of its own; its output is one stream."""
+    changes = [f"--{key.replace('__', '.')}={value}" for key, value in LONG.items()]
+    command = [sys.executable, "-u", str(ROOT / "jobs/imagenet_deit.py"), "smoke", f"--run.name={name}"]
+    command += [*service.data(), *changes, "--run.pages=false", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def losses(uri: str, run_id: str) -> list[float]:
+    return [loss for loss, _ in history(uri, run_id).values()]
+
+
+def test_a_killed_worker(
+    service: Service, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL; the loop goes on from the last checkpoint, and nothing is logged twice or left out."""
+    strike = Strike(folder(service, "killed", 28), lambda: workers(service)[-1].kill())
+    with strike.armed():
+        result = fit(service.config(run__name="killed", **LONG))
+    output = capfd.readouterr().out
+    assert service.losses(service.run(result.mlflow_run_id)) == undisturbed
+    assert re.search(r"continuing after epoch \d+ of 20", output), output
+    no_litter(service, "killed")
+    note_cost(service, result.mlflow_run_id, "worker SIGKILL", strike.at, output)
+
+
+def test_sigterm_with_ten_seconds_of_grace(service: Service, undisturbed: list[float]) -> None:
+    """A checkpoint and the end within the grace; the same command goes on behind the step where it stopped."""
+    first = job(service, "terminated")
+    with Strike(folder(service, "terminated", 28), first.terminate).armed() as strike:
+        output, _ = first.communicate(timeout=600)
+    took = time.time() - strike.at
+    assert first.returncode == 143, output
+    stopped = re.search(r"error: stopped after epoch (\d+) and step (\d+) of 5, with a checkpoint", output)
+    assert stopped, output
+    assert took < 10, f"the run took {took:.1f} s to end"
+    assert service.run_of(output).info.status == "KILLED"
+    second = job(service, "terminated")
+    rest, _ = second.communicate(timeout=600)
+    assert second.returncode == 0, rest
+    within = f" and step {stopped[2]} of 5" if stopped[2] != "5" else ""
+    assert f"continuing after epoch {stopped[1]} of 20{within}" in rest or stopped[2] == "5", rest
+    assert service.run_of(rest).info.run_id == service.run_of(output).info.run_id
+    assert service.losses(service.run_of(rest)) == undisturbed
+    note_cost(service, service.run_of(rest).info.run_id, "SIGTERM, then submitted again", strike.at, rest)
+
+
+@slow
+def test_a_killed_driver(service: Service, undisturbed: list[float]) -> None:
+    first = job(service, "driverless")
+    with Strike(folder(service, "driverless", 28), first.kill).armed() as strike:
+        first.communicate(timeout=600)
+    assert first.returncode == -signal.SIGKILL
+    second = job(service, "driverless")
+    output, _ = second.communicate(timeout=600)
+    assert second.returncode == 0, output
+    assert "run driverless exists and is not finished: continuing it" in output
+    assert service.losses(service.run_of(output)) == undisturbed
+    assert service.run_of(output).info.status == "FINISHED"
+    no_litter(service, "driverless")
+    note_cost(
+        service, service.run_of(output).info.run_id, "driver SIGKILL, then submitted again", strike.at, output
+    )
+
+
+@slow
+def test_a_hung_worker(service: Service, capfd: pytest.CaptureFixture[str]) -> None:
+    """SIGSTOP of one of two; the other says so after run.timeout_s, and both begin anew."""
+    changes = {**LONG, "run__num_workers": 2, "run__timeout_s": 10}
+    whole = service.losses(service.run(fit(service.config(run__name="two", **changes)).mlflow_run_id))
+    capfd.readouterr()
+    strike = Strike(folder(service, "hung", 28), lambda: workers(service)[-1].suspend())
+    with strike.armed():
+        result = fit(service.config(run__name="hung", **changes))
+    output = capfd.readouterr().out
+    assert service.losses(service.run(result.mlflow_run_id)) == whole
+    assert "continuing after epoch" in output
+    note_cost(
+        service, result.mlflow_run_id, "worker SIGSTOP, two workers, --run.timeout_s 10", strike.at, output
+    )
+
+
+@slow
+def test_a_full_disk(service: Service, tmp_path: Path) -> None:
+    """One line, a checkpoint that is whole, and a run that goes on once there is space."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], check=True)
+    ballast = small / "ballast"
+    try:
+        words = {**LONG, "run__storage": str(small), "run__keep_checkpoints": 1}
+        config = service.config(run__name="full", **words)
+
+        def fill() -> None:
+            with pytest.raises(OSError, match="No space"), ballast.open("wb", buffering=0) as opened:
+                while True:
+                    opened.write(bytes(4096))
+
+        strike = Strike(small / "full" / "checkpoint-step-000000028", fill)
+        with strike.armed(), pytest.raises(StorageError, match=r"could not be stored: .*No space left"):
+            fit(config)
+        ballast.unlink()
+        result = fit(config)
+        assert len(service.losses(service.run(result.mlflow_run_id))) == 100
+        note_cost(service, result.mlflow_run_id, "disk full, then space and submitted again", strike.at)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@slow
+def test_tracking_that_is_away_for_a_while_and_a_worker_that_dies_meanwhile(
+    service: Service, undisturbed: list[float], tmp_path: Path
+) -> None:
+    """What the dead worker had not sent is in the checkpoint that the next one goes on from."""
+    with tracking_server(tmp_path) as server:
+        away = Strike(folder(service, "away", 13), server.kill)
+        dies = Strike(folder(service, "away", 48), lambda: workers(service)[-1].kill())
+        back = Strike(folder(service, "away", 78), server.start)
+        with away.armed(), dies.armed(), back.armed():
+            result = fit(service.config(run__name="away", run__tracking_uri=server.uri, **LONG))
+        assert result.tracked
+        assert losses(server.uri, result.mlflow_run_id) == undisturbed
+        assert mlflow.MlflowClient(server.uri).get_run(result.mlflow_run_id).info.status == "FINISHED"
+
+
+@slow
+def test_tracking_that_is_gone_until_the_run_is_submitted_again(
+    service: Service, undisturbed: list[float], tmp_path: Path
+) -> None:
+    """The training comes to its end without it; the same command, later, completes the history and the artifacts."""
+    with tracking_server(tmp_path) as server:
+        config = service.config(run__name="gone", run__tracking_uri=server.uri, **LONG)
+        with Strike(folder(service, "gone", 13), server.kill).armed():
+            first = fit(config)
+        assert not first.tracked
+        assert "submit the same command again to complete it" in first.summary()
+        server.start()
+        second = fit(config)
+        assert second.tracked
+        assert second.mlflow_run_id == first.mlflow_run_id
+        assert losses(server.uri, second.mlflow_run_id) == undisturbed
+        client = mlflow.MlflowClient(server.uri)
+        assert client.get_run(second.mlflow_run_id).info.status == "FINISHED"
+        assert "model/model.safetensors" in {
+            file.path for file in client.list_artifacts(second.mlflow_run_id, "model")
+        }
+
+
+def test_a_run_that_fails_again_and_again_gives_up_and_says_why(service: Service) -> None:
+    """The worker's own words, and not Ray's; a run that comes forward in between would go on."""
+    first = fit(service.config(run__name="broken", run__stop_after_epochs=1))
+    meta = service.home / "runs/broken/checkpoint-epoch-000001/meta.json"
+    meta.write_text(meta.read_text().replace('"world_size"', '"word_size"'))
+    with pytest.raises(WorkersFailedError, match=r"failed 2 times without a new checkpoint .*=1.*world_size"):
+        fit(service.config(run__name="broken", run__max_failures=1, optim__epochs=1))
+    assert service.run(first.mlflow_run_id).info.status == "FAILED"
