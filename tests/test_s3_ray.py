@@ -20,7 +20,7 @@ from lape_ray.local_cluster import LocalCluster, executable, local_cluster
 from lape_ray.storage import s3
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

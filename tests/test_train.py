@@ -6,6 +6,7 @@ import contextlib
 import math
 import multiprocessing as mp
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -143,6 +144,26 @@ def test_losses_fall_and_lines_read_well() -> None:
     assert "images/s  ETA 0:00:" in recorder.lines[0]
     assert recorder.lines[3].startswith("epoch 1/6 done  val loss ")
     assert {"val/acc1", "val/acc5", "val/loss", "val_ema/acc1", "train/epoch_loss"} <= set(recorder.epochs[0])
+
+
+def test_a_step_says_how_long_it_waited_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, times = MemoryLoader.epoch, []
+
+    def slow(
+        self: MemoryLoader, epoch: int, *, start: int = 0
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in real(self, epoch, start=start):
+            time.sleep(0.05)
+            yield batch
+
+    class Clock(Recorder):
+        def step(self, metrics: dict[str, float], *, step: int) -> None:
+            times.append((metrics["train/data_wait_s"], metrics["train/step_s"]))
+
+    monkeypatch.setattr(MemoryLoader, "epoch", slow)
+    train_module.train(smoke(optim__epochs=1), device=CPU, reporter=Clock())
+    assert len(times) == 3
+    assert all(0.05 <= wait < whole for wait, whole in times)
 
 
 @pytest.mark.parametrize("after", [1, 2])

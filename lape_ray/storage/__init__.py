@@ -4,7 +4,7 @@
     s3         the connection: who we are, what is tried again, and errors that say the fix
     objects    listing, small texts and deletion
     transfer   large files, in parallel parts, with checksums
-    staging    copies of S3 objects on this machine, made once and used by all its processes
+    copies     copies of S3 objects on this machine, made once and used by all its processes
     files      the same few verbs for folders and for S3
     publish    folders that appear whole
 
@@ -12,6 +12,7 @@ Credentials, region and endpoint of S3 come from the usual environment variables
 """
 
 from lape_ray.storage.address import absolute, home, is_remote, join
+from lape_ray.storage.copies import cache, local, stage
 from lape_ray.storage.files import (
     check_writable,
     delete_folder,
@@ -23,7 +24,6 @@ from lape_ray.storage.files import (
 )
 from lape_ray.storage.objects import Object, listing
 from lape_ray.storage.publish import folders, free_bytes, patiently, publish, staging
-from lape_ray.storage.staging import cache, local, stage
 from lape_ray.storage.transfer import upload, upload_folder
 
 __all__ = [

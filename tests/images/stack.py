@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from browser import chromium, photograph
 from images import IMAGES, ROOT
 
 PROJECT = "lape-images-test"
@@ -34,10 +38,11 @@ class Stack:
         "    except e.HTTPError as error: print(error.code)\n"
     )
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, *, fresh: bool) -> None:
         self.work = work
         self.environment = work / "stack.env"
-        self.environment.unlink(missing_ok=True)
+        if fresh:
+            self.environment.unlink(missing_ok=True)
         subprocess.run([str(ROOT / "docker/make-env"), str(self.environment)], check=True)
         values = dict(
             line.split("=", 1)
@@ -57,7 +62,7 @@ class Stack:
 
     # --- the stack ---
 
-    def run(self, command: Sequence[str], *, ok: bool = True, timeout_s: float = 900) -> str:
+    def run(self, command: Sequence[str], *, ok: bool = True, timeout_s: float = 1800) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT)
         if ok and done.returncode:
             raise RuntimeError(
@@ -65,12 +70,13 @@ class Stack:
             )
         return done.stdout
 
-    def up(self) -> None:
-        self.down()
+    def up(self, *, fresh: bool) -> None:
         began = time.monotonic()
-        self.run([*self.compose, "up", "-d", "--no-build"])
-        self._wait(lambda: self.status(f"{self.mlflow}/health") == 200, "MLflow", 240)
-        self._wait(lambda: self.status(f"{self.ray}/api/jobs/", self.token) == 200, "Ray", 240)
+        if fresh:
+            self.down()
+            self.run([*self.compose, "up", "-d", "--no-build"])
+        self._wait(lambda: self.status(f"{self.mlflow}/health") == 200, "MLflow", 900)
+        self._wait(lambda: self.status(f"{self.ray}/api/jobs/", self.token) == 200, "Ray", 900)
         print(f"stack is up: {time.monotonic() - began:.0f} s", flush=True)
 
     def down(self) -> None:
@@ -134,7 +140,7 @@ class Stack:
                 found[0] = int(self.execute("ray-head", ["python", "-c", code]).split()[-1])
             return found[0] == count
 
-        self._wait(enough, f"a cluster of {count} nodes", 180)
+        self._wait(enough, f"a cluster of {count} nodes", 600)
         return found[0]
 
     def mlflow_run(self, name: str = "stack-demo") -> dict[str, dict[str, object]]:
@@ -160,7 +166,7 @@ class Stack:
 
     def submit_demo(self, *words: str, ok: bool = True) -> str:
         command, environment = self._demo(*words)
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000)
         name = "demo" if ok else "demo-refused"
         (self.work / f"log-{name}.txt").write_text(done.stdout + done.stderr)
         if ok and done.returncode:
@@ -178,7 +184,7 @@ class Stack:
             try:
                 yield
             finally:
-                process.wait(600)
+                process.wait(3000)
 
     def scrape_until(self, names: Sequence[str], timeout_s: float) -> str:
         pages = [""]
@@ -194,19 +200,12 @@ class Stack:
 
     # --- looking ---
 
-    def picture(self, name: str, page: str) -> None:
-        """What a browser shows of a page of MLflow."""
+    def picture(self, name: str, page: str, words: Sequence[str]) -> None:
+        """What a browser shows of a page of MLflow, in which these words must stand."""
         target = self.work / name
         target.unlink(missing_ok=True)
-        address = f"{self.mlflow.replace('://', f'://{self.user}:{self.password}@')}/{page}"
-        command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += [
-            f"--user-data-dir={self.work}/chromium",
-            "--window-size=1500,1100",
-            "--virtual-time-budget=40000",
-        ]
-        self.run([*command, f"--screenshot={target}", address], timeout_s=180)
-        assert target.stat().st_size > 20_000, f"{target} is too small to show anything"
+        with logged_in(self.mlflow, self.admin) as door, chromium(self.work / "chromium", 19222) as browser:
+            asyncio.run(photograph(browser, f"{door}/{page}", target, words, timeout_s=300))
 
     def places_where_secrets_could_be(self) -> dict[str, str]:
         places = {}
@@ -236,3 +235,40 @@ class Stack:
         dump = ["pg_dump", "-U", "mlflow", "-d", "mlflow"]
         places["MLflow's database"] = self.execute("postgres", dump)
         return places
+
+
+@contextlib.contextmanager
+def logged_in(server: str, headers: Mapping[str, str]) -> Iterator[str]:
+    """The address of a proxy that adds a password: pages of an address which holds one may not fetch anything."""
+
+    class Door(http.server.BaseHTTPRequestHandler):
+        def pass_on(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)) or None
+            kept = {key: self.headers[key] for key in ("Content-Type", "Accept") if key in self.headers}
+            request = urllib.request.Request(
+                server + self.path, body, {**kept, **headers}, method=self.command
+            )
+            try:
+                answer = urllib.request.urlopen(request, timeout=120)
+            except urllib.error.HTTPError as error:
+                answer = error
+            content = answer.read()
+            self.send_response(answer.status)
+            for key in ("Content-Type", "Cache-Control"):
+                if key in answer.headers:
+                    self.send_header(key, answer.headers[key])
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = pass_on
+
+        def log_message(self, *_: object) -> None: ...
+
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{proxy.server_port}"
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
