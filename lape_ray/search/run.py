@@ -223,7 +223,7 @@ class _Conductor:
                 trial.number, message["epoch"], message["metrics"],
                 seconds=message["seconds"], checkpoint=message["checkpoint"],
             )  # fmt: skip
-            self.display.reported(trial, self.engine.trials, decision)
+            self.display.reported(trial, self.engine.trials, decision, lanes=len(self._training))
             answer = decision
         elif kind == "loaded":
             self.engine.loaded(trial.number, message["what"])
