@@ -219,3 +219,8 @@ def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Any]
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     return dict(loaded), None
+
+
+def described(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file of a folder, as meta.json keeps them."""
+    return {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}

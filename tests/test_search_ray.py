@@ -324,10 +324,7 @@ def test_a_distributed_trial_survives_its_workers(
     assert len(killed) == 1
     assert sum(trial.crashes for trial in found.trials) == 1
     assert [trial.state for trial in found.trials] == ["finished"] * 2
-    assert (
-        "goes on from its newest checkpoint, as it was interrupted: its workers died"
-        in capfd.readouterr().out
-    )
+    assert "goes on from its newest checkpoint, as it was interrupted: " in capfd.readouterr().out
     for trial in found.trials:
         config = replace_fields(Engine(found.plan, Ledger("unused")).config(trial), {"run.num_workers": 1})
         expected = [metrics["val/loss"] for metrics in alone(config)]
