@@ -123,11 +123,11 @@ def verify(folder: Path) -> None:
         file = folder / name
         if not file.is_file():
             raise DamagedError(f"{file} is missing")
-        if size_and_hash(file) != expected:
+        if _size_and_hash(file) != expected:
             raise DamagedError(f"{file} is damaged: its size or sha256 is not the one in meta.json")
 
 
-def size_and_hash(file: Path) -> dict[str, Any]:
+def _size_and_hash(file: Path) -> dict[str, Any]:
     """What meta.json says of a file: its `bytes`, and its `sha256` in hexadecimal."""
     with file.open("rb") as opened:
         return {
@@ -173,7 +173,7 @@ def save(folder: Path, state: Snapshot, meta: Meta) -> None:
     if state.ema is not None:
         save_file(dict(state.ema), folder / "ema.safetensors")
     torch.save(dict(state.optimizer), folder / "optimizer.pt")
-    files = {file.name: size_and_hash(file) for file in sorted(folder.iterdir())}
+    files = described(folder)
     (folder / "meta.json").write_text(meta.to_json(files))
     for file in folder.iterdir():
         with file.open("rb") as opened:
@@ -248,3 +248,8 @@ def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Any]
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     return dict(loaded), None
+
+
+def described(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file of a folder, as meta.json keeps them."""
+    return {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text().replace("\\\n", " ")
 JOBS = re.findall(r"python (jobs/\S+\.py)(.*)", TEXT)
-SHORT = {"imagenet_deit.py": ["--dump"]}
+SHORT = {"imagenet_deit.py": ["--dump"], "tune_position.py": ["--list"]}
 
 
 @pytest.mark.parametrize(("job", "words"), JOBS, ids=[f"{job} {words[:30]}" for job, words in JOBS])
 def test_a_command_of_the_readme_is_understood(job: str, words: str) -> None:
     """The exact command with an option that ends it before it works on data."""
-    command = [sys.executable, str(ROOT / job), *words.split(), *SHORT.get(Path(job).name, ["--help"])]
+    command = [sys.executable, str(ROOT / job), *shlex.split(words), *SHORT.get(Path(job).name, ["--help"])]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -537,11 +537,11 @@ def test_the_table_on_a_terminal_and_lines_in_a_log(result: tuple[Plan, Engine])
     for out in (terminal, log):
         display = Display(plan, out)
         display.draw(engine.trials, {0: 14})
-        display.reported(engine.trials[14], engine.trials, "go")
+        display.reported(engine.trials[14], engine.trials, "go", lanes=2)
         display.ended(engine.trials[2], engine.trials)
         display.ended(engine.trials[14], engine.trials)
     assert log.getvalue().splitlines() == [
-        "trial 0014  lape_shared seed 2  epoch 3/3  val/acc1 85.00  ETA –",
+        "trial 0014  lape_shared seed 2  epoch 3/3  val/acc1 85.00  ETA 0:00:00",
         "trial 0002  unshare seed 0  FAILED: ValueError: no",
         "trial 0014  lape_shared seed 2  finished after 0:00:06: val/acc1 85.00  (15 of 15 trials)",
     ]

@@ -29,7 +29,7 @@ from lape_ray.search.run import search
 from lape_ray.search.shelf import Shelf
 from lape_ray.train import train
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 CPU = torch.device("cpu")
 
 
@@ -198,8 +198,13 @@ def test_a_killed_search_continues_to_what_an_undisturbed_one_gives(
     command = [sys.executable, str(ROOT / "jobs/tune_position.py"), *words]
     ledger = Ledger(str(service.home / "runs/killed"))
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def three_are_over() -> bool:
+        assert first.poll() is None, first.communicate()[0][-3000:]
+        return sum(trial.over for trial in ledger.load()) >= 3
+
     try:
-        wait_for(lambda: sum(trial.over for trial in ledger.load()) >= 3, "three trials", timeout_s=300)
+        wait_for(three_are_over, "the end of three trials", timeout_s=600)
     finally:
         first.kill()
         first.communicate()
@@ -235,13 +240,14 @@ def test_asha_stops_losers_and_a_failing_trial_is_shown(
         service,
         axes=["data.rand_augment=choice(none,rand-m5-mstd0.5-inc1,bogus)", "optim.lr=choice(1e-3,1e-7)"],
         schedule="asha",
+        metric="val/loss",
         eta=2,
         overrides={"optim.epochs": 4, "run.name": "asha"},
     )
     found = search(given, concurrent=1)
     states = {trial.label: (trial.state, trial.done) for trial in found.trials}
-    assert states["rand_augment=None lr=0.001"] == ("finished", 4)
-    assert states["rand_augment=None lr=1e-07"] == ("stopped", 1)
+    assert states["rand_augment=none lr=0.001"] == ("finished", 4)
+    assert states["rand_augment=none lr=1e-07"] == ("stopped", 1)
     for trial in found.trials[4:]:
         assert (trial.state, trial.done) == ("failed", 0)
         assert trial.error.startswith("ValueError: ")
@@ -252,7 +258,7 @@ def test_asha_stops_losers_and_a_failing_trial_is_shown(
         assert "bogus" in run.data.tags["error"]
     output = capfd.readouterr().out
     assert re.search(
-        r"trial 0001 .* epoch 1/4  val/acc1 [\d.]+  stopped: among the worse of its rung", output
+        r"trial 0001 .* epoch 1/4  val/loss [\d.]+  stopped: among the worse of its rung", output
     )
     assert re.search(r"trial 0004 .* FAILED: ValueError: .*bogus", output)
     assert "bogus" in Path(found.page).read_text()
@@ -306,7 +312,7 @@ def test_a_distributed_trial_survives_its_workers(
     killed: list[int] = []
 
     def kill() -> None:
-        wait_for(lambda: any(trial.done == 1 for trial in ledger.load()), "an epoch", timeout_s=300)
+        wait_for(lambda: any(trial.done == 1 for trial in ledger.load()), "an epoch", timeout_s=600)
         process = train_workers(service)[0]
         process.kill()
         killed.append(process.pid)
@@ -318,10 +324,7 @@ def test_a_distributed_trial_survives_its_workers(
     assert len(killed) == 1
     assert sum(trial.crashes for trial in found.trials) == 1
     assert [trial.state for trial in found.trials] == ["finished"] * 2
-    assert (
-        "goes on from its newest checkpoint, as it was interrupted: its workers died"
-        in capfd.readouterr().out
-    )
+    assert "goes on from its newest checkpoint, as it was interrupted: " in capfd.readouterr().out
     for trial in found.trials:
         config = replace_fields(Engine(found.plan, Ledger("unused")).config(trial), {"run.num_workers": 1})
         expected = [metrics["val/loss"] for metrics in alone(config)]
@@ -329,7 +332,9 @@ def test_a_distributed_trial_survives_its_workers(
     assert_nothing_is_left(service)
 
 
-def test_what_the_cluster_cannot_hold_is_refused(service: Service) -> None:
+def test_what_the_cluster_cannot_hold_is_refused(
+    service: Service, submitted: subprocess.CompletedProcess[str]
+) -> None:
     lr = ["optim.lr=choice(1e-3,5e-4)"]
     with pytest.raises(
         ValueError, match=r"a trial needs 3 CPU, but the cluster has 2 CPU: lower --run\.num_workers"

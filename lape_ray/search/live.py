@@ -14,6 +14,7 @@ from lape_ray.search.plan import Plan
 from lape_ray.search.tables import first_line
 
 DRAW_S = 0.5
+RECENT = 5  # epochs of a trial that tell how long the next will take
 
 
 class Display:
@@ -25,22 +26,20 @@ class Display:
         """Whether this is a terminal, on which the table is drawn anew."""
         self._drawn = 0  # lines of the table as it stands on the terminal
         self._next = 0.0
-        self._started = time.monotonic()
-        self._epochs_before: int | None = None
 
     def line(self, text: str) -> None:
         """A line that stays, above the table."""
         self._wipe()
         print(text, file=self._out, flush=True)
 
-    def reported(self, trial: Trial, trials: Sequence[Trial], decision: str) -> None:
-        """A trial has reported an epoch."""
+    def reported(self, trial: Trial, trials: Sequence[Trial], decision: str, *, lanes: int) -> None:
+        """A trial has reported an epoch; `lanes` train at the moment."""
         if not self.draws:
             words = {"go": "", "pause": "  pauses"}.get(decision, "  stopped: among the worse of its rung")
             value = trial.last(self._plan.metric)
             shown = "" if value is None else f"  {self._plan.metric} {value:.2f}"
             place = f"epoch {trial.done:>{len(str(self._plan.epochs))}}/{self._plan.epochs}"
-            left = self.eta(trials)
+            left = self.eta(trials, lanes)
             self.line(f"trial {trial.id}  {trial.label} seed {trial.seed}  {place}{shown}{words}  ETA {left}")
 
     def ended(self, trial: Trial, trials: Sequence[Trial]) -> None:
@@ -56,18 +55,14 @@ class Display:
                 f"{self._plan.metric} {shown}  ({over} of {self._plan.trials} trials)"
             )
 
-    def eta(self, trials: Sequence[Trial]) -> str:
-        """Time until the last trial would end if none were stopped, by the speed of this session."""
-        done = sum(trial.done for trial in trials)
-        if self._epochs_before is None:
-            self._epochs_before = done
+    def eta(self, trials: Sequence[Trial], lanes: int) -> str:
+        """Time until the last trial would end if none were stopped, by the latest epochs' speed."""
+        seconds = [one.seconds for trial in trials for one in trial.epochs[-RECENT:]][-4 * RECENT :]
+        if not seconds:
             return "–"
-        if done == self._epochs_before:
-            return "–"
-        whole = sum(trial.done if trial.over else self._plan.epochs for trial in trials)
-        whole += (self._plan.trials - len(trials)) * self._plan.epochs
-        pace = (time.monotonic() - self._started) / (done - self._epochs_before)
-        return duration((whole - done) * pace)
+        left = sum(self._plan.epochs - trial.done for trial in trials if not trial.over)
+        left += (self._plan.trials - len(trials)) * self._plan.epochs
+        return duration(left * sum(seconds) / len(seconds) / max(1, lanes))
 
     def draw(self, trials: Sequence[Trial], lanes: Mapping[int, int]) -> None:
         """Draw the table anew, if this is a terminal and it is time."""
@@ -84,7 +79,7 @@ class Display:
         """The table's lines: a head, then trials that train, then the latest of the others, as many as fit."""
         plan = self._plan
         over = sum(trial.over for trial in trials)
-        left = self.eta(trials)
+        left = self.eta(trials, len(lanes))
         head = f"{plan.name}: {over} of {plan.trials} trials over, {len(lanes)} training, ETA {left}"
         training = [trial for trial in trials if trial.number in lanes.values()]
         others = [trial for trial in trials if trial not in training]

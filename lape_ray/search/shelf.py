@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lape_ray import storage
-from lape_ray.checkpoint import DamagedError, differences, read_meta, verify
+from lape_ray.checkpoint import DamagedError, described, differences, read_meta, verify
 from lape_ray.config import TrainConfig
 
 PREFIX = "checkpoint-"
@@ -100,17 +100,14 @@ def _is_clone(folder: Path, clone: Mapping[str, Any]) -> bool:
 
 def _rewrite(source: Path, target: Path, config: TrainConfig, clone: Mapping[str, Any]) -> None:
     """A copy of a checkpoint under another config; the optimizer's weight decay is the new one."""
-    from lape_ray.checkpoint import size_and_hash
-
     for file in source.iterdir():
         if file.name not in ("meta.json", CLONED, "optimizer.pt"):
             shutil.copy(file, target)
     state = torch.load(source / "optimizer.pt", map_location="cpu", weights_only=True)
-    for group in state["param_groups"]:
-        if group["weight_decay"]:  # 0 marks the parameters that are exempt
-            group["weight_decay"] = config.optim.weight_decay
+    # Of the optimizer's groups the first is decayed, the second is not; loading would bring the source's decay back.
+    state["param_groups"][0]["weight_decay"] = config.optim.weight_decay
     torch.save(state, target / "optimizer.pt")
-    files = {file.name: size_and_hash(file) for file in sorted(target.iterdir())}
+    files = described(target)
     meta = replace(read_meta(source), config=config)
     (target / CLONED).write_text(json.dumps({key: clone[key] for key in ("epoch", "source")}))
     (target / "meta.json").write_text(meta.to_json(files))

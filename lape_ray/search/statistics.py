@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from lape_ray.search.ledger import Trial, by_point
 from lape_ray.search.plan import Plan
@@ -34,7 +34,7 @@ class Estimate:
         if n < 2:
             return cls(n, mean, None, None)
         sd = statistics.stdev(values)
-        half = float(student.ppf(0.5 + LEVEL / 2, n - 1)) * sd / math.sqrt(n)
+        half = float(stdtrit(n - 1, 0.5 + LEVEL / 2)) * sd / math.sqrt(n)
         return cls(n, mean, sd, (mean - half, mean + half))
 
 
@@ -136,6 +136,12 @@ def in_words(plan: Plan, found: Sequence[Cell]) -> list[str]:
     lines = []
     if found and found[0].estimate is not None:
         lines.append(_best_in_words(plan, found))
+    trials = [trial for cell in found for trial in cell.trials]
+    if stopped := sum(trial.state == "stopped" for trial in trials):
+        lines.append(
+            f"{stopped} of {len(trials)} trials were ended early, by {plan.schedule}; their values are not to be "
+            "ranked among those that trained to the end."
+        )
     lines += [verdict(plan, cell) for cell in compared]
     intervals = [cell for cell in compared if cell.difference and cell.difference.estimate.interval]
     if len(plan.seeds) == 2 and intervals:
