@@ -27,26 +27,26 @@ LONG: dict[str, object] = {
 
 @dataclass
 class Strike:
-    """Something that happens once `file` is there, in a thread."""
+    """Something that happens in a thread, once `when` is true."""
 
-    file: Path
+    when: Callable[[], bool]
     action: Callable[[], object]
     at: float = 0.0
     """When, in seconds since 1970; 0: not yet."""
 
     def run(self) -> None:
-        while not self.file.exists():
+        while not self.when():
             time.sleep(0.01)
-        self.action()
         self.at = time.time()
+        self.action()
 
     @contextmanager
     def armed(self) -> Iterator[Strike]:
         thread = threading.Thread(target=self.run, daemon=True)
         thread.start()
         yield self
-        thread.join(5)
-        assert self.at, f"{self.file} never appeared"
+        thread.join(30)
+        assert self.at, "the run ended before anything could happen to it"
 
 
 def workers(service: Service) -> list[psutil.Process]:

@@ -55,7 +55,7 @@ def test_a_killed_worker(
     service: Service, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """SIGKILL; the loop goes on from the last checkpoint, and nothing is logged twice or left out."""
-    strike = Strike(folder(service, "killed", 28), lambda: workers(service)[-1].kill())
+    strike = Strike(folder(service, "killed", 28).exists, lambda: workers(service)[-1].kill())
     with strike.armed():
         result = fit(service.config(run__name="killed", **LONG))
     output = capfd.readouterr().out
@@ -68,7 +68,7 @@ def test_a_killed_worker(
 def test_sigterm_with_ten_seconds_of_grace(service: Service, undisturbed: list[float]) -> None:
     """A checkpoint and the end within the grace; the same command goes on behind the step where it stopped."""
     first = job(service, "terminated")
-    with Strike(folder(service, "terminated", 28), first.terminate).armed() as strike:
+    with Strike(folder(service, "terminated", 28).exists, first.terminate).armed() as strike:
         output, _ = first.communicate(timeout=600)
     took = time.time() - strike.at
     assert first.returncode == 143, output
@@ -89,7 +89,7 @@ def test_sigterm_with_ten_seconds_of_grace(service: Service, undisturbed: list[f
 @slow
 def test_a_killed_driver(service: Service, undisturbed: list[float]) -> None:
     first = job(service, "driverless")
-    with Strike(folder(service, "driverless", 28), first.kill).armed() as strike:
+    with Strike(folder(service, "driverless", 28).exists, first.kill).armed() as strike:
         first.communicate(timeout=600)
     assert first.returncode == -signal.SIGKILL
     second = job(service, "driverless")
@@ -110,7 +110,7 @@ def test_a_hung_worker(service: Service, capfd: pytest.CaptureFixture[str]) -> N
     changes = {**LONG, "run__num_workers": 2, "run__timeout_s": 10}
     whole = service.losses(service.run(fit(service.config(run__name="two", **changes)).mlflow_run_id))
     capfd.readouterr()
-    strike = Strike(folder(service, "hung", 28), lambda: workers(service)[-1].suspend())
+    strike = Strike(folder(service, "hung", 28).exists, lambda: workers(service)[-1].suspend())
     with strike.armed():
         result = fit(service.config(run__name="hung", **changes))
     output = capfd.readouterr().out
@@ -139,7 +139,7 @@ def test_a_full_disk(service: Service, tmp_path: Path) -> None:
                 while True:
                     opened.write(bytes(4096))
 
-        strike = Strike(small / "full" / "checkpoint-step-000000028", fill)
+        strike = Strike((small / "full" / "checkpoint-step-000000028").exists, fill)
         with strike.armed(), pytest.raises(StorageError, match=r"could not be stored: .*No space left"):
             fit(config)
         ballast.unlink()
@@ -156,9 +156,9 @@ def test_tracking_that_is_away_for_a_while_and_a_worker_that_dies_meanwhile(
 ) -> None:
     """What the dead worker had not sent is in the checkpoint that the next one goes on from."""
     with tracking_server(tmp_path) as server:
-        away = Strike(folder(service, "away", 13), server.kill)
-        dies = Strike(folder(service, "away", 48), lambda: workers(service)[-1].kill())
-        back = Strike(folder(service, "away", 78), server.start)
+        away = Strike(folder(service, "away", 13).exists, server.kill)
+        dies = Strike(folder(service, "away", 48).exists, lambda: workers(service)[-1].kill())
+        back = Strike(folder(service, "away", 78).exists, server.start)
         with away.armed(), dies.armed(), back.armed():
             result = fit(service.config(run__name="away", run__tracking_uri=server.uri, **LONG))
         assert result.tracked
@@ -173,7 +173,7 @@ def test_tracking_that_is_gone_until_the_run_is_submitted_again(
     """The training comes to its end without it; the same command, later, completes the history and the artifacts."""
     with tracking_server(tmp_path) as server:
         config = service.config(run__name="gone", run__tracking_uri=server.uri, **LONG)
-        with Strike(folder(service, "gone", 13), server.kill).armed():
+        with Strike(folder(service, "gone", 13).exists, server.kill).armed():
             first = fit(config)
         assert not first.tracked
         assert "submit the same command again to complete it" in first.summary()

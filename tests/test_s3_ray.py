@@ -7,10 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import mlflow
 import pytest
+from faults import LONG, Strike
 from s3_server import SECRET, Gateway, gateway
 
 from lape_ray import storage
@@ -23,14 +27,22 @@ ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
+class Remote(NamedTuple):
+    """A Ray, a home for its MLflow, and the S3 server that holds all else."""
+
+    ray: LocalCluster
+    home: Path
+    server: Gateway
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalCluster, Path]]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
     """A Ray whose nodes know S3 by their own environment, as pods do."""
     home = tmp_path_factory.mktemp("home")
     with gateway(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
         prepare(patch, server, home)
         with local_cluster(num_cpus=2) as running:
-            yield running, home
+            yield Remote(running, home, server)
 
 
 def prepare(patch: pytest.MonkeyPatch, server: Gateway, home: Path) -> None:
@@ -70,9 +82,9 @@ def submit(cluster: LocalCluster, *words: str) -> str:
     return done.stdout
 
 
-def test_a_run_that_knows_no_folder(cluster: tuple[LocalCluster, Path]) -> None:
+def test_a_run_that_knows_no_folder(cluster: Remote) -> None:
     """Two workers of one node fetch the data once; the run resumes from S3; its checkpoint is used from there."""
-    ray, home = cluster
+    ray, home, _ = cluster
     options = ("--run.name=remote", "--run.num_workers=2", "--optim.epochs=2")
     first = submit(ray, *options, "--run.stop_after_epochs=1")
     assert len(re.findall(r"fetching 2 objects .* from s3://lape/data", first)) == 2, "once for each split"
@@ -95,9 +107,39 @@ def test_a_run_that_knows_no_folder(cluster: tuple[LocalCluster, Path]) -> None:
     assert not (home / "runs").exists()
 
 
-def test_no_secret_is_in_rays_logs(cluster: tuple[LocalCluster, Path]) -> None:
+def losses(cluster: Remote, output: str) -> dict[int, float]:
+    found = re.search(r"MLflow run ([0-9a-f]{32})", output)
+    assert found, output
+    client = mlflow.MlflowClient(f"sqlite:///{cluster.home / 'mlflow.db'}")
+    points = client.get_metric_history(found[1], "train/loss")
+    assert len({point.step for point in points}) == len(points)
+    return {point.step: point.value for point in points}
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_storage_that_is_away_for_a_while(cluster: Remote) -> None:
+    """The training goes on meanwhile; checkpoints are stored again once the server is back."""
+    options = [f"--{name.replace('__', '.')}={value}" for name, value in LONG.items()]
+    whole = losses(cluster, submit(cluster.ray, "--run.name=quiet", *options))
+
+    def away() -> None:
+        cluster.server.stop()
+        time.sleep(15)
+        cluster.server.start()
+
+    strike = Strike(lambda: storage.exists("s3://lape/runs/outage/checkpoint-step-000000013/meta.json"), away)
+    with strike.armed():
+        output = submit(cluster.ray, "--run.name=outage", *options)
+    assert "warning: storage fails, trying again for 300 s" in output
+    assert "continuing after" not in output, "no worker had to begin again"
+    assert losses(cluster, output) == whole
+    assert json.loads(storage.read_text("s3://lape/runs/outage/run.json"))["finished"]
+
+
+def test_no_secret_is_in_rays_logs(cluster: Remote) -> None:
     """Of a run that was trained; Ray writes the environments that it is given into its logs."""
-    ray, _ = cluster
+    ray = cluster.ray
     environment = Path(f"/proc/{ray.pid}/cmdline").read_bytes().decode()
     folder = re.search(r"--temp-dir=([^\0]+)", environment)
     assert folder
