@@ -234,6 +234,9 @@ def _status_of(uri: str, run_id: str) -> Iterator[None]:
     """Close the MLflow run with the status that is true."""
     try:
         yield
+    except StoppedError:
+        tracking.finish_run(uri, run_id, "KILLED")
+        raise
     except Exception:
         tracking.finish_run(uri, run_id, "FAILED")
         raise
