@@ -18,7 +18,10 @@ RECENT = 5  # epochs of a trial that tell how long the next will take
 
 
 class Display:
-    """Shows one search on `out`, by default the standard output. `lanes` maps a worker group to the number of the trial that it trains."""
+    """Shows one search on `out`, by default the standard output.
+
+    `lanes` maps a worker group to the number of the trial that it trains.
+    """
 
     def __init__(self, plan: Plan, out: TextIO | None = None) -> None:
         out = out or sys.stdout
