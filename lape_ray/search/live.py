@@ -18,9 +18,13 @@ RECENT = 5  # epochs of a trial that tell how long the next will take
 
 
 class Display:
-    """Shows one search on `out`. `lanes` maps a worker group to the number of the trial that it trains."""
+    """Shows one search on `out`, by default the standard output.
 
-    def __init__(self, plan: Plan, out: TextIO = sys.stdout) -> None:
+    `lanes` maps a worker group to the number of the trial that it trains.
+    """
+
+    def __init__(self, plan: Plan, out: TextIO | None = None) -> None:
+        out = out or sys.stdout
         self._plan, self._out = plan, out
         self.draws = out.isatty()
         """Whether this is a terminal, on which the table is drawn anew."""
