@@ -21,6 +21,7 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 RAY = ("test_ray", "test_search_ray", "test_s3_ray", "test_faults", "test_nodes", "test_bench_step")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several processes share out the tests: a module stays in one, and all that start a Ray in the same one.
 

@@ -189,6 +189,7 @@ def test_tracking_that_is_gone_until_the_run_is_submitted_again(
         }
 
 
+@slow
 def test_a_run_that_fails_again_and_again_gives_up_and_says_why(service: Service) -> None:
     """The worker's own words, and not Ray's; a run that comes forward in between would go on."""
     first = fit(service.config(run__name="broken", run__stop_after_epochs=1))

@@ -7,12 +7,9 @@ import os
 import re
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import mlflow
-import psutil
 import pytest
 from safetensors.torch import load_file
 from service import Service
@@ -119,31 +116,6 @@ WITHIN = {"optim__epochs": 2, "run__checkpoint_steps": 2, "run__log_steps": 1}
 @pytest.fixture(scope="module")
 def undisturbed(service: Service) -> list[float]:
     return service.losses(service.run(fit(service.config(run__name="undisturbed", **WITHIN)).mlflow_run_id))
-
-
-def test_a_worker_killed_within_an_epoch_costs_nothing(
-    service: Service, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
-) -> None:
-    """SIGKILL while a second checkpoint is stored; every loss is in the history, once and as it would be."""
-    folder = service.home / "runs" / "killed" / "checkpoint-step-000000004"
-    killed: list[int] = []
-
-    def kill() -> None:
-        while not folder.exists():
-            time.sleep(0.02)
-        for process in psutil.Process(service.cluster.pid).children(recursive=True):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                process.kill()
-                killed.append(process.pid)
-
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
-    result = fit(service.config(run__name="killed", **WITHIN))
-    thread.join(1)
-    assert len(killed) == 1
-    assert service.losses(service.run(result.mlflow_run_id)) == undisturbed
-    output = capfd.readouterr().out
-    assert re.search(r"continuing after epoch [01] of 2 and step [24] of 5", output), output
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(

@@ -190,6 +190,7 @@ def test_mlflow_holds_parent_and_children(
     assert parent.data.tags["best_command"].startswith("python jobs/imagenet_deit.py smoke")
 
 
+@pytest.mark.slow
 def test_a_killed_search_continues_to_what_an_undisturbed_one_gives(
     service: Service, submitted: subprocess.CompletedProcess[str]
 ) -> None:
@@ -232,6 +233,7 @@ def test_a_killed_search_continues_to_what_an_undisturbed_one_gives(
 # --- schedules ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_asha_stops_losers_and_a_failing_trial_is_shown(
     service: Service, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,6 +268,7 @@ def test_asha_stops_losers_and_a_failing_trial_is_shown(
     assert_nothing_is_left(service)
 
 
+@pytest.mark.slow
 def test_pbt_clones_the_weights_of_the_best(service: Service) -> None:
     """A clone's next epoch is what its source's weights give under the clone's own settings."""
     given = plan(
@@ -299,6 +302,7 @@ def test_pbt_clones_the_weights_of_the_best(service: Service) -> None:
 # --- workers that die -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_distributed_trial_survives_its_workers(
     service: Service, capfd: pytest.CaptureFixture[str]
 ) -> None:
