@@ -2,6 +2,8 @@
 
 boto3 finds endpoint, region and credentials as every tool of AWS does: AWS_ENDPOINT_URL, AWS_REGION or
 AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of the machine.
+
+It is imported where a connection is made: a machine without S3 can do without it.
 """
 
 from __future__ import annotations
@@ -16,11 +18,10 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import boto3
-from botocore import exceptions
-from botocore.config import Config
+if TYPE_CHECKING:
+    from botocore import exceptions
 
 T = TypeVar("T")
 PATIENCE_S = 120.0
@@ -31,15 +32,6 @@ CONNECTIONS = 32
 LONGEST_WAIT_S = 15.0
 log = logging.getLogger(__name__)
 
-_TRANSIENT = (
-    exceptions.EndpointConnectionError,
-    exceptions.ConnectionClosedError,
-    exceptions.ConnectTimeoutError,
-    exceptions.ReadTimeoutError,
-    exceptions.ResponseStreamingError,
-    exceptions.IncompleteReadError,
-    ConnectionError,
-)
 _TRANSIENT_CODES = frozenset(
     {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "RequestLimitExceeded", "InternalError",
      "ServiceUnavailable", "BadDigest", "IncompleteBody", "OperationAborted"}
@@ -48,14 +40,6 @@ _WRONG_REGION = frozenset(
     {"301", "PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed",
      "IllegalLocationConstraintException"}
 )  # fmt: skip
-_NO_IDENTITY = (
-    exceptions.NoCredentialsError,
-    exceptions.PartialCredentialsError,
-    exceptions.CredentialRetrievalError,
-    exceptions.TokenRetrievalError,
-    exceptions.UnauthorizedSSOTokenError,
-    exceptions.ProfileNotFound,
-)
 
 
 def client() -> Any:
@@ -66,6 +50,10 @@ def client() -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _client(_process: int, _environment: tuple[tuple[str, str], ...]) -> Any:
+    import boto3
+    from botocore import exceptions
+    from botocore.config import Config
+
     other = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config = Config(
         # One policy of retries, below: botocore's own would multiply with it and does not cover answers' bodies.
@@ -112,6 +100,8 @@ def attempt(call: Callable[[], T], address: str, doing: str, *, patience_s: floa
         ConnectionError: the server did not answer properly for `patience_s` seconds.
         OSError: region or clock are wrong, or the server refuses for a reason of its own, which is said.
     """
+    from botocore import exceptions
+
     deadline, pause = time.monotonic() + patience_s, 0.25
     while True:
         try:
@@ -138,12 +128,23 @@ def endpoint() -> str:
 
 
 def _is_transient(error: Exception) -> bool:
+    from botocore import exceptions
+
     if isinstance(error, exceptions.SSLError):
         return False
     if isinstance(error, exceptions.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status == 429 or _code(error) in _TRANSIENT_CODES
-    return isinstance(error, _TRANSIENT)
+    away = (
+        exceptions.EndpointConnectionError,
+        exceptions.ConnectionClosedError,
+        exceptions.ConnectTimeoutError,
+        exceptions.ReadTimeoutError,
+        exceptions.ResponseStreamingError,
+        exceptions.IncompleteReadError,
+        ConnectionError,
+    )
+    return isinstance(error, away)
 
 
 def _code(error: exceptions.ClientError) -> str:
@@ -156,7 +157,17 @@ def _first_line(error: Exception) -> str:
 
 def explained(error: Exception, address: str, doing: str) -> OSError:
     """The same error as one of Python's, which says how to mend it."""
-    if isinstance(error, _NO_IDENTITY):
+    from botocore import exceptions
+
+    nobody = (
+        exceptions.NoCredentialsError,
+        exceptions.PartialCredentialsError,
+        exceptions.CredentialRetrievalError,
+        exceptions.TokenRetrievalError,
+        exceptions.UnauthorizedSSOTokenError,
+        exceptions.ProfileNotFound,
+    )
+    if isinstance(error, nobody):
         return PermissionError(
             f"{address}: no credentials for S3 on {os.uname().nodename} ({_first_line(error)}); set AWS_ACCESS_KEY_ID "
             "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in its environment (on a cluster: of every Ray node)"

@@ -12,8 +12,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import IncompleteReadError
-
 from lape_ray.storage.address import bucket_and_key, join
 from lape_ray.storage.objects import Object, put
 from lape_ray.storage.s3 import attempt, client, content_md5
@@ -162,13 +160,13 @@ def _fetch_part(source: Object, descriptor: int, number: int) -> None:
     same = {"IfMatch": source.etag} if source.etag else {}
     answer = client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **same)
     if answer["ContentLength"] != end - start:
-        raise IncompleteReadError(actual_bytes=answer["ContentLength"], expected_bytes=end - start)
+        raise ConnectionError(f"{answer['ContentLength']} bytes came instead of {end - start}")
     place = start
     with contextlib.closing(answer["Body"]) as body:
         for chunk in body.iter_chunks(1 << 20):
             place += os.pwrite(descriptor, chunk, place)
     if place != end:
-        raise IncompleteReadError(actual_bytes=place - start, expected_bytes=end - start)
+        raise ConnectionError(f"{place - start} bytes came instead of {end - start}")
 
 
 # --- up -------------------------------------------------------------------------------------------------------
