@@ -65,6 +65,7 @@ def test_a_killed_worker(
     note_cost(service, result.mlflow_run_id, "worker SIGKILL", strike.at, output)
 
 
+@slow
 def test_sigterm_with_ten_seconds_of_grace(service: Service, undisturbed: list[float]) -> None:
     """A checkpoint and the end within the grace; the same command goes on behind the step where it stopped."""
     first = job(service, "terminated")
