@@ -426,9 +426,8 @@ def test_weights_of_any_file_are_read_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["none", "bf16"])
 def test_compressed_gradients_train_nearly_the_same(compression: str, with_workers: Workers) -> None:
-    config = smoke(run__compression=compression)
+    config = smoke(run__compression=compression, optim__accumulate=2)
     one, two = run(config), with_workers(2, config)
-    assert (two["losses"] == one.losses) is False  # sums of two halves round otherwise
     np.testing.assert_allclose(two["losses"], one.losses, rtol=1e-5 if compression == "none" else 1e-2)
     if compression == "bf16":
         assert np.abs(np.array(two["losses"]) - one.losses).max() > 1e-5
