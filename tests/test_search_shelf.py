@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from pyarrow import fs
+from s3_server import Gateway, gateway
 from torch import nn
 
 from lape_ray import checkpoint, storage
@@ -15,24 +17,29 @@ from lape_ray.checkpoint import DamagedError, read_meta, verify
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.recipes import recipe
 from lape_ray.search.shelf import Shelf
+from lape_ray.storage import s3
 
 BASE = recipe("smoke")
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with gateway(tmp_path_factory.mktemp("s3")) as running:
+        yield running
+
+
 @pytest.fixture(params=["folder", "remote"])
-def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where shelves are: a folder, or an address that pyarrow reaches by copying only."""
+def root(
+    request: pytest.FixtureRequest, server: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Where shelves are: a folder, or a bucket of a real server."""
     if request.param == "folder":
         return str(tmp_path / "here")
-    (tmp_path / "bucket").mkdir()
-    there = fs.SubTreeFileSystem(str(tmp_path / "bucket"), fs.LocalFileSystem())
-    real = storage._open
-
-    def opened(address: str) -> tuple[fs.FileSystem, str]:
-        return (there, address.removeprefix("s3://")) if address.startswith("s3://") else real(address)
-
-    monkeypatch.setattr(storage, "_open", opened)
-    return "s3://search"
+    for name, value in {**server.environment, "LAPE_RAY_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"search-{uuid.uuid4().hex}"
+    s3.client().create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
 
 
 def put(shelf: Shelf, epoch: int, config: TrainConfig = BASE, *, seed: int = 0) -> str:
@@ -46,9 +53,8 @@ def put(shelf: Shelf, epoch: int, config: TrainConfig = BASE, *, seed: int = 0) 
     meta = checkpoint.Meta(
         epochs_done=epoch, steps_done=5 * epoch, config=config, metrics={"epoch": epoch}, world_size=1
     )
-    return shelf.put(
-        5 * epoch, lambda to: checkpoint.save(to, model=model, ema=None, optimizer=optimizer, meta=meta)
-    )
+    copy = checkpoint.snapshot(model=model, ema=None, optimizer=optimizer)
+    return shelf.put(5 * epoch, lambda to: checkpoint.save(to, copy, meta))
 
 
 def test_the_newest_whole_checkpoint_of_the_config_is_found(root: str) -> None:
