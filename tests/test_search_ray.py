@@ -27,7 +27,8 @@ from lape_ray.search.ledger import Ledger, Trial
 from lape_ray.search.plan import Plan
 from lape_ray.search.run import search
 from lape_ray.search.shelf import Shelf
-from lape_ray.train import train
+from lape_ray.signals import News
+from lape_ray.train import Take, train
 
 pytestmark = pytest.mark.timeout(1200)
 CPU = torch.device("cpu")
@@ -90,11 +91,17 @@ class Silent:
     def step(self, metrics: dict[str, float], *, step: int) -> None:
         pass
 
-    def epoch(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
+    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
         self.epochs.append(dict(metrics))
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, write: Callable[[Path], None]) -> None:
+    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
         pass
+
+    def stored(self) -> None:
+        pass
+
+    def news(self) -> News:
+        return News.NONE
 
     def leaving(self) -> bool:
         return False
