@@ -19,7 +19,12 @@ SHORT = {"imagenet_deit.py": ["--dump"], "tune_position.py": ["--list"]}
 @pytest.mark.parametrize(("job", "words"), JOBS, ids=[f"{job} {words[:30]}" for job, words in JOBS])
 def test_a_command_of_the_readme_is_understood(job: str, words: str) -> None:
     """The exact command with an option that ends it before it works on data."""
-    command = [sys.executable, str(ROOT / job), *shlex.split(words, comments=True), *SHORT.get(Path(job).name, ["--help"])]
+    command = [
+        sys.executable,
+        str(ROOT / job),
+        *shlex.split(words, comments=True),
+        *SHORT.get(Path(job).name, ["--help"]),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
