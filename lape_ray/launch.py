@@ -22,7 +22,6 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.collective
 import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
@@ -100,17 +99,17 @@ def fit(config: TrainConfig) -> FitResult:
         WorkersFailedError: workers failed again and again at the same place.
     """
     name = config.run.name or f"{config.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
-    config = _with_absolute_paths(replace_fields(config, {"run.name": name}))
+    config, root = prepared(replace_fields(config, {"run.name": name}))
     uri = tracking.tracking_uri(config)
-    root = config.run.storage or str(storage.home() / "runs")
     folder, record = storage.join(root, name), storage.join(root, name, RECORD)
     check_before_start(config, storage_root=root)
     earlier = _earlier_run(config, record)
     if earlier is None:  # a run that goes on can wait for the server
         tracking.check_reachable(uri)
     with connected():
-        use_gpu = _use_gpu(config)
-        _wait_for_resources(config, use_gpu, uri)
+        use_gpu = uses_gpu(config)
+        _wait_for_resources(config, use_gpu)
+        refuse_local_store(uri)
         if config.run.overwrite:
             storage.delete_folder(folder)
         _sweep(folder)
@@ -121,7 +120,7 @@ def fit(config: TrainConfig) -> FitResult:
         with _status_of(uri, run_id):
             result = _train(config, root, uri, run_id, use_gpu)
             best, metrics = _best(result)
-            tracked = (result.return_value or {}).get("unsent", 0) == 0
+            tracked = result.return_value["unsent"] == 0
             if tracked:
                 with best.as_directory() as files:
                     tracked = tracking.log_model(uri, run_id, Path(files), metrics)
@@ -180,13 +179,14 @@ def _write_record(record: str, config: TrainConfig, run_id: str, *, finished: bo
     storage.write_text(record, json.dumps(values, indent=1))
 
 
-def _use_gpu(config: TrainConfig) -> bool:
+def uses_gpu(config: TrainConfig) -> bool:
+    """Whether workers of this config compute on GPUs of the connected cluster."""
     if config.run.device == "auto":
         return ray.cluster_resources().get("GPU", 0) > 0
     return config.run.device == "gpu"
 
 
-def _wait_for_resources(config: TrainConfig, use_gpu: bool, uri: str) -> None:
+def _wait_for_resources(config: TrainConfig, use_gpu: bool) -> None:
     """Wait until the cluster could hold all workers; Ray Train itself would wait without a word."""
     run = config.run
     least = run.workers.low
@@ -205,6 +205,10 @@ def _wait_for_resources(config: TrainConfig, use_gpu: bool, uri: str) -> None:
             print(f"waiting up to {run.wait_s} s: the run needs {want}, the cluster has {have}", flush=True)
         told = True
         time.sleep(1)
+
+
+def refuse_local_store(uri: str) -> None:
+    """A ValueError where the MLflow store is a file that not all nodes of the connected cluster can reach."""
     nodes = sum(node["Alive"] for node in ray.nodes())
     if nodes > 1 and tracking.is_local(uri):
         raise ValueError(
@@ -282,8 +286,6 @@ def _trainer(
     run = config.run
     low, high = run.workers
     resources: dict[str, float] = {"CPU": run.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
-    # Without an address a clean-up actor of Ray Train looks for clusters on the host, and fails where there are two.
-    variables = {**_variables(), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     return ray.train.torch.TorchTrainer(
         run_worker,
         train_loop_config={
@@ -309,7 +311,7 @@ def _trainer(
                 checkpoint_score_attribute=SCORE,
                 checkpoint_score_order="max",
             ),
-            worker_runtime_env={"env_vars": variables},
+            worker_runtime_env={"env_vars": worker_variables()},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -329,7 +331,10 @@ def _variables() -> dict[str, str]:
 
 
 def worker_variables() -> dict[str, str]:
-    """The environment of Ray Train workers that other modules start."""
+    """What Ray Train's workers need of the driver's environment, and the address of its cluster.
+
+    Without that a clean-up actor of Ray Train looks for clusters on the host, and fails where there are two.
+    """
     return {**_variables(), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
@@ -337,11 +342,6 @@ def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
     """`config` with paths that mean the same on every worker, and the storage that its runs lie in."""
     config = _with_absolute_paths(config)
     return config, config.run.storage or str(storage.home() / "runs")
-
-
-def uses_gpu(config: TrainConfig) -> bool:
-    """Whether workers of this config compute on GPUs of the connected cluster."""
-    return _use_gpu(config)
 
 
 def _log_pages(config: TrainConfig, best: Checkpoint, uri: str, run_id: str, use_gpu: bool) -> None:

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import ray
+import ray.train
 from ray.train import UserCallback
 
 
@@ -71,6 +72,20 @@ class StopRequest:
     def __bool__(self) -> bool:
         ready, _ = ray.wait([self._wish], timeout=0)
         return bool(ready)
+
+
+class LeavingNodes:
+    """What Ray tells of nodes that are about to go; all workers must ask equally often."""
+
+    def __init__(self) -> None:
+        self._told: object = None
+
+    def news(self) -> bool:
+        """True once for each time that Ray tells of such a node."""
+        info = ray.train.get_preemption_info()
+        new = info is not None and info != self._told
+        self._told = info
+        return new
 
 
 @contextlib.contextmanager

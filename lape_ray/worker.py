@@ -26,7 +26,7 @@ from lape_ray.config import TrainConfig, from_dict
 from lape_ray.data.remote import stage_data
 from lape_ray.gauges import RunGauges
 from lape_ray.signals import News
-from lape_ray.supervision import StopRequest
+from lape_ray.supervision import LeavingNodes, StopRequest
 from lape_ray.train import DivergedError, StoppedError, Take, World, train
 
 SCORE = "score"  # of a checkpoint: its val/acc1; within an epoch, where nothing was evaluated, UNSCORED
@@ -174,8 +174,7 @@ class RayReporter:
     first: bool
     """Whether this is rank 0."""
     tracker: tracking.Tracker | None = None
-    told: object = None
-    """The last news of a node that is about to go."""
+    nodes: LeavingNodes = field(default_factory=LeavingNodes)
     storing: _Storing | None = None
     threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -277,11 +276,7 @@ class RayReporter:
         self.line(f"checkpoint {storing.where}")
 
     def leaving(self) -> bool:
-        """True once for each time that Ray tells of a node which is about to go."""
-        info = ray.train.get_preemption_info()
-        news = info is not None and info != self.told
-        self.told = info
-        return news
+        return self.nodes.news()
 
     def news(self) -> News:
         news = News.NONE

@@ -530,8 +530,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_table_on_a_terminal_and_lines_in_a_log(result: tuple[Plan, Engine]) -> None:
+def test_the_table_on_a_terminal_and_lines_in_a_log(
+    result: tuple[Plan, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, engine = result
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("LINES", "30")
     engine.trials[2].state, engine.trials[2].error = "failed", "ValueError: no\ntrace"
     terminal, log = Terminal(), io.StringIO()
     for out in (terminal, log):

@@ -9,6 +9,7 @@ from typing import Any
 
 from lape_ray import tracking
 from lape_ray.config import to_dict
+from lape_ray.launch import refuse_local_store
 from lape_ray.search import lanes as worker_groups
 from lape_ray.search.engine import Engine, Job
 from lape_ray.search.ledger import Ledger, Trial
@@ -61,11 +62,7 @@ class Conductor:
         """Train until every trial is over."""
         started = time.time()
         room = worker_groups.concurrency(group, asked=concurrent, wait_s=self.plan.base.run.wait_s)
-        if (nodes := worker_groups.node_count()) > 1 and tracking.is_local(self.runs.uri):
-            raise ValueError(
-                f"the MLflow store {self.runs.uri!r} is a file on this machine, but the cluster has {nodes} nodes: "
-                "start an MLflow server and set MLFLOW_TRACKING_URI"
-            )
+        refuse_local_store(self.runs.uri)
         count = min(room, self.engine.most_at_once)
         workers = f"{group.workers} worker" + ("s" if group.workers > 1 else "")
         need = " and ".join(f"{amount:g} {kind}" for kind, amount in group.need.items())

@@ -122,11 +122,6 @@ def concurrency(group: Group, *, asked: int | None, wait_s: float) -> int:
     return min(whole, asked or max(1, now))
 
 
-def node_count() -> int:
-    """Nodes of the cluster that are alive."""
-    return sum(node["Alive"] for node in ray.nodes())
-
-
 class Lanes:
     """The worker groups of one search, and the desk that they ask at."""
 

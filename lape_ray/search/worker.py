@@ -26,6 +26,7 @@ from lape_ray.checkpoint import Meta, read_meta
 from lape_ray.config import TrainConfig, from_dict
 from lape_ray.search.shelf import Shelf
 from lape_ray.signals import News
+from lape_ray.supervision import LeavingNodes
 from lape_ray.train import DivergedError, Take, World, train
 
 HOPELESS = (ValueError, DivergedError, torch.OutOfMemoryError)
@@ -157,7 +158,7 @@ class TrialReporter:
     best: tuple[float, str] | None = None
     """Score and name of the best checkpoint that is kept."""
     clock: float = field(default_factory=time.monotonic)
-    told: object = None
+    nodes: LeavingNodes = field(default_factory=LeavingNodes)
 
     def step(self, metrics: dict[str, float], *, step: int) -> None:
         if self.tracker is not None:
@@ -192,11 +193,7 @@ class TrialReporter:
         return News.NONE
 
     def leaving(self) -> bool:
-        """True once for each time that Ray tells of a node which is about to go."""
-        info = ray.train.get_preemption_info()
-        news = info is not None and info != self.told
-        self.told = info
-        return news
+        return self.nodes.news()
 
     def line(self, text: str) -> None:
         if self.tracker is not None:
