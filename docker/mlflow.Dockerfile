@@ -7,7 +7,9 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 RUN python3.11 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 COPY docker/mlflow.lock /src/
-RUN pip install --no-deps -r /src/mlflow.lock && find /opt/venv -name __pycache__ -prune -exec rm -rf {} +
+# Of the compiled modules only those stay that the server imports.
+RUN pip install --no-deps -r /src/mlflow.lock && find /opt/venv -name __pycache__ -prune -exec rm -rf {} + \
+ && PYTHONDONTWRITEBYTECODE='' python -c 'import mlflow.server.fastapi_app, psycopg2, boto3'
 
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE} AS server

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from lape_ray.cli import run_job
+from lape_ray.cli import ConfigParser, run_job
 
 STARTED = time.perf_counter()
 STEPPING = {
@@ -59,6 +59,24 @@ def main() -> int | None:
             command.add_argument("--steps", type=int, help="of a window")
             command.add_argument("--minutes", type=float, help="after which nothing new is begun")
         command.set_defaults(run=run_stepping)
+    seeds = commands.add_parser(
+        "seeds", help="whole trainings with several seeds: accuracy, spread, differences"
+    )
+    add = seeds.add_argument
+    add(
+        "source",
+        help="images with a split train: a folder of class folders, or of parquet or tar shards",
+    )
+    add("--test", default="test", metavar="SPLIT", help="its split that is evaluated (default: test)")
+    add("--recipes", help="names with commas between (default: vit_lite_7_4_basic,vit_lite_7_4_lape)")
+    add("--seeds", type=int, help="of each recipe, from 121 on (default: 5)")
+    add("--epochs", type=int, help="of the schedule, shortened in proportion (default: the recipe's)")
+    add("--holdout", type=int, metavar="N", help="training images to evaluate, in place of the test set")
+    add("--per-class", type=int, metavar="N", help="training images of each class (default: all)")
+    add("--at-once", type=int, metavar="N", help="trainings that share the device (default: 1)")
+    add("--threads", type=int, help="of a CPU's arithmetic, in each process (default: 1)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    seeds.set_defaults(run=run_seeds)
     suite = commands.add_parser("gpu", help="compare, step, checkpoint and loader on a GPU, in one go")
     suite.add_argument("--only", default="", help="some of them, in this order, such as step,compare")
     suite.add_argument("--minutes", type=float, default=25, help="for all of it (default: 25)")
@@ -68,9 +86,12 @@ def main() -> int | None:
         "--json", type=Path, required=True, metavar="DIR", help="folder for all records and tables"
     )
     suite.set_defaults(run=run_suite)
-    for name in ("loader", *STEPPING):
+    for name in ("loader", "seeds", *STEPPING):
         commands.choices[name].add_argument("--json", type=Path, help="file for the whole record")
-    options = parser.parse_args()
+    options, rest = parser.parse_known_args()
+    if rest and options.command != "seeds":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.fields = rest
     return options.run(options)
 
 
@@ -89,6 +110,17 @@ def run_loader(options: argparse.Namespace) -> None:
     print(report(record))
     if options.json:
         save(record, options.json)
+
+
+def run_seeds(options: argparse.Namespace) -> None:
+    fields = vars(
+        ConfigParser(usage="%(prog)s seeds SOURCE [options] [--section.field VALUE ...]").parse_args(
+            options.fields
+        )
+    )
+    from lape_ray.bench.commands import run_seeds  # after parsing: --help is instant
+
+    print(run_seeds({**vars(options), "overrides": fields}, show))
 
 
 def run_stepping(options: argparse.Namespace) -> None:

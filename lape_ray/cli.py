@@ -30,7 +30,7 @@ class ConfigParser(argparse.ArgumentParser):
     Errors are one line, which names the nearest option where one is not known.
     """
 
-    def __init__(self, *, usage: str, description: str | None, epilog: str = "") -> None:
+    def __init__(self, *, usage: str, description: str | None = None, epilog: str = "") -> None:
         super().__init__(
             usage=usage,
             description=description,

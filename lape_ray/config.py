@@ -30,7 +30,7 @@ Compile = Literal["auto", "off", "default", "max-autotune-no-cudagraphs"]
 Compression = Literal["none", "bf16"]
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "gpu"]
-Backend = Literal["native", "ffcv", "torchvision"]
+Backend = Literal["native", "resident", "ffcv", "torchvision"]
 Interpolation = Literal["bicubic", "bilinear", "random"]
 
 
@@ -125,7 +125,8 @@ class DataConfig:
     eval_crop: float = option(0.875, "share of the shorter side that evaluation's centre crop keeps")
     backend: Backend = option(
         "native",
-        "decoder: native (Pillow's pixels, antialiased), ffcv (area, starts slower) or torchvision (slow, any source)",
+        "native: our decoder, Pillow's pixels; resident: that, once, to the device (squares of one size); "
+        "ffcv: its decoder and area filter, starts slower; torchvision: slow, any source",
     )
     interpolation: Interpolation = option(
         "bicubic", "filter of crops and of RandAugment's warps; random: per image"

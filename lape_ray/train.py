@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -39,6 +41,9 @@ from lape_ray.optim import Ema, build_optimizer, lr_at
 from lape_ray.signals import News, Signals
 
 NOTHING_DONE = checkpoint.Progress()
+_AUGMENTED_PIXELS = (
+    2**21
+)  # together on a GPU: 16 batches of 128 images of 32 x 32, but one of 256 of 224 x 224
 Take = Callable[[Mapping[str, Any]], Callable[[Path], None]]
 """Copies the state as it is now, with notes of whoever keeps it; what is returned writes the copy into a folder."""
 
@@ -239,18 +244,46 @@ def available_cpus() -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or usable_cpus())
 
 
+def augmented(
+    state: TrainState,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    *,
+    epoch: int,
+    step: int = 0,
+    at_once: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """An epoch's micro-batches of this worker from `step` on: images uint8 (B, 3, H, W) made normalised floats.
+
+    What is drawn for an image depends on its place alone. So `at_once` micro-batches can be augmented together: by
+    default as many as a GPU needs for small images, whose kernels would else take less time than their launches.
+    """
+    total, size = state.config.micro_batches, state.config.micro_batch_size
+    if at_once is None and state.world.device.type == "cuda":
+        at_once = max(1, _AUGMENTED_PIXELS // (size * math.prod(state.augment.image_size)))
+    places = ((at, micro) for at in itertools.count(step) for micro in state.micro_batches)
+    while group := list(itertools.islice(batches, at_once or 1)):
+        # in the epoch's order over all micro-batches; see lape_ray.data.order.train_places
+        positions = np.concatenate(
+            [
+                (at * size + np.arange(size)) * total + micro
+                for at, micro in itertools.islice(places, len(group))
+            ]
+        )
+        images = group[0][0] if len(group) == 1 else torch.cat([images_BCHW for images_BCHW, _ in group])
+        floats = state.augment(images, epoch=epoch, positions=positions)
+        for floats_BCHW, (_, labels_B) in zip(floats.split(size), group, strict=True):
+            yield floats_BCHW, labels_B
+
+
 def micro_step(
     state: TrainState, images_BCHW: Tensor, labels_B: Tensor, *, key: tuple[int, int, int]
 ) -> Tensor:
     """This micro-batch's share of the step's loss, with its gradient accumulated; `key` is (epoch, step, micro-batch).
 
-    All that is drawn depends on the seed and the key, and so on no number of workers.
+    All that is drawn depends on the seed and the key, and so on no number of workers. Images come augmented.
     """
     epoch, step, micro = key
     total, seed = state.config.micro_batches, state.config.run.seed
-    # in the epoch's order over all micro-batches; see lape_ray.data.loader.train_places
-    positions_B = (step * len(images_BCHW) + np.arange(len(images_BCHW))) * total + micro
-    images_BCHW = state.augment(images_BCHW, epoch=epoch, positions=positions_B)
     images_BCHW, targets_BK = state.mixer(
         images_BCHW, labels_B, generator_key=(seed, epoch, step * total + micro)
     )
@@ -294,7 +327,7 @@ def train_epoch(
     clock = time.monotonic()
     start_batch = start.step * len(state.micro_batches)
     with contextlib.closing(state.train_loader.epoch(epoch, start=start_batch)) as loaded:
-        batches = Waited(loaded)
+        batches = Waited(augmented(state, loaded, epoch=epoch, step=start.step))
         for step in range(start.step, steps):
             lr = lr_at(epoch * steps + step, config=config.optim, steps_per_epoch=steps)
             window_loss += optimizer_step(state, batches, epoch=epoch, step=step, lr=lr)

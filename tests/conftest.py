@@ -18,20 +18,6 @@ if TYPE_CHECKING:
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 
-RAY = ("test_ray", "test_search_ray", "test_s3_ray", "test_faults", "test_nodes", "test_bench_step")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share out the tests: a module stays in one, and all that start a Ray in the same one.
-
-    Two clusters would share the cores that each believes to be its own.
-    """
-    for item in items:
-        module = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("ray" if module in RAY else module))
-
-
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Real photographs, CIFAR-10 and reference outputs that lie beside the checkout; absent elsewhere."""

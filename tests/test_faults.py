@@ -19,7 +19,7 @@ from tracking_server import history, tracking_server
 from lape_ray.launch import WorkersFailedError, fit
 from lape_ray.worker import StorageError
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.faults]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.cluster, pytest.mark.faults]
 slow = pytest.mark.slow
 
 

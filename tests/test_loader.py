@@ -15,7 +15,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from lape_ray.config import DataConfig
 from lape_ray.data.beton import write_beton
-from lape_ray.data.loader import Loader, build_loader, train_keys, train_places
+from lape_ray.data.loader import Loader, build_loader
+from lape_ray.data.order import train_keys, train_places
 from lape_ray.data.sources import image_folder
 
 SIDE = 48  # of the delivered square

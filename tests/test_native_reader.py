@@ -21,7 +21,8 @@ from lape_ray.config import DataConfig
 from lape_ray.data.beton import Manifest, read_contents, write_beton
 from lape_ray.data.beton.format import HEADER, RECORD, RECORDS_START, read_tables, tables_sha256
 from lape_ray.data.buffers import Buffers
-from lape_ray.data.loader import build_loader, train_keys
+from lape_ray.data.loader import build_loader
+from lape_ray.data.order import train_keys
 from lape_ray.data.sources import Source, image_folder
 
 SIDE = 64

@@ -15,7 +15,7 @@ from faults import add_row
 from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import digits, select
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.cluster, pytest.mark.faults, pytest.mark.slow]
 
 
 def run(scenario: str, home: Path) -> dict[str, Any]:

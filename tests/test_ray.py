@@ -22,7 +22,7 @@ from lape_ray.train import DivergedError
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden" / "smoke_losses.json"
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.cluster]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from lape_ray.launch import fit
 from lape_ray.storage import s3
 
 ROOT = Path(__file__).parent.parent
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.cluster, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 
 from lape_ray.cli import parse
 from lape_ray.config import what_is_learned
+from lape_ray.estimate import Estimate
 from lape_ray.recipes import recipe
 from lape_ray.search.cells import SPACES, build_space
 from lape_ray.search.command import listing, plan_of
@@ -27,7 +28,7 @@ from lape_ray.search.page import write_report
 from lape_ray.search.plan import Plan
 from lape_ray.search.schedules import HyperBand
 from lape_ray.search.space import Choice, Range, parse_axes
-from lape_ray.search.statistics import Estimate, cells, in_words
+from lape_ray.search.statistics import cells, in_words
 from lape_ray.search.tables import cells_csv, command_line, markdown, trials_csv
 
 LR = "optim.lr=loguniform(1e-4,1e-2)"

@@ -30,7 +30,7 @@ from lape_ray.search.shelf import Shelf
 from lape_ray.signals import News
 from lape_ray.train import Take, train
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.cluster]
 CPU = torch.device("cpu")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from lape_ray import checkpoint
 from lape_ray import train as train_module
 from lape_ray.config import Span, TrainConfig, replace_fields
-from lape_ray.data.loader import INDEX_MASK, rank_part, train_keys, train_places
+from lape_ray.data.order import rank_part, sample_index, train_keys, train_places
 from lape_ray.recipes import recipe
 from lape_ray.signals import News
 from lape_ray.train import Take
@@ -49,7 +49,7 @@ class MemoryLoader:
             return rank_part(np.arange(101), **place)
         size = {"batch_size": self.batch_size, "micro_batches": self.micro_batches}
         keys = train_keys(101, step_samples=math.prod(size.values()), seed=self.seed, epoch=epoch)
-        return keys[train_places(len(keys), **size, **place)] & INDEX_MASK
+        return sample_index(keys[train_places(len(keys), **size, **place)])
 
     def __len__(self) -> int:
         return -(-len(self._indices(0)) // self.batch_size)

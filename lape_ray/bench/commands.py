@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,31 @@ def _checkpoint(options: Values, note: Callable[[str], None], keep: Callable[[Va
 
     settings = Settings(**_given(options, *COMMON), models=parse_names(options["models"]))
     return checkpoint_report(run(settings.quick() if options["quick"] else settings, note, keep))
+
+
+def run_seeds(options: Values, note: Callable[[str], None]) -> str:
+    """`seeds`: train what its record does not hold yet, and return the table.
+
+    Raises:
+        ValueError: an option has no meaning, or the record is of something else.
+    """
+    from lape_ray.bench import seeds
+    from lape_ray.bench.seeds_report import report
+
+    given = _given(options, "seeds", "epochs", "holdout", "per_class", "at_once", "threads", "device")
+    if options["recipes"]:
+        given["recipes"] = tuple(options["recipes"].split(","))
+    settings = seeds.Settings(
+        source=options["source"], splits=("train", options["test"]), overrides=options["overrides"], **given
+    )
+    path: Path | None = options["json"]
+    earlier = json.loads(path.read_text()) if path is not None and path.exists() else None
+
+    def keep(record: Values) -> None:
+        if path is not None:
+            save(record, path)
+
+    return report(seeds.run(settings, note, keep, earlier))
 
 
 _COMMANDS = {"step": _step, "compare": _compare, "ray": _ray, "checkpoint": _checkpoint}

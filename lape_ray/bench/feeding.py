@@ -22,7 +22,7 @@ from lape_ray.config import DataConfig, TrainConfig, replace_fields
 from lape_ray.data.augment import AugmentSpec, build_augment
 from lape_ray.data.loader import build_loader
 from lape_ray.recipes import recipe
-from lape_ray.train import TrainState, build_state, micro_step
+from lape_ray.train import TrainState, augmented, build_state, micro_step
 
 MODELS = ("deit_tiny", "deit_small", "deit_base")
 JOIN = "lape"
@@ -180,11 +180,12 @@ def _seconds(
     state: TrainState, batches: Generator[tuple[Tensor, Tensor], None, None], steps: int, counter: Any
 ) -> float:
     """Seconds that `steps` optimizer steps take, by the clock."""
+    ready = augmented(state, batches, epoch=0)
     _wait(state.world.device)
     clock = time.perf_counter()
     for _ in range(steps):
         state.optimizer.zero_grad(set_to_none=True)
-        micro_step(state, *next(batches), key=(0, next(counter), 0))
+        micro_step(state, *next(ready), key=(0, next(counter), 0))
         state.optimizer.step()
         if state.ema is not None:
             state.ema.update()

@@ -20,7 +20,7 @@ from lape_ray.config import Compile, TrainConfig, replace_fields
 from lape_ray.model import resolve
 from lape_ray.optim import lr_at
 from lape_ray.recipes import recipe
-from lape_ray.train import TrainState, build_state, optimizer_step
+from lape_ray.train import TrainState, augmented, build_state, optimizer_step
 
 BATCHES = 4  # distinct ones, in rotation: the same pixels again and again would flatter caches and power
 STEPS_PER_EPOCH = 1251  # of ImageNet in batches of 1024: the schedule's place is that of the first epoch
@@ -91,9 +91,10 @@ class Stepper:
         self.state = state
         self.done = 0
         self._loss_sum = torch.zeros((), device=state.world.device)
-        self._batches = itertools.chain.from_iterable(
+        batches = itertools.chain.from_iterable(
             state.train_loader.epoch(epoch) for epoch in itertools.count()
         )
+        self._batches = augmented(state, batches, epoch=0)
         state.model.train()
 
     def run(self, steps: int) -> None:

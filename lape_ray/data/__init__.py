@@ -2,8 +2,10 @@
 
     sources/       class folders, parquet and tar shards and the bundled digits, as one kind of thing
     beton          writes a source as an FFCV file with a manifest beside it, and checks such a file
+    order          which sample is trained on where: functions of the seed and the epoch alone
     loader         `build_loader`: batches of a .beton on the device, in an order known beforehand
     native_reader  a pass over a .beton through our own decoder, `native/` (C++); the default backend
+    resident       a pass over small images that lie on the device as a whole
     torchvision_reader  a pass over a source through Pillow and torchvision, the measure of the others
     parallel       `map` over processes, in order
     ffcv_pipeline  FFCV's loader, made to fail loudly and to repeat itself; another backend

@@ -163,6 +163,7 @@ class BatchLoader(Loader):
     """FFCV's Loader of one file's images, for passes in orders that the caller gives."""
 
     reuses_buffers = True
+    on_device = False
 
     def __init__(self, path: str, decoder: SeededCrop, *, batch_size: int, threads: int) -> None:
         if threads > 1 and numba.threading_layer() == "workqueue":

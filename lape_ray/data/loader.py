@@ -24,52 +24,10 @@ import torch
 from lape_ray.config import DataConfig
 from lape_ray.data.beton import set_files
 from lape_ray.data.facts import SplitFacts, reads_sources, source_facts, split_facts, split_path
+from lape_ray.data.order import rank_part, sample_index, train_keys, train_places
 from lape_ray.data.parallel import usable_cpus
 from lape_ray.data.remote import local_split
 from lape_ray.data.sources import open_source
-
-INDEX_MASK = 0xFFFFFFFF  # of a key: the sample's index
-ORDER_STREAM = 1  # first word of the seed, which keeps these draws apart from mixup's
-
-
-def train_keys(num_samples: int, *, step_samples: int, seed: int, epoch: int, repeats: int = 1) -> np.ndarray:
-    """The keys (N,) of a training epoch over all ranks: a random order, N the largest multiple of `step_samples`.
-
-    With `repeats` above 1 each sample stands that often in a row and the epoch keeps its length, so that neighbours,
-    which go to different ranks, are differently augmented copies (repeated augmentation, arXiv 1901.09335).
-
-    A key is a sample's index in its low 32 bits and the seed of its augmentation above (int64). The samples
-    that are left over differ from epoch to epoch.
-    """
-    if num_samples < step_samples:
-        raise ValueError(
-            f"the training set has {num_samples} images, fewer than the {step_samples} of one optimizer step; "
-            f"set data.batch_size to {num_samples} or less"
-        )
-    rng = np.random.default_rng((ORDER_STREAM, seed, epoch))
-    index_N = rng.permutation(num_samples).repeat(repeats)[: num_samples // step_samples * step_samples]
-    return index_N | (rng.integers(2**31, size=len(index_N)) << 32)
-
-
-def rank_part(keys_N: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """What one rank reads. The union over the ranks is `keys_N`, each key once, whatever the world size."""
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank={rank} is not from 0 to world_size - 1 = {world_size - 1}")
-    return keys_N[rank::world_size]
-
-
-def train_places(size: int, *, batch_size: int, micro_batches: int, rank: int, world_size: int) -> np.ndarray:
-    """The places (N,), in an epoch of `size` samples, of what one rank trains on, in the order in which it does.
-
-    Micro-batch m of a step holds every M-th of its samples, from the m-th on; rank r has the micro-batches r,
-    r + world_size and so on of every step, which can be one more than others have.
-    """
-    if not 0 <= rank < world_size <= micro_batches:
-        raise ValueError(
-            f"rank={rank} of {world_size} has no part in the {micro_batches} micro-batches of a step"
-        )
-    places_SBM = np.arange(size).reshape(-1, batch_size, micro_batches)
-    return places_SBM.transpose(0, 2, 1)[:, rank::world_size].reshape(-1)
 
 
 class Reader(Protocol):
@@ -80,12 +38,14 @@ class Reader(Protocol):
         batch_size: images of a batch
         image_size: side of the square that is delivered, in pixels; may be set between passes
         reuses_buffers: whether a batch is overwritten once later ones are asked for
+        on_device: whether batches are tensors that already lie on the loader's device, and not arrays
     """
 
     labels_N: np.ndarray
     batch_size: int
     image_size: int
     reuses_buffers: bool
+    on_device: bool
 
     def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> Batches:
         """A pass over the samples of `keys_N`, the last batch short.
@@ -98,9 +58,9 @@ class Reader(Protocol):
 class Batches(Protocol):
     """An iterator of uint8 (B, H, W, 3); its threads end with `close`."""
 
-    def __iter__(self) -> Iterator[np.ndarray]: ...
+    def __iter__(self) -> Iterator[np.ndarray | torch.Tensor]: ...
 
-    def __next__(self) -> np.ndarray: ...
+    def __next__(self) -> np.ndarray | torch.Tensor: ...
 
     def close(self) -> None: ...
 
@@ -164,7 +124,7 @@ class Loader:
     def epoch(
         self, epoch: int, *, start: int = 0, image_size: int | None = None
     ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-        """The batches of one epoch: images uint8 (B, 3, H, W), channels last in memory, and labels int64 (B,).
+        """The batches of one epoch: images uint8 (B, 3, H, W), in memory channels last, and labels int64 (B,).
 
         They are the caller's to keep. What goes wrong in the loader's thread is raised here, and the thread
         ends with the loop, however that ends (close the generator if it is not in a `for`).
@@ -181,16 +141,18 @@ class Loader:
         keys_N, positions_N = keys_N[rest], positions_N[rest]
         if len(keys_N) == 0:  # nothing is left, or there are more ranks than images
             return
-        labels_N = torch.from_numpy(self.labels_N[keys_N & INDEX_MASK])
+        labels_N = torch.from_numpy(self.labels_N[sample_index(keys_N)])
+        if self.reader.on_device:
+            labels_N = labels_N.to(self.device)
         batches = self.reader.batches(keys_N, positions_N, epoch)
         try:
             pairs = zip(batches, labels_N.split(self.reader.batch_size), strict=True)
-            host = ((torch.from_numpy(images).permute(0, 3, 1, 2), labels) for images, labels in pairs)
-            if self.device.type == "cpu":
-                for images_BCHW, labels_B in host:
+            read = ((torch.as_tensor(images).permute(0, 3, 1, 2), labels) for images, labels in pairs)
+            if self.device.type == "cpu" or self.reader.on_device:
+                for images_BCHW, labels_B in read:
                     yield images_BCHW.clone() if self.reader.reuses_buffers else images_BCHW, labels_B
             else:
-                yield from to_gpu(host, self.device)
+                yield from to_gpu(read, self.device)
         finally:
             batches.close()
 
@@ -290,6 +252,20 @@ def build_loader(
             threads=threads,
             seed=seed,
             pin_memory=torch.device(device).type == "cuda",
+        )
+    elif data.backend == "resident":
+        facts = split_facts(data, split)
+        from lape_ray.data.resident import ResidentReader
+
+        reader = ResidentReader(
+            path,
+            data,
+            split,
+            image_size=image_size,
+            batch_size=batch_size,
+            threads=threads,
+            seed=seed,
+            device=torch.device(device),
         )
     else:
         facts = split_facts(data, split)

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from lape_ray.data.augment.draws import Stream, uniform
 from lape_ray.data.beton import read_contents
 from lape_ray.data.buffers import Buffers
 from lape_ray.data.native import FILTERS, Decoder, center_crops, check, flips, random_resized_crops
+from lape_ray.data.order import sample_index
 
 BATCHES_AHEAD = 2
 
@@ -33,6 +34,7 @@ class NativeReader:
     """
 
     reuses_buffers = False
+    on_device = False
 
     def __init__(
         self,
@@ -70,7 +72,7 @@ class NativeReader:
         """
         pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
         pending: deque[Future[np.ndarray]] = deque()
-        index_N = keys_N & 0xFFFFFFFF
+        index_N = sample_index(keys_N)
         side = self.image_size
         try:
             for start in range(0, len(index_N), self.batch_size):
@@ -92,27 +94,14 @@ class NativeReader:
         else:
             out_BSS3 = self.buffers.take(shape)
         widths_B, heights_B = images_B["width"], images_B["height"]
-        filters_B = np.full(
-            len(index_B), FILTERS["bilinear" if data.interpolation == "bilinear" else "bicubic"]
-        )
+        boxes_B4: np.ndarray
         if self.split == "train":
-            boxes_B4 = random_resized_crops(
-                self.seed,
-                epoch,
-                positions_B,
-                widths_B,
-                heights_B,
-                scale=data.crop_scale,
-                ratio=data.crop_ratio,
-            )
-            flips_B = flips(self.seed, epoch, positions_B, data.flip)
-            if data.interpolation == "random":
-                chance_B = uniform(self.seed, epoch, positions_B, Stream.INTERPOLATION, 1)[:, 0]
-                filters_B = np.where(chance_B < 0.5, FILTERS["bicubic"], FILTERS["bilinear"])
+            boxes_B4, flips_B, cubic_B = train_draws(data, self.seed, epoch, positions_B, widths_B, heights_B)
         else:
             resize = max(side, math.floor(side / data.eval_crop))
             boxes_B4 = center_crops(widths_B, heights_B, resize=resize, size=side)
             flips_B = np.zeros(len(index_B), bool)
+            cubic_B = np.full(len(index_B), data.interpolation != "bilinear")
         files_B = contents.file_N[index_B]
         statuses_B = self.decoder.decode_batch(
             self.descriptors[files_B],
@@ -124,7 +113,7 @@ class NativeReader:
             boxes_B4,
             flips_B,
             out_BSS3,
-            interpolation=filters_B,
+            interpolation=np.where(cubic_B, FILTERS["bicubic"], FILTERS["bilinear"]),
             crop_first=self.split == "train",
             checksums=True,
         )
@@ -141,6 +130,39 @@ class NativeReader:
                     "by another of its name (as mv does), but not written in place: check it with "
                     f"jobs/write_beton.py verify {Path(self.contents.files[file]).name}, and start again"
                 )
+
+
+class TrainDraws(NamedTuple):
+    """What is drawn for the crops of N training images.
+
+    Attributes:
+        boxes_N4: int32; x, y, width and height in pixels
+        flips_N: whether the crop is mirrored
+        cubic_N: whether it is resized bicubically, else bilinearly
+    """
+
+    boxes_N4: np.ndarray
+    flips_N: np.ndarray
+    cubic_N: np.ndarray
+
+
+def train_draws(
+    data: DataConfig,
+    seed: int,
+    epoch: int,
+    positions_N: np.ndarray,
+    widths_N: np.ndarray,
+    heights_N: np.ndarray,
+) -> TrainDraws:
+    """The draws for the images at `positions_N` of the epoch's order over all ranks, of these sizes in pixels."""
+    boxes_N4 = random_resized_crops(
+        seed, epoch, positions_N, widths_N, heights_N, scale=data.crop_scale, ratio=data.crop_ratio
+    )
+    if data.interpolation == "random":
+        cubic_N = uniform(seed, epoch, positions_N, Stream.INTERPOLATION, 1)[:, 0] < 0.5
+    else:
+        cubic_N = np.full(len(positions_N), data.interpolation == "bicubic")
+    return TrainDraws(boxes_N4, flips(seed, epoch, positions_N, data.flip), cubic_N)
 
 
 def _state(descriptor: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as v2
 
 from lape_ray.config import DataConfig
+from lape_ray.data.order import sample_index
 from lape_ray.data.sources import Source
 
 BATCHES_AHEAD = 2
@@ -53,6 +54,7 @@ class TorchvisionReader:
     """
 
     reuses_buffers = False
+    on_device = False
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class TorchvisionReader:
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="torchvision")
         pending: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
-        index_N = (keys_N & 0xFFFFFFFF).tolist()
+        index_N = sample_index(keys_N).tolist()
         places_N = positions_N.tolist()
         side = self.image_size
         try:

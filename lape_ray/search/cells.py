@@ -13,6 +13,7 @@ from lape_ray.model.ports import check_cell, valid_joins
 from lape_ray.search.space import Axis, Choice, Range, as_text, differing
 
 Cell = Mapping[str, Any]
+_TABLE2 = ("vit_lite_7_4", "cvt_7_4", "cct_7_3x1")
 PORTS = ("model.position", "model.join", "model.bias", "model.bias_join", "model.rotary")
 
 
@@ -64,6 +65,25 @@ def paper_table7(base: TrainConfig) -> Space:
     return Space(cells=tuple(dict(zip(PORTS, cell, strict=True)) for cell in cells))
 
 
+def paper_table2(base: TrainConfig) -> Space:
+    """The rows of the LaPE paper's table 2 for the recipe's data: ViT-Lite, CVT and CCT, each under basic and lape.
+
+    With --seeds 5 and a CIFAR recipe, whose first seed is 121, these are the paper's trainings.
+    """
+    if base.model.variant not in _TABLE2:
+        raise ValueError(
+            f"the space paper_table2 is of the recipes vit_lite_7_4_*, cvt_7_4_* and cct_7_3x1_*, which differ in "
+            f"nothing but model.variant and model.join; this one's variant is {base.model.variant}"
+        )
+    return Space(
+        cells=tuple(
+            {"model.variant": variant, "model.join": join}
+            for variant in _TABLE2
+            for join in ("basic", "lape")
+        )
+    )
+
+
 def joins(base: TrainConfig) -> Space:
     """Every join of the recipe's own position embedding."""
     return Space(cells=tuple({"model.join": join} for join in valid_joins(base.model.position)))
@@ -92,7 +112,7 @@ def free(base: TrainConfig) -> Space:
 
 
 SPACES: dict[str, Callable[[TrainConfig], Space]] = {
-    function.__name__: function for function in (positions, paper_table7, joins, recipe, free)
+    function.__name__: function for function in (positions, paper_table7, paper_table2, joins, recipe, free)
 }
 
 

@@ -1,0 +1,123 @@
+"""Whole trainings with several seeds: what is trained, what is written down, what the table says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lape_ray.bench import seeds
+from lape_ray.bench.record import begin, finish
+from lape_ray.bench.seeds import FIRST_SEED, Settings, shortened
+from lape_ray.bench.seeds_report import report
+from lape_ray.data.sources import digits, open_source
+from lape_ray.recipes import recipe
+
+ROOT = Path(__file__).parent.parent
+TINY = {"model.patch_size": 16, "model.embed_dim": 16, "model.depth": 1, "model.num_heads": 1, "data.threads": 1,
+        "data.rand_augment": None, "data.upscale": True}  # fmt: skip
+
+
+def test_a_shortened_schedule_keeps_its_shares() -> None:
+    whole = recipe("vit_lite_7_4_lape")
+    short = shortened(whole, 30)
+    assert (short.optim.epochs, short.optim.warmup_epochs, short.optim.cooldown_epochs) == (30, 1, 1)
+    assert short.data.mix_off_epoch == 18  # of 30, as 175 of 300
+    assert shortened(whole, 300) == whole
+
+
+def test_recipes_are_paired_by_seed(tmp_path: Path) -> None:
+    configs = Settings(source="digits", seeds=3, overrides={"optim.lr": 1e-3}).configs(tmp_path)
+    assert [(config.recipe, config.run.seed) for config in configs] == [
+        (name, seed) for seed in (121, 122, 123) for name in ("vit_lite_7_4_basic", "vit_lite_7_4_lape")
+    ]
+    assert {config.optim.lr for config in configs} == {1e-3}
+    assert {config.data.backend for config in configs} == {"resident"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipes": ("vit_lite",)}, "vit_lite' is not known; known are"),
+        ({"seeds": 0}, "seeds=0 must be 1 or more"),
+        ({"holdout": 5, "per_class": 5}, "holdout and per_class both take images away"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(source="digits", **changes)
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAPE_RAY_HOME", str(tmp_path))
+    folder = seeds._data(Settings(source="digits", holdout=200), lambda text: None)
+    held, trained = (open_source(str(folder / f"{split}.beton")) for split in ("val", "train"))
+    assert (len(held), len(trained)) == (200, len(digits("train")) - 200)
+    images = {
+        source: {source.read(index).tobytes() for index in range(len(source))} for source in (held, trained)
+    }
+    # Some digits were written down twice in the data set itself.
+    assert len(images[held] & images[trained]) < 5
+
+
+def record_of(accuracies: dict[str, list[float]], **changes: Any) -> dict[str, Any]:
+    record = begin("seeds", vars(Settings(source="digits", **changes)))
+    record["sections"]["runs"] = [
+        {"recipe": name, "seed": FIRST_SEED + index, "acc1": value, "epochs": 300, "seconds": 10.0 + index}
+        for name, values in accuracies.items()
+        for index, value in enumerate(values)
+    ]
+    finish(record)
+    return record
+
+
+def test_the_table_pairs_seeds_and_stands_beside_the_papers() -> None:
+    """The difference is over the two seeds that both have: 1.0 and 2.0; t(1) is 12.706."""
+    text = report(record_of({"vit_lite_7_4_basic": [90.0, 91.0], "vit_lite_7_4_lape": [91.0, 93.0, 95.0]}))
+    basic, lape = text.splitlines()[-2:]
+    assert basic.split() == ["vit_lite_7_4_basic", "2", "90.50", "0.71", "93.45", "10", "to", "11"]
+    assert lape.split() == [
+        "vit_lite_7_4_lape", "3", "93.00", "2.00", "+1.50", "-4.85", "to", "+7.85", "94.29", "+0.84", "10", "to", "12",
+    ]  # fmt: skip
+    assert "Top-1 on the test set after the last of 300 epochs" in text
+    assert "9 training images that were held out" in report(record_of({"demo": [1.0]}, holdout=9))
+
+
+def test_a_record_that_was_cut_off_is_completed(tmp_path: Path) -> None:
+    """As a command: two trainings at once, then one seed more, and the first are not trained again."""
+    command = [sys.executable, str(ROOT / "jobs/benchmark.py"), "seeds", "digits", "--test=val", "--recipes"]
+    command += [
+        "vit_lite_7_4_basic,vit_lite_7_4_lape",
+        "--epochs=1",
+        "--at-once=2",
+        f"--json={tmp_path / 'x.json'}",
+    ]
+    command += [f"--{name}={'none' if value is None else value}" for name, value in TINY.items()]
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *words],
+            capture_output=True,
+            text=True,
+            env={"LAPE_RAY_HOME": str(tmp_path), "PATH": "/usr/bin"},
+        )
+
+    first = run("--seeds=1")
+    assert first.returncode == 0, first.stderr
+    before = json.loads((tmp_path / "x.json").read_text())["sections"]["runs"]
+    assert [row["seed"] for row in before] == [121, 121]
+    assert {row["recipe"] for row in before} == {"vit_lite_7_4_basic", "vit_lite_7_4_lape"}
+    assert all(len(row["acc1_by_epoch"]) == 1 for row in before)
+    second = run("--seeds=2")
+    assert second.returncode == 0, second.stderr
+    after = json.loads((tmp_path / "x.json").read_text())["sections"]["runs"]
+    assert after[:2] == before
+    assert [row["seed"] for row in after[2:]] == [122, 122]
+    assert "3 of 4: vit_lite_7_4" in second.stderr
+    other = run("--seeds=2", "--optim.lr=1")
+    assert other.returncode == 2
+    assert "the record holds trainings with another overrides" in other.stderr
