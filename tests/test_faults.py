@@ -13,7 +13,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from faults import LONG, Strike, note_cost, workers
-from service import ROOT, Service
+from service import ROOT, Service, alone
 from tracking_server import history, tracking_server
 
 from lape_ray.launch import WorkersFailedError, fit
@@ -25,7 +25,7 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def undisturbed(service: Service) -> list[float]:
-    return service.losses(service.run(fit(service.config(run__name="undisturbed", **LONG)).mlflow_run_id))
+    return alone(service.config(**LONG)).losses
 
 
 def folder(service: Service, name: str, step: int) -> Path:
@@ -109,13 +109,13 @@ def test_a_killed_driver(service: Service, undisturbed: list[float]) -> None:
 def test_a_hung_worker(service: Service, capfd: pytest.CaptureFixture[str]) -> None:
     """SIGSTOP of one of two; the other says so after run.timeout_s, and both begin anew."""
     changes = {**LONG, "run__num_workers": 2, "run__timeout_s": 10}
-    whole = service.losses(service.run(fit(service.config(run__name="two", **changes)).mlflow_run_id))
-    capfd.readouterr()
     strike = Strike(folder(service, "hung", 28).exists, lambda: workers(service)[-1].suspend())
     with strike.armed():
         result = fit(service.config(run__name="hung", **changes))
     output = capfd.readouterr().out
-    assert service.losses(service.run(result.mlflow_run_id)) == whole
+    assert service.losses(service.run(result.mlflow_run_id)) == pytest.approx(
+        alone(service.config(**changes)).losses, rel=1e-4
+    )
     assert "continuing after epoch" in output
     note_cost(
         service, result.mlflow_run_id, "worker SIGSTOP, two workers, --run.timeout_s 10", strike.at, output
@@ -123,7 +123,7 @@ def test_a_hung_worker(service: Service, capfd: pytest.CaptureFixture[str]) -> N
 
 
 @slow
-def test_a_full_disk(service: Service, tmp_path: Path) -> None:
+def test_a_full_disk(service: Service, undisturbed: list[float], tmp_path: Path) -> None:
     """One line, a checkpoint that is whole, and a run that goes on once there is space."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
@@ -145,7 +145,7 @@ def test_a_full_disk(service: Service, tmp_path: Path) -> None:
             fit(config)
         ballast.unlink()
         result = fit(config)
-        assert len(service.losses(service.run(result.mlflow_run_id))) == 100
+        assert service.losses(service.run(result.mlflow_run_id)) == undisturbed
         note_cost(service, result.mlflow_run_id, "disk full, then space and submitted again", strike.at)
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 import pytest
 from safetensors.torch import load_file
-from service import Service
+from service import Service, alone
 
 from lape_ray.data.beton import check_beton, write_beton
 from lape_ray.data.sources import digits
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.cluster]
 
 @pytest.fixture(scope="module")
 def submitted(service: Service) -> subprocess.CompletedProcess[str]:
-    return service.submit("smoke", "--run.name=one")
+    return service.submit("smoke", "--run.name=one", "--run.position_report_epochs=1")
 
 
 def test_a_submitted_job_gives_the_golden_losses(
@@ -92,51 +92,30 @@ def test_evaluate_agrees_with_the_run(service: Service, submitted: subprocess.Co
     assert "error: the checkpoint is of another model: unknown join.norms.0" in mixed.stderr
 
 
-def test_two_workers_and_a_resumed_run_give_the_same_losses(
+def test_two_workers_and_a_run_that_resumes_before_a_damaged_checkpoint(
     service: Service, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Two workers stop after an epoch; the same name continues, in the same MLflow run, as if never stopped."""
-    whole = fit(service.config(run__name="whole", optim__epochs=2))
-    changes = {"run__name": "parts", "optim__epochs": 2, "run__num_workers": 2}
+    changes = {"run__name": "parts", "run__num_workers": 2, "optim__epochs": 2}
+    changes |= {"run__checkpoint_steps": 2, "run__log_steps": 1}
     first = fit(service.config(**changes, run__stop_after_epochs=1))
-    capfd.readouterr()
-    second = fit(service.config(**changes))
-    assert "run parts exists and is not finished: continuing it" in capfd.readouterr().out
-    assert second.mlflow_run_id == first.mlflow_run_id
-    run, reference = (service.run(result.mlflow_run_id) for result in (second, whole))
-    assert run.info.status == "FINISHED"
-    assert len(service.losses(run)) == 10
-    assert service.losses(run) == pytest.approx(service.losses(reference), rel=1e-4)
-    assert second.metrics["val/acc1"] == whole.metrics["val/acc1"]
-
-
-WITHIN = {"optim__epochs": 2, "run__checkpoint_steps": 2, "run__log_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(service: Service) -> list[float]:
-    return service.losses(service.run(fit(service.config(run__name="undisturbed", **WITHIN)).mlflow_run_id))
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    service: Service, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
-) -> None:
-    first = fit(service.config(run__name="damaged", run__stop_after_epochs=1, **WITHIN))
-    weights = service.home / "runs/damaged/checkpoint-epoch-000001/model.safetensors"
+    weights = service.home / "runs/parts/checkpoint-epoch-000001/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     capfd.readouterr()
-    second = fit(service.config(run__name="damaged", **WITHIN))
-    assert second.mlflow_run_id == first.mlflow_run_id
-    assert service.losses(service.run(second.mlflow_run_id)) == undisturbed
+    second = fit(service.config(**changes))
     output = capfd.readouterr().out
+    assert "run parts exists and is not finished: continuing it" in output
     assert "warning: a checkpoint cannot be used, trying the one before" in output
-    assert "continuing after epoch 0 of 2 and step 4 of 5" in output
-    names = sorted(
-        path.name for path in (service.home / "runs/damaged").iterdir() if "checkpoint-" in path.name
-    )
-    assert "checkpoint-epoch-000001-2" in names or "checkpoint-epoch-000002" in names
+    assert re.search("continuing after epoch 0 of 2 and step [24] of 5", output)
+    assert second.mlflow_run_id == first.mlflow_run_id
+    run, expected = service.run(second.mlflow_run_id), alone(service.config(**changes))
+    assert run.info.status == "FINISHED"
+    assert service.losses(run) == pytest.approx(expected.losses, rel=1e-4)
+    assert second.metrics["val/acc1"] == expected.epochs[-1]["val/acc1"]
+    names = {path.name for path in weights.parent.parent.iterdir() if "checkpoint-" in path.name}
+    assert names & {"checkpoint-epoch-000001-2", "checkpoint-epoch-000002"}
 
 
 def test_a_failed_run_is_marked_failed(service: Service) -> None:
@@ -235,14 +214,11 @@ def test_the_list_of_runs_says_which_is_which(
     assert "compareRunsMode=CHART" in submitted.stdout
 
 
-def test_a_position_report_every_other_epoch(service: Service) -> None:
-    result = fit(service.config(run__name="watched", optim__epochs=2, run__position_report_epochs=2))
-    client = mlflow.MlflowClient(service.uri)
-    folders = {
-        file.path for file in client.list_artifacts(result.mlflow_run_id, "position_report") if file.is_dir
-    }
-    assert folders == {"position_report/epoch-000002"}
-    names = {
-        file.path for file in client.list_artifacts(result.mlflow_run_id, "position_report/epoch-000002")
-    }
-    assert "position_report/epoch-000002/position_report.html" in names
+def test_a_position_report_while_it_trains(
+    service: Service, submitted: subprocess.CompletedProcess[str]
+) -> None:
+    client, run = mlflow.MlflowClient(service.uri), service.run_of(submitted.stdout)
+    folders = {file.path for file in client.list_artifacts(run.info.run_id, "position_report") if file.is_dir}
+    assert folders == {"position_report/epoch-000001"}
+    names = {file.path for file in client.list_artifacts(run.info.run_id, "position_report/epoch-000001")}
+    assert "position_report/epoch-000001/position_report.html" in names

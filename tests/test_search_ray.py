@@ -18,17 +18,15 @@ import psutil
 import pytest
 import ray
 import torch
-from service import ROOT, Service
+from service import ROOT, Service, alone
 
-from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.config import replace_fields
 from lape_ray.search.command import plan_of
 from lape_ray.search.engine import Engine
 from lape_ray.search.ledger import Ledger, Trial
 from lape_ray.search.plan import Plan
 from lape_ray.search.run import search
 from lape_ray.search.shelf import Shelf
-from lape_ray.signals import News
-from lape_ray.train import Take, train
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.cluster]
 CPU = torch.device("cpu")
@@ -82,45 +80,6 @@ def assert_nothing_is_left(service: Service) -> None:
     assert {group["state"] for group in groups} <= {"REMOVED"}
 
 
-class Silent:
-    """A reporter that keeps the metrics of epochs."""
-
-    def __init__(self) -> None:
-        self.epochs: list[dict[str, float]] = []
-
-    def step(self, metrics: dict[str, float], *, step: int) -> None:
-        pass
-
-    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
-        self.epochs.append(dict(metrics))
-
-    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
-        pass
-
-    def stored(self) -> None:
-        pass
-
-    def news(self) -> News:
-        return News.NONE
-
-    def leaving(self) -> bool:
-        return False
-
-    def line(self, text: str) -> None:
-        pass
-
-
-def alone(config: TrainConfig, resume_from: Path | None = None) -> list[dict[str, float]]:
-    """The metrics of a config that is trained in this process, without Ray."""
-    reporter, threads = Silent(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        train(config, device=CPU, reporter=reporter, resume_from=resume_from)
-    finally:
-        torch.set_num_threads(threads)
-    return reporter.epochs
-
-
 # --- killed and continued -------------------------------------------------------------------------------------
 
 WORDS = ["joins", "smoke", "--seeds=2", "--optim.epochs=2"]
@@ -165,7 +124,7 @@ def test_a_warm_worker_trains_as_a_fresh_process_would(
     assert (config.model.join, config.run.seed) == ("lape", 1)
     expected = [
         {name: value for name, value in metrics.items() if "images_per_s" not in name}
-        for metrics in alone(config)
+        for metrics in alone(config).epochs
     ]
     assert learned([trial])[0][3] == expected
 
@@ -301,7 +260,7 @@ def test_pbt_clones_the_weights_of_the_best(service: Service) -> None:
         copied = Shelf(str(service.home / f"by-hand-{trial.id}"))
         what = {"epoch": 1, "source": clone.source}
         kept, _ = copied.clone(source, engine.config(trial), what)
-        expected = alone(engine.config(trial), Path(copied.address(kept)))[0]
+        expected = alone(engine.config(trial), Path(copied.address(kept))).epochs[0]
         assert trial.epochs[1].metrics["val/loss"] == expected["val/loss"]
         assert trial.epochs[1].metrics["val/loss"] != trial.epochs[0].metrics["val/loss"]
 
@@ -338,7 +297,7 @@ def test_a_distributed_trial_survives_its_workers(
     assert "goes on from its newest checkpoint, as it was interrupted: " in capfd.readouterr().out
     for trial in found.trials:
         config = replace_fields(Engine(found.plan, Ledger("unused")).config(trial), {"run.num_workers": 1})
-        expected = [metrics["val/loss"] for metrics in alone(config)]
+        expected = [metrics["val/loss"] for metrics in alone(config).epochs]
         assert [one.metrics["val/loss"] for one in trial.epochs] == pytest.approx(expected, rel=1e-4)
     assert_nothing_is_left(service)
 
