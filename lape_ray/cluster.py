@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lape_ray.data.parallel import Mapper
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+SHARED_BYTES_OF_A_GPU = 64 * 2**20
+"""About what NCCL takes of a node's shared memory for each GPU, with its default buffers and some room."""
 
 # The controller polls workers at this interval; a checkpoint counts only once it has been polled.
 _ENVIRONMENT = {
@@ -68,6 +73,35 @@ def ray_mapper() -> Iterator[Mapper]:
                     ray.cancel(reference, force=False)
 
         yield ordered
+
+
+def refuse_little_shared_memory() -> None:
+    """A ValueError where a node with GPUs has too little shared memory for what NCCL exchanges within a node.
+
+    A container has 64 MB unless it is told otherwise, and NCCL's own error does not say so.
+    """
+    free = ray.remote(num_cpus=0)(_free_shared_memory)
+    nodes = {
+        node["NodeID"]: node["Resources"]["GPU"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU", 0) > 1
+    }
+    found = {
+        name: free.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=True)).remote()
+        for name in nodes
+    }
+    for name, reference in found.items():
+        have, need = ray.get(reference), int(nodes[name]) * SHARED_BYTES_OF_A_GPU
+        if have < need:
+            raise ValueError(
+                f"node {name[:12]} has {have / 2**20:.0f} MB of shared memory left, and its {nodes[name]:g} GPUs need "
+                f"{need / 2**20:.0f} MB to exchange gradients: give the container more (docker run --shm-size, or an "
+                "emptyDir of medium Memory at /dev/shm)"
+            )
+
+
+def _free_shared_memory() -> int:
+    return shutil.disk_usage("/dev/shm").free
 
 
 def run_workers(

@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lape_ray import storage, tracking
 from lape_ray.checkpoint import differences
-from lape_ray.cluster import connected
+from lape_ray.cluster import connected, refuse_little_shared_memory
 from lape_ray.config import TrainConfig, flatten, from_dict, replace_fields, to_dict
 from lape_ray.data.facts import split_facts
 from lape_ray.preflight import check_before_start
@@ -110,6 +110,8 @@ def fit(config: TrainConfig) -> FitResult:
         use_gpu = uses_gpu(config)
         _wait_for_resources(config, use_gpu)
         refuse_local_store(uri)
+        if use_gpu and config.run.workers.high > 1:
+            refuse_little_shared_memory()
         if config.run.overwrite:
             storage.delete_folder(folder)
         _sweep(folder)

@@ -14,6 +14,8 @@ import ray
 import ray.train
 from ray.train import UserCallback
 
+MEMORY = "OutOfMemoryError"  # torch's; it would come again at the same place
+
 
 class Supervisor:
     """An actor, one for each run, on the driver's node; it ends with the driver.
@@ -27,6 +29,7 @@ class Supervisor:
         self._max_failures = max_failures
         self._checkpoint: str | None = None
         self._failures: list[str] = []
+        self._hopeless = ""
 
     async def stop(self) -> None:
         """Ask the workers to end after a checkpoint."""
@@ -39,9 +42,16 @@ class Supervisor:
     async def failed(self, reason: str) -> None:
         """Workers failed."""
         self._failures.append(reason)
+        if MEMORY in reason:
+            self._hopeless = (
+                f"a step does not fit into the device's memory: raise --optim.accumulate or --run.num_workers, which "
+                f"share a step's images out and change nothing that is learned, and submit again ({reason})"
+            )
 
     async def started(self, checkpoint: str | None) -> str:
         """Workers start from `checkpoint`; returns why they had better not, or nothing."""
+        if self._hopeless:
+            return self._hopeless
         if checkpoint != self._checkpoint:
             self._checkpoint, self._failures = checkpoint, []
         if len(self._failures) <= self._max_failures:
@@ -59,8 +69,11 @@ class FailureCount(UserCallback):
         self.supervisor = supervisor
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        reasons = [str(error).strip() or repr(error) for error in worker_exceptions.values()]
-        self.supervisor.failed.remote(reasons[0].splitlines()[-1])
+        reasons = [
+            (str(error).strip() or repr(error)).splitlines()[-1] for error in worker_exceptions.values()
+        ]
+        # Where one worker ran out of memory, the others say that it went away.
+        self.supervisor.failed.remote(next((reason for reason in reasons if MEMORY in reason), reasons[0]))
 
 
 class StopRequest:

@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import mlflow
+import numpy as np
+import psutil
 import pytest
 from faults import LONG, Strike, note_cost, workers
-from service import ROOT, Service, alone
+from service import ROOT, Service, alone, running_service
 from tracking_server import history, tracking_server
 
 from lape_ray.launch import WorkersFailedError, fit
@@ -77,6 +79,7 @@ def test_sigterm_with_ten_seconds_of_grace(service: Service, undisturbed: list[f
     assert stopped, output
     assert took < 10, f"the run took {took:.1f} s to end"
     assert service.run_of(output).info.status == "KILLED"
+    again = time.time()
     second = job(service, "terminated")
     rest, _ = second.communicate(timeout=600)
     assert second.returncode == 0, rest
@@ -84,7 +87,7 @@ def test_sigterm_with_ten_seconds_of_grace(service: Service, undisturbed: list[f
     assert f"continuing after epoch {stopped[1]} of 20{within}" in rest or stopped[2] == "5", rest
     assert service.run_of(rest).info.run_id == service.run_of(output).info.run_id
     assert service.losses(service.run_of(rest)) == undisturbed
-    note_cost(service, service.run_of(rest).info.run_id, "SIGTERM, then submitted again", strike.at, rest)
+    note_cost(service, service.run_of(rest).info.run_id, "SIGTERM; from the next submission on", again, rest)
 
 
 @slow
@@ -93,6 +96,7 @@ def test_a_killed_driver(service: Service, undisturbed: list[float]) -> None:
     with Strike(folder(service, "driverless", 28).exists, first.kill).armed() as strike:
         first.communicate(timeout=600)
     assert first.returncode == -signal.SIGKILL
+    again = time.time()
     second = job(service, "driverless")
     output, _ = second.communicate(timeout=600)
     assert second.returncode == 0, output
@@ -101,7 +105,11 @@ def test_a_killed_driver(service: Service, undisturbed: list[float]) -> None:
     assert service.run_of(output).info.status == "FINISHED"
     no_litter(service, "driverless")
     note_cost(
-        service, service.run_of(output).info.run_id, "driver SIGKILL, then submitted again", strike.at, output
+        service,
+        service.run_of(output).info.run_id,
+        "driver SIGKILL; from the next submission on",
+        again,
+        output,
     )
 
 
@@ -120,6 +128,34 @@ def test_a_hung_worker(service: Service, capfd: pytest.CaptureFixture[str]) -> N
     note_cost(
         service, result.mlflow_run_id, "worker SIGSTOP, two workers, --run.timeout_s 10", strike.at, output
     )
+
+
+@slow
+def test_a_machine_that_runs_out_of_memory(
+    tmp_path: Path, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Something else takes the memory; Ray ends a worker to save the node, and the run goes on once there is room."""
+    gigabyte, memory = 10**9, psutil.virtual_memory()
+    if memory.available < 8 * gigabyte:
+        pytest.skip("needs 8 GB of free memory")
+    hog: list[np.ndarray] = []
+
+    def take() -> None:
+        hog.append(np.ones(4 * gigabyte, np.uint8))
+        time.sleep(6)
+        hog.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        limit = (memory.total - memory.available + 5 * gigabyte) / memory.total
+        patch.setenv("RAY_memory_usage_threshold", f"{limit:.4f}")
+        with running_service(tmp_path) as service:
+            strike = Strike(folder(service, "memory", 28).exists, take)
+            with strike.armed():
+                result = fit(service.config(run__name="memory", **LONG))
+            output = "".join(capfd.readouterr())
+            assert service.losses(service.run(result.mlflow_run_id)) == undisturbed
+            assert "continuing after epoch" in output
+            note_cost(service, result.mlflow_run_id, "node out of memory for 6 s", strike.at, output)
 
 
 @slow
@@ -144,9 +180,10 @@ def test_a_full_disk(service: Service, undisturbed: list[float], tmp_path: Path)
         with strike.armed(), pytest.raises(StorageError, match=r"could not be stored: .*No space left"):
             fit(config)
         ballast.unlink()
+        again = time.time()
         result = fit(config)
         assert service.losses(service.run(result.mlflow_run_id)) == undisturbed
-        note_cost(service, result.mlflow_run_id, "disk full, then space and submitted again", strike.at)
+        note_cost(service, result.mlflow_run_id, "disk full; from the next submission on", again)
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
