@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from lape_ray.data.parallel import Mapper
 T = TypeVar("T")
 R = TypeVar("R")
 
+GONE_S = 20.0  # within which Ray ends what belonged to a driver that was killed
 SHARED_BYTES_OF_A_GPU = 64 * 2**20
 """About what NCCL takes of a node's shared memory for each GPU, with its default buffers and some room."""
 
@@ -43,6 +45,47 @@ def connected(*, show_logs: bool = True) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def only_actor(cls: type, name: str, *arguments: Any, **options: Any) -> Any:
+    """An actor of `cls` that is the only one of its name on the connected cluster, and ends with this driver.
+
+    A driver that was killed leaves its actors to Ray for some seconds; they are waited for.
+
+    Raises:
+        ValueError: another driver has an actor of this name.
+    """
+    deadline = time.monotonic() + GONE_S
+    while True:
+        try:
+            actor = ray.remote(cls).options(name=name, namespace="lape_ray", num_cpus=0, **options)
+            return actor.remote(*arguments)
+        except ValueError as error:
+            if "already taken" not in str(error):
+                raise
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"another driver of this cluster is at work on {name}: wait for it, or choose another --run.name"
+                ) from None
+            time.sleep(1)
+
+
+class _Held:
+    """An actor that does nothing but be there."""
+
+
+@contextlib.contextmanager
+def only_driver(name: str) -> Iterator[None]:
+    """While this is open, no other driver of the cluster gets past this point with the same name.
+
+    Raises:
+        ValueError: another is there.
+    """
+    held = only_actor(_Held, name)
+    try:
+        yield
+    finally:
+        ray.kill(held)
 
 
 @contextlib.contextmanager

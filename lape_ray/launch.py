@@ -29,7 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lape_ray import storage, tracking
 from lape_ray.checkpoint import differences
-from lape_ray.cluster import connected, refuse_little_shared_memory
+from lape_ray.cluster import connected, only_actor, refuse_little_shared_memory
 from lape_ray.config import TrainConfig, flatten, from_dict, replace_fields, to_dict
 from lape_ray.data.facts import split_facts
 from lape_ray.preflight import check_before_start
@@ -106,10 +106,12 @@ def fit(config: TrainConfig) -> FitResult:
     earlier = _earlier_run(config, record)
     if earlier is None:  # a run that goes on can wait for the server
         tracking.check_reachable(uri)
-    with connected():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(connected())
         use_gpu = uses_gpu(config)
         _wait_for_resources(config, use_gpu)
         refuse_local_store(uri)
+        supervisor = stack.enter_context(_supervised(config, folder))
         if use_gpu and config.run.workers.high > 1:
             refuse_little_shared_memory()
         if config.run.overwrite:
@@ -120,7 +122,7 @@ def fit(config: TrainConfig) -> FitResult:
         print(f"run {name}  storage {folder}", flush=True)
         print(f"MLflow run {run_id}: {tracking.ui_command(uri)}", flush=True)
         with _status_of(uri, run_id):
-            result = _train(config, root, uri, run_id, use_gpu)
+            result = _train(config, root, uri, run_id, use_gpu, supervisor)
             best, metrics = _best(result)
             tracked = result.return_value["unsent"] == 0
             if tracked:
@@ -264,18 +266,27 @@ def _sweep(folder: str) -> None:
             storage.delete_folder(storage.join(folder, name))
 
 
-def _train(config: TrainConfig, root: str, uri: str, run_id: str, use_gpu: bool) -> ray.train.Result:
-    """Ray Train's result of a run that came to its end, or was completed before; else one of ENDS."""
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.run.outage_s + 600))
+@contextlib.contextmanager
+def _supervised(config: TrainConfig, folder: str) -> Iterator[Any]:
+    """The run's supervisor; two drivers of one run would delete each other's checkpoints."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    supervisor = ray.remote(Supervisor).options(num_cpus=0, max_concurrency=1000, scheduling_strategy=here)
-    supervisor = supervisor.remote(config.run.max_failures)
-    trainer = _trainer(config, root, uri, run_id, use_gpu, supervisor)
+    supervisor = only_actor(
+        Supervisor, folder, config.run.max_failures, max_concurrency=1000, scheduling_strategy=here
+    )
     try:
-        with sigterm_stops(supervisor):
-            result = trainer.fit()
+        yield supervisor
     finally:
         ray.kill(supervisor)
+
+
+def _train(
+    config: TrainConfig, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
+) -> ray.train.Result:
+    """Ray Train's result of a run that came to its end, or was completed before; else one of ENDS."""
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.run.outage_s + 600))
+    trainer = _trainer(config, root, uri, run_id, use_gpu, supervisor)
+    with sigterm_stops(supervisor):
+        result = trainer.fit()
     outcome = result.return_value
     if outcome["end"] in ENDS:
         raise ENDS[outcome["end"]](outcome["reason"])

@@ -48,13 +48,17 @@ Take = Callable[[Mapping[str, Any]], Callable[[Path], None]]
 """Copies the state as it is now, with notes of whoever keeps it; what is returned writes the copy into a folder."""
 
 
-class DivergedError(RuntimeError):
+class EndedError(RuntimeError):
+    """The training ends early, on all workers at the same step."""
+
+
+class DivergedError(EndedError):
     """The loss is no finite number any more."""
 
     exit_code = 1
 
 
-class StoppedError(RuntimeError):
+class StoppedError(EndedError):
     """The run was asked to end early, and left a checkpoint."""
 
     exit_code = 143  # of a process that SIGTERM ended
@@ -493,7 +497,26 @@ def train(
             reporter.line(f"init_from: {note}")
     state.world.answers_within(config.run.start_timeout_s)
     last = min(config.optim.total_epochs, config.run.stop_after_epochs or config.optim.total_epochs)
-    for epoch in range(done, last):
+    try:
+        _epochs(state, reporter, range(done, last), progress, mlflow_run_id)
+    except EndedError:
+        state.signals.close()  # a process that trains again would keep the group
+        raise
+    reporter.stored()
+    state.signals.close()
+    return state.metrics
+
+
+def _epochs(
+    state: TrainState,
+    reporter: Reporter,
+    epochs: range,
+    progress: checkpoint.Progress,
+    mlflow_run_id: str | None,
+) -> None:
+    """Train `epochs`, the first of them from `progress` on, evaluate and hand out checkpoints."""
+    config = state.config
+    for epoch in epochs:
 
         def save(within: checkpoint.Progress, epoch: int = epoch) -> None:
             steps = epoch * state.steps_per_epoch + within.step
@@ -506,7 +529,7 @@ def train(
         trained = train_epoch(state, epoch, reporter, start=progress, save=save)
         progress = NOTHING_DONE
         state.metrics = {"epoch": epoch + 1.0, **trained}
-        if (epoch + 1) % config.run.eval_epochs == 0 or epoch + 1 == last:
+        if (epoch + 1) % config.run.eval_epochs == 0 or epoch + 1 == epochs.stop:
             state.metrics |= _validate(state)
             reporter.line(_epoch_line(state))
         reporter.epoch(
@@ -514,9 +537,6 @@ def train(
             step=(epoch + 1) * state.steps_per_epoch,
             take=partial(_take, state, epoch + 1, NOTHING_DONE, mlflow_run_id),
         )
-    reporter.stored()
-    state.signals.close()
-    return state.metrics
 
 
 def _take(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -93,7 +95,7 @@ def test_sigterm_with_ten_seconds_of_grace(service: Service, undisturbed: list[f
 @slow
 def test_a_killed_driver(service: Service, undisturbed: list[float]) -> None:
     first = job(service, "driverless")
-    with Strike(folder(service, "driverless", 28).exists, first.kill).armed() as strike:
+    with Strike(folder(service, "driverless", 28).exists, first.kill).armed():
         first.communicate(timeout=600)
     assert first.returncode == -signal.SIGKILL
     again = time.time()
@@ -171,14 +173,20 @@ def test_a_full_disk(service: Service, undisturbed: list[float], tmp_path: Path)
         words = {**LONG, "run__storage": str(small), "run__keep_checkpoints": 1}
         config = service.config(run__name="full", **words)
 
-        def fill() -> None:
-            with pytest.raises(OSError, match="No space"), ballast.open("wb", buffering=0) as opened:
-                while True:
-                    opened.write(bytes(4096))
+        over = threading.Event()
 
-        strike = Strike((small / "full" / "checkpoint-step-000000028").exists, fill)
-        with strike.armed(), pytest.raises(StorageError, match=r"could not be stored: .*No space left"):
-            fit(config)
+        def fill() -> None:
+            """Take all there is, also what deleted checkpoints leave."""
+            with ballast.open("wb", buffering=0) as opened:
+                while not over.wait(0.001):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            opened.write(bytes(4096))
+
+        with Strike((small / "full" / "checkpoint-step-000000028").exists, fill).armed():
+            with pytest.raises(StorageError, match=r"could not be stored: .*No space left"):
+                fit(config)
+            over.set()
         ballast.unlink()
         again = time.time()
         result = fit(config)

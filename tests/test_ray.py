@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from service import Service, alone
 
+from lape_ray import cluster
 from lape_ray.data.beton import check_beton, write_beton
 from lape_ray.data.sources import digits
 from lape_ray.launch import fit
@@ -116,6 +117,23 @@ def test_two_workers_and_a_run_that_resumes_before_a_damaged_checkpoint(
     assert second.metrics["val/acc1"] == expected.epochs[-1]["val/acc1"]
     names = {path.name for path in weights.parent.parent.iterdir() if "checkpoint-" in path.name}
     assert names & {"checkpoint-epoch-000001-2", "checkpoint-epoch-000002"}
+
+
+def test_two_drivers_of_one_run(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would delete each other's checkpoints; a driver that has ended is in nobody's way."""
+    monkeypatch.setattr(cluster, "GONE_S", 1)
+    folder = str(service.home / "runs/alone")
+    with (
+        cluster.only_driver(folder),
+        pytest.raises(
+            ValueError, match=r"another driver of this cluster is at work on .*runs/alone: wait for"
+        ),
+    ):
+        fit(service.config(run__name="alone"))
+    assert not Path(folder).exists()
+    monkeypatch.setattr(cluster, "GONE_S", 20)
+    with cluster.only_driver(folder):
+        pass
 
 
 def test_a_failed_run_is_marked_failed(service: Service) -> None:

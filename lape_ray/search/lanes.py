@@ -194,7 +194,7 @@ class Lanes:
         return ray.train.torch.TorchTrainer(
             lane_worker,
             train_loop_config={"desk": self._desk, "lane": lane},
-            torch_config=ray.train.torch.TorchConfig(timeout_s=run.timeout_s),
+            torch_config=ray.train.torch.TorchConfig(timeout_s=run.start_timeout_s),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=run.num_workers,
                 use_gpu=self._group.gpus > 0,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lape_ray import storage, tracking
-from lape_ray.cluster import connected
+from lape_ray.cluster import connected, only_driver
 from lape_ray.launch import prepared, uses_gpu
 from lape_ray.metrics import duration
 from lape_ray.model import build_model
@@ -101,6 +101,7 @@ def search(
         group = None
         if not conductor.engine.over:
             stack.enter_context(connected(show_logs=not display.draws))
+            stack.enter_context(only_driver(ledger.folder))
             group = worker_groups.Group.of(
                 plan.base.run, use_gpu=uses_gpu(plan.base), gpus_per_worker=gpus_per_worker
             )

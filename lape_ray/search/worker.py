@@ -27,13 +27,13 @@ from lape_ray.config import TrainConfig, from_dict
 from lape_ray.search.shelf import Shelf
 from lape_ray.signals import News
 from lape_ray.supervision import LeavingNodes
-from lape_ray.train import DivergedError, Take, World, train
+from lape_ray.train import DivergedError, EndedError, Take, World, train
 
 HOPELESS = (ValueError, DivergedError, torch.OutOfMemoryError)
 """What would happen again; anything else is tried again from the newest checkpoint."""
 
 
-class LeaveError(Exception):
+class LeaveError(EndedError):
     """The search wants this trial no more, or not now."""
 
 
@@ -126,17 +126,18 @@ def _train_trial(order: Mapping[str, Any], channel: Channel, rank: int, device: 
     name = ray.train.collective.broadcast_from_rank_zero(name)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(shelf.opened(name)) if name is not None else None
+        meta = read_meta(folder) if folder is not None else None
         tracker = None
         if rank == 0:
-            unsent = read_meta(folder).notes.get("unsent", []) if folder is not None and clone is None else []
+            unsent = meta.notes.get("unsent", []) if meta is not None and clone is None else []
             tracker = tracking.Tracker(order["tracking_uri"], order["run_id"], unsent)
             stack.callback(tracker.close)
         reporter = TrialReporter(
             order, channel, shelf, tracker, World.current(device), protected=name, best=order["best"]
         )
         try:
-            if folder is not None:
-                reporter.tell_again(read_meta(folder))
+            if meta is not None:
+                reporter.tell_again(meta)
             train(config, device=device, reporter=reporter, resume_from=folder, mlflow_run_id=order["run_id"])
         finally:
             reporter.keep_lines()
