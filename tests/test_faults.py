@@ -13,11 +13,9 @@ import time
 from pathlib import Path
 
 import mlflow
-import numpy as np
-import psutil
 import pytest
 from faults import LONG, Strike, note_cost, workers
-from service import ROOT, Service, alone, running_service
+from service import ROOT, Service, alone
 from tracking_server import history, tracking_server
 
 from lape_ray.launch import WorkersFailedError, fit
@@ -130,34 +128,6 @@ def test_a_hung_worker(service: Service, capfd: pytest.CaptureFixture[str]) -> N
     note_cost(
         service, result.mlflow_run_id, "worker SIGSTOP, two workers, --run.timeout_s 10", strike.at, output
     )
-
-
-@slow
-def test_a_machine_that_runs_out_of_memory(
-    tmp_path: Path, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Something else takes the memory; Ray ends a worker to save the node, and the run goes on once there is room."""
-    gigabyte, memory = 10**9, psutil.virtual_memory()
-    if memory.available < 8 * gigabyte:
-        pytest.skip("needs 8 GB of free memory")
-    hog: list[np.ndarray] = []
-
-    def take() -> None:
-        hog.append(np.ones(4 * gigabyte, np.uint8))
-        time.sleep(6)
-        hog.clear()
-
-    with pytest.MonkeyPatch.context() as patch:
-        limit = (memory.total - memory.available + 5 * gigabyte) / memory.total
-        patch.setenv("RAY_memory_usage_threshold", f"{limit:.4f}")
-        with running_service(tmp_path) as service:
-            strike = Strike(folder(service, "memory", 28).exists, take)
-            with strike.armed():
-                result = fit(service.config(run__name="memory", **LONG))
-            output = "".join(capfd.readouterr())
-            assert service.losses(service.run(result.mlflow_run_id)) == undisturbed
-            assert "continuing after epoch" in output
-            note_cost(service, result.mlflow_run_id, "node out of memory for 6 s", strike.at, output)
 
 
 @slow
