@@ -285,8 +285,15 @@ def _train(
     """Ray Train's result of a run that came to its end, or was completed before; else one of ENDS."""
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.run.outage_s + 600))
     trainer = _trainer(config, root, uri, run_id, use_gpu, supervisor)
-    with sigterm_stops(supervisor):
-        result = trainer.fit()
+    try:
+        with sigterm_stops(supervisor):
+            result = trainer.fit()
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+        # Of a node that is out of memory Ray ends whatever is needed, the processes that lead the run among them.
+        raise WorkersFailedError(
+            f"Ray ended the run's controller ({str(error).strip().splitlines()[0]}); submit the same command again: "
+            "the run goes on from its last checkpoint"
+        ) from error
     outcome = result.return_value
     if outcome["end"] in ENDS:
         raise ENDS[outcome["end"]](outcome["reason"])

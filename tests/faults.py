@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,14 +68,25 @@ def add_row(fault: str, recovery_s: float | None, steps_repeated: int | None) ->
             opened.write(json.dumps(row) + "\n")
 
 
+def longest_pause(points: Sequence[tuple[int, float]], struck: float) -> tuple[float | None, int]:
+    """Of (step, seconds since 1970): the longest time without a new step from `struck` on, and the step before it."""
+    reached, last, found = 0, struck, (0.0, 0)
+    for step, when in sorted(points, key=lambda point: point[1]):
+        if step <= reached:  # computed again
+            continue
+        if when > struck:
+            found = max(found, (when - last, reached))
+        reached, last = step, max(when, struck)
+    return (found[0] or None, found[1])
+
+
 def note_cost(service: Service, run_id: str, fault: str, struck: float, output: str = "") -> None:
-    """Note the seconds to the next new step of a run, and how many were repeated, as its output tells."""
-    points = mlflow.MlflowClient(service.uri).get_metric_history(run_id, "train/loss")
-    before = max((point.step for point in points if point.timestamp / 1000 <= struck), default=0)
-    after = [point.timestamp / 1000 for point in points if point.step > before]
+    """Note for how long a run came no further, and how many steps it computed again, as its output tells."""
+    history = mlflow.MlflowClient(service.uri).get_metric_history(run_id, "train/loss")
+    pause, before = longest_pause([(point.step, point.timestamp / 1000) for point in history], struck)
     resumed = re.findall(r"continuing after epoch (\d+) of \d+(?: and step (\d+) of (\d+))?", output)
     repeated = None
     if resumed:
         epoch, step, _ = resumed[-1]
         repeated = max(0, before - (5 * int(epoch) + int(step or 0)))
-    add_row(fault, round(min(after) - struck, 1) if after else None, repeated)
+    add_row(fault, None if pause is None else round(pause, 1), repeated)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import ray
-from faults import LONG
+from faults import LONG, longest_pause
 from ray.cluster_utils import Cluster
 from tracking_server import history, tracking_server
 
@@ -83,10 +83,7 @@ def main(scenario: str, home: Path) -> None:
         if failed or not done:
             raise SystemExit(f"the run failed: {failed}")
         points = history(server.uri, done[0].mlflow_run_id)
-        before = max((step for step, (_, when) in points.items() if when <= struck), default=0)
-        first = min(
-            (when for step, (_, when) in points.items() if step > before and when > struck), default=None
-        )
+        pause, before = longest_pause([(step, when) for step, (_, when) in points.items()], struck)
         print(
             json.dumps(
                 {
@@ -96,8 +93,7 @@ def main(scenario: str, home: Path) -> None:
                         r"continuing after epoch (\d+) of \d+(?: and step (\d+) of \d+)?", tee.text
                     ),
                     "before": before,
-                    "struck": struck,
-                    "recovery_s": None if first is None else first - struck,
+                    "recovery_s": pause,
                 }
             )
         )
