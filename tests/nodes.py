@@ -20,7 +20,7 @@ from faults import LONG, longest_pause
 from ray.cluster_utils import Cluster
 from tracking_server import history, tracking_server
 
-from lape_ray.config import Span, replace_fields
+from lape_ray.config import Span, TrainConfig, replace_fields
 from lape_ray.launch import FitResult, fit
 from lape_ray.local_cluster import executable
 from lape_ray.recipes import recipe
@@ -37,22 +37,28 @@ class Tee(io.TextIOBase):
         return sys.stderr.write(text)
 
 
+def config_of(scenario: str, home: Path) -> TrainConfig:
+    """The run of a scenario. One that is drained lasts longer than the node that it is on."""
+    fields: dict[str, object] = {
+        **{name.replace("__", "."): value for name, value in LONG.items()},
+        **{f"data.{split}": str(home / f"{split}.beton") for split in ("train", "val")},
+        "run.name": scenario,
+        "run.storage": str(home / "runs"),
+        "run.num_workers": Span(1, 2) if scenario == "elastic" else 2,
+        "run.max_failures": 0 if scenario == "drain" else 3,
+        "run.pages": False,
+    }
+    if scenario == "drain":
+        fields["optim.epochs"] = 120
+    return replace_fields(recipe("smoke"), fields)
+
+
 def main(scenario: str, home: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address)
     with tracking_server(home) as server:
-        fields: dict[str, object] = {
-            **{name.replace("__", "."): value for name, value in LONG.items()},
-            **{f"data.{split}": str(home / f"{split}.beton") for split in ("train", "val")},
-            "run.name": scenario,
-            "run.storage": str(home / "runs"),
-            "run.tracking_uri": server.uri,
-            "run.num_workers": Span(1, 2) if scenario == "elastic" else 2,
-            "run.max_failures": 0 if scenario == "drain" else 3,
-            "run.pages": False,
-        }
-        config = replace_fields(recipe("smoke"), fields)
+        config = replace_fields(config_of(scenario, home), {"run.tracking_uri": server.uri})
         done: list[FitResult] = []
         failed: list[BaseException] = []
 

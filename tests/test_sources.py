@@ -215,6 +215,17 @@ def test_digits() -> None:
         open_source("digits", "test")
 
 
+def test_a_subset_of_a_subset() -> None:
+    """The first few of each class among those that were not held out."""
+    source = digits("train")
+    held, few = select(source, "holdout:100"), select(source, "rest:100,per-class:3")
+    assert np.bincount(few.labels_N).tolist() == [3] * 10
+    images = [{each.encoded(index) for index in range(len(each))} for each in (held, few)]
+    assert not images[0] & images[1]
+    rest = select(source, "rest:100")
+    assert [few.encoded(i) for i in range(30)] == [select(rest, "per-class:3").encoded(i) for i in range(30)]
+
+
 def test_subsets() -> None:
     source = digits()
     few = select(source, "per-class:5")

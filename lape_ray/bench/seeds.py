@@ -78,8 +78,6 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
-        if self.holdout and self.per_class:
-            raise ValueError("holdout and per_class both take images away; give one of them")
 
     def configs(self, folder: Path) -> list[TrainConfig]:
         """Every training, seed by seed, so that a record which is cut off holds whole pairs; data in `folder`."""
@@ -174,10 +172,10 @@ def _data(settings: Settings, note: Callable[[str], None]) -> Path:
     training, test = settings.splits
     subsets: dict[str, tuple[str, str | None]] = {"train": (training, None), "val": (test, None)}
     if settings.holdout:
-        subsets["train"] = (training, f"rest:{settings.holdout}")
         subsets["val"] = (training, f"holdout:{settings.holdout}")
-    elif settings.per_class:
-        subsets["train"] = (training, f"per-class:{settings.per_class}")
+    kept = [f"rest:{settings.holdout}"] if settings.holdout else []
+    kept += [f"per-class:{settings.per_class}"] if settings.per_class else []
+    subsets["train"] = (training, ",".join(kept) or None)
     for split, (of, subset) in subsets.items():
         path = folder / f"{split}.beton"
         if path.exists():

@@ -17,10 +17,16 @@ def select(source: Source, subset: str | None) -> Source:
 
     Args:
         subset: `per-class:N` the first N of every class; `holdout:N` a random draw of N that has the classes'
-            proportions; `rest:N` what `holdout:N` leaves; None all.
+            proportions; `rest:N` what `holdout:N` leaves; several with commas between: each of what the one before
+            it gives; None all.
     """
-    if subset is None:
-        return source
+    if subset is not None:
+        for part in subset.split(","):
+            source = _select(source, part)
+    return source
+
+
+def _select(source: Source, subset: str) -> Source:
     kind, _, digits_of_count = subset.partition(":")
     kinds = ("per-class", "holdout", "rest")
     if kind not in kinds or not digits_of_count.isdecimal() or int(digits_of_count) < 1:
