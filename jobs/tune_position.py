@@ -9,7 +9,7 @@ python jobs/tune_position.py free deit_tiny_lape --space 'optim.lr=loguniform(1e
 
 from lape_ray.cli import ConfigParser, run_job
 
-SPACES = "positions, paper_table7, joins, recipe, or free (nothing but --space)"
+SPACES = "positions, paper_table7, paper_table2, joins, recipe, or free (nothing but --space)"
 
 
 def main() -> None:

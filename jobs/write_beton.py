@@ -31,7 +31,7 @@ def main() -> None:
     add("--split", help="train, val, ...: folder or shards of that name in the source")
     add(
         "--subset",
-        help="per-class:N, holdout:N (drawn at random, stratified), rest:N (what holdout:N leaves), or one of another: A,B",
+        help="per-class:N, holdout:N (drawn at random, stratified), rest:N (what holdout:N leaves); A,B: B of A",
     )
     add("--max-size", type=int, help="longest side in pixels; larger images are resized (500 suits ImageNet)")
     add("--quality", type=int, default=90, help="of the JPEGs that are encoded (default: 90)")
