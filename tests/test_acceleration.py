@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lape_ray import acceleration
 from lape_ray.acceleration import compiled, data_parallel
+from lape_ray.bench.counts import Operators
 from lape_ray.config import ModelConfig, RunConfig
 from lape_ray.model import VisionTransformer, build_model
 from lape_ray.model import block as block_module
@@ -50,19 +50,6 @@ def small(name: str, *, depth: int = 4) -> VisionTransformer:
 
 def loss_of(network: nn.Module, images_BCHW: Tensor) -> Tensor:
     return network(images_BCHW).square().mean()
-
-
-class Operators(TorchDispatchMode):
-    """Counts what reaches the dispatcher; views cost nothing and are left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
-            self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def step_operators(name: str) -> Counter[str]:

@@ -229,44 +229,25 @@ def build_loader(
     """
     path = local_split(split_path(data, split))
     data = dataclasses.replace(data, train=path) if split == "train" else dataclasses.replace(data, val=path)
-    threads = data.threads or threads or usable_cpus()
+    threads, device = data.threads or threads or usable_cpus(), torch.device(device)
+    sizes = {"image_size": image_size, "batch_size": batch_size, "threads": threads, "seed": seed}
     reader: Reader
     if data.backend == "torchvision":
         from lape_ray.data.torchvision_reader import TorchvisionReader
 
         source = open_source(path)
         facts = source_facts(path, source) if reads_sources(data, path) else split_facts(data, split)
-        reader = TorchvisionReader(
-            source, data, split, image_size=image_size, batch_size=batch_size, threads=threads, seed=seed
-        )
+        reader = TorchvisionReader(source, data, split, **sizes)
     elif data.backend == "native":
         facts = split_facts(data, split)
         from lape_ray.data.native_reader import NativeReader  # needs the compiled decoder
 
-        reader = NativeReader(
-            path,
-            data,
-            split,
-            image_size=image_size,
-            batch_size=batch_size,
-            threads=threads,
-            seed=seed,
-            pin_memory=torch.device(device).type == "cuda",
-        )
+        reader = NativeReader(path, data, split, **sizes, pin_memory=device.type == "cuda")
     elif data.backend == "resident":
         facts = split_facts(data, split)
         from lape_ray.data.resident import ResidentReader
 
-        reader = ResidentReader(
-            path,
-            data,
-            split,
-            image_size=image_size,
-            batch_size=batch_size,
-            threads=threads,
-            seed=seed,
-            device=torch.device(device),
-        )
+        reader = ResidentReader(path, data, split, **sizes, device=device)
     else:
         facts = split_facts(data, split)
         if len(files := set_files(path)) > 1:
@@ -288,7 +269,7 @@ def build_loader(
         rank=rank,
         world_size=world_size,
         seed=seed,
-        device=torch.device(device),
+        device=device,
         repeats=data.repeats,
     )
 
