@@ -288,11 +288,16 @@ def _train(
     try:
         with sigterm_stops(supervisor):
             result = trainer.fit()
-    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+    except (
+        ray.train.ControllerError,
+        ray.exceptions.RayActorError,
+        ray.exceptions.OutOfMemoryError,
+    ) as error:
         # Of a node that is out of memory Ray ends whatever is needed, the processes that lead the run among them.
+        lines = [line for line in str(error).splitlines() if line.strip() and "controller error" not in line]
         raise WorkersFailedError(
-            f"Ray ended the run's controller ({str(error).strip().splitlines()[0]}); submit the same command again: "
-            "the run goes on from its last checkpoint"
+            f"Ray Train's controller failed ({lines[0].strip() if lines else type(error).__name__}); submit the same "
+            "command again: the run goes on from its last checkpoint"
         ) from error
     outcome = result.return_value
     if outcome["end"] in ENDS:

@@ -49,7 +49,7 @@ def config_of(scenario: str, home: Path) -> TrainConfig:
         "run.pages": False,
     }
     if scenario == "drain":
-        fields["optim.epochs"] = 120
+        fields["optim.epochs"] = 400
     return replace_fields(recipe("smoke"), fields)
 
 
