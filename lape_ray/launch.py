@@ -88,6 +88,9 @@ class FitResult:
 # --- driver ---------------------------------------------------------------------------------------------------
 
 
+CONTROLLER_PAUSE_S = 5.0  # before it is started again: what ended it may last
+
+
 def fit(config: TrainConfig) -> FitResult:
     """Train `config` to its end, or continue the unfinished run of the same name.
 
@@ -284,25 +287,63 @@ def _train(
 ) -> ray.train.Result:
     """Ray Train's result of a run that came to its end, or was completed before; else one of ENDS."""
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.run.outage_s + 600))
-    trainer = _trainer(config, root, uri, run_id, use_gpu, supervisor)
-    try:
-        with sigterm_stops(supervisor):
-            result = trainer.fit()
-    except (
-        ray.train.ControllerError,
-        ray.exceptions.RayActorError,
-        ray.exceptions.OutOfMemoryError,
-    ) as error:
-        # Of a node that is out of memory Ray ends whatever is needed, the processes that lead the run among them.
-        lines = [line for line in str(error).splitlines() if line.strip() and "controller error" not in line]
-        raise WorkersFailedError(
-            f"Ray Train's controller failed ({lines[0].strip() if lines else type(error).__name__}); submit the same "
-            "command again: the run goes on from its last checkpoint"
-        ) from error
+    failures = 0
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                with sigterm_stops(supervisor):
+                    result = _trainer(config, root, uri, run_id, use_gpu, supervisor).fit()
+                break
+            except (
+                ray.train.ControllerError,
+                ray.exceptions.RayActorError,
+                ray.exceptions.OutOfMemoryError,
+            ) as error:
+                # Ray ends it where a node is out of memory, and it ends itself where storage is away as it writes.
+                failures += 1
+                reason = _why_the_controller_failed(error)
+                if failures > config.run.max_failures:
+                    raise WorkersFailedError(
+                        f"Ray Train's controller failed {failures} times, the last time with: {reason}; submit the "
+                        "same command again: the run goes on from its last checkpoint"
+                    ) from error
+                print(f"warning: Ray Train's controller failed, starting it again: {reason}", flush=True)
+                time.sleep(CONTROLLER_PAUSE_S)
+                _wait_for_storage(root, config.run.outage_s)
+                if not _lives(supervisor):
+                    supervisor = stack.enter_context(
+                        _supervised(config, storage.join(root, config.run.name or ""))
+                    )
     outcome = result.return_value
     if outcome["end"] in ENDS:
         raise ENDS[outcome["end"]](outcome["reason"])
     return result
+
+
+def _why_the_controller_failed(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip() and "controller error" not in line]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _wait_for_storage(root: str, outage_s: float) -> None:
+    """Returns once `root` can be written; its own error after `outage_s`."""
+    deadline = time.monotonic() + outage_s
+    while True:
+        try:
+            storage.check_writable(root)
+            return
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(2)
+
+
+def _lives(actor: Any) -> bool:
+    try:
+        ray.get(actor.__ray_ready__.remote(), timeout=30)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return False
+    return True
 
 
 def _trainer(
