@@ -287,7 +287,8 @@ def _train(
 ) -> ray.train.Result:
     """Ray Train's result of a run that came to its end, or was completed before; else one of ENDS."""
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.run.outage_s + 600))
-    failures = 0
+    folder = storage.join(root, config.run.name or "")
+    failures, before = 0, ""
     with contextlib.ExitStack() as stack:
         while True:
             try:
@@ -300,20 +301,20 @@ def _train(
                 ray.exceptions.OutOfMemoryError,
             ) as error:
                 # Ray ends it where a node is out of memory, and it ends itself where storage is away as it writes.
-                failures += 1
                 reason = _why_the_controller_failed(error)
-                if failures > config.run.max_failures:
-                    raise WorkersFailedError(
-                        f"Ray Train's controller failed {failures} times, the last time with: {reason}; submit the "
-                        "same command again: the run goes on from its last checkpoint"
-                    ) from error
                 print(f"warning: Ray Train's controller failed, starting it again: {reason}", flush=True)
                 time.sleep(CONTROLLER_PAUSE_S)
                 _wait_for_storage(root, config.run.outage_s)
+                known = storage.join(folder, SNAPSHOT)
+                reached = storage.read_text(known) if storage.exists(known) else ""
+                failures, before = (failures + 1 if reached == before else 1), reached
+                if failures > config.run.max_failures:
+                    raise WorkersFailedError(
+                        f"Ray Train's controller failed {failures} times without a new checkpoint (run.max_failures="
+                        f"{config.run.max_failures}), the last time with: {reason}"
+                    ) from error
                 if not _lives(supervisor):
-                    supervisor = stack.enter_context(
-                        _supervised(config, storage.join(root, config.run.name or ""))
-                    )
+                    supervisor = stack.enter_context(_supervised(config, folder))
     outcome = result.return_value
     if outcome["end"] in ENDS:
         raise ENDS[outcome["end"]](outcome["reason"])
