@@ -49,6 +49,22 @@ class Strike:
         assert self.at, "the run ended before anything could happen to it"
 
 
+def stored(run: Path, steps: int) -> Callable[[], bool]:
+    """Whether a checkpoint of a LONG run after so many steps, or a later one, is in its folder.
+
+    Which of those within an epoch there are depends on how long storing takes.
+    """
+
+    def found() -> bool:
+        reached = [0]
+        for path in run.glob("checkpoint-*"):
+            kind, number = path.name.split("-")[1:3]
+            reached.append(int(number) * (5 if kind == "epoch" else 1))
+        return max(reached) >= steps
+
+    return found
+
+
 def workers(service: Service) -> list[psutil.Process]:
     """The training processes of the cluster, in the order in which they started."""
     found = [

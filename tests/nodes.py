@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import ray
-from faults import LONG, longest_pause
+from faults import LONG, longest_pause, stored
 from ray.cluster_utils import Cluster
 from tracking_server import history, tracking_server
 
@@ -72,8 +72,8 @@ def main(scenario: str, home: Path) -> None:
         with contextlib.redirect_stdout(tee):
             thread = threading.Thread(target=train, daemon=True)
             thread.start()
-            at = home / "runs" / scenario / "checkpoint-step-000000028"
-            while not at.exists() and thread.is_alive():
+            reached = stored(home / "runs" / scenario, 28)
+            while not reached() and thread.is_alive():
                 time.sleep(0.02)
             struck = time.time()
             if scenario == "drain":

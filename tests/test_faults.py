@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from faults import LONG, Strike, note_cost, workers
+from faults import LONG, Strike, note_cost, stored, workers
 from service import ROOT, Service, alone
 from tracking_server import history, tracking_server
 
@@ -28,10 +28,6 @@ slow = pytest.mark.slow
 @pytest.fixture(scope="module")
 def undisturbed(service: Service) -> list[float]:
     return alone(service.config(**LONG)).losses
-
-
-def folder(service: Service, name: str, step: int) -> Path:
-    return service.home / "runs" / name / f"checkpoint-step-{step:09}"
 
 
 def no_litter(service: Service, name: str) -> None:
@@ -57,7 +53,7 @@ def test_a_killed_worker(
     service: Service, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """SIGKILL; the loop goes on from the last checkpoint, and nothing is logged twice or left out."""
-    strike = Strike(folder(service, "killed", 28).exists, lambda: workers(service)[-1].kill())
+    strike = Strike(stored(service.home / "runs/killed", 28), lambda: workers(service)[-1].kill())
     with strike.armed():
         result = fit(service.config(run__name="killed", **LONG))
     output = capfd.readouterr().out
@@ -71,7 +67,7 @@ def test_a_killed_worker(
 def test_sigterm_with_ten_seconds_of_grace(service: Service, undisturbed: list[float]) -> None:
     """A checkpoint and the end within the grace; the same command goes on behind the step where it stopped."""
     first = job(service, "terminated")
-    with Strike(folder(service, "terminated", 28).exists, first.terminate).armed() as strike:
+    with Strike(stored(service.home / "runs/terminated", 28), first.terminate).armed() as strike:
         output, _ = first.communicate(timeout=600)
     took = time.time() - strike.at
     assert first.returncode == 143, output
@@ -93,7 +89,7 @@ def test_sigterm_with_ten_seconds_of_grace(service: Service, undisturbed: list[f
 @slow
 def test_a_killed_driver(service: Service, undisturbed: list[float]) -> None:
     first = job(service, "driverless")
-    with Strike(folder(service, "driverless", 28).exists, first.kill).armed():
+    with Strike(stored(service.home / "runs/driverless", 28), first.kill).armed():
         first.communicate(timeout=600)
     assert first.returncode == -signal.SIGKILL
     again = time.time()
@@ -117,7 +113,7 @@ def test_a_killed_driver(service: Service, undisturbed: list[float]) -> None:
 def test_a_hung_worker(service: Service, capfd: pytest.CaptureFixture[str]) -> None:
     """SIGSTOP of one of two; the other says so after run.timeout_s, and both begin anew."""
     changes = {**LONG, "run__num_workers": 2, "run__timeout_s": 10}
-    strike = Strike(folder(service, "hung", 28).exists, lambda: workers(service)[-1].suspend())
+    strike = Strike(stored(service.home / "runs/hung", 28), lambda: workers(service)[-1].suspend())
     with strike.armed():
         result = fit(service.config(run__name="hung", **changes))
     output = capfd.readouterr().out
@@ -153,7 +149,7 @@ def test_a_full_disk(service: Service, undisturbed: list[float], tmp_path: Path)
                         while True:
                             opened.write(bytes(4096))
 
-        with Strike((small / "full" / "checkpoint-step-000000028").exists, fill).armed():
+        with Strike(stored(small / "full", 28), fill).armed():
             with pytest.raises(StorageError, match=r"could not be stored: .*No space left"):
                 fit(config)
             over.set()
@@ -172,9 +168,9 @@ def test_tracking_that_is_away_for_a_while_and_a_worker_that_dies_meanwhile(
 ) -> None:
     """What the dead worker had not sent is in the checkpoint that the next one goes on from."""
     with tracking_server(tmp_path) as server:
-        away = Strike(folder(service, "away", 13).exists, server.kill)
-        dies = Strike(folder(service, "away", 48).exists, lambda: workers(service)[-1].kill())
-        back = Strike(folder(service, "away", 78).exists, server.start)
+        away = Strike(stored(service.home / "runs/away", 13), server.kill)
+        dies = Strike(stored(service.home / "runs/away", 48), lambda: workers(service)[-1].kill())
+        back = Strike(stored(service.home / "runs/away", 78), server.start)
         with away.armed(), dies.armed(), back.armed():
             result = fit(service.config(run__name="away", run__tracking_uri=server.uri, **LONG))
         assert result.tracked
@@ -189,7 +185,7 @@ def test_tracking_that_is_gone_until_the_run_is_submitted_again(
     """The training comes to its end without it; the same command, later, completes the history and the artifacts."""
     with tracking_server(tmp_path) as server:
         config = service.config(run__name="gone", run__tracking_uri=server.uri, **LONG)
-        with Strike(folder(service, "gone", 13).exists, server.kill).armed():
+        with Strike(stored(service.home / "runs/gone", 13), server.kill).armed():
             first = fit(config)
         assert not first.tracked
         assert "submit the same command again to complete it" in first.summary()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import psutil
 import pytest
-from faults import LONG, Strike, note_cost
+from faults import LONG, Strike, note_cost, stored
 from service import Service, alone, running_service
 
 from lape_ray.launch import fit
@@ -39,10 +39,10 @@ def test_the_run_goes_on_once_there_is_room(service: Service, capfd: pytest.Capt
         del hog
 
     at, config = (
-        service.home / "runs/memory/checkpoint-step-000000028",
+        stored(service.home / "runs/memory", 28),
         service.config(run__name="memory", **LONG),
     )
-    with Strike(at.exists, take).armed() as strike:
+    with Strike(at, take).armed() as strike:
         result = fit(config)
     output = "".join(capfd.readouterr())
     assert service.losses(service.run(result.mlflow_run_id)) == alone(config).losses
