@@ -342,7 +342,7 @@ def _wait_for_storage(root: str, outage_s: float) -> None:
 def _lives(actor: Any) -> bool:
     try:
         ray.get(actor.__ray_ready__.remote(), timeout=30)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+    except ray.exceptions.RayError:  # dead, ended for want of memory, or no answer
         return False
     return True
 
