@@ -314,6 +314,7 @@ def _train(
                         f"{config.run.max_failures}), the last time with: {reason}"
                     ) from error
                 if not _lives(supervisor):
+                    ray.kill(supervisor)  # which frees its name, whatever is left of it
                     supervisor = stack.enter_context(_supervised(config, folder))
     outcome = result.return_value
     if outcome["end"] in ENDS:
