@@ -113,14 +113,9 @@ def run_loader(options: argparse.Namespace) -> None:
 
 
 def run_seeds(options: argparse.Namespace) -> None:
-    fields = vars(
-        ConfigParser(usage="%(prog)s seeds SOURCE [options] [--section.field VALUE ...]").parse_args(
-            options.fields
-        )
-    )
-    from lape_ray.bench.commands import run_seeds  # after parsing: --help is instant
-
-    print(run_seeds({**vars(options), "overrides": fields}, show))
+    parser = ConfigParser(usage="%(prog)s seeds SOURCE [options] [--section.field VALUE ...]")
+    options.overrides = vars(parser.parse_args(options.fields))
+    run_stepping(options)
 
 
 def run_stepping(options: argparse.Namespace) -> None:

@@ -257,12 +257,17 @@ def _status_of(uri: str, run_id: str) -> Iterator[None]:
     tracking.finish_run(uri, run_id, "FINISHED")
 
 
+def _registered(folder: str) -> str:
+    """Ray Train's own list of a run's checkpoints, as JSON; empty where there is none yet."""
+    known = storage.join(folder, SNAPSHOT)
+    return storage.read_text(known) if storage.exists(known) else ""
+
+
 def _sweep(folder: str) -> None:
     """Delete what storing left behind when it was interrupted: folders that are no checkpoints of this run."""
-    known = storage.join(folder, SNAPSHOT)
     kept: set[str] = set()
-    if storage.exists(known):
-        listed = json.loads(storage.read_text(known))
+    if known := _registered(folder):
+        listed = json.loads(known)
         kept = {entry["checkpoint_dir_name"] for entry in listed["checkpoint_results"]}
     for name in storage.folders(folder):
         if name.startswith((".checkpoint-", "checkpoint-")) and name not in kept:
@@ -305,8 +310,7 @@ def _train(
                 print(f"warning: Ray Train's controller failed, starting it again: {reason}", flush=True)
                 time.sleep(CONTROLLER_PAUSE_S)
                 _wait_for_storage(root, config.run.outage_s)
-                known = storage.join(folder, SNAPSHOT)
-                reached = storage.read_text(known) if storage.exists(known) else ""
+                reached = _registered(folder)
                 failures, before = (failures + 1 if reached == before else 1), reached
                 if failures > config.run.max_failures:
                     raise WorkersFailedError(

@@ -60,4 +60,4 @@ def validation_images(config: TrainConfig, count: int) -> Tensor:
 
 def _read(loader: Loader, index_B: np.ndarray) -> Tensor:
     with contextlib.closing(loader.reader.batches(index_B, np.arange(len(index_B)), 0)) as batches:
-        return torch.tensor(next(batches)).permute(0, 3, 1, 2)
+        return torch.as_tensor(next(batches)).clone().permute(0, 3, 1, 2)

@@ -107,12 +107,8 @@ def _checkpoint(options: Values, note: Callable[[str], None], keep: Callable[[Va
     return checkpoint_report(run(settings.quick() if options["quick"] else settings, note, keep))
 
 
-def run_seeds(options: Values, note: Callable[[str], None]) -> str:
-    """`seeds`: train what its record does not hold yet, and return the table.
-
-    Raises:
-        ValueError: an option has no meaning, or the record is of something else.
-    """
+def _seeds(options: Values, note: Callable[[str], None], keep: Callable[[Values], None]) -> str:
+    """Trains what the record of an earlier call does not hold yet."""
     from lape_ray.bench import seeds
     from lape_ray.bench.seeds_report import report
 
@@ -124,12 +120,9 @@ def run_seeds(options: Values, note: Callable[[str], None]) -> str:
     )
     path: Path | None = options["json"]
     earlier = json.loads(path.read_text()) if path is not None and path.exists() else None
-
-    def keep(record: Values) -> None:
-        if path is not None:
-            save(record, path)
-
     return report(seeds.run(settings, note, keep, earlier))
 
 
-_COMMANDS = {"step": _step, "compare": _compare, "ray": _ray, "checkpoint": _checkpoint}
+_COMMANDS = {
+    "step": _step, "compare": _compare, "ray": _ray, "checkpoint": _checkpoint, "seeds": _seeds,
+}  # fmt: skip

@@ -21,7 +21,7 @@ import torch
 
 from lape_ray import storage
 from lape_ray.bench.record import begin, finish
-from lape_ray.config import Backend, TrainConfig, config_hash, replace_fields
+from lape_ray.config import TrainConfig, config_hash, replace_fields
 from lape_ray.data.beton import check_beton, write_beton
 from lape_ray.data.sources import open_source, select
 from lape_ray.recipes import RECIPES, recipe
@@ -68,7 +68,6 @@ class Settings:
     at_once: int = 1
     device: str = "cpu"
     threads: int = 1
-    backend: Backend = "resident"
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,7 +85,7 @@ class Settings:
         for seed in range(FIRST_SEED, FIRST_SEED + self.seeds):
             for name in self.recipes:
                 fields = {f"data.{split}": path for split, path in names.items()}
-                changes = {"run.seed": seed, "data.backend": self.backend, **self.overrides}
+                changes = {"run.seed": seed, "data.backend": "resident", **self.overrides}
                 config = replace_fields(recipe(name), {**fields, **changes})
                 found.append(shortened(config, self.epochs) if self.epochs else config)
         return found
