@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
@@ -17,11 +17,11 @@ import pytest
 import ray
 import torch
 
+from lape_ray.bench.seeds import Recorder
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.local_cluster import LocalCluster, executable, local_cluster
 from lape_ray.recipes import recipe
-from lape_ray.signals import News
-from lape_ray.train import Take, train
+from lape_ray.train import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,38 +75,9 @@ class Service:
         return [value for _, value in points]
 
 
-@dataclass
-class Silent:
-    """A reporter that keeps the losses of log steps and the metrics of epochs."""
-
-    losses: list[float] = field(default_factory=list)
-    epochs: list[dict[str, float]] = field(default_factory=list)
-
-    def step(self, metrics: dict[str, float], *, step: int) -> None:
-        self.losses.append(metrics["train/loss"])
-
-    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
-        self.epochs.append(dict(metrics))
-
-    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
-        pass
-
-    def stored(self) -> None:
-        pass
-
-    def news(self) -> News:
-        return News.NONE
-
-    def leaving(self) -> bool:
-        return False
-
-    def line(self, text: str) -> None:
-        pass
-
-
-def alone(config: TrainConfig, resume_from: Path | None = None) -> Silent:
+def alone(config: TrainConfig, resume_from: Path | None = None) -> Recorder:
     """What a config learns in this process, without Ray: what a run must learn too, whatever befalls it."""
-    reporter, threads = Silent(), torch.get_num_threads()
+    reporter, threads = Recorder(), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         train(config, device=torch.device("cpu"), reporter=reporter, resume_from=resume_from)

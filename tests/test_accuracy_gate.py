@@ -30,6 +30,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from lape_ray import train as train_module
+from lape_ray.bench.seeds import Recorder
 from lape_ray.config import DataConfig, TrainConfig, replace_fields
 from lape_ray.data.augment import AugmentSpec, build_augment
 from lape_ray.data.beton import Manifest, write_beton
@@ -38,7 +39,6 @@ from lape_ray.data.parallel import processes
 from lape_ray.data.sources import Source, open_source, select
 from lape_ray.data.torchvision_reader import TorchvisionReader
 from lape_ray.recipes import recipe
-from lape_ray.signals import News
 
 TRAIN, VAL = 10_000, 2_000
 EPOCHS = 12
@@ -98,20 +98,6 @@ class TimmMixer:
     def __call__(self, images: Tensor, labels: Tensor, *, generator_key: Any) -> tuple[Tensor, Tensor]:
         mixed: tuple[Tensor, Tensor] = self.mixup(images, labels)
         return mixed
-
-
-class Quiet:
-    def step(self, metrics: Any, *, step: int) -> None: ...
-    def epoch(self, metrics: Any, *, step: int, take: Any) -> None: ...
-    def checkpoint(self, metrics: Any, *, step: int, take: Any) -> None: ...
-    def stored(self) -> None: ...
-    def news(self) -> News:
-        return News.NONE
-
-    def leaving(self) -> bool:
-        return False
-
-    def line(self, text: str) -> None: ...
 
 
 def photographs(folder: Path) -> dict[str, Source]:
@@ -178,7 +164,7 @@ def train_arm(run: Run) -> tuple[float, float]:
     with pytest.MonkeyPatch.context() as patch:
         if apply := ARMS[run.arm]:
             apply(patch, pickle.loads(run.sources.read_bytes()))
-        metrics = train_module.train(run.config, device=torch.device("cpu"), reporter=Quiet())
+        metrics = train_module.train(run.config, device=torch.device("cpu"), reporter=Recorder())
     return metrics["val/acc1"], time.perf_counter() - start
 
 

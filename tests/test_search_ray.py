@@ -17,7 +17,6 @@ import mlflow
 import psutil
 import pytest
 import ray
-import torch
 from service import ROOT, Service, alone
 
 from lape_ray.config import replace_fields
@@ -29,7 +28,6 @@ from lape_ray.search.run import search
 from lape_ray.search.shelf import Shelf
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.cluster]
-CPU = torch.device("cpu")
 
 
 def plan(service: Service, **given: object) -> Plan:

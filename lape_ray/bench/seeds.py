@@ -185,13 +185,15 @@ def _data(settings: Settings, note: Callable[[str], None]) -> Path:
     return folder
 
 
-class _Recorder:
-    """Keeps what the loop tells of epochs, and keeps nothing else."""
+class Recorder:
+    """A reporter that keeps the losses of log steps and the metrics of epochs, and nothing else."""
 
     def __init__(self) -> None:
+        self.losses: list[float] = []
         self.epochs: list[dict[str, float]] = []
 
-    def step(self, metrics: dict[str, float], *, step: int) -> None: ...
+    def step(self, metrics: dict[str, float], *, step: int) -> None:
+        self.losses.append(metrics["train/loss"])
 
     def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
         self.epochs.append(dict(metrics))
@@ -213,7 +215,7 @@ def train_one(config: TrainConfig, device: str, threads: int) -> dict[str, Any]:
     """One training, and what became of it; `seconds` are those of the loop, its start and evaluations included."""
     torch.set_num_threads(threads)
     where = torch.device(device)
-    recorder = _Recorder()
+    recorder = Recorder()
     clock = time.perf_counter()
     metrics = train(config, device=where, reporter=recorder)
     seconds = time.perf_counter() - clock
