@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import ray.train
 from ray.train import UserCallback
 
 MEMORY = "OutOfMemoryError"  # torch's; it would come again at the same place
+LEAVE_GROUP_S = 5  # for workers to leave their process group after a failure; half a minute by Ray Train's default
 
 
 class Supervisor:
@@ -69,6 +71,8 @@ class FailureCount(UserCallback):
         self.supervisor = supervisor
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        # A worker that hangs never leaves. Ray Train hands this variable on to no controller, but asks for it there.
+        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(LEAVE_GROUP_S))
         reasons = [
             (str(error).strip() or repr(error)).splitlines()[-1] for error in worker_exceptions.values()
         ]
