@@ -267,7 +267,7 @@ def test_the_chain_is_the_papers() -> None:
         assert layer.attention_1ND.shape[0] == 1, "position must not grow with the batch"
     block, x = model.blocks[0], torch.randn(2, 17, 32)
     torch.nn.init.normal_(block.norm1.bias)
-    torch.testing.assert_close(block._attention_input(x, layers[0]), block.norm1(x) + layers[0].attention_1ND)
+    torch.testing.assert_close(block.reading(layers[0])(x), block.norm1(x) + layers[0].attention_1ND)
 
 
 def test_batch_does_not_change_the_cost_of_position() -> None:

@@ -210,7 +210,7 @@ def test_the_position_part_of_the_stream_is_exact_in_every_layer(variant: str) -
     model.patch_embed.proj.weight.zero_()
     model.patch_embed.proj.bias.zero_()
     seen: list[Tensor] = []
-    model.blocks[2].attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.blocks[2].attn.qkv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     strength = measure_strength(model, torch.randn(2, 3, 16, 16))
     if variant == "deit_tiny":
         torch.testing.assert_close(seen[0][0], seen_by_attention(model)[2])
@@ -236,7 +236,7 @@ def test_attention_weights_are_those_of_the_fused_kernel() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 17))
     v = block.attn.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)[2]
     torch.testing.assert_close(
-        block.attn.proj((weights @ v).transpose(1, 2).flatten(2)), block.attn(x, layer)
+        block.attn.proj((weights @ v).transpose(1, 2).flatten(2)), block.attn(x, layer, lambda x: x)
     )
 
 

@@ -29,7 +29,11 @@ def test_data_and_runs_stay_here(tmp_path: Path) -> None:
     tree = tmp_path / "checkout"
     shutil.copytree(ROOT / "lape_ray/data/augment", tree / "lape_ray/data/augment")
     shutil.copy(ROOT / ".gitignore", tree)
-    for name in ("data/train/n01440764/a.JPEG", "train.beton", "runs/a/checkpoint-epoch-000001/model.safetensors"):
+    for name in (
+        "data/train/n01440764/a.JPEG",
+        "train.beton",
+        "runs/a/checkpoint-epoch-000001/model.safetensors",
+    ):
         path = tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(1000))

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_ray.acceleration import compiled
 from lape_ray.bench.synthetic import synthetic_state
 from lape_ray.config import Compile, TrainConfig, replace_fields
 from lape_ray.model import VisionTransformer, build_model, resolve
-from lape_ray.model.block import Attention, Block, LayerPosition
+from lape_ray.model.block import Block, LayerPosition
 from lape_ray.model.convert import load_weights
 from lape_ray.optim import Ema, build_optimizer
 from lape_ray.train import TrainState
@@ -49,27 +50,32 @@ def torchvision_name(name: str) -> str:
     return name
 
 
-class ExplicitAttention(Attention):
-    """Attention as DeiT's code writes it: the weights (B, H, N, N) are made, kept for backward, and multiplied."""
+class ExplicitBlock(Block):
+    """A block as DeiT's code writes it: all that it computes is kept for backward, (B, H, N, N) too."""
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, block: Block) -> None:
         nn.Module.__init__(self)
-        self.num_heads, self.dropout = attention.num_heads, attention.dropout
-        self.qkv, self.proj = attention.qkv, attention.proj
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.drop_path = block.drop_path
 
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
-        qkv_3BHNE = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if position.residual_1ND is not None:
+            x_BND = x_BND + position.residual_1ND
+        x_BND = x_BND + self.drop_path(self._attended(self.norm1(x_BND)))
+        return x_BND + self.drop_path(self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x_BND)))))
+
+    def _attended(self, x_BND: Tensor) -> Tensor:
+        attn = self.attn
+        qkv_3BHNE = attn.qkv(x_BND).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q_BHNE, k_BHNE, v_BHNE = qkv_3BHNE.unbind(0)
         logits_BHNN = (q_BHNE @ k_BHNE.transpose(-2, -1)) * q_BHNE.shape[-1] ** -0.5
         out_BHNE = logits_BHNN.softmax(dim=-1) @ v_BHNE
-        return self.proj(out_BHNE.transpose(1, 2).flatten(2))
+        return attn.proj(out_BHNE.transpose(1, 2).flatten(2))
 
 
 def _explicit(config: TrainConfig) -> nn.Module:
     network = _ours(config)
-    for block in network.blocks:
-        assert isinstance(block, Block)
-        block.attn = ExplicitAttention(block.attn)
+    network.blocks = nn.ModuleList(ExplicitBlock(cast(Block, block)) for block in network.blocks)
     return network
 
 

@@ -5,11 +5,13 @@ Shapes: B images, N tokens (prefix + patches), D width, H heads, E = D / H width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class LayerPosition(NamedTuple):
@@ -23,6 +25,18 @@ class LayerPosition(NamedTuple):
     """Added to the attention logits."""
     rotation: tuple[Tensor, Tensor] | None = None
     """Cosines and sines, each (H or 1, N, E/2), by which queries and keys are rotated."""
+
+
+def thrifty(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function(x)`: a matrix product of something cheap, which is computed again for the gradient instead of kept.
+
+    The product itself is not repeated, and nothing that is learned changes by a bit. Where a GPU's code is compiled,
+    the compiler decides what to keep.
+    """
+    if not torch.is_grad_enabled() or (x.is_cuda and torch.compiler.is_compiling()):
+        return function(x)
+    result: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return result
 
 
 def rotate(x_BHNE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -42,19 +56,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
-        q_BHNE, k_BHNE, v_BHNE = self._heads(x_BND, position)
+    def forward(self, x_BND: Tensor, position: LayerPosition, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+        """`prepare` turns x into what is read of it: its norm, with position where the join adds it there."""
+        qkv_BNM = thrifty(lambda x_BND: self.qkv(prepare(x_BND)), x_BND)
+        q_BHNE, k_BHNE, v_BHNE = self._heads(qkv_BNM, position)
         return self.proj(self._attend(q_BHNE, k_BHNE, v_BHNE, position).transpose(1, 2).flatten(2))
 
     def weights(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
-        """The attention weights (B, H, N, N) that `forward` applies to the values; each row sums to 1."""
-        q_BHNE, k_BHNE, _ = self._heads(x_BND, position)
+        """The attention weights (B, H, N, N) that `forward` applies to the values where it reads x; rows sum to 1."""
+        q_BHNE, k_BHNE, _ = self._heads(self.qkv(x_BND), position)
         # The fused kernel returns no weights, but applied to an identity it returns nothing else.
         identity_NN = torch.eye(x_BND.shape[1], dtype=x_BND.dtype, device=x_BND.device)
         return self._attend(q_BHNE, k_BHNE, identity_NN.expand(*q_BHNE.shape[:2], -1, -1), position)
 
-    def _heads(self, x_BND: Tensor, position: LayerPosition) -> tuple[Tensor, Tensor, Tensor]:
-        qkv_3BHNE = self.qkv(x_BND).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    def _heads(self, qkv_BNM: Tensor, position: LayerPosition) -> tuple[Tensor, Tensor, Tensor]:
+        qkv_3BHNE = qkv_BNM.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q_BHNE, k_BHNE, v_BHNE = qkv_3BHNE.unbind(0)
         if position.rotation is not None:
             q_BHNE, k_BHNE = rotate(q_BHNE, position.rotation), rotate(k_BHNE, position.rotation)
@@ -78,8 +94,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(embed_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, embed_dim)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BND)))
+    def forward(self, x_BND: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """Of `norm(x)`, or of x."""
+        hidden_BNM = self.fc1(x_BND) if norm is None else thrifty(lambda x_BND: self.fc1(norm(x_BND)), x_BND)
+        return thrifty(lambda hidden_BNM: self.fc2(F.gelu(hidden_BNM)), hidden_BNM)
 
 
 class DropPath(nn.Module):
@@ -125,20 +143,23 @@ class Block(nn.Module):
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
         if position.residual_1ND is not None:
             x_BND = x_BND + position.residual_1ND
-        x_BND = x_BND + self.drop_path(self.attn(self._attention_input(x_BND, position), position))
+        x_BND = x_BND + self.drop_path(self.attn(x_BND, position, self.reading(position)))
         return self._mlp_branch(x_BND)
 
-    def _attention_input(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
+    def reading(self, position: LayerPosition) -> Callable[[Tensor], Tensor]:
+        """What attention reads of the residual stream, as a function of that."""
         norm = self.norm1
         if position.attention_1ND is None:
-            return norm(x_BND)
+            return norm
         # LN(x) + w = gamma * x_hat + (beta + w): beta joins w, which has no batch dimension, so the sum of
         # beta's gradient over B x N tokens falls out of the sum over B that w's gradient needs anyway.
-        scaled_BND = F.layer_norm(x_BND, norm.normalized_shape, norm.weight, None, norm.eps)
-        return scaled_BND + (position.attention_1ND + norm.bias)
+        shift_1ND = position.attention_1ND + norm.bias
+        return lambda x_BND: (
+            F.layer_norm(x_BND, norm.normalized_shape, norm.weight, None, norm.eps) + shift_1ND
+        )
 
     def _mlp_branch(self, x_BND: Tensor) -> Tensor:
-        return x_BND + self.drop_path(self.mlp(self.norm2(x_BND)))
+        return x_BND + self.drop_path(self.mlp(x_BND, self.norm2))
 
 
 class ResidualNormBlock(Block):

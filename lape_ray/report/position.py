@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lape_ray.model import VisionTransformer
-from lape_ray.model.block import Attention, Block, LayerPosition, ResidualNormBlock
+from lape_ray.model.block import Block, LayerPosition, ResidualNormBlock
 
 
 def cosine(rows_ND: Tensor) -> Tensor:
@@ -116,7 +116,6 @@ def measure_strength(network: VisionTransformer, images_BCHW: Tensor) -> Strengt
             assert isinstance(block, Block)
             hooks = (
                 block.register_forward_pre_hook(_on_block(carried, probe)),
-                block.attn.register_forward_pre_hook(_on_attention(probe)),
                 block.norm2.register_forward_pre_hook(_on_norm2(carried, block)),
             )
             for hook in hooks:
@@ -140,8 +139,7 @@ class _Carried:
 class _Probe:
     """What is seen of one layer."""
 
-    position_BND: Tensor | None
-    norm_ratio_N: Tensor | None
+    norm_ratio_N: Tensor | None = None
     moved_N: Tensor
 
 
@@ -151,24 +149,18 @@ def _on_block(carried: _Carried, probe: _Probe) -> Any:
         if layer.residual_1ND is not None:
             x_BND = x_BND + layer.residual_1ND
             carried.part_BND = layer.residual_1ND + (0 if carried.part_BND is None else carried.part_BND)
-        probe.position_BND, probe.norm_ratio_N = None, None
+        position_BND: Tensor | None = None
         if layer.attention_1ND is not None:
-            probe.position_BND, tokens_BND = layer.attention_1ND, block.norm1(x_BND)
+            position_BND, tokens_BND = layer.attention_1ND, block.norm1(x_BND)
         elif carried.part_BND is not None:
-            probe.position_BND, tokens_BND = split_common_norm(block.norm1, x_BND, carried.part_BND)
-        if probe.position_BND is not None:
-            ratio_BN = probe.position_BND.norm(dim=-1) / tokens_BND.norm(dim=-1)
+            position_BND, tokens_BND = split_common_norm(block.norm1, x_BND, carried.part_BND)
+        if position_BND is not None:
+            ratio_BN = position_BND.norm(dim=-1) / tokens_BND.norm(dim=-1)
             probe.norm_ratio_N = ratio_BN.mean(0).cpu()
-
-    return hook
-
-
-def _on_attention(probe: _Probe) -> Any:
-    def hook(attention: Attention, inputs: tuple[Tensor, LayerPosition]) -> None:
-        x_BND, position = inputs
-        bare_BND = x_BND if probe.position_BND is None else x_BND - probe.position_BND
-        with_BHNN = attention.weights(x_BND, position)
-        without_BHNN = attention.weights(bare_BND, LayerPosition())
+        read_BND = block.reading(layer)(x_BND)
+        bare_BND = read_BND if position_BND is None else read_BND - position_BND
+        with_BHNN = block.attn.weights(read_BND, layer)
+        without_BHNN = block.attn.weights(bare_BND, LayerPosition())
         probe.moved_N = 0.5 * (with_BHNN - without_BHNN).abs().sum(-1).mean((0, 1)).cpu()
 
     return hook

@@ -23,6 +23,7 @@ IMAGES = {
     "s3": ("localhost/lape-ray-s3:test", "docker/s3.Dockerfile"),
     "postgres": ("localhost/lape-ray-postgres:test", "tests/images/postgres.Dockerfile"),
 }
+EXTRA = {"gpu": ("localhost/lape-ray:gpu", "docker/Dockerfile")}
 CA_IN_BUILD = "/etc/build-ca.crt"  # at a path of its own: packages write into /etc/ssl/certs
 PIP_IN_BUILD = "/etc/pip.conf"
 
@@ -103,8 +104,8 @@ def mounts(work: Path) -> list[str]:
 
 
 def build(name: str, work: Path, arguments: dict[str, str]) -> None:
-    """Build one of IMAGES."""
-    tag, file = IMAGES[name]
+    """Build one of IMAGES or EXTRA."""
+    tag, file = (IMAGES | EXTRA)[name]
     command = [
         "buildah",
         "bud",

@@ -6,6 +6,7 @@ Needs root on a Debian 12 with buildah, podman, runc, netavark, aardvark-dns, ip
   --work FOLDER   images, logs and pictures (default: /var/tmp/lape-images)
   --torch WORDS   another CPU build of PyTorch than the lock's, if its index cannot be reached, such as
                   "torch==2.13.0+cpu torchvision==0.28.0"
+  --gpu           build the GPU image as well (20 GB more), and see what is in it
   --keep          leave the stack up
   --reuse         use the images and the stack that an earlier --keep left
 """
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from images import IMAGES, ROOT, build, configure, make_base, size
+from images import EXTRA, IMAGES, ROOT, build, configure, make_base, size
 from stack import Stack
 
 
@@ -32,6 +33,7 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("/var/tmp/lape-images"))
     parser.add_argument("--torch", default="")
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--reuse", action="store_true")
     options = parser.parse_args()
@@ -39,15 +41,15 @@ def main() -> None:
     configure(options.work)
     if not options.reuse:
         make_base(options.work)
-        revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
         for name in IMAGES:
             build(
                 name,
                 options.work,
-                {"TORCH": options.torch, "REVISION": revision} if name == "trainer" else {},
+                {"TORCH": options.torch, "REVISION": revision()} if name == "trainer" else {},
             )
+    if options.gpu:
+        build("gpu", options.work, {"FLAVOR": "gpu", "REVISION": revision()})
+        print(f"the GPU image holds {contents_of_the_gpu_image()}", flush=True)
     for tag, _ in IMAGES.values():
         print(f"{tag}: {size(tag)}")
     stack = Stack(options.work, fresh=not options.reuse)
@@ -73,24 +75,41 @@ def main() -> None:
     sys.exit(bool(failed))
 
 
+# A container that may write nowhere but in /tmp, without rights or network.
+HARDENED = [
+    *("podman", "run", "--rm", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--network", "none"),
+]
+
+
+def revision() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def contents_of_the_gpu_image() -> str:
+    """PyTorch with CUDA, Triton and the C compiler that it needs, and all that training imports."""
+    script = (
+        "import os, shutil, torch, torchvision, triton, ffcv, ray.train.torch, mlflow, _lape_ray_native\n"
+        "import lape_ray.launch\n"
+        "assert os.getuid() == 1000 and shutil.which('gcc') and not shutil.which('g++')\n"
+        "assert torch.version.cuda and 'sm_90' in torch.cuda.get_arch_list(), torch.cuda.get_arch_list()\n"
+        "assert torch.distributed.is_nccl_available()\n"
+        "print(f'torch {torch.__version__}, CUDA {torch.version.cuda}, Triton {triton.__version__}, '\n"
+        "      f'NCCL {torch.cuda.nccl.version()}')\n"
+    )
+    command = [*HARDENED, EXTRA["gpu"][0], "python", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the GPU image is not what it should be:\n{done.stderr}")
+    return f"{done.stdout.strip()}, {size(EXTRA['gpu'][0])}"
+
+
 def images_hold_no_compiler_and_no_root(stack: Stack) -> str:
     for name in ("trainer", "mlflow", "s3"):
         tag = IMAGES[name][0]
         script = "id -u; command -v gcc g++ cc c++ make || true; command -v python"
-        words = [
-            "podman",
-            "run",
-            "--rm",
-            "--read-only",
-            "--tmpfs",
-            "/tmp",
-            "--cap-drop",
-            "ALL",
-            "--network",
-            "none",
-        ]
         login = ["-c"] if name == "s3" else ["-lc"]  # KubeRay may ask for a login shell
-        user, *rest = stack.run([*words, tag, "bash", *login, script]).split()
+        user, *rest = stack.run([*HARDENED, tag, "bash", *login, script]).split()
         assert user == "1000", f"{tag} runs as {user}"
         assert rest == ["/opt/venv/bin/python"], f"{tag}: {rest}"
     ray = stack.run(
