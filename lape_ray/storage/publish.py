@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -18,13 +19,17 @@ from lape_ray.storage.transfer import upload_folder
 
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 """What waiting does not mend: no space, no permission."""
+STAGED = "lape-staging-"
+JUST_MADE_S = 60.0  # a folder as young may not be locked yet
 
 
 @contextlib.contextmanager
 def staging(address: str) -> Iterator[Path]:
     """An empty folder of this machine for what `publish` will bring to `address`; it is gone at the end."""
     if is_remote(address):
-        with tempfile.TemporaryDirectory(prefix="lape-staging-") as temporary:
+        _sweep_staged()
+        with tempfile.TemporaryDirectory(prefix=STAGED) as temporary, _lock_of(temporary).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             folder = Path(temporary, address.rpartition("/")[2])
             folder.mkdir()
             yield folder
@@ -37,6 +42,22 @@ def staging(address: str) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock_of(temporary: str | Path) -> Path:
+    """The file that the process which uses a temporary folder holds locked, as long as it lives."""
+    return Path(temporary, "lock")
+
+
+def _sweep_staged() -> None:
+    """Delete the temporary folders of processes that were killed as they staged: each has the size of a checkpoint."""
+    for temporary in Path(tempfile.gettempdir()).glob(f"{STAGED}*"):
+        with contextlib.suppress(OSError):  # another process sweeps, or another user's
+            if time.time() - temporary.stat().st_mtime < JUST_MADE_S:
+                continue
+            with _lock_of(temporary).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(temporary)
 
 
 def publish(folder: Path, address: str, *, last: str = "") -> None:
