@@ -1,7 +1,8 @@
 """What each layer's position embedding looks like to attention: position_report.py CHECKPOINT|RUN ... --out FOLDER.
 
-Each CHECKPOINT is [LABEL=]PATH[@RECIPE]: a checkpoint folder of ours, which knows its network, or a .pth or
-.safetensors file of the official LaPE code, DeiT or timm, whose network is told by @RECIPE and --model.* options.
+Each CHECKPOINT is [LABEL=]PATH[@RECIPE[,FIELD=VALUE...]]: a checkpoint folder of ours, which knows its network, or a
+.pth or .safetensors file of the official LaPE code, DeiT or timm, whose network is told by @RECIPE, by fields of the
+model for this one, as in rpe.pth@deit_tiny_basic,position=none,bias=relative2d, and by --model.* options for all.
 Each RUN is [LABEL=]ID of an MLflow run, which the report is then logged to. Several stand side by side.
 """
 
@@ -34,11 +35,12 @@ def main() -> None:
         action="store_true",
         help="also measure accuracy at other sizes and under shifts, on data.val",
     )
+    add("--robustness-images", type=int, metavar="N", help="on N images, spread over data.val (default: all)")
     add("--ema", action="store_true", help="the moving average that our checkpoints hold")
     values = vars(parser.parse_args())
     options = {
         name: values.pop(name)
-        for name in ("subjects", "out", "token", "images", "count", "robustness", "ema")
+        for name in ("subjects", "out", "token", "images", "count", "robustness", "robustness_images", "ema")
     }
     from lape_ray.report.build import build_position_report
 

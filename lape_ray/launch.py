@@ -437,11 +437,13 @@ def _make_pages(config_values: dict[str, Any], best: Checkpoint, uri: str, run_i
     torch.set_num_threads(config.run.cpus_per_worker)
     facts = tracking.read_run(uri, run_id, METRICS)
     with best.as_directory() as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:
-        summary = write_run_summary(config, Path(files), facts, Path(folder, "summary"))
-        tracking.log_files(uri, run_id, summary.parent, "summary")
-        page = checkpoint_report(Path(files), config, facts.name, Path(folder, "position_report"))
-        if page is not None:
-            tracking.log_files(uri, run_id, page.parent, "position_report")
+        try:
+            drawn = Path(folder, "position_report")
+            if checkpoint_report(Path(files), config, facts.name, drawn) is not None:
+                tracking.log_files(uri, run_id, drawn, "position_report")
+        finally:  # one page does not wait for the other to succeed
+            summary = write_run_summary(config, Path(files), facts, Path(folder, "summary"))
+            tracking.log_files(uri, run_id, summary.parent, "summary")
 
 
 def _best(result: ray.train.Result) -> tuple[Checkpoint, Mapping[str, float]]:

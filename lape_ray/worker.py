@@ -233,14 +233,20 @@ class RayReporter:
     def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
         self.gauges.show({key: metrics[key] for key in ("epoch", "val/acc1") if key in metrics})
         if self.tracker is not None:
-            self.tracker.metrics(metrics, step=step)
+            self.tracker.metrics({**metrics, **self._workers()}, step=step)
         self.stored()
         number = round(metrics["epoch"])
         score = {SCORE: metrics.get("val/acc1", UNSCORED)}
         self._store({**metrics, **score}, f"checkpoint-epoch-{number:06}", f"after epoch {number}", take)
         every = self.config.run.position_report_epochs
-        if "val/acc1" in metrics and every is not None and number % every == 0:
+        if every is not None and number % every == 0:
             self._position_report(number)
+
+    def _workers(self) -> dict[str, float]:
+        """How many there are, where that changes."""
+        if isinstance(self.config.run.num_workers, int):
+            return {}
+        return {"train/workers": ray.train.get_context().get_world_size()}
 
     def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
         where = f"within epoch {math.ceil(metrics['epoch'])}, after step {step}"
@@ -325,21 +331,31 @@ class RayReporter:
         storing = self.storing
         self.stored()
         if self.tracker is not None and storing is not None and storing.done is not None:
-            from lape_ray.report.build import checkpoint_report  # only here: figures need a second to import
-
-            name = f"epoch {epoch}"
             with (
                 storing.done.result().as_directory() as folder,
                 tempfile.TemporaryDirectory(prefix="lape-report-") as drawn,
             ):
                 try:
-                    page = checkpoint_report(Path(folder), self.config, name, Path(drawn))
+                    self._draw_position(epoch, Path(folder), Path(drawn), self.tracker)
                 except (OSError, ValueError) as error:  # the training goes on
                     self.line(f"no position report of epoch {epoch}: {error}")
-                    page = None
-                if page is not None:
-                    self.tracker.files(Path(drawn), f"position_report/epoch-{epoch:06}")
         ray.train.collective.barrier()  # here, because a collective of the training has less patience
+
+    def _draw_position(self, epoch: int, checkpoint: Path, drawn: Path, tracker: tracking.Tracker) -> None:
+        """A report of this epoch, and one page that follows the run from epoch to epoch."""
+        from lape_ray.report import progress  # only here: figures need a second to import
+        from lape_ray.report.build import checkpoint_report
+
+        seen = checkpoint_report(checkpoint, self.config, f"epoch {epoch}", drawn / "report")
+        if seen is None:
+            return
+        tracker.files(drawn / "report", f"position_report/epoch-{epoch:06}")
+        what, maps_LYX = progress.training_maps(seen)
+        progress.remember(self.folder, epoch, maps_LYX)
+        every = self.config.run.position_report_epochs or epoch
+        maps = progress.recall(self.folder, range(every, epoch + 1, every))
+        progress.write_training_page(self.config.run.name or "", what, maps, drawn / "training")
+        tracker.files(drawn / "training", "position_report")
 
 
 def _unused(name: str, used: set[str]) -> str:

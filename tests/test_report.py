@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import shutil
@@ -18,14 +19,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lape_ray.config import DataConfig, ModelConfig, TrainConfig
+from lape_ray.data.beton import write_beton
+from lape_ray.data.loader import build_loader
+from lape_ray.data.sources import digits
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.block import LayerPosition
 from lape_ray.model.normalize import Normalize
-from lape_ray.report import figures, robustness
+from lape_ray.report import figures, progress, robustness
 from lape_ray.report.build import build_position_report, parse_token
 from lape_ray.report.page import Page
 from lape_ray.report.position import (
     PositionView,
+    Strength,
     biases,
     correlations,
     cosine,
@@ -35,7 +40,7 @@ from lape_ray.report.position import (
     split_common_norm,
     view,
 )
-from lape_ray.report.robustness import Robustness, Shifted, shifts_for, sizes_for
+from lape_ray.report.robustness import Few, Robustness, Shifted, shifts_for, sizes_for
 from lape_ray.samples import spread
 from lape_ray.subjects import find_subjects
 
@@ -118,7 +123,10 @@ def test_a_hand_made_embedding_gives_its_known_correlation() -> None:
         chessboard = signs[1:].unflatten(0, (4, 4)) * signs[1 + 5]
         torch.testing.assert_close(found.correlation_maps(5), chessboard.expand(3, -1, -1), atol=1e-4, rtol=0)
         torch.testing.assert_close(
-            found.class_maps(), signs[1:].unflatten(0, (4, 4)).expand(3, -1, -1), atol=1e-4, rtol=0
+            found.prefix_maps()["class token"],
+            signs[1:].unflatten(0, (4, 4)).expand(3, -1, -1),
+            atol=1e-4,
+            rtol=0,
         )
         figure = figures.token_figure([found], (1, 1))
         drawn = [axis.images[0].get_array() for axis in figure.axes if axis.images]
@@ -311,7 +319,7 @@ def test_a_shift_moves_every_image_and_wraps(monkeypatch: pytest.MonkeyPatch) ->
     assert set(result.sizes) == {12, 16, 20, 24, 28}
     assert result.shifts[0] == 100
     assert result.shifts[4] == result.shifts[8] == 0
-    assert said[0] == "place: 12 px"
+    assert said[0] == "place: 12 px (1 of 5 sizes)"
 
 
 def test_robustness_figure_and_table_hold_the_numbers() -> None:
@@ -363,6 +371,54 @@ def test_a_strength_figure_tells_patches_from_the_class_token() -> None:
     left, right = figures.strength_figure([one]).axes
     np.testing.assert_allclose(left.lines[0].get_ydata(), one.strength.norm_ratio_LN[:, 1:].mean(1))
     np.testing.assert_allclose(right.lines[1].get_ydata(), one.strength.moved_LN[:, 0])
+
+
+def test_a_ratio_of_one_looks_like_one() -> None:
+    """LaPE keeps both parts as long as each other; noise of 1e-5 must not fill the panel."""
+    one = view(network(join="lape"), label="lape")
+    strength = Strength(norm_ratio_LN=1 + 1e-5 * torch.randn(3, 17), moved_LN=torch.rand(3, 17))
+    left, _ = figures.strength_figure([dataclasses.replace(one, strength=strength)]).axes
+    low, high = left.get_ylim()
+    assert low <= 0.1
+    assert high >= 10
+    assert left.yaxis.get_major_formatter()(0.1, 0) == "0.1"
+
+
+def test_both_tokens_before_the_patches_are_shown() -> None:
+    one = view(network(variant="deit_tiny_distilled"), label="d", images_BCHW=torch.randn(2, 3, 16, 16))
+    figure = figures.class_figure([one])
+    labels = [axis.get_ylabel() for axis in figure.axes if axis.images and axis.get_ylabel()]
+    assert labels == ["d\nclass token\nrow", "d\ndistillation token\nrow"]
+    drawn = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    np.testing.assert_array_equal(drawn[3], one.correlation_LNN[0, 1, 2:].unflatten(0, (4, 4)).numpy())
+    left, _ = figures.strength_figure([one]).axes
+    assert [line.get_label() for line in left.lines][:3] == [
+        "d, patches",
+        "d, class token",
+        "d, distillation token",
+    ]
+
+
+def test_a_training_is_followed_over_restarts(tmp_path: Path) -> None:
+    """Maps are kept in the run's folder; the page shows a row for each epoch that is there."""
+    run, seen = str(tmp_path / "run"), {}
+    for epoch in (2, 4, 8):
+        one = view(network(join="lape"), label="a")
+        what, seen[epoch] = progress.training_maps(one)
+        progress.remember(run, epoch, seen[epoch])
+    maps = progress.recall(run, range(2, 11, 2))
+    assert list(maps) == [2, 4, 8]
+    torch.testing.assert_close(maps[8], seen[8], atol=5e-5, rtol=0)
+    page = progress.write_training_page("a run", what, maps, tmp_path / "page")
+    assert "After 8 epochs. Shown is the cosine similarity" in page.read_text()
+    assert {path.name for path in page.parent.iterdir()} == {"training.html", "training.png", "training.svg"}
+
+
+def test_a_training_without_token_embedding_shows_what_there_is() -> None:
+    what, maps_LYX = progress.training_maps(view(network(position="none", bias="relative2d"), label="r"))
+    assert (what.partition(",")[0], maps_LYX.shape) == ("bias on the attention logits", (3, 4, 4))
+    what, maps_LYX = progress.training_maps(view(network(position="none", rotary="axial"), label="r"))
+    assert (what.partition(" of")[0], maps_LYX.shape) == ("mean cosine", (3, 4, 4))
 
 
 def test_a_figure_is_the_same_bytes_twice() -> None:
@@ -429,7 +485,8 @@ def test_the_report_of_official_checkpoints(official: Path) -> None:
     text = (official / "out/position_report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", text), "the page must not ask for anything"
     assert "deit_tiny_lape" in text
-    assert text.count("<figure>") == 4
+    assert text.count("<figure") == 4
+    assert (official / "out").stat().st_mode & 0o777 == 0o755, "others may read it as before"
 
 
 def test_the_report_says_what_it_leaves_out_and_why(official: Path) -> None:
@@ -447,7 +504,7 @@ def test_the_report_says_what_it_leaves_out_and_why(official: Path) -> None:
     ("subject", "message"),
     [
         ("nowhere.pth", "nowhere.pth is neither a checkpoint nor the id of an MLflow run"),
-        ("a@b@c", r"'a@b@c' is not \[LABEL=\]CHECKPOINT\[@RECIPE\]"),
+        ("a@b@c", r"'a@b@c' is not \[LABEL=\]CHECKPOINT\[@RECIPE"),
         ("0" * 32, "has no model that can be fetched"),
     ],
 )
@@ -456,6 +513,39 @@ def test_a_wrong_subject_is_refused(tmp_path: Path, subject: str, message: str) 
     with pytest.raises((ValueError, OSError), match=message):
         build_position_report([subject], tmp_path / "out", overrides=overrides)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_subject_has_its_own_fields(official: Path) -> None:
+    """A relative bias beside a learnable embedding; what is written for all holds for both."""
+    written = [
+        f"a={official}/learnable-basic.pth@deit_tiny_basic",
+        f"b={official}/2D_RPE-LN.pth@deit_tiny_basic,position=none,bias=relative2d,bias_join=lape",
+    ]
+    a, b = find_subjects(written, REFERENCE_SIZES, downloads=official)
+    assert (a.config.model.position, a.config.model.bias, a.config.model.depth) == ("learnable", "none", 3)
+    assert b.description == "deit_tiny at 32 px; position none; bias relative2d, join lape"
+    with pytest.raises(ValueError, match="a model has no field 'colour'; it has variant, "):
+        find_subjects([f"{written[1]},colour=3"], {}, downloads=official)
+
+
+def test_robustness_needs_validation_images(official: Path) -> None:
+    with pytest.raises(ValueError, match=r"learnable-basic: --robustness needs validation images"):
+        build_position_report(
+            [f"{official}/learnable-basic.pth"], official / "out", overrides=REFERENCE_SIZES, robustness=True
+        )
+
+
+def test_robustness_on_a_few_images(tmp_path: Path) -> None:
+    """Those are spread over the file, with their own labels."""
+    path = tmp_path / "digits.beton"
+    write_beton(digits("val"), path, workers=1)
+    loader = build_loader(DataConfig(val=str(path)), "val", image_size=8, batch_size=16)
+    every = list(loader.epoch(0))
+    images, labels = (torch.cat(parts) for parts in zip(*every, strict=True))
+    few = list(Few(loader=loader, count=40).epoch(0))
+    index = spread(len(labels), 40)
+    torch.testing.assert_close(torch.cat([part for part, _ in few]), images[index])
+    torch.testing.assert_close(torch.cat([part for _, part in few]), labels[index])
 
 
 def test_a_wrong_subject_is_one_line(tmp_path: Path) -> None:

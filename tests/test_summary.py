@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lape_ray.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from lape_ray.config import DataConfig, ModelConfig, OptimConfig, RunConfig, Span, TrainConfig
 from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import digits, select
 from lape_ray.evaluation import evaluate_checkpoint
@@ -54,10 +54,12 @@ def test_confusion_and_worst_classes_by_hand() -> None:
     assert PREDICTIONS.wrong.tolist() == [4, 6, 7, 8]
 
 
-def test_hours_are_of_every_epoch_at_its_own_speed() -> None:
+def test_hours_are_of_every_epoch_at_its_own_speed_and_workers() -> None:
     """Ten steps of 64 images an epoch, at 100, 200 and 400 images/s."""
-    assert outcome.training_hours(HISTORY, 64) == pytest.approx(640 * (1 / 100 + 1 / 200 + 1 / 400) / 3600)
-    assert outcome.training_hours({}, 64) == 0
+    assert outcome.worker_hours(HISTORY, 64, 2) == pytest.approx(1280 * (1 / 100 + 1 / 200 + 1 / 400) / 3600)
+    elastic = {**HISTORY, "train/workers": [(10, 1.0), (20, 4.0), (30, 2.0)]}
+    assert outcome.worker_hours(elastic, 64, 4) == pytest.approx(640 * (1 / 100 + 4 / 200 + 2 / 400) / 3600)
+    assert outcome.worker_hours({}, 64, 2) == 0
 
 
 def test_curves_are_by_epoch() -> None:
@@ -74,7 +76,7 @@ def test_curves_are_by_epoch() -> None:
 def results(config: TrainConfig) -> Results:
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
     return Results(config=config, facts=FACTS, predictions=PREDICTIONS, classes=("ape", "bee", "cat", "dog"),
-                   samples=[(0, picture), (8, picture)], devices="2 GPU")  # fmt: skip
+                   epoch=2, samples=[(0, picture), (8, picture)], unit="GPU", per_worker=1)  # fmt: skip
 
 
 def test_the_page_holds_what_a_reader_needs(tmp_path: Path) -> None:
@@ -83,13 +85,14 @@ def test_the_page_holds_what_a_reader_needs(tmp_path: Path) -> None:
     assert "run &amp; name" in text
     assert "top-1 of the best checkpoint<b>60.00 %</b>" in text
     assert "training speed<b>233 images/s</b>" in text
-    hours = 2 * outcome.training_hours(HISTORY, 64)
+    assert "epochs, the best one<b>3, 2</b>" in text
+    hours = outcome.worker_hours(HISTORY, 64, 2)
     assert f"GPU-hours of training<b>{hours:.3g} on 2 GPU</b>" in text
     assert (
         '<td>cat</td><td class="number">4</td><td class="number">25.0</td><td>bee (2), ape (1)</td>' in text
     )
     assert 'class="card right"><img src="data:image/png;base64,' in text
-    assert "ape 90 %; is cat" in text
+    assert "ape · 90 %; is cat" in text
     assert "python jobs/imagenet_deit.py demo --x &#x27;&lt;1&gt;&#x27;" in text
     assert "run.seed = 7" in text
     assert "hidden" not in text
@@ -97,6 +100,12 @@ def test_the_page_holds_what_a_reader_needs(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {
         "summary.html", "curves.png", "curves.svg", "confusion.png", "confusion.svg",
     }  # fmt: skip
+
+
+def test_the_page_of_an_elastic_run(tmp_path: Path) -> None:
+    config = TrainConfig(data=DataConfig(batch_size=64), run=RunConfig(num_workers=Span(1, 2)))
+    text = write_page(results(config), tmp_path).read_text()
+    assert re.search(r"GPU-hours of training<b>[\d.]+ on 1 to 2 GPU</b>", text)
 
 
 def test_the_confusion_figure_shows_shares_of_all_images() -> None:

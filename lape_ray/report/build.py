@@ -36,6 +36,7 @@ def build_position_report(
     images: Path | None = None,
     count: int = 64,
     robustness: bool = False,
+    robustness_images: int | None = None,
     ema: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[str | Path, list[str]]:
@@ -46,6 +47,7 @@ def build_position_report(
         images: a folder of images for the strength of position; None: `data.val` of each subject.
         count: images of that measurement.
         robustness: measure accuracy at other sizes and under shifts, too, which needs `data.val`.
+        robustness_images: on so many of its images; None: on all.
 
     Returns the page and notes on what was left out or logged. Raises ValueError and OSError for bad input.
     """
@@ -55,6 +57,11 @@ def build_position_report(
     measured: list[Robustness] = []
     with tempfile.TemporaryDirectory(prefix="lape-report-") as downloads:
         found = find_subjects(subjects, overrides, downloads=Path(downloads), ema=ema)
+        for one in found if robustness else []:
+            if not one.config.data.val:
+                raise ValueError(
+                    f"{one.label}: --robustness needs validation images: give --data.val FILE.beton"
+                )
         for one in found:
             progress(f"{one.label}: {one.description}")
             views.append(_view(one, _images(one, images, count, notes), ema=ema))
@@ -62,21 +69,27 @@ def build_position_report(
             weights, _ = read_weights(one.checkpoint, ema=ema)
             device = choose_device(one.config)
             measured.append(
-                measure_robustness(one.label, one.config, weights, device=device, progress=progress)
+                measure_robustness(
+                    one.label, one.config, weights, device=device, images=robustness_images, progress=progress
+                )
             )
-    with tempfile.TemporaryDirectory(
-        prefix="lape-report-"
-    ) as fresh:  # so that only this report's files are logged
+    with tempfile.TemporaryDirectory(prefix="lape-report-") as fresh:  # only this report's files are logged
         write_position_report(views, Path(fresh), token=chosen, robustness=measured, notes=notes)
+        place = _artifact_folder([one.label for one in found])
         for one in found:
             if one.run_id is not None:
-                tracking.log_files(
-                    tracking.tracking_uri(one.config), one.run_id, Path(fresh), "position_report"
-                )
-                notes.append(f"logged to MLflow run {one.run_id} as position_report/")
+                tracking.log_files(tracking.tracking_uri(one.config), one.run_id, Path(fresh), place)
+                notes.append(f"logged to MLflow run {one.run_id} as {place}/")
         with written_folder(out) as folder:
             _replace_report(Path(fresh), folder)
     return join(out, HTML) if isinstance(out, str) and is_remote(out) else Path(out) / HTML, notes
+
+
+def _artifact_folder(labels: Sequence[str]) -> str:
+    """Where a run keeps a report: its own one, or one of a comparison, by who is compared."""
+    if len(labels) == 1:
+        return "position_report"
+    return "position_report/" + re.sub(r"[^\w.+-]+", "_", "_and_".join(labels))[:100]
 
 
 def _replace_report(fresh: Path, out: Path) -> None:
@@ -86,17 +99,24 @@ def _replace_report(fresh: Path, out: Path) -> None:
         for path in out.iterdir():
             if FIGURES.fullmatch(path.name):
                 path.unlink()
-    shutil.copytree(fresh, out, dirs_exist_ok=True)
+    for path in fresh.iterdir():
+        shutil.copyfile(path, out / path.name)  # the folder keeps its mode: the temporary one's is private
 
 
 def checkpoint_report(
     checkpoint: Path, config: TrainConfig, label: str, out: Path, *, count: int = 16
-) -> Path | None:
-    """The report of one checkpoint folder of ours, strength measured on `count` images; None without any position."""
+) -> PositionView | None:
+    """Write the report of one checkpoint folder of ours into `out`, strength measured on `count` images.
+
+    Returns what was seen; None, and no report, where there is no position.
+    """
     notes: list[str] = []
     one = Subject(label=label, checkpoint=str(checkpoint), config=config)
     found = _view(one, _images(one, None, count, notes), ema=False)
-    return write_position_report([found], out, notes=notes) if found.depth else None
+    if not found.depth:
+        return None
+    write_position_report([found], out, notes=notes)
+    return found
 
 
 def parse_token(text: str) -> tuple[int, int]:
@@ -118,8 +138,8 @@ def _images(one: Subject, folder: Path | None, count: int, notes: list[str]) -> 
         return validation_images(one.config, count)
     except (OSError, ValueError) as error:
         notes.append(
-            f"{one.label}: how strongly position is used is left out, for want of images ({error}); "
-            "give --images FOLDER or --data.val FILE.beton"
+            f"{one.label}: how strongly position is used is left out, for want of images ({error})"
+            + ("" if "--images" in str(error) else "; --images FOLDER gives it others")
         )
         return None
 

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
 
 from lape_ray.report.position import PositionView
@@ -125,8 +126,12 @@ def token_figure(views: Sequence[PositionView], token: tuple[int, int] | None) -
 
 
 def class_figure(views: Sequence[PositionView]) -> Figure | None:
-    """The correlation of the class token's embedding with every patch's; None where no view has both."""
-    named = [(one.label, maps_LYX) for one in views if (maps_LYX := one.class_maps()) is not None]
+    """The correlation of the class token's embedding (and the distillation token's) with every patch's, if any."""
+    named = [
+        (one.label if one.num_prefix == 1 else f"{one.label}\n{name}", maps_LYX)
+        for one in views
+        for name, maps_LYX in one.prefix_maps().items()
+    ]
     title = "Position embedding of the class token against every patch, as attention sees it"
     if not named:
         return None
@@ -196,15 +201,21 @@ def strength_figure(views: Sequence[PositionView]) -> Figure | None:
             layers = range(1, len(values_LN) + 1)
             patches_L = values_LN[:, one.num_prefix :].mean(1)
             axis.plot(layers, patches_L, "o-", color=f"C{index}", markersize=4, label=f"{one.label}, patches")
-            if one.num_prefix:
-                name = f"{one.label}, class token"
+            for token, (name, style) in enumerate(zip(one.prefix, ("s--", "^:"), strict=False)):
                 axis.plot(
-                    layers, values_LN[:, 0], "s--", color=f"C{index}", markersize=3, alpha=0.7, label=name
-                )
+                    layers, values_LN[:, token], style, color=f"C{index}", markersize=3, alpha=0.7,
+                    label=f"{one.label}, {name}",
+                )  # fmt: skip
     _lines(left, "Position part over token part", "layer", "ratio of lengths")
     left.set_yscale(
         "log"
     )  # an untrained class token is next to nothing, and would press all else to the floor
+    low, high = (
+        left.get_ylim()
+    )  # a decade to each side at least: what is nearly 1 everywhere must look like it
+    left.set_ylim(min(low, 0.1), max(high, 10))
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.yaxis.set_minor_formatter(NullFormatter())
     left.axhline(1, color="0.5", linewidth=1)
     _lines(right, "Attention that position moves", "layer", "share of attention weight")
     right.legend(fontsize=7)

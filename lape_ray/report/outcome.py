@@ -100,13 +100,15 @@ def by_epoch(history: Mapping[str, Sequence[tuple[int, float]]], name: str) -> P
     return [(epoch_of[step], value) for step, value in history.get(name, ()) if step in epoch_of]
 
 
-def training_hours(history: Mapping[str, Sequence[tuple[int, float]]], batch_size: int) -> float:
-    """Hours in which the run trained, whatever stopped and continued it: images of each epoch over its images/s.
+def worker_hours(history: Mapping[str, Sequence[tuple[int, float]]], batch_size: int, workers: int) -> float:
+    """Hours in which workers trained, all added up, whatever stopped the run and continued it.
 
-    Neither evaluation nor start-up is in it.
+    Each epoch's are its images over its images/s, times its workers: those that were logged, else `workers`. Neither
+    evaluation nor start-up is in it.
     """
+    logged = dict(history.get("train/workers", ()))
     seconds, before = 0.0, 0
     for step, images_per_s in history.get("train/images_per_s", ()):
-        seconds += (step - before) * batch_size / images_per_s
+        seconds += (step - before) * batch_size / images_per_s * logged.get(step, workers)
         before = step
     return seconds / 3600

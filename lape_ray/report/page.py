@@ -10,13 +10,14 @@ from collections.abc import Iterable, Sequence
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1f2328; margin: 0 auto;
-  max-width: 76rem; padding: 1.5rem; }
+  max-width: 100rem; padding: 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; }
 h2 { border-bottom: 1px solid #d0d7de; padding-bottom: .2rem; }
 p { max-width: 52rem; } .note { color: #59636e; }
-figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; } figcaption { color: #59636e; }
+figure { margin: 1rem 0; overflow-x: auto; } figure img { max-width: 100%; height: auto; }
+figure.wide img { min-width: 84rem; } figcaption { color: #59636e; }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid #d0d7de; text-align: left; }
+th { white-space: nowrap; } th, td { padding: .25rem .8rem; border-bottom: 1px solid #d0d7de; text-align: left; }
 td.number, th.number { text-align: right; } thead th { background: #f6f8fa; }
 pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; }
@@ -27,6 +28,7 @@ pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; white-space: pre-wr
 """.strip()
 
 
+WIDE_PT = 1000.0
 NUMBER = re.compile(r"[+-]?\d[\d,.]*|–")
 
 
@@ -61,22 +63,33 @@ class Page:
         self._parts.append(f"<pre>{_escape(text)}</pre>")
 
     def figure(self, svg: bytes, caption: str) -> None:
-        """An SVG picture, kept apart from the page's own elements, so that names inside it meet no others."""
+        """An SVG picture, kept apart from the page's own elements, so that names inside it meet no others.
+
+        A narrow window scrolls a wide one, whose text would become too small to read.
+        """
         source = data_uri(svg, "image/svg+xml")
+        width = re.search(rb'<svg[^>]* width="([\d.]+)pt"', svg)
+        kind = ' class="wide"' if width and float(width[1]) > WIDE_PT else ""
         self._parts.append(
-            f'<figure><img src="{source}" alt="{_escape(caption)}"><figcaption>{_escape(caption)}</figcaption></figure>'
+            f'<figure{kind}><img src="{source}" alt="{_escape(caption)}">'
+            f"<figcaption>{_escape(caption)}</figcaption></figure>"
         )
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Cells that are nothing but a number stand to the right; give numbers as text where they need rounding."""
+        """Columns of nothing but numbers stand to the right; give numbers as text where they need rounding."""
+        cells = [[str(value) for value in row] for row in rows]
+        numbers = [
+            any(filled := [row[column] for row in cells if row[column]])
+            and all(map(NUMBER.fullmatch, filled))
+            for column in range(len(header))
+        ]
 
-        def cell(tag: str, value: object) -> str:
-            text = str(value)
-            kind = ' class="number"' if NUMBER.fullmatch(text) else ""
-            return f"<{tag}{kind}>{_escape(text)}</{tag}>"
+        def line(tag: str, row: Sequence[str]) -> str:
+            kinds = (' class="number"' if number else "" for number in numbers)
+            return "".join(f"<{tag}{k}>{_escape(text)}</{tag}>" for k, text in zip(kinds, row, strict=True))
 
-        body = "".join(f"<tr>{''.join(cell('td', value) for value in row)}</tr>" for row in rows)
-        head = "".join(f"<th>{_escape(name)}</th>" for name in header)
+        body = "".join(f"<tr>{line('td', row)}</tr>" for row in cells)
+        head = line("th", header)
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def facts(self, values: Iterable[tuple[str, str]]) -> None:

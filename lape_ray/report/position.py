@@ -225,11 +225,19 @@ class PositionView:
             return None
         return self.patch_maps(self.correlation_LNN[:, self.num_prefix :, self.num_prefix :], patch)
 
-    def class_maps(self) -> Tensor | None:
-        """(L, rows, columns) correlation of the class token with every patch; None where there is no class token."""
-        if self.correlation_LNN is None or self.num_prefix == 0:
-            return None
-        return self.correlation_LNN[:, 0, self.num_prefix :].unflatten(-1, self.grid)
+    @property
+    def prefix(self) -> tuple[str, ...]:
+        """What the tokens before the patches are."""
+        return ("class token", "distillation token")[: self.num_prefix]
+
+    def prefix_maps(self) -> dict[str, Tensor]:
+        """(L, rows, columns) correlation of each token of `prefix` with every patch; none without token embedding."""
+        if self.correlation_LNN is None:
+            return {}
+        return {
+            name: self.correlation_LNN[:, index, self.num_prefix :].unflatten(-1, self.grid)
+            for index, name in enumerate(self.prefix)
+        }
 
 
 def view(

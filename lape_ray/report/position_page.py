@@ -66,7 +66,7 @@ def _maps(page: Page, views: Sequence[PositionView], folder: Path, token: tuple[
         )
         page.figure(figures.save(figure, folder, "token"), "One row a network, one column a layer.")
     if (figure := figures.class_figure(views)) is not None:
-        page.heading("The class token against all patches")
+        page.heading("The tokens before the patches against all patches")
         page.figure(figures.save(figure, folder, "class_token"), "One row a network, one column a layer.")
     if (figure := figures.matrix_figure(views)) is not None:
         page.heading("All tokens against all tokens")
@@ -92,9 +92,12 @@ def _strength(page: Page, views: Sequence[PositionView], folder: Path) -> None:
     page.text(
         "Left: the length of attention's input that is position over the length that is token. Right: the share of a "
         "query's attention that goes to other keys when the layer is given no position at all (0: position does "
-        "nothing, 1: all of it moves). Means over images, heads and patches."
+        "nothing, 1: all of it moves). Means over images, heads and patches. Position is the embedding that the "
+        "network adds, with the constant of its LayerNorm; what earlier layers wrote about it counts as token."
     )
-    page.figure(figures.save(figure, folder, "strength"), "Solid: patches; dashed: the class token.")
+    page.figure(
+        figures.save(figure, folder, "strength"), "Solid: patches; dashed and dotted: the tokens before them."
+    )
     rows = []
     for one in views:
         if one.strength is None:
@@ -111,7 +114,7 @@ def _strength(page: Page, views: Sequence[PositionView], folder: Path) -> None:
 def _robustness(page: Page, robustness: Sequence[Robustness], folder: Path) -> None:
     page.heading("Robustness to resolution and to shifts")
     page.text(
-        "Top-1 on the validation images, delivered at other sizes to the same weights with the position embedding "
+        "Top-1 on validation images, delivered at other sizes to the same weights with the position embedding "
         "resized (bicubic), and rolled cyclically down and to the right by the same number of pixels."
     )
     page.figure(

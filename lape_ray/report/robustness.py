@@ -11,16 +11,18 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from lape_ray.config import TrainConfig
-from lape_ray.data.loader import build_loader
+from lape_ray.data.loader import Loader, build_loader
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.variants import VariantSpec
 from lape_ray.report.figures import curves_figure
+from lape_ray.samples import spread
 from lape_ray.train import Normalize, autocast_for, available_cpus, evaluate
 
 SIZES_OF_224 = (160, 192, 224, 256, 288, 320, 352, 384)
@@ -43,6 +45,26 @@ class Shifted:
         with contextlib.closing(self.loader.epoch(epoch)) as batches:
             for images_BCHW, labels_B in batches:
                 yield images_BCHW.roll((self.pixels, self.pixels), dims=(2, 3)), labels_B
+
+
+@dataclass(frozen=True, kw_only=True)
+class Few:
+    """`count` of a loader's images, spread evenly over its file, so that every class of a sorted one has its share."""
+
+    loader: Loader
+    count: int
+
+    def epoch(self, epoch: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+        index_N = spread(self.loader.num_samples, self.count)
+        labels_N, device, done = self.loader.labels_N[index_N], self.loader.device, 0
+        with contextlib.closing(
+            self.loader.reader.batches(index_N, np.arange(len(index_N)), epoch)
+        ) as batches:
+            for images in batches:
+                images_BCHW = torch.as_tensor(images).to(device, copy=True).permute(0, 3, 1, 2)
+                labels_B = torch.as_tensor(labels_N[done : done + len(images)]).to(device)
+                done += len(images)
+                yield images_BCHW, labels_B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +105,10 @@ def measure_robustness(
     weights: Mapping[str, Any],
     *,
     device: torch.device,
+    images: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Robustness:
-    """Exact top-1 on `data.val` for each size of `sizes_for` and each shift of `shifts_for`.
+    """Top-1 on `images` of `data.val` (None: all) for each size of `sizes_for` and each shift of `shifts_for`.
 
     Images smaller than a size are enlarged to it, as `data.upscale` does.
     """
@@ -96,7 +119,7 @@ def measure_robustness(
     )
 
     def loader(size: int) -> Any:
-        return build_loader(
+        whole = build_loader(
             config.data,
             "val",
             image_size=size,
@@ -104,6 +127,7 @@ def measure_robustness(
             device=device,
             threads=available_cpus(),
         )
+        return whole if images is None else Few(loader=whole, count=images)
 
     def network(size: int) -> torch.nn.Module:
         model = build_model(dataclasses.replace(config.model, image_size=size))
@@ -111,13 +135,14 @@ def measure_robustness(
         return model.to(device)
 
     sizes = {}
-    for size in sizes_for(spec):
-        progress(f"{label}: {size} px")
+    every = sizes_for(spec)
+    for number, size in enumerate(every):
+        progress(f"{label}: {size} px ({number + 1} of {len(every)} sizes)")
         sizes[size] = evaluate(network(size), loader(size), normalize, autocast, device)["acc1"]
-    shifts = {}
-    own, own_loader = network(spec.image_size), loader(spec.image_size)
-    for pixels in shifts_for(spec):
-        progress(f"{label}: shifted by {pixels} px")
+    shifts = {0: sizes[spec.image_size]}
+    own, own_loader, moved = network(spec.image_size), loader(spec.image_size), shifts_for(spec)[1:]
+    for number, pixels in enumerate(moved):
+        progress(f"{label}: shifted by {pixels} px ({number + 1} of {len(moved)} shifts)")
         shifted: Any = Shifted(loader=own_loader, pixels=pixels)
         shifts[pixels] = evaluate(own, shifted, normalize, autocast, device)["acc1"]
     return Robustness(

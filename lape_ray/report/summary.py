@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from lape_ray.checkpoint import read_meta
 from lape_ray.config import TrainConfig, dump
 from lape_ray.data.loader import build_loader
 from lape_ray.evaluation import choose_device
@@ -31,7 +32,7 @@ from lape_ray.train import autocast_for, available_cpus
 
 HTML = "summary.html"
 METRICS = (
-    "epoch", "train/epoch_loss", "train/images_per_s", "train/lr",
+    "epoch", "train/epoch_loss", "train/images_per_s", "train/lr", "train/workers",
     "val/loss", "val/acc1", "val/acc5", "val_ema/loss", "val_ema/acc1", "val_ema/acc5",
 )  # fmt: skip
 WORST = 10
@@ -46,11 +47,15 @@ class Results:
     config: TrainConfig
     facts: RunFacts
     predictions: Predictions
+    epoch: int
+    """After which the best checkpoint was made."""
     classes: Sequence[str]
     samples: Sequence[tuple[int, Tensor]]
     """Index in the validation set and uint8 picture (3, S, S)."""
-    devices: str
-    """What a worker computes on, as in "2 GPU"."""
+    unit: str
+    """What a worker computes on: GPU or CPU."""
+    per_worker: int
+    """Units of a worker."""
 
 
 def write_run_summary(config: TrainConfig, checkpoint: Path, facts: RunFacts, folder: Path) -> Path:
@@ -71,17 +76,15 @@ def write_run_summary(config: TrainConfig, checkpoint: Path, facts: RunFacts, fo
     normalize = Normalize(config.data).to(device)
     predictions = outcome.predict_all(network, loader, normalize, autocast_for(config, device))
     chosen = _chosen(predictions)
-    run = config.run
-    count = (
-        f"{run.num_workers} GPU" if device.type == "cuda" else f"{run.num_workers * run.cpus_per_worker} CPU"
-    )
     results = Results(
         config=config,
         facts=facts,
         predictions=predictions,
+        epoch=read_meta(checkpoint).epochs_done,
         classes=loader.facts.classes,
         samples=list(zip(chosen.tolist(), images_at(config, chosen), strict=True)),
-        devices=count,
+        unit="GPU" if device.type == "cuda" else "CPU",
+        per_worker=1 if device.type == "cuda" else config.run.cpus_per_worker,
     )
     return write_page(results, folder)
 
@@ -125,21 +128,32 @@ def write_page(results: Results, folder: Path) -> Path:
 
 
 def _headline(results: Results) -> list[tuple[str, str]]:
-    history, data = results.facts.history, results.config.data
+    history, config = results.facts.history, results.config
     right = 100 - 100 * len(results.predictions.wrong) / len(results.predictions.labels_N)
     speeds = [value for _, value in history.get("train/images_per_s", ())]
-    hours = outcome.training_hours(history, data.batch_size)
-    number, unit = results.devices.split()
     cards = [
         ("top-1 of the best checkpoint", f"{right:.2f} %"),
         ("validation images", f"{len(results.predictions.labels_N):,}"),
     ]
     if epochs := history.get("epoch"):
-        cards.append(("epochs", f"{epochs[-1][1]:.0f}"))
+        cards.append(("epochs, the best one", f"{epochs[-1][1]:.0f}, {results.epoch}"))
     if speeds:
         cards.append(("training speed", f"{sum(speeds) / len(speeds):,.0f} images/s"))
-        cards.append((f"{unit}-hours of training", f"{hours * int(number):.3g} on {results.devices}"))
+        hours = outcome.worker_hours(history, config.data.batch_size, config.run.workers.high)
+        count = _count(
+            results.per_worker * config.run.workers.low, results.per_worker * config.run.workers.high
+        )
+        cards.append(
+            (
+                f"{results.unit}-hours of training",
+                f"{hours * results.per_worker:.3g} on {count} {results.unit}",
+            )
+        )
     return cards
+
+
+def _count(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _curves(results: Results) -> Figure:
@@ -200,7 +214,7 @@ def _cards(results: Results) -> list[tuple[bytes, str, bool]]:
     cards = []
     for index, image_CSS in results.samples:
         truth, best = int(results.predictions.labels_N[index]), int(results.predictions.best_N[index])
-        said = f"{results.classes[best]} {100 * results.predictions.probability_N[index]:.0f} %"
+        said = f"{results.classes[best]} · {100 * results.predictions.probability_N[index]:.0f} %"
         text = said if truth == best else f"{said}; is {results.classes[truth]}"
         cards.append((_png(image_CSS), text, truth == best))
     return cards

@@ -1,0 +1,83 @@
+"""How a network's position maps change while it trains: a row for each epoch that was looked at, a column a layer.
+
+The maps of earlier epochs lie beside the run's checkpoints, so that a run that was continued still has them.
+
+Shapes: L layers, Y rows and X columns of the patch grid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lape_ray import storage
+from lape_ray.report import figures
+from lape_ray.report.page import Page
+from lape_ray.report.position import PositionView
+from lape_ray.samples import spread
+
+HTML = "training.html"
+MAPS = "position_maps"
+ROWS = 12  # of a figure; of more epochs those that are spread evenly over them
+
+
+def training_maps(view: PositionView) -> tuple[str, Tensor]:
+    """What is followed, in words, and (L, Y, X) for the centre patch: correlation, or what there is in its place.
+
+    The view must have some position (`view.depth`).
+    """
+    patch = view.patch(None)
+    if (maps_LYX := view.correlation_maps(patch)) is not None:
+        return "cosine similarity of the embeddings, as attention sees them", maps_LYX
+    if view.bias_LHPP is not None:
+        return "bias on the attention logits, mean of the heads", view.patch_maps(
+            view.bias_LHPP.mean(1), patch
+        )
+    assert view.rotation_LPP is not None
+    return "mean cosine of the angle between query and key", view.patch_maps(view.rotation_LPP, patch)
+
+
+def remember(run: str, epoch: int, maps_LYX: Tensor) -> None:
+    """Keep the maps after `epoch` in the run's folder, to four digits."""
+    rounded = [
+        [[round(value, 4) for value in row] for row in layer] for layer in maps_LYX.nan_to_num().tolist()
+    ]
+    storage.write_text(_place(run, epoch), json.dumps(rounded))
+
+
+def recall(run: str, epochs: Iterable[int]) -> dict[int, Tensor]:
+    """The maps of those of `epochs` that are kept."""
+    places = {epoch: _place(run, epoch) for epoch in epochs}
+    return {
+        epoch: torch.tensor(json.loads(storage.read_text(place)))
+        for epoch, place in places.items()
+        if storage.exists(place)
+    }
+
+
+def _place(run: str, epoch: int) -> str:
+    return storage.join(run, MAPS, f"epoch-{epoch:06}.json")
+
+
+def write_training_page(name: str, what: str, maps: Mapping[int, Tensor], folder: Path) -> Path:
+    """The figure and page of a run's maps (L, Y, X) by epoch; returns the page."""
+    epochs = sorted(maps)
+    chosen = [epochs[index] for index in spread(len(epochs), ROWS)]
+    limit = 1.0 if what.startswith(("cosine", "mean cosine")) else None
+    figure = figures.maps_figure(
+        [(f"epoch {epoch}", maps[epoch]) for epoch in chosen],
+        title="The centre patch against every patch, while the network trains",
+        x="column", y="row", colors=what, limit=limit,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    page = Page(f"{name}: position while it trains", f"After {epochs[-1]} epochs. Shown is the {what}.")
+    page.figure(
+        figures.save(figure, folder, "training"), "One row an epoch, one column a layer, one colour scale."
+    )
+    target = folder / HTML
+    target.write_text(page.html())
+    return target
