@@ -24,6 +24,7 @@ from lape_ray.bench.peers import ExplicitBlock
 from lape_ray.config import ModelConfig, RunConfig
 from lape_ray.model import VisionTransformer, build_model
 from lape_ray.model import block as block_module
+from lape_ray.model.block import Block
 
 GOLDEN = Path(__file__).parent / "golden" / "step_operators.json"
 CPU = torch.device("cpu")
@@ -127,10 +128,34 @@ def test_what_is_computed_again_changes_no_bit(name: str, monkeypatch: pytest.Mo
         return [p.grad for p in network.parameters() if p.grad is not None]
 
     thrifty = gradients()
-    monkeypatch.setattr(block_module, "thrifty", lambda function, x: function(x))
+    monkeypatch.setattr(block_module, "thrifty", lambda product, cheap, x: product(cheap(x)))
     kept = gradients()
     assert len(thrifty) == len(kept) > 20
     assert all(torch.equal(one, other) for one, other in zip(thrifty, kept, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_head_does_not_read_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block without its patches, beside one that computes all: outputs and gradients."""
+    network, images_BCHW = small(name), torch.rand(4, 3, 64, 64)
+    seen: list[tuple[int, ...]] = []
+    network.norm.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+
+    def outputs_and_gradients() -> list[Tensor]:
+        network.zero_grad()
+        torch.manual_seed(1)
+        loss = loss_of(network, images_BCHW)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)]
+
+    short = outputs_and_gradients()
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda block, x, position, first=None: forward(block, x, position))
+    whole = outputs_and_gradients()
+    tokens = network.num_prefix or network.grid[0] * network.grid[1]
+    assert [shape[1] for shape in seen] == [tokens, network.num_prefix + network.grid[0] * network.grid[1]]
+    for one, other in zip(short, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_compilation_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

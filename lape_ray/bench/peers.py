@@ -58,7 +58,7 @@ class ExplicitBlock(Block):
         self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
         self.drop_path = block.drop_path
 
-    def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
+    def forward(self, x_BND: Tensor, position: LayerPosition, first: int | None = None) -> Tensor:
         if position.residual_1ND is not None:
             x_BND = x_BND + position.residual_1ND
         x_BND = x_BND + self.drop_path(self._attended(self.norm1(x_BND)))

@@ -27,16 +27,39 @@ class LayerPosition(NamedTuple):
     """Cosines and sines, each (H or 1, N, E/2), by which queries and keys are rotated."""
 
 
-def thrifty(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`: a matrix product of something cheap, which is computed again for the gradient instead of kept.
+def thrifty(product: Callable[[Tensor], Tensor], cheap: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`product(cheap(x))`, a linear layer of a norm or an activation; its gradient computes `cheap(x)` again.
 
-    The product itself is not repeated, and nothing that is learned changes by a bit. Where a GPU's code is compiled,
-    the compiler decides what to keep.
+    Kept for that is x alone, which the gradient of `cheap` needs anyway. Nothing that is learned changes by a bit.
+    Where a GPU's code is compiled, the compiler decides what to keep.
     """
-    if not torch.is_grad_enabled() or (x.is_cuda and torch.compiler.is_compiling()):
-        return function(x)
-    result: Tensor = checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
-    return result
+    if not torch.is_grad_enabled():
+        return product(cheap(x))
+    if torch.compiler.is_compiling():
+        if x.is_cuda:
+            return product(cheap(x))
+        result: Tensor = checkpoint(lambda x: product(cheap(x)), x, use_reentrant=False)
+        return result
+    # Hooks, and not torch.utils.checkpoint, whose second pass through autograd costs 3 % of a step of DeiT-Ti on a CPU.
+    device = x.device.type
+    autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    given = cheap(x)
+    if autocast:
+        given = given.to(dtype)  # as the product would do, but into memory that can be told from others
+    place, given_dtype = given.data_ptr(), given.dtype
+
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        return tensor.shape if tensor.data_ptr() == place else tensor
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=autocast):
+            again = cheap(x)
+        return again.to(given_dtype).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return product(given)
 
 
 def rotate(x_BHNE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -56,32 +79,48 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x_BND: Tensor, position: LayerPosition, prepare: Callable[[Tensor], Tensor]) -> Tensor:
-        """`prepare` turns x into what is read of it: its norm, with position where the join adds it there."""
-        qkv_BNM = thrifty(lambda x_BND: self.qkv(prepare(x_BND)), x_BND)
+    def forward(
+        self,
+        x_BND: Tensor,
+        position: LayerPosition,
+        prepare: Callable[[Tensor], Tensor],
+        first: int | None = None,
+    ) -> Tensor:
+        """(B, N, D), or (B, first, D): what the first tokens get of all.
+
+        `prepare` turns x into what is read of it: its norm, with position where the join adds it there.
+        """
+        qkv_BNM = thrifty(self.qkv, prepare, x_BND)
         q_BHNE, k_BHNE, v_BHNE = self._heads(qkv_BNM, position)
-        return self.proj(self._attend(q_BHNE, k_BHNE, v_BHNE, position).transpose(1, 2).flatten(2))
+        logits_1HNN = position.logits_1HNN
+        if first is not None:
+            q_BHNE = q_BHNE[:, :, :first]
+            logits_1HNN = None if logits_1HNN is None else logits_1HNN[:, :, :first]
+        return self.proj(self._attend(q_BHNE, k_BHNE, v_BHNE, logits_1HNN).transpose(1, 2).flatten(2))
 
     def weights(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
         """The attention weights (B, H, N, N) that `forward` applies to the values where it reads x; rows sum to 1."""
         q_BHNE, k_BHNE, _ = self._heads(self.qkv(x_BND), position)
         # The fused kernel returns no weights, but applied to an identity it returns nothing else.
         identity_NN = torch.eye(x_BND.shape[1], dtype=x_BND.dtype, device=x_BND.device)
-        return self._attend(q_BHNE, k_BHNE, identity_NN.expand(*q_BHNE.shape[:2], -1, -1), position)
+        return self._attend(
+            q_BHNE, k_BHNE, identity_NN.expand(*q_BHNE.shape[:2], -1, -1), position.logits_1HNN
+        )
 
     def _heads(self, qkv_BNM: Tensor, position: LayerPosition) -> tuple[Tensor, Tensor, Tensor]:
-        qkv_3BHNE = qkv_BNM.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q_BHNE, k_BHNE, v_BHNE = qkv_3BHNE.unbind(0)
+        # Taken apart here and not after a transposition, so that the three gradients are put together in one copy.
+        parts = qkv_BNM.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q_BHNE, k_BHNE, v_BHNE = (part_BNHE.transpose(1, 2) for part_BNHE in parts)
         if position.rotation is not None:
             q_BHNE, k_BHNE = rotate(q_BHNE, position.rotation), rotate(k_BHNE, position.rotation)
         return q_BHNE, k_BHNE, v_BHNE
 
-    def _attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, position: LayerPosition) -> Tensor:
+    def _attend(self, q_BHNE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HNN: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(
             q_BHNE,
             k_BHNE,
             v_BHNE,
-            attn_mask=None if position.logits_1HNN is None else position.logits_1HNN.to(q_BHNE.dtype),
+            attn_mask=None if logits_1HNN is None else logits_1HNN.to(q_BHNE.dtype),
             dropout_p=self.dropout if self.training else 0.0,
         )
 
@@ -96,8 +135,8 @@ class Mlp(nn.Module):
 
     def forward(self, x_BND: Tensor, norm: nn.Module | None = None) -> Tensor:
         """Of `norm(x)`, or of x."""
-        hidden_BNM = self.fc1(x_BND) if norm is None else thrifty(lambda x_BND: self.fc1(norm(x_BND)), x_BND)
-        return thrifty(lambda hidden_BNM: self.fc2(F.gelu(hidden_BNM)), hidden_BNM)
+        hidden_BNM = self.fc1(x_BND) if norm is None else thrifty(self.fc1, norm, x_BND)
+        return thrifty(self.fc2, F.gelu, hidden_BNM)
 
 
 class DropPath(nn.Module):
@@ -140,11 +179,12 @@ class Block(nn.Module):
         self.mlp = Mlp(embed_dim=embed_dim, hidden_dim=int(embed_dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
+    def forward(self, x_BND: Tensor, position: LayerPosition, first: int | None = None) -> Tensor:
+        """(B, N, D), or (B, first, D): the first tokens alone, which is all that a class token's head reads."""
         if position.residual_1ND is not None:
             x_BND = x_BND + position.residual_1ND
-        x_BND = x_BND + self.drop_path(self.attn(x_BND, position, self.reading(position)))
-        return self._mlp_branch(x_BND)
+        attended_BND = self.attn(x_BND, position, self.reading(position), first)
+        return self._mlp_branch(x_BND[:, :first] + self.drop_path(attended_BND))
 
     def reading(self, position: LayerPosition) -> Callable[[Tensor], Tensor]:
         """What attention reads of the residual stream, as a function of that."""

@@ -109,8 +109,12 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x_BND = self._tokens(images_BCHW)
-        for block, layer in zip(self.blocks, self.layer_positions(), strict=True):
+        *layers, last = zip(self.blocks, self.layer_positions(), strict=True)
+        for block, layer in layers:
             x_BND = block(x_BND, layer)
+        # Where the head reads the prefix tokens, nothing depends on what the last block would make of the patches.
+        block, layer = last
+        x_BND = block(x_BND, layer, self.num_prefix if self.pool is None else None)
         return self._classify(self.norm(x_BND))
 
     def layer_positions(self) -> list[LayerPosition]:

@@ -114,10 +114,9 @@ def measure_strength(network: VisionTransformer, images_BCHW: Tensor) -> Strengt
     with contextlib.ExitStack() as stack, torch.inference_mode():
         for block, probe in zip(network.blocks, probes, strict=True):
             assert isinstance(block, Block)
-            hooks = (
-                block.register_forward_pre_hook(_on_block(carried, probe)),
-                block.norm2.register_forward_pre_hook(_on_norm2(carried, block)),
-            )
+            hooks = [block.register_forward_pre_hook(_on_block(carried, probe))]
+            if block is not network.blocks[-1]:  # after which nothing reads what it carries
+                hooks.append(block.norm2.register_forward_pre_hook(_on_norm2(carried, block)))
             for hook in hooks:
                 stack.callback(hook.remove)
         was_training = network.training
@@ -144,8 +143,8 @@ class _Probe:
 
 
 def _on_block(carried: _Carried, probe: _Probe) -> Any:
-    def hook(block: Block, inputs: tuple[Tensor, LayerPosition]) -> None:
-        x_BND, layer = inputs
+    def hook(block: Block, inputs: tuple[Tensor, LayerPosition, int | None]) -> None:
+        x_BND, layer = inputs[:2]
         if layer.residual_1ND is not None:
             x_BND = x_BND + layer.residual_1ND
             carried.part_BND = layer.residual_1ND + (0 if carried.part_BND is None else carried.part_BND)
