@@ -78,6 +78,21 @@ def test_prediction_sees_the_pixels_of_evaluation(photographs: Path, beton: Path
     assert difference.float().mean() < 0.01
 
 
+def test_a_sample_leaves_out_what_cannot_be_read(
+    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, images = config(), tmp_path / "images"
+    images.mkdir()
+    (images / "aaa.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"none of the images of {images} that were tried can be read"):
+        folder_images(images, made, 4)
+    caplog.clear()
+    shutil.copytree(photographs, images, dirs_exist_ok=True)
+    assert torch.equal(folder_images(images, made, 7), folder_images(photographs, made, 6))
+    (warning,) = caplog.messages
+    assert warning.startswith(f"skipped: {images}/aaa.jpg cannot be read")
+
+
 # --- timm -----------------------------------------------------------------------------------------------------
 
 
