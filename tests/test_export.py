@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from lape_ray import checkpoint, export
 from lape_ray.checkpoint import Meta
 from lape_ray.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from lape_ray.data.beton import write_beton
+from lape_ray.data.beton import manifest_path, write_beton
 from lape_ray.data.sources import image_folder, load_image, to_rgb
 from lape_ray.model import build_model
 from lape_ray.predict import center_crop, find_images, make_predictor, predict_files, to_tensor
@@ -177,11 +177,21 @@ def test_missing_onnx_packages_are_one_clear_error(monkeypatch: pytest.MonkeyPat
 # --- MLflow ---------------------------------------------------------------------------------------------------
 
 
-def saved_checkpoint(folder: Path, made: TrainConfig, run_id: str | None = None) -> Path:
+def saved_checkpoint(
+    folder: Path, made: TrainConfig, run_id: str | None = None, classes: tuple[str, ...] | None = None
+) -> Path:
     folder.mkdir()
     torch.manual_seed(0)
     network = build_model(made.model)
-    facts = Meta(epochs_done=1, steps_done=1, config=made, metrics={}, world_size=1, mlflow_run_id=run_id)
+    facts = Meta(
+        epochs_done=1,
+        steps_done=1,
+        config=made,
+        metrics={},
+        world_size=1,
+        classes=classes,
+        mlflow_run_id=run_id,
+    )
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     checkpoint.save(folder, checkpoint.snapshot(model=network, ema=None, optimizer=optimizer), facts)
     return folder
@@ -238,6 +248,36 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
         list(export.export(str(file), overrides=overrides, timm=tmp_path / "t", register="name"))
     with pytest.raises(ValueError, match=r"2 names of classes were given, but .* has 6 classes"):
         make_predictor(str(file), made, classes=("a", "b"))
+
+
+# --- names of classes -----------------------------------------------------------------------------------------
+
+ANIMALS = ("tench", "cock", "hen", "ostrich", "jay", "magpie")
+
+
+def test_names_come_from_the_checkpoint_then_from_the_manifest(
+    beton: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = config(DataConfig(val=str(tmp_path / "gone.beton"), train=str(tmp_path / "gone_too.beton")))
+    named = saved_checkpoint(tmp_path / "named", gone, classes=ANIMALS)
+    assert export.open_predictor(str(named), {})[0].classes == ANIMALS
+    nameless = str(saved_checkpoint(tmp_path / "nameless", gone))
+    wnids = export.open_predictor(nameless, {"data.val": str(beton)})[0].classes
+    assert wnids[0].startswith("n0")
+    shutil.copy(manifest_path(beton), tmp_path / "gone_too.beton.json")  # without its images
+    assert export.open_predictor(nameless, {})[0].classes == wnids
+    assert not caplog.messages
+    (tmp_path / "gone_too.beton.json").unlink()
+    assert export.open_predictor(nameless, {})[0].classes == ("0", "1", "2", "3", "4", "5")
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{nameless}: classes are named by their number")
+    assert "give --data.val" in warning
+
+
+def test_names_come_from_the_manifests_of_a_set(photographs: Path, tmp_path: Path) -> None:
+    source = image_folder(photographs)
+    write_beton(source, tmp_path / "val.beton", shards=2, workers=1)
+    assert export.class_names(config(DataConfig(val=str(tmp_path / "val.beton")))) == source.classes
 
 
 # --- predict --------------------------------------------------------------------------------------------------
