@@ -283,11 +283,11 @@ def export(
     ema: bool = False,
 ) -> Iterator[str]:
     """Make every export that is asked for; yields a line about each. Raises ValueError and OSError for bad input."""
+    if register and not mlflow:
+        raise ValueError(f"--register {register} needs --mlflow")
     if onnx is not None:
         _onnx_packages()
     predictor, run_id = open_predictor(subject, overrides, ema=ema)
-    if register and not mlflow:
-        raise ValueError(f"--register {register} needs --mlflow")
     if mlflow and run_id is None:
         raise ValueError(f"{subject} does not know its MLflow run: give the run's id instead")
     if timm is not None:
