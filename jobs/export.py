@@ -29,6 +29,8 @@ def main() -> None:
     values = vars(parser.parse_args())
     names = ("subject", "timm", "onnx", "mlflow", "register", "images", "ema")
     options = {name: values.pop(name) for name in names}
+    if options["register"] and not options["mlflow"]:
+        parser.error(f"--register {options['register']} needs --mlflow")
     if not (options["timm"] or options["onnx"] or options["mlflow"]):
         parser.error("nothing to do: give --timm, --onnx or --mlflow")
     from lape_ray.export import export

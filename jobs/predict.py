@@ -1,14 +1,13 @@
 """Classify a folder of images: predict.py CHECKPOINT|RUN FOLDER [--csv FILE] [--top 5].
 
 CHECKPOINT is PATH[@RECIPE], as in export.py; RUN is an MLflow run's id; paths may be s3:// addresses. The
-classes' names come from the manifest of data.val. An image that cannot be read is named and left out, and the exit code
-is then 1.
+classes' names are the checkpoint's, or those in the manifest of data.val. An image that cannot be read is named, in the
+CSV's last column too, and the exit code is then 1.
 """
 
-import csv
 import sys
 
-from lape_ray.cli import ConfigParser, run_job
+from lape_ray.cli import ConfigParser, at_least_one, run_job
 
 
 def main() -> int:
@@ -20,10 +19,10 @@ def main() -> int:
     add(
         "--csv",
         metavar="FILE",
-        help="write path, classes and probabilities (default: lines on the screen)",
+        help="write path, classes, probabilities and error, row by row (default: lines on the screen)",
     )
-    add("--top", type=int, default=5, help="classes of an image (default: %(default)s)")
-    add("--batch", type=int, default=32, help="images at a time (default: %(default)s)")
+    add("--top", type=at_least_one, default=5, help="classes of an image (default: %(default)s)")
+    add("--batch", type=at_least_one, default=32, help="images at a time (default: %(default)s)")
     add("--ema", action="store_true", help="the moving average that our checkpoints hold")
     values = vars(parser.parse_args())
     names = ("subject", "folder", "csv", "top", "batch", "ema")
@@ -31,25 +30,22 @@ def main() -> int:
     from tqdm import tqdm
 
     from lape_ray.export import open_predictor
-    from lape_ray.predict import csv_rows, find_images, predict_files
-    from lape_ray.storage import local, written_path
+    from lape_ray.predict import find_images, predict_files, with_csv
+    from lape_ray.storage import local
 
     paths = find_images(local(folder))
     predictor, _ = open_predictor(subject, values, ema=ema)
-    found = []
-    for one in tqdm(
-        predict_files(predictor, paths, top=top, batch_size=batch), total=len(paths), disable=None
-    ):
-        found.append(one)
+    predictions = predict_files(predictor, paths, top=top, batch_size=batch)
+    if file is not None:
+        predictions = with_csv(predictions, file, top=min(top, len(predictor.classes)))
+    failed = 0
+    for one in tqdm(predictions, total=len(paths), disable=None):
         if one.error is not None:
+            failed += 1
             tqdm.write(f"skipped: {one.error}", file=sys.stderr)
         elif file is None:
             tqdm.write(f"{one.path}  " + "  ".join(f"{name} {p:.3f}" for name, p in one.top))
-    if file is not None:
-        with written_path(file) as path, path.open("w", newline="") as stream:
-            csv.writer(stream).writerows(csv_rows(found, min(top, len(predictor.classes))))
-    failed = sum(one.error is not None for one in found)
-    print(f"{len(found) - failed} images classified, {failed} skipped" + (f"; {file}" if file else ""))
+    print(f"{len(paths) - failed} images classified, {failed} skipped" + (f"; {file}" if file else ""))
     return 1 if failed else 0
 
 

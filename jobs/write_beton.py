@@ -33,6 +33,11 @@ def main() -> None:
         "--subset",
         help="per-class:N, holdout:N (drawn at random, stratified), rest:N (what holdout:N leaves); A,B: B of A",
     )
+    add(
+        "--class-names",
+        metavar="FILE",
+        help="readable names: lines such as 'n01440764 tench', or a name for each label; the same for all splits",
+    )
     add("--max-size", type=int, help="longest side in pixels; larger images are resized (500 suits ImageNet)")
     add("--quality", type=int, default=90, help="of the JPEGs that are encoded (default: 90)")
     add(
@@ -53,12 +58,12 @@ def main() -> None:
     add("--fresh", action="store_true", help="do not go on with what an interrupted command left")
     options = vars(parser.parse_args())
     given, path, split, subset = (options.pop(name) for name in ("source", "beton", "split", "subset"))
-    over_ray = options.pop("ray")
+    over_ray, names = options.pop("ray"), options.pop("class_names")
 
     # After parsing: --help is instant.
     from lape_ray.data.beton import check_beton, manifest_path, set_files, write_beton
     from lape_ray.data.remote import local_split, written_beton
-    from lape_ray.data.sources import open_source, select
+    from lape_ray.data.sources import named, open_source, select
 
     if given == "verify":
         file = local_split(path)
@@ -66,6 +71,8 @@ def main() -> None:
         first, *more = [manifest_path(one).name for one in set_files(file)]
     else:
         source = select(open_source(given, split), subset)
+        if names is not None:
+            source = named(source, names)
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(written_beton(path))
             progress = stack.enter_context(progress_bar())

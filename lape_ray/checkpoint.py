@@ -4,8 +4,8 @@ A checkpoint is a folder:
     model.safetensors      the weights
     ema.safetensors        their moving average, where the run keeps one
     optimizer.pt           the optimizer's state
-    meta.json              epoch, step, metrics, config, config hash, world size, MLflow run, format version, and the
-                           size and sha256 of every other file
+    meta.json              epoch, step, metrics, config, config hash, names of classes, world size, MLflow run, format
+                           version, and the size and sha256 of every other file
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Progress:
 class Meta:
     """The small facts of a checkpoint.
 
-    `progress` is that of the epoch after the `epochs_done` whole ones; `notes` are its keeper's own, and no part of
-    the training.
+    `progress` is that of the epoch after the `epochs_done` whole ones; `classes` name each label, where they are known;
+    `notes` are its keeper's own, and no part of the training.
     """
 
     epochs_done: int
@@ -65,6 +65,7 @@ class Meta:
     config: TrainConfig
     metrics: Mapping[str, float]
     world_size: int
+    classes: tuple[str, ...] | None = None
     mlflow_run_id: str | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
@@ -81,6 +82,7 @@ class Meta:
                 "config_hash": config_hash(self.config),
                 "metrics": dict(self.metrics),
                 "world_size": self.world_size,
+                "classes": self.classes,
                 "mlflow_run_id": self.mlflow_run_id,
                 "notes": dict(self.notes),
             },
@@ -91,6 +93,7 @@ class Meta:
 def read_meta(folder: Path) -> Meta:
     """The facts of the checkpoint in `folder`; a ValueError where it holds none that this version reads."""
     values = _read_values(folder)
+    classes = values.get("classes")  # which older checkpoints of this format do not have
     if values.get("format") != FORMAT:
         raise ValueError(
             f"{folder} has checkpoint format {values.get('format')}; this version reads {FORMAT}"
@@ -102,6 +105,7 @@ def read_meta(folder: Path) -> Meta:
         config=from_dict(TrainConfig, values["config"]),
         metrics=values["metrics"],
         world_size=values["world_size"],
+        classes=None if classes is None else tuple(classes),
         mlflow_run_id=values["mlflow_run_id"],
         notes=values["notes"],
     )

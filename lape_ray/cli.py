@@ -24,6 +24,13 @@ def _value_type(kind: Any) -> Callable[[str], Any]:
     return parse
 
 
+def at_least_one(text: str) -> int:
+    """The whole number that `text` is, of one or more; for an option's `type`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
 class ConfigParser(argparse.ArgumentParser):
     """A parser with one `--section.field` for every field of the config, in groups, with types and help.
 

@@ -5,6 +5,7 @@ Shapes: B images, K classes, S side of the model's input in pixels.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -25,7 +26,7 @@ import lape_ray
 from lape_ray import served, tracking
 from lape_ray.checkpoint import read_meta
 from lape_ray.config import TrainConfig, to_dict
-from lape_ray.data.beton import Manifest
+from lape_ray.data.beton import Manifest, manifest_path, set_files
 from lape_ray.data.remote import remote_manifest
 from lape_ray.model import resolve
 from lape_ray.model.variants import VariantSpec
@@ -41,17 +42,24 @@ TIMM_NAMES = {
 }
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_TOLERANCE = 1e-4
+log = logging.getLogger(__name__)
 
 
 def class_names(config: TrainConfig) -> tuple[str, ...] | None:
     """The names of classes in the manifest of `data.val`, else of `data.train`; None where neither is there."""
     for path in (config.data.val, config.data.train):
         if path:
-            try:
-                return (remote_manifest(path) if is_remote(path) else Manifest.load(path)).classes
-            except FileNotFoundError:
-                continue
+            with contextlib.suppress(FileNotFoundError):
+                return _manifest(path).classes
     return None
+
+
+def _manifest(path: str) -> Manifest:
+    if is_remote(path):
+        return remote_manifest(path)
+    # A manifest is enough, without its images; a set has one for each of its files.
+    files = (path,) if manifest_path(path).is_file() else set_files(path)
+    return Manifest.of_set([Manifest.load(file) for file in files], path)
 
 
 # --- timm -----------------------------------------------------------------------------------------------------
@@ -241,13 +249,25 @@ def log_to_mlflow(
 def open_predictor(
     written: str, overrides: Mapping[str, Any], *, ema: bool = False
 ) -> tuple[Predictor, str | None]:
-    """The predictor of what a person types (see `find_subjects`), and the MLflow run that it comes from, if any."""
+    """The predictor of what a person types (see `find_subjects`), and the MLflow run that it comes from, if any.
+
+    Its classes have the names that the checkpoint holds, else those of `class_names`; else a warning says that they are
+    numbers.
+    """
     with tempfile.TemporaryDirectory(prefix="lape-model-") as downloads:
         (one,) = find_subjects([written], overrides, downloads=Path(downloads))
-        run_id = one.run_id
-        if run_id is None and Path(one.checkpoint).is_dir():
-            run_id = read_meta(Path(one.checkpoint)).mlflow_run_id
-        predictor = make_predictor(one.checkpoint, one.config, classes=class_names(one.config), ema=ema)
+        run_id, names = one.run_id, None
+        if Path(one.checkpoint).is_dir():
+            meta = read_meta(Path(one.checkpoint))
+            run_id, names = run_id or meta.mlflow_run_id, meta.classes
+        names = names or class_names(one.config)
+        predictor = make_predictor(one.checkpoint, one.config, classes=names, ema=ema)
+    if names is None:
+        log.warning(
+            "%s: classes are named by their number, as their names are neither in the checkpoint nor in a manifest of "
+            "data.val or data.train; give --data.val FILE.beton, beside which there is one",
+            written,
+        )
     return predictor, run_id
 
 
@@ -263,11 +283,11 @@ def export(
     ema: bool = False,
 ) -> Iterator[str]:
     """Make every export that is asked for; yields a line about each. Raises ValueError and OSError for bad input."""
+    if register and not mlflow:
+        raise ValueError(f"--register {register} needs --mlflow")
     if onnx is not None:
         _onnx_packages()
     predictor, run_id = open_predictor(subject, overrides, ema=ema)
-    if register and not mlflow:
-        raise ValueError(f"--register {register} needs --mlflow")
     if mlflow and run_id is None:
         raise ValueError(f"{subject} does not know its MLflow run: give the run's id instead")
     if timm is not None:

@@ -7,12 +7,12 @@ Shapes: B images, K classes, S side of the model's input in pixels.
 
 from __future__ import annotations
 
+import csv
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from lape_ray.data.sources import EXTENSIONS, load_image, to_rgb
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.normalize import Normalize
+from lape_ray.storage import written_path
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -164,12 +165,21 @@ def _best(
     ]
 
 
-def csv_rows(predictions: Sequence[Prediction], top: int) -> list[list[Any]]:
-    """A header, then a row for each image that could be read: path, class and probability of each rank."""
-    header = ["image", *(f"{what}_{rank + 1}" for rank in range(top) for what in ("class", "probability"))]
-    rows = []
-    for prediction in predictions:
-        if prediction.error is None:
-            pairs = [value for name, p in prediction.top for value in (name, f"{p:.6f}")]
-            rows.append([str(prediction.path), *pairs])
-    return [header, *rows]
+def with_csv(predictions: Iterable[Prediction], address: str | Path, *, top: int) -> Iterator[Prediction]:
+    """The same predictions, each with a row in a CSV: path, class and probability of `top` ranks, error.
+
+    The row of an image that could not be read has nothing but path and error. A local file holds the row of every
+    prediction that was handed on, whatever ends the process; an s3:// address gets the file at the end.
+    """
+    ranks = [f"{what}_{rank + 1}" for rank in range(top) for what in ("class", "probability")]
+    with (
+        written_path(address) as path,
+        # each line is written at once, and any file name as it is
+        path.open("w", newline="", buffering=1, encoding="utf-8", errors="surrogateescape") as stream,
+    ):
+        rows = csv.writer(stream)
+        rows.writerow(["image", *ranks, "error"])
+        for one in predictions:
+            pairs = [value for name, p in one.top for value in (name, f"{p:.6f}")] or [""] * len(ranks)
+            rows.writerow([str(one.path), *pairs, one.error or ""])
+            yield one

@@ -44,7 +44,8 @@ def check_data(config: TrainConfig) -> None:
     train, val = check_split(config, "train"), check_split(config, "val")
     if train.classes != val.classes:
         raise ValueError(
-            f"{config.data.train} and {config.data.val} do not have the same classes; write both from the same source"
+            f"{config.data.train} and {config.data.val} do not have the same classes; write both from the same source, "
+            "and with the same --class-names"
         )
     if train.num_samples < config.data.batch_size:
         raise ValueError(

@@ -6,6 +6,7 @@ Shapes: B images, S side of the model's input in pixels.
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from lape_ray.data.sources import load_image, to_rgb
 from lape_ray.model import resolve
 from lape_ray.predict import center_crop, find_images, to_tensor
 
+log = logging.getLogger(__name__)
+
 
 def spread(total: int, count: int) -> np.ndarray:
     """At most `count` indices spread evenly over `total` things, so that every class of a sorted file has its share."""
@@ -26,16 +29,24 @@ def spread(total: int, count: int) -> np.ndarray:
 
 
 def folder_images(folder: Path, config: TrainConfig, count: int) -> Tensor:
-    """At most `count` of a folder's images as evaluation sees them: uint8 (B, 3, S, S)."""
+    """At most `count` of a folder's images as evaluation sees them: uint8 (B, 3, S, S).
+
+    One that cannot be read is left out, with a warning; a ValueError where that leaves none.
+    """
     paths = find_images(folder)
     size = resolve(config.model).image_size
     squares: list[Image.Image] = []
     for index in spread(len(paths), count):
         path = paths[index]
-        squares.append(
-            center_crop(
-                to_rgb(load_image(path.read_bytes(), str(path)), str(path)), size=size, data=config.data
-            )
+        try:
+            image = to_rgb(load_image(path.read_bytes(), str(path)), str(path))
+        except (ValueError, OSError) as error:
+            log.warning("skipped: %s", error)
+            continue
+        squares.append(center_crop(image, size=size, data=config.data))
+    if not squares:
+        raise ValueError(
+            f"none of the images of {folder} that were tried can be read; give a folder of images that can"
         )
     return to_tensor(squares)
 

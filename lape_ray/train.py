@@ -151,6 +151,8 @@ class TrainState:
     normalize: Normalize
     teacher: nn.Module | None
     autocast: Callable[[], AbstractContextManager[None]]
+    classes: tuple[str, ...] | None = None
+    """Name of each label, where the loaders are those of the config's data."""
     notes: tuple[str, ...] = ()
     """What a person should know of how this state was built."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -202,10 +204,11 @@ def build_state(
             threads=config.data.threads or available_cpus(),
         )
 
-    train_loader, val_loader = loaders or (
-        loader("train", config.micro_batch_size),
-        loader("val", config.data.eval_batch_size),
-    )
+    classes = None
+    if loaders is None:
+        train_loader = loader("train", config.micro_batch_size)
+        classes = train_loader.facts.classes
+        loaders = train_loader, loader("val", config.data.eval_batch_size)
     return TrainState(
         config=config,
         world=world,
@@ -214,8 +217,8 @@ def build_state(
         model=model,
         ema=Ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
         optimizer=build_optimizer(network, config.optim, exempt=network.position_parameters()),
-        train_loader=train_loader,
-        val_loader=val_loader,
+        train_loader=loaders[0],
+        val_loader=loaders[1],
         augment=build_augment(
             AugmentSpec(
                 rand_augment=config.data.rand_augment,
@@ -233,6 +236,7 @@ def build_state(
         normalize=Normalize(config.data).to(device),
         teacher=teacher,
         autocast=autocast_for(config, device),
+        classes=classes,
         notes=(note,) if note else (),
     )
 
@@ -556,6 +560,7 @@ def _take(
         config=state.config,
         metrics=state.metrics,
         world_size=state.world.size,
+        classes=state.classes,
         mlflow_run_id=mlflow_run_id,
         notes=notes,
     )

@@ -187,6 +187,14 @@ def test_a_killed_writer_goes_on(shared_dir: Path, tmp_path: Path) -> None:
     assert check_beton(tmp_path / "x.beton").sha256 == whole.sha256
 
 
+def test_the_manifest_has_the_names_that_the_job_is_given(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("".join(f"{digit} number {digit}\n" for digit in range(10)))
+    job = [sys.executable, ROOT / "jobs/write_beton.py", "digits", tmp_path / "a.beton", "--workers=1"]
+    names = ["--class-names", tmp_path / "names.txt"]
+    subprocess.run([*job, "--subset=per-class:2", *names], check=True, capture_output=True)
+    assert Manifest.load(tmp_path / "a.beton").classes == tuple(f"number {digit}" for digit in range(10))
+
+
 def test_a_set_of_shards_is_one_file_in_parts(source: Source, undisturbed: Manifest, tmp_path: Path) -> None:
     path = tmp_path / "x.beton"
     manifest = write_beton(source, path, shards=3, workers=1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import csv
 import importlib.util
-import io
+import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -23,10 +25,18 @@ from safetensors.torch import save_file
 from lape_ray import checkpoint, export
 from lape_ray.checkpoint import Meta
 from lape_ray.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from lape_ray.data.beton import write_beton
+from lape_ray.data.beton import manifest_path, write_beton
 from lape_ray.data.sources import image_folder, load_image, to_rgb
 from lape_ray.model import build_model
-from lape_ray.predict import center_crop, find_images, make_predictor, predict_files, to_tensor
+from lape_ray.predict import (
+    Prediction,
+    center_crop,
+    find_images,
+    make_predictor,
+    predict_files,
+    to_tensor,
+    with_csv,
+)
 from lape_ray.samples import folder_images, validation_images
 from lape_ray.served import decode, encode
 
@@ -76,6 +86,21 @@ def test_prediction_sees_the_pixels_of_evaluation(photographs: Path, beton: Path
     difference = (ours - loaders).abs()
     assert difference.max() <= 1
     assert difference.float().mean() < 0.01
+
+
+def test_a_sample_leaves_out_what_cannot_be_read(
+    photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, images = config(), tmp_path / "images"
+    images.mkdir()
+    (images / "aaa.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"none of the images of {images} that were tried can be read"):
+        folder_images(images, made, 4)
+    caplog.clear()
+    shutil.copytree(photographs, images, dirs_exist_ok=True)
+    assert torch.equal(folder_images(images, made, 7), folder_images(photographs, made, 6))
+    (warning,) = caplog.messages
+    assert warning.startswith(f"skipped: {images}/aaa.jpg cannot be read")
 
 
 # --- timm -----------------------------------------------------------------------------------------------------
@@ -162,11 +187,21 @@ def test_missing_onnx_packages_are_one_clear_error(monkeypatch: pytest.MonkeyPat
 # --- MLflow ---------------------------------------------------------------------------------------------------
 
 
-def saved_checkpoint(folder: Path, made: TrainConfig, run_id: str | None = None) -> Path:
+def saved_checkpoint(
+    folder: Path, made: TrainConfig, run_id: str | None = None, classes: tuple[str, ...] | None = None
+) -> Path:
     folder.mkdir()
     torch.manual_seed(0)
     network = build_model(made.model)
-    facts = Meta(epochs_done=1, steps_done=1, config=made, metrics={}, world_size=1, mlflow_run_id=run_id)
+    facts = Meta(
+        epochs_done=1,
+        steps_done=1,
+        config=made,
+        metrics={},
+        world_size=1,
+        classes=classes,
+        mlflow_run_id=run_id,
+    )
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     checkpoint.save(folder, checkpoint.snapshot(model=network, ema=None, optimizer=optimizer), facts)
     return folder
@@ -220,9 +255,57 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not know its MLflow run: give the run's id instead"):
         list(export.export(str(file), overrides=overrides, mlflow=True))
     with pytest.raises(ValueError, match="--register name needs --mlflow"):
-        list(export.export(str(file), overrides=overrides, timm=tmp_path / "t", register="name"))
+        list(export.export("is never opened", overrides={}, timm=tmp_path / "t", register="name"))
     with pytest.raises(ValueError, match=r"2 names of classes were given, but .* has 6 classes"):
         make_predictor(str(file), made, classes=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("export.py", "nowhere", "--timm", "t", "--register", "name"), "--register name needs --mlflow"),
+        (("predict.py", "nowhere", "f", "--batch", "0"), "--batch: '0' must be a whole number of at least 1"),
+        (("predict.py", "nowhere", "f", "--top=-1"), "--top: '-1' must be a whole number of at least 1"),
+    ],
+    ids=["register", "batch", "top"],
+)
+def test_options_are_refused_before_anything_is_opened(words: tuple[str, ...], reason: str) -> None:
+    job, *options = words
+    done = subprocess.run([sys.executable, ROOT / "jobs" / job, *options], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert done.stderr.endswith("(--help lists everything)\n")
+    assert done.stderr.count("\n") == 1
+
+
+# --- names of classes -----------------------------------------------------------------------------------------
+
+ANIMALS = ("tench", "cock", "hen", "ostrich", "jay", "magpie")
+
+
+def test_names_come_from_the_checkpoint_then_from_the_manifest(
+    beton: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = config(DataConfig(val=str(tmp_path / "gone.beton"), train=str(tmp_path / "gone_too.beton")))
+    named = saved_checkpoint(tmp_path / "named", gone, classes=ANIMALS)
+    assert export.open_predictor(str(named), {})[0].classes == ANIMALS
+    nameless = str(saved_checkpoint(tmp_path / "nameless", gone))
+    wnids = export.open_predictor(nameless, {"data.val": str(beton)})[0].classes
+    assert wnids[0].startswith("n0")
+    shutil.copy(manifest_path(beton), tmp_path / "gone_too.beton.json")  # without its images
+    assert export.open_predictor(nameless, {})[0].classes == wnids
+    assert not caplog.messages
+    (tmp_path / "gone_too.beton.json").unlink()
+    assert export.open_predictor(nameless, {})[0].classes == ("0", "1", "2", "3", "4", "5")
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{nameless}: classes are named by their number")
+    assert "give --data.val" in warning
+
+
+def test_names_come_from_the_manifests_of_a_set(photographs: Path, tmp_path: Path) -> None:
+    source = image_folder(photographs)
+    write_beton(source, tmp_path / "val.beton", shards=2, workers=1)
+    assert export.class_names(config(DataConfig(val=str(tmp_path / "val.beton")))) == source.classes
 
 
 # --- predict --------------------------------------------------------------------------------------------------
@@ -243,11 +326,13 @@ def test_predict_names_a_corrupt_image_and_goes_on(photographs: Path, beton: Pat
     assert done.returncode == 1, done.stderr
     assert f"skipped: {torn} cannot be read" in done.stderr
     assert "6 images classified, 1 skipped" in done.stdout
-    rows = list(csv.reader(io.StringIO((tmp_path / "out.csv").read_text())))
-    assert rows[0][:3] == ["image", "class_1", "probability_1"]
-    assert [row[0] for row in rows[1:]] == [
-        str(path) for path in find_images(photographs.parent / images)[1:]
-    ]
+    header, skipped, *rows = read_csv(tmp_path / "out.csv")
+    assert header == [
+        "image", *(f"{what}_{rank}" for rank in range(1, 6) for what in ("class", "probability")), "error"
+    ]  # fmt: skip
+    assert skipped[:-1] == [str(torn), *[""] * 10]
+    assert skipped[-1].startswith(f"{torn} cannot be read")
+    assert [row[0] for row in rows] == [str(path) for path in find_images(images)[1:]]
     predictor = make_predictor(
         str(folder), made, classes=export.class_names(made), device=torch.device("cpu")
     )
@@ -256,9 +341,46 @@ def test_predict_names_a_corrupt_image_and_goes_on(photographs: Path, beton: Pat
         square = center_crop(Image.open(first).convert("RGB"), size=64, data=made.data)
         expected = predictor.model(to_tensor([square])).softmax(-1)[0]
     best = expected.topk(5)
-    assert rows[1][1::2] == [predictor.classes[k] for k in best.indices]
-    np.testing.assert_allclose([float(p) for p in rows[1][2::2]], best.values.numpy(), atol=1e-4)
-    assert rows[1][1].startswith("n0"), "the manifest's names"
+    assert rows[0][1:-1:2] == [predictor.classes[k] for k in best.indices]
+    np.testing.assert_allclose([float(p) for p in rows[0][2:-1:2]], best.values.numpy(), atol=1e-4)
+    assert rows[0][-1] == "", "no error"
+    assert rows[0][1].startswith("n0"), "the manifest's names"
+
+
+def test_a_killed_predict_leaves_the_rows_so_far(photographs: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(photographs, images)
+    os.mkfifo(images / "zzz.jpg")  # waits for its reader for ever
+    folder = saved_checkpoint(tmp_path / "checkpoint", config(), classes=ANIMALS)
+    command = [sys.executable, ROOT / "jobs/predict.py", folder, images, "--csv", tmp_path / "out.csv"]
+    with subprocess.Popen([*command, "--batch=2"], stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (tmp_path / "out.csv").exists() and len(read_csv(tmp_path / "out.csv")) == 7:
+                break
+            time.sleep(0.1)
+        process.kill()
+    _, *rows = read_csv(tmp_path / "out.csv")
+    assert [row[0] for row in rows] == [str(path) for path in find_images(photographs.parent / images)[:6]]
+    assert {row[1] for row in rows} <= set(ANIMALS)
+
+
+def test_a_row_is_in_the_file_before_the_next_prediction_is_made(tmp_path: Path) -> None:
+    seen = []
+    odd = os.fsdecode(b"caf\xe9.png")  # a name that is not UTF-8
+
+    def predictions() -> Iterator[Prediction]:
+        for name in ("a.png", odd):
+            seen.append([row[0] for row in read_csv(tmp_path / "out.csv")])
+            yield Prediction(Path(name), (("cat", 0.75),))
+
+    assert len(list(with_csv(predictions(), tmp_path / "out.csv", top=1))) == 2
+    assert seen == [["image"], ["image", "a.png"]]
+    assert b"caf\xe9.png,cat,0.750000," in (tmp_path / "out.csv").read_bytes()
+
+
+def read_csv(file: Path) -> list[list[str]]:
+    return list(csv.reader(file.read_text().splitlines()))
 
 
 def test_an_empty_folder_is_said(tmp_path: Path) -> None:

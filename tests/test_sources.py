@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from lape_ray.data.sources import digits, image_folder, open_source, parquet_shards, select
+from lape_ray.data.sources import digits, image_folder, named, open_source, parquet_shards, select
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -253,3 +253,42 @@ def test_sources_pickle_small(shared_dir: Path) -> None:
     assert len(sent) < 4_000
     again = pickle.loads(sent)
     assert np.array_equal(np.asarray(again.read(3)), np.asarray(source.read(20_003)))
+
+
+BIRDS = ("n01514668", "n01514859", "n02012849")
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("n02012849 crane\nn01514668 cock\nn01514859 hen, biddy\n", ("cock", "hen, biddy", "crane")),
+        ("n01514668\tcock\n\nn01514859\then\nn02012849\tcrane\nn09999999\tof others\n", ("cock", "hen", "crane")),
+        ("cock\nred hen\ncrane\n", ("cock", "red hen", "crane")),
+        ("crane\nhen\ncrane", ("crane (n01514668)", "hen", "crane (n02012849)")),
+    ],
+    ids=["ids", "tabs", "names", "shared"],
+)  # fmt: skip
+def test_classes_take_the_names_of_a_file(tmp_path: Path, text: str, names: tuple[str, ...]) -> None:
+    source = image_folder(write_folder(tmp_path / "images", {f"{bird}/a.png": PNG for bird in BIRDS}))
+    (tmp_path / "names.txt").write_text(text)
+    again = named(source, str(tmp_path / "names.txt"))
+    assert again.classes == names
+    assert (again.name(2), again.label(2)) == (source.name(2), source.label(2))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("cock\nhen\n", "has 2 names, but .* has 3 classes; give a line for each"),
+        ("", "has 0 names, but .* has 3 classes"),
+        ("n01514668 cock\n", "has no name for 2 of the 3 classes of .*, such as 'n01514859'"),
+        ("n01514668 cock\nn01514859\nn02012849 crane\n", "has no name for 1 of the 3 .* such as 'n01514859'"),
+        ("n01514668 cock\nn01514668 hen\n", "has two lines for class 'n01514668'; leave one of them"),
+    ],
+    ids=["too few", "none", "missing", "nameless", "twice"],
+)
+def test_names_that_do_not_fit_the_classes_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+    source = image_folder(write_folder(tmp_path / "images", {f"{bird}/a.png": PNG for bird in BIRDS}))
+    (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        named(source, str(tmp_path / "names.txt"))

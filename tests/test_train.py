@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import multiprocessing as mp
 import socket
@@ -21,6 +22,7 @@ from torch import Tensor
 from lape_ray import checkpoint
 from lape_ray import train as train_module
 from lape_ray.config import Span, TrainConfig, replace_fields
+from lape_ray.data.facts import SplitFacts
 from lape_ray.data.order import rank_part, sample_index, train_keys, train_places
 from lape_ray.recipes import recipe
 from lape_ray.signals import News
@@ -41,6 +43,8 @@ class MemoryLoader:
         self.labels = torch.randint(10, (101,), generator=generator)
         self.images[:, 0] = (self.labels * 25).to(torch.uint8)[:, None, None]  # something to learn
         self.split, self.batch_size, self.seed = split, batch_size, seed
+        classes = tuple(f"class {label}" for label in range(10))
+        self.facts = SplitFacts(path=split, num_samples=101, classes=classes, largest_side=32, sha256=None)
         self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
 
     def _indices(self, epoch: int) -> np.ndarray:
@@ -276,6 +280,25 @@ def test_a_damaged_checkpoint_is_found(tmp_path: Path, name: str) -> None:
             continue  # one wrong bit of a number in it goes unseen
         with pytest.raises(checkpoint.DamagedError, match=name):
             run(config, resume_from=tmp_path / "1")
+
+
+def test_a_checkpoint_names_the_classes(tmp_path: Path) -> None:
+    run(smoke(optim__epochs=1, run__checkpoint_steps=1), tmp_path)
+    names = tuple(f"class {label}" for label in range(10))
+    assert checkpoint.read_meta(tmp_path / "1").classes == names
+    assert checkpoint.read_meta(tmp_path / "step-1").classes == names
+
+
+def test_a_checkpoint_from_before_class_names_goes_on(tmp_path: Path) -> None:
+    run(smoke(), tmp_path)
+    file = tmp_path / "2/meta.json"
+    values = json.loads(file.read_text())
+    del values["classes"]
+    file.write_text(json.dumps(values))
+    assert checkpoint.read_meta(tmp_path / "2").classes is None
+    recorder = run(smoke(), tmp_path / "again", resume_from=tmp_path / "2")
+    assert len(recorder.epochs) == 1
+    assert checkpoint.read_meta(tmp_path / "again/3").classes is not None
 
 
 def test_the_same_seed_repeats_and_another_does_not() -> None:

@@ -11,6 +11,7 @@ A source knows every label at once but opens an image only when asked. It pickle
     handwritten  the digits
     odd          `oddity`: what is unusual about an image that is read all the same
     subset       `select`: parts that are the same each time
+    names        `named`: readable names of the classes
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from lape_ray.data.sources.base import EXTENSIONS, Source, load_image, to_rgb
 from lape_ray.data.sources.folder import ImageFolder, image_folder
 from lape_ray.data.sources.handwritten import Digits, digits
+from lape_ray.data.sources.names import named
 from lape_ray.data.sources.odd import oddity
 from lape_ray.data.sources.parquet import ParquetShards, parquet_shards
 from lape_ray.data.sources.shards import kind_of_shards
@@ -29,7 +31,7 @@ from lape_ray.storage import is_remote
 
 __all__ = [
     "EXTENSIONS", "Digits", "ImageFolder", "ParquetShards", "Source", "TarShards", "digits", "image_folder",
-    "load_image", "oddity", "open_source", "parquet_shards", "select", "tar_shards", "to_rgb",
+    "load_image", "named", "oddity", "open_source", "parquet_shards", "select", "tar_shards", "to_rgb",
 ]  # fmt: skip
 
 
