@@ -21,6 +21,14 @@ Join = Literal["basic", "share", "unshare", "lape", "lape_shared"]
 Bias = Literal["none", "relative2d", "alibi2d"]
 BiasJoin = Literal["basic", "lape"]
 Rotary = Literal["none", "axial", "mixed"]
+PORTS = (
+    "variant",
+    "position",
+    "join",
+    "bias",
+    "bias_join",
+    "rotary",
+)  # the fields that tell networks apart in a list
 Variant = Literal[
     "deit_tiny", "deit_small", "deit_base",
     "deit_tiny_distilled", "deit_small_distilled", "deit_base_distilled",

@@ -30,9 +30,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lape_ray import storage, tracking
 from lape_ray.checkpoint import differences
 from lape_ray.cluster import connected, only_actor, refuse_little_shared_memory
-from lape_ray.config import TrainConfig, flatten, from_dict, replace_fields, to_dict
+from lape_ray.config import PORTS, TrainConfig, flatten, from_dict, replace_fields, to_dict
 from lape_ray.data.facts import split_facts
 from lape_ray.preflight import check_before_start
+from lape_ray.recipes import recipe
 from lape_ray.supervision import FailureCount, Supervisor, sigterm_stops
 from lape_ray.train import DivergedError, StoppedError
 from lape_ray.worker import SCORE, StorageError, run_worker
@@ -101,7 +102,7 @@ def fit(config: TrainConfig) -> FitResult:
         DivergedError: the loss is no finite number.
         WorkersFailedError: workers failed again and again at the same place.
     """
-    name = config.run.name or f"{config.recipe or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = config.run.name or f"{_what_it_is(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
     config, root = prepared(replace_fields(config, {"run.name": name}))
     uri = tracking.tracking_uri(config)
     folder, record = storage.join(root, name), storage.join(root, name, RECORD)
@@ -145,6 +146,15 @@ def fit(config: TrainConfig) -> FitResult:
         tracking_uri=uri,
         tracked=tracked,
     )
+
+
+def _what_it_is(config: TrainConfig) -> str:
+    """The recipe and what of the network is another than the recipe's, as in `deit_tiny_lape-join-basic`."""
+    if not config.recipe:
+        return "run"
+    of_recipe = recipe(config.recipe).model
+    other = [key for key in PORTS if getattr(config.model, key) != getattr(of_recipe, key)]
+    return "-".join([config.recipe, *(f"{key}-{getattr(config.model, key)}" for key in other)])
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -230,9 +240,7 @@ def _open_mlflow_run(config: TrainConfig, uri: str, earlier: dict[str, Any] | No
     command = shlex.join(["python", *sys.argv])
     model = config.model
     tags = {"recipe": config.recipe, "seed": str(config.run.seed), **tracking.source_tags(sys.argv[0])}
-    tags |= {
-        key: getattr(model, key) for key in ("variant", "position", "join", "bias", "bias_join", "rotary")
-    }
+    tags |= {key: getattr(model, key) for key in PORTS}
     splits = {"train": split_facts(config.data, "train"), "val": split_facts(config.data, "val")}
     datasets = {role: (facts.path, facts.sha256) for role, facts in splits.items() if facts.sha256}
     return tracking.create_run(

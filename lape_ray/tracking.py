@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lape_ray import runs_view
 from lape_ray.config import TrainConfig, dump, flatten
 from lape_ray.recipes import RECIPES
 from lape_ray.storage import home
@@ -73,9 +74,9 @@ def run_page(uri: str, run_id: str) -> str:
         experiment = _client(uri).get_run(run_id).info.experiment_id
         runs = f"#/experiments/{experiment}/runs"
         if uri.startswith("http"):
-            return f"{uri.rstrip('/')}/{runs}/{run_id}?workflowType=machine_learning"
-        charts = f"http://127.0.0.1:5000/{runs}?workflowType=machine_learning&compareRunsMode=CHART"
-        return f"{ui_command(uri)}\n  and open {charts}"
+            page = f"{uri.rstrip('/')}/{runs}"
+            return f"{page}/{run_id}?workflowType=machine_learning\n  among all: {page}?{runs_view.QUERY}"
+        return f"{ui_command(uri)}\n  and open http://127.0.0.1:5000/{runs}?{runs_view.QUERY}"
     return ui_command(uri)
 
 
@@ -114,11 +115,14 @@ def _experiment_id(client: mlflow.MlflowClient, name: str, uri: str) -> str:
 
     found = client.get_experiment_by_name(name)
     if found is not None:
+        for key, value in runs_view.tags().items():
+            if key not in found.tags:  # what a person wrote stays
+                client.set_experiment_tag(found.experiment_id, key, value)
         return str(found.experiment_id)
     # Without a server artifacts would land in the current directory, which for a submitted job is temporary.
     location = (home() / "mlartifacts" / name).as_uri() if uri.startswith("sqlite:") else None
     try:
-        return str(client.create_experiment(name, artifact_location=location))
+        return str(client.create_experiment(name, artifact_location=location, tags=runs_view.tags()))
     except MlflowException:  # another job was faster
         return str(client.get_experiment_by_name(name).experiment_id)
 

@@ -13,7 +13,17 @@ PACKAGE = ROOT / "lape_ray"
 # A room may import rooms of a lower floor, and its own modules.
 FLOORS = [
     {"config"},
-    {"acceleration", "estimate", "recipes", "storage", "metrics", "optim", "model", "local_cluster"},
+    {
+        "acceleration",
+        "estimate",
+        "recipes",
+        "storage",
+        "metrics",
+        "optim",
+        "model",
+        "local_cluster",
+        "runs_view",
+    },
     {"cli", "data", "checkpoint", "tracking"},
     {"distill", "predict"},
     {"signals", "supervision"},

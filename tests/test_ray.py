@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 from service import Service, alone
 
-from lape_ray import cluster
+from lape_ray import cluster, runs_view
 from lape_ray.data.beton import check_beton, write_beton
 from lape_ray.data.sources import digits
 from lape_ray.launch import fit
@@ -229,14 +229,18 @@ def test_the_list_of_runs_says_which_is_which(
         ("train", "training"),
         ("val", "validation"),
     ]
-    assert "compareRunsMode=CHART" in submitted.stdout
+    assert runs_view.QUERY in submitted.stdout
+    shown = {column.split("`")[1] for column in runs_view.COLUMNS if column.startswith(("metrics", "tags"))}
+    logged = {*run.data.metrics, *tags}
+    assert {*shown, *runs_view.CURVES} - logged <= {"val_ema/acc1"}, "a column or curve that no run has"
 
 
 def test_a_position_report_while_it_trains(
     service: Service, submitted: subprocess.CompletedProcess[str]
 ) -> None:
     client, run = mlflow.MlflowClient(service.uri), service.run_of(submitted.stdout)
-    folders = {file.path for file in client.list_artifacts(run.info.run_id, "position_report") if file.is_dir}
-    assert folders == {"position_report/epoch-000001"}
+    files = client.list_artifacts(run.info.run_id, "position_report")
+    assert {file.path for file in files if file.is_dir} == {"position_report/epoch-000001"}
+    assert {"position_report/training.html", "position_report/training.png"} <= {file.path for file in files}
     names = {file.path for file in client.list_artifacts(run.info.run_id, "position_report/epoch-000001")}
     assert "position_report/epoch-000001/position_report.html" in names

@@ -22,6 +22,9 @@ from lape_ray.samples import spread
 
 HTML = "training.html"
 MAPS = "position_maps"
+CORRELATION = "cosine similarity of the embeddings, as attention sees them"
+BIAS = "bias on the attention logits, mean of the heads"
+ROTATION = "mean cosine of the angle between query and key"
 ROWS = 12  # of a figure; of more epochs those that are spread evenly over them
 
 
@@ -32,13 +35,11 @@ def training_maps(view: PositionView) -> tuple[str, Tensor]:
     """
     patch = view.patch(None)
     if (maps_LYX := view.correlation_maps(patch)) is not None:
-        return "cosine similarity of the embeddings, as attention sees them", maps_LYX
+        return CORRELATION, maps_LYX
     if view.bias_LHPP is not None:
-        return "bias on the attention logits, mean of the heads", view.patch_maps(
-            view.bias_LHPP.mean(1), patch
-        )
+        return BIAS, view.patch_maps(view.bias_LHPP.mean(1), patch)
     assert view.rotation_LPP is not None
-    return "mean cosine of the angle between query and key", view.patch_maps(view.rotation_LPP, patch)
+    return ROTATION, view.patch_maps(view.rotation_LPP, patch)
 
 
 def remember(run: str, epoch: int, maps_LYX: Tensor) -> None:
@@ -67,11 +68,10 @@ def write_training_page(name: str, what: str, maps: Mapping[int, Tensor], folder
     """The figure and page of a run's maps (L, Y, X) by epoch; returns the page."""
     epochs = sorted(maps)
     chosen = [epochs[index] for index in spread(len(epochs), ROWS)]
-    limit = 1.0 if what.startswith(("cosine", "mean cosine")) else None
     figure = figures.maps_figure(
         [(f"epoch {epoch}", maps[epoch]) for epoch in chosen],
         title="The centre patch against every patch, while the network trains",
-        x="column", y="row", colors=what, limit=limit,
+        x="column", y="row", colors=what, limit=None if what == BIAS else 1.0,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     page = Page(f"{name}: position while it trains", f"After {epochs[-1]} epochs. Shown is the {what}.")
