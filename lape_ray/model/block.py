@@ -6,12 +6,12 @@ Shapes: B images, N tokens (prefix + patches), D width, H heads, E = D / H width
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
 class LayerPosition(NamedTuple):
@@ -38,7 +38,9 @@ def thrifty(product: Callable[[Tensor], Tensor], cheap: Callable[[Tensor], Tenso
     if torch.compiler.is_compiling():
         if x.is_cuda:
             return product(cheap(x))
-        result: Tensor = checkpoint(lambda x: product(cheap(x)), x, use_reentrant=False)
+        result: Tensor = checkpoint(
+            lambda x: product(cheap(x)), x, use_reentrant=False, context_fn=_products_are_kept
+        )
         return result
     # Hooks, and not torch.utils.checkpoint, whose second pass through autograd costs 3 % of a step of DeiT-Ti on a CPU.
     device = x.device.type
@@ -60,6 +62,10 @@ def thrifty(product: Callable[[Tensor], Tensor], cheap: Callable[[Tensor], Tenso
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return product(given)
+
+
+def _products_are_kept() -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.aten.addmm.default, torch.ops.aten.mm.default])
 
 
 def rotate(x_BHNE: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
