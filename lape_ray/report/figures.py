@@ -6,6 +6,7 @@ Shapes: L layers, H heads, N tokens, P patches, C classes that are shown.
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lape_ray.report.position import PositionView
 
 CELL_IN = 1.25  # side of a small map, in inches
 MAP_DPI = 120  # of PNGs and of the maps inside SVGs
+CHARACTERS_PER_IN = 11  # of a title
 LEFT_IN = 1.5  # for the row's name
 MAP = matplotlib.colormaps["RdBu_r"].with_extremes(bad="0.85")
 CORRELATION = "cosine similarity (grey: a row of zeros)"
@@ -107,7 +109,7 @@ def maps_figure(
     bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=12 * len(named), pad=0.01)
     bar.ax.tick_params(labelsize=7)
     bar.set_label(colors, fontsize=8)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() * CHARACTERS_PER_IN)), fontsize=11)
     return figure
 
 
