@@ -12,15 +12,12 @@ NAME = "lape_ray"
 TAG = f"mlflow.sharedViewState.{NAME}"
 QUERY = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={NAME}"
 COLUMNS = (
-    "attributes.`Created`",
     "attributes.`Duration`",
     "metrics.`best/acc1`",
-    "tags.`position`",
     "tags.`join`",
-    "tags.`variant`",
+    "tags.`position`",
     "tags.`seed`",
-    "metrics.`val/acc1`",
-    "metrics.`train/images_per_s`",
+    "tags.`variant`",
 )
 CURVES = ("val/acc1", "val/loss", "train/loss", "val_ema/acc1", "train/images_per_s", "train/lr")
 _SECTION = "lape_ray-curves"
@@ -41,6 +38,7 @@ def _saved_view() -> str:
     state = {
         "selectedColumns": list(COLUMNS),
         "runsHiddenMode": "FIRST_20_RUNS",
+        "isAccordionReordered": True,  # else sections are sorted by name
         "compareRunCharts": [_curve(metric) for metric in CURVES],
         "compareRunSections": [
             {"uuid": _SECTION, "name": "curves", "display": True, "isReordered": False, "deleted": False,

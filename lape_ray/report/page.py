@@ -28,7 +28,7 @@ pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; white-space: pre-wr
 """.strip()
 
 
-WIDE_PT = 1000.0
+WIDE_PT = 1200.0
 NUMBER = re.compile(r"[+-]?\d[\d,.]*|–")
 
 
