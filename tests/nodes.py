@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import mlflow
 import ray
 from faults import LONG, longest_pause, stored
 from ray.cluster_utils import Cluster
@@ -46,7 +47,7 @@ def config_of(scenario: str, home: Path) -> TrainConfig:
         "run.storage": str(home / "runs"),
         "run.num_workers": Span(1, 2) if scenario == "elastic" else 2,
         "run.max_failures": 0 if scenario == "drain" else 3,
-        "run.pages": False,
+        "run.pages": scenario == "elastic",
     }
     if scenario == "drain":
         fields["optim.epochs"] = 400
@@ -88,7 +89,9 @@ def main(scenario: str, home: Path) -> None:
             thread.join(600)
         if failed or not done:
             raise SystemExit(f"the run failed: {failed}")
-        points = history(server.uri, done[0].mlflow_run_id)
+        run_id = done[0].mlflow_run_id
+        points = history(server.uri, run_id)
+        client = mlflow.MlflowClient(server.uri)
         pause, before = longest_pause([(step, when) for step, (_, when) in points.items()], struck)
         print(
             json.dumps(
@@ -98,6 +101,10 @@ def main(scenario: str, home: Path) -> None:
                     "resumed": re.findall(
                         r"continuing after epoch (\d+) of \d+(?: and step (\d+) of \d+)?", tee.text
                     ),
+                    "pages": [file.path for file in client.list_artifacts(run_id, "summary")],
+                    "workers_logged": [
+                        point.value for point in client.get_metric_history(run_id, "train/workers")
+                    ],
                     "before": before,
                     "recovery_s": pause,
                 }

@@ -60,6 +60,8 @@ def test_a_lost_node_makes_an_elastic_run_smaller(tmp_path: Path) -> None:
     note("node lost, --run.num_workers 1:2", found)
     assert found["workers"][0] == "2"
     assert "1" in found["workers"]
+    assert set(found["workers_logged"]) == {1.0, 2.0}
+    assert "summary/summary.html" in found["pages"]
 
 
 def test_a_node_that_leaves_with_notice_is_no_failure(tmp_path: Path) -> None:
