@@ -35,10 +35,10 @@ def test_an_experiment_has_the_view(config: TrainConfig) -> None:
     assert state["compareRunCharts"][0]["metricKey"] == "val/acc1"
 
 
-def test_what_a_person_wrote_stays(config: TrainConfig) -> None:
+def test_what_a_person_wrote_stays(config: TrainConfig, tmp_path: Path) -> None:
     """An experiment that was there gets what it has not, and keeps what it has."""
     client = mlflow.MlflowClient(config.run.tracking_uri)
-    client.create_experiment("e", tags={"mlflow.note.content": "mine"})
+    client.create_experiment("e", artifact_location=tmp_path.as_uri(), tags={"mlflow.note.content": "mine"})
     tags = new_run(config)
     assert tags["mlflow.note.content"] == "mine"
     assert runs_view.TAG in tags
