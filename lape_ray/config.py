@@ -21,14 +21,8 @@ Join = Literal["basic", "share", "unshare", "lape", "lape_shared"]
 Bias = Literal["none", "relative2d", "alibi2d"]
 BiasJoin = Literal["basic", "lape"]
 Rotary = Literal["none", "axial", "mixed"]
-PORTS = (
-    "variant",
-    "position",
-    "join",
-    "bias",
-    "bias_join",
-    "rotary",
-)  # the fields that tell networks apart in a list
+# The model's fields that tell networks apart in a list.
+PORTS = ("variant", "position", "join", "bias", "bias_join", "rotary")
 Variant = Literal[
     "deit_tiny", "deit_small", "deit_base",
     "deit_tiny_distilled", "deit_small_distilled", "deit_base_distilled",

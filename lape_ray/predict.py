@@ -43,6 +43,11 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def read_image(path: Path) -> Image.Image:
+    """The RGB image in a file; a ValueError or OSError names one that cannot be read."""
+    return to_rgb(load_image(path.read_bytes(), str(path)), str(path))
+
+
 def center_crop(image: Image.Image, *, size: int, data: DataConfig) -> Image.Image:
     """The RGB square (S, S) that evaluation sees: shorter side to S / eval_crop, then the centre of S pixels."""
     resize = max(size, math.floor(size / data.eval_crop))
@@ -145,7 +150,7 @@ def predict_files(
         errors: dict[Path, str] = {}
         for path in part:
             try:
-                loaded[path] = to_rgb(load_image(path.read_bytes(), str(path)), str(path))
+                loaded[path] = read_image(path)
             except (ValueError, OSError) as error:
                 errors[path] = str(error)
         best = _best(predictor, list(loaded.values()), top) if loaded else []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,8 @@ from torch import Tensor
 
 from lape_ray.config import TrainConfig
 from lape_ray.data.loader import Loader, build_loader
-from lape_ray.data.sources import load_image, to_rgb
 from lape_ray.model import resolve
-from lape_ray.predict import center_crop, find_images, to_tensor
+from lape_ray.predict import center_crop, find_images, read_image, to_tensor
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def folder_images(folder: Path, config: TrainConfig, count: int) -> Tensor:
     for index in spread(len(paths), count):
         path = paths[index]
         try:
-            image = to_rgb(load_image(path.read_bytes(), str(path)), str(path))
+            image = read_image(path)
         except (ValueError, OSError) as error:
             log.warning("skipped: %s", error)
             continue
@@ -70,5 +70,12 @@ def validation_images(config: TrainConfig, count: int) -> Tensor:
 
 
 def _read(loader: Loader, index_B: np.ndarray) -> Tensor:
-    with contextlib.closing(loader.reader.batches(index_B, np.arange(len(index_B)), 0)) as batches:
-        return torch.as_tensor(next(batches)).clone().permute(0, 3, 1, 2)
+    with contextlib.closing(batches_at(loader, index_B)) as batches:
+        return next(batches)
+
+
+def batches_at(loader: Loader, index_N: np.ndarray) -> Generator[Tensor, None, None]:
+    """The images of a validation loader at these places of the file: uint8 (B, 3, S, S) of its batch size, to keep."""
+    with contextlib.closing(loader.reader.batches(index_N, np.arange(len(index_N)), 0)) as batches:
+        for images_BHWC in batches:
+            yield torch.as_tensor(images_BHWC).clone().permute(0, 3, 1, 2)

@@ -16,9 +16,8 @@ import ray.train
 from ray.train import UserCallback
 
 MEMORY = "OutOfMemoryError"  # torch's; it would come again at the same place
-LEAVE_GROUP_S = (
-    5  # for workers to leave their process group after a failure; half a minute by Ray Train's default
-)
+LEAVE_GROUP_S = 5
+"""For workers to leave their process group after a failure; half a minute by Ray Train's default."""
 
 
 class Supervisor:

@@ -240,7 +240,7 @@ class RayReporter:
         self._store({**metrics, **score}, f"checkpoint-epoch-{number:06}", f"after epoch {number}", take)
         every = self.config.run.position_report_epochs
         if every is not None and number % every == 0:
-            self._position_report(number)
+            self._position_report(range(every, number + 1, every))
 
     def _workers(self) -> dict[str, float]:
         """How many there are, where that changes."""
@@ -326,7 +326,7 @@ class RayReporter:
         self.gauges.show({"checkpoint_s": time.monotonic() - began})
         return checkpoint
 
-    def _position_report(self, epoch: int) -> None:
+    def _position_report(self, epochs: range) -> None:
         """Rank 0 draws, in its own thread: what it draws from must not meet the draws of a training step."""
         storing = self.storing
         self.stored()
@@ -336,24 +336,24 @@ class RayReporter:
                 tempfile.TemporaryDirectory(prefix="lape-report-") as drawn,
             ):
                 try:
-                    self._draw_position(epoch, Path(folder), Path(drawn), self.tracker)
+                    self._draw_position(epochs, Path(folder), Path(drawn), self.tracker)
                 except (OSError, ValueError) as error:  # the training goes on
-                    self.line(f"no position report of epoch {epoch}: {error}")
+                    self.line(f"no position report of epoch {epochs[-1]}: {error}")
         ray.train.collective.barrier()  # here, because a collective of the training has less patience
 
-    def _draw_position(self, epoch: int, checkpoint: Path, drawn: Path, tracker: tracking.Tracker) -> None:
-        """A report of this epoch, and one page that follows the run from epoch to epoch."""
+    def _draw_position(self, epochs: range, checkpoint: Path, drawn: Path, tracker: tracking.Tracker) -> None:
+        """A report of the last of these epochs, and one page that follows the run through them."""
         from lape_ray.report import progress  # only here: figures need a second to import
         from lape_ray.report.build import checkpoint_report
 
+        epoch = epochs[-1]
         seen = checkpoint_report(checkpoint, self.config, f"epoch {epoch}", drawn / "report")
         if seen is None:
             return
         tracker.files(drawn / "report", f"position_report/epoch-{epoch:06}")
         what, maps_LYX = progress.training_maps(seen)
         progress.remember(self.folder, epoch, maps_LYX)
-        every = self.config.run.position_report_epochs or epoch
-        maps = progress.recall(self.folder, range(every, epoch + 1, every))
+        maps = progress.recall(self.folder, epochs)
         progress.write_training_page(self.config.run.name or "", what, maps, drawn / "training")
         tracker.files(drawn / "training", "position_report")
 

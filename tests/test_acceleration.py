@@ -152,8 +152,8 @@ def test_what_the_head_does_not_read_changes_nothing(name: str, monkeypatch: pyt
     forward = Block.forward
     monkeypatch.setattr(Block, "forward", lambda block, x, position, first=None: forward(block, x, position))
     whole = outputs_and_gradients()
-    tokens = network.num_prefix or network.grid[0] * network.grid[1]
-    assert [shape[1] for shape in seen] == [tokens, network.num_prefix + network.grid[0] * network.grid[1]]
+    patches = network.grid[0] * network.grid[1]
+    assert [shape[1] for shape in seen] == [network.num_prefix or patches, network.num_prefix + patches]
     for one, other in zip(short, whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 

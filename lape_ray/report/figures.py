@@ -209,12 +209,10 @@ def strength_figure(views: Sequence[PositionView]) -> Figure | None:
                     label=f"{one.label}, {name}",
                 )  # fmt: skip
     _lines(left, "Position part over token part", "layer", "ratio of lengths")
-    left.set_yscale(
-        "log"
-    )  # an untrained class token is next to nothing, and would press all else to the floor
-    low, high = (
-        left.get_ylim()
-    )  # a decade to each side at least: what is nearly 1 everywhere must look like it
+    # Logarithmic: an untrained class token is next to nothing, and would press all else to the floor. A decade to each
+    # side at least: what is nearly 1 everywhere must look like it.
+    left.set_yscale("log")
+    low, high = left.get_ylim()
     left.set_ylim(min(low, 0.1), max(high, 10))
     left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.yaxis.set_minor_formatter(NullFormatter())

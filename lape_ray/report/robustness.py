@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -22,7 +21,7 @@ from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.variants import VariantSpec
 from lape_ray.report.figures import curves_figure
-from lape_ray.samples import spread
+from lape_ray.samples import batches_at, spread
 from lape_ray.train import Normalize, autocast_for, available_cpus, evaluate
 
 SIZES_OF_224 = (160, 192, 224, 256, 288, 320, 352, 384)
@@ -57,14 +56,11 @@ class Few:
     def epoch(self, epoch: int) -> Generator[tuple[Tensor, Tensor], None, None]:
         index_N = spread(self.loader.num_samples, self.count)
         labels_N, device, done = self.loader.labels_N[index_N], self.loader.device, 0
-        with contextlib.closing(
-            self.loader.reader.batches(index_N, np.arange(len(index_N)), epoch)
-        ) as batches:
-            for images in batches:
-                images_BCHW = torch.as_tensor(images).to(device, copy=True).permute(0, 3, 1, 2)
-                labels_B = torch.as_tensor(labels_N[done : done + len(images)]).to(device)
-                done += len(images)
-                yield images_BCHW, labels_B
+        with contextlib.closing(batches_at(self.loader, index_N)) as batches:
+            for images_BCHW in batches:
+                labels_B = torch.as_tensor(labels_N[done : done + len(images_BCHW)]).to(device)
+                done += len(images_BCHW)
+                yield images_BCHW.to(device), labels_B
 
 
 @dataclass(frozen=True, kw_only=True)
