@@ -28,6 +28,9 @@ from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_i
 from lape_ray.storage import local
 
 FORMAT = 3
+_MEANS = ("lr", "fused", "capturable")
+"""Of an optimizer's group: how its step is executed, which a checkpoint of another device or mode does not decide. The
+loop sets the learning rate at every step."""
 
 
 class DamagedError(ValueError):
@@ -214,7 +217,10 @@ def restore(
     model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
     if ema is not None:
         ema.load_state_dict(load_file(folder / "ema.safetensors", device=str(device)))
+    own = [{name: group[name] for name in _MEANS if name in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+    for group, means in zip(optimizer.param_groups, own, strict=True):
+        group.update(means)
     return meta
 
 

@@ -30,6 +30,7 @@ Variant = Literal[
 ]  # fmt: skip
 Compile = Literal["auto", "off", "default", "max-autotune-no-cudagraphs"]
 Compression = Literal["none", "bf16"]
+Algorithm = Literal["adamw", "muon"]
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "gpu"]
 Backend = Literal["native", "resident", "ffcv", "torchvision"]
@@ -171,8 +172,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay, by step."""
+    """Update rule, with linear warm-up and cosine decay by step."""
 
+    algorithm: Algorithm = option(
+        "adamw", "update rule; muon: for the matrices of the blocks, and AdamW for the rest"
+    )
     lr: float = option(1e-3, "peak learning rate, as it is used (not scaled by the batch)")
     min_lr: float = option(1e-5, "learning rate that the cosine ends at")
     warmup_lr: float = option(1e-6, "learning rate that the warm-up starts at")
@@ -194,6 +198,7 @@ class OptimConfig:
     accumulate: int = option(1, "micro-batches of an optimizer step, for each worker")
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_range(self, 0, 1e3, "lr", "min_lr", "warmup_lr", "weight_decay")
         _check_range(self, 1, 10**6, "epochs", "accumulate")
         _check_range(self, 0, 10**6, "cooldown_epochs")
@@ -232,6 +237,10 @@ class RunConfig:
     precision: Precision = option("auto", "auto: bf16 on GPU, fp32 on CPU")
     compile: Compile = option(
         "auto", "torch.compile of the training step's network; auto: default on GPU, off on CPU"
+    )
+    cuda_graph: bool = option(
+        False,
+        "launch a whole optimizer step at once: for small networks, one worker on a GPU, no accumulation",
     )
     compression: Compression = option(
         "none", "what gradients travel as between workers; bf16 halves the traffic and rounds them"
@@ -310,6 +319,12 @@ class TrainConfig:
             f"{(self.data.batch_size // shares + 1) * shares}",
         )
 
+        _require(
+            shares == 1 or not self.run.cuda_graph,
+            f"run.cuda_graph takes one worker and one micro-batch, not run.num_workers={self.run.num_workers} x "
+            f"optim.accumulate={self.optim.accumulate}",
+        )
+
     @property
     def micro_batches(self) -> int:
         """Parts of an optimizer step's batch. Its workers share them out, however many there are."""
@@ -383,7 +398,7 @@ _PLACE = frozenset(
             "name", "storage", "experiment", "tracking_uri", "num_workers", "device", "cpus_per_worker", "log_steps",
             "eval_epochs", "pages", "position_report_epochs", "keep_checkpoints", "max_failures", "timeout_s",
             "start_timeout_s", "outage_s", "wait_s", "overwrite", "stop_after_epochs",
-            "compile", "checkpoint_steps", "checkpoint_minutes",
+            "compile", "cuda_graph", "checkpoint_steps", "checkpoint_minutes",
         )
     }
 )  # fmt: skip

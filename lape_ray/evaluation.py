@@ -12,10 +12,12 @@ from lape_ray.checkpoint import read_meta
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.data.loader import build_loader
 from lape_ray.model import resolve
+from lape_ray.model.normalize import Normalize
 from lape_ray.predict import load_network
 from lape_ray.preflight import check_split
 from lape_ray.recipes import recipe
-from lape_ray.train import Normalize, autocast_for, available_cpus, evaluate
+from lape_ray.state import autocast_for, available_cpus
+from lape_ray.train import evaluate
 
 
 def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str, Any]) -> TrainConfig:

@@ -4,34 +4,56 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lape_ray.config import OptimConfig
+from lape_ray.muon import MuonWithAdamW
 
 
-def parameter_groups(
-    model: nn.Module, *, weight_decay: float, exempt: set[str]
-) -> list[dict[str, list[nn.Parameter] | float]]:
-    """Two groups: matrices and tables are decayed; biases, norms (every 1-D tensor) and `exempt` are not."""
-    decayed: list[nn.Parameter] = []
+def parameter_groups(model: nn.Module, config: OptimConfig, *, exempt: set[str]) -> list[dict[str, Any]]:
+    """The decayed groups, and after them the one that is not: biases, norms (every 1-D tensor) and `exempt`.
+
+    Of those that are decayed, the blocks' matrices are groups of their own where Muon steps them; `parts` says into
+    how many it takes each of them apart, 0 that a group is AdamW's.
+    """
+    decayed: dict[int, list[nn.Parameter]] = {0: [], 1: [], 3: []}
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (kept if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
-    groups: list[dict[str, list[nn.Parameter] | float]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        if parameter.ndim <= 1 or name in exempt:
+            kept.append(parameter)
+        elif config.algorithm == "muon" and name.startswith("blocks."):
+            decayed[3 if name.endswith("qkv.weight") else 1].append(parameter)
+        else:
+            decayed[0].append(parameter)
+    groups = [
+        {"params": members, "weight_decay": config.weight_decay, "parts": parts}
+        for parts, members in decayed.items()
     ]
-    return [group for group in groups if group["params"]]
+    return [
+        group for group in [*groups, {"params": kept, "weight_decay": 0.0, "parts": 0}] if group["params"]
+    ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, *, exempt: set[str]) -> torch.optim.AdamW:
-    """AdamW over `model`; `exempt` parameters are decayed after all where the config says `decay_position`."""
-    groups = parameter_groups(
-        model, weight_decay=config.weight_decay, exempt=set() if config.decay_position else exempt
-    )
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, *, exempt: set[str], lr: Tensor | None = None
+) -> torch.optim.Optimizer:
+    """What steps `model`'s parameters; `exempt` ones are decayed after all where the config says `decay_position`.
+
+    Args:
+        lr: a scalar on the parameters' device that holds the learning rate; with it a step can become part of a CUDA
+            graph. None: a number, which the loop sets in each group.
+    """
+    groups = parameter_groups(model, config, exempt=set() if config.decay_position else exempt)
+    rate, capturable = (config.lr, False) if lr is None else (lr, True)
+    if config.algorithm == "muon":
+        return MuonWithAdamW(groups, lr=rate, betas=config.betas, eps=config.eps, capturable=capturable)
+    return torch.optim.AdamW(
+        [{key: value for key, value in group.items() if key != "parts"} for group in groups],
+        lr=rate, betas=config.betas, eps=config.eps, fused=True, capturable=capturable,
+    )  # fmt: skip
 
 
 def lr_at(step: int, *, config: OptimConfig, steps_per_epoch: int) -> float:

@@ -26,8 +26,9 @@ from lape_ray.config import TrainConfig, from_dict
 from lape_ray.data.remote import stage_data
 from lape_ray.gauges import RunGauges
 from lape_ray.signals import News
+from lape_ray.state import World
 from lape_ray.supervision import LeavingNodes, StopRequest
-from lape_ray.train import DivergedError, StoppedError, Take, World, train
+from lape_ray.train import DivergedError, StoppedError, Take, train
 
 SCORE = "score"  # of a checkpoint: its val/acc1; within an epoch, where nothing was evaluated, UNSCORED
 UNSCORED = -1.0

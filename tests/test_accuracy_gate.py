@@ -29,6 +29,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from lape_ray import state as state_module
 from lape_ray import train as train_module
 from lape_ray.bench.seeds import Recorder
 from lape_ray.config import DataConfig, TrainConfig, replace_fields
@@ -129,9 +130,9 @@ def with_oracle(patch: pytest.MonkeyPatch, sources: dict[str, Source]) -> None:
                                    batch_size=batch_size, threads=threads, seed=seed)  # fmt: skip
         return Loader(reader, Manifest.load(path), split=split, seed=seed, **place)  # type: ignore[arg-type]
 
-    patch.setattr(train_module, "build_loader", loader)
-    patch.setattr(train_module, "build_augment", TimmAugment)
-    patch.setattr(train_module, "Mixer", TimmMixer)
+    patch.setattr(state_module, "build_loader", loader)
+    patch.setattr(state_module, "build_augment", TimmAugment)
+    patch.setattr(state_module, "Mixer", TimmMixer)
 
 
 def with_exchanged_colours(patch: pytest.MonkeyPatch, sources: dict[str, Source]) -> None:
@@ -139,7 +140,7 @@ def with_exchanged_colours(patch: pytest.MonkeyPatch, sources: dict[str, Source]
         augment = build_augment(spec, **kwargs)
         return lambda images_BCHW, **where: augment(images_BCHW[:, [2, 1, 0]], **where)
 
-    patch.setattr(train_module, "build_augment", build)
+    patch.setattr(state_module, "build_augment", build)
 
 
 ARMS: dict[str, Callable[[pytest.MonkeyPatch, dict[str, Source]], None] | None] = {

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "lape_ray"
 
 # A room may import rooms of a lower floor, and its own modules.
 FLOORS = [
-    {"config"},
+    {"config", "muon"},
     {
         "acceleration",
         "estimate",
@@ -23,11 +23,14 @@ FLOORS = [
         "model",
         "local_cluster",
         "runs_view",
+        "step_graph",
     },
     {"cli", "data", "checkpoint", "tracking"},
     {"distill", "predict"},
     {"signals", "supervision"},
-    {"train", "preflight"},
+    {"state"},
+    {"step", "preflight"},
+    {"train"},
     {"cluster", "evaluation", "gauges", "samples", "served"},
     {"subjects"},
     {"report", "export"},

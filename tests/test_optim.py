@@ -41,7 +41,9 @@ def test_schedule_of_deit() -> None:
 def test_groups_decay_matrices_only() -> None:
     model = build_model(TINY)
     names = {id(p): n for n, p in model.named_parameters()}
-    decayed, kept = parameter_groups(model, weight_decay=0.05, exempt=model.position_parameters())
+    decayed, kept = parameter_groups(
+        model, OptimConfig(weight_decay=0.05), exempt=model.position_parameters()
+    )
     assert decayed["weight_decay"] == 0.05
     assert kept["weight_decay"] == 0
     kept_names = {names[id(p)] for p in kept["params"]}  # type: ignore[union-attr]

@@ -17,7 +17,8 @@ from lape_ray.data.loader import build_loader
 from lape_ray.data.native import random_resized_crops
 from lape_ray.data.sources import Source, digits, open_source, select
 from lape_ray.recipes import recipe
-from lape_ray.train import augmented, build_state
+from lape_ray.state import build_state
+from lape_ray.step import augmented
 
 FILTERS = {True: Image.Resampling.BICUBIC, False: Image.Resampling.BILINEAR}
 

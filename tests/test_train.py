@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lape_ray import checkpoint
+from lape_ray import state as state_module
+from lape_ray import step as step_module
 from lape_ray import train as train_module
 from lape_ray.config import Span, TrainConfig, replace_fields
 from lape_ray.data.facts import SplitFacts
@@ -119,7 +121,7 @@ class Recorder:
 
 @pytest.fixture(autouse=True)
 def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "build_loader", memory_loader)
+    monkeypatch.setattr(state_module, "build_loader", memory_loader)
 
 
 def smoke(**changes: object) -> TrainConfig:
@@ -252,13 +254,13 @@ def test_two_workers_stop_at_the_same_step(tmp_path: Path, with_workers: Workers
 def test_a_loss_that_is_no_number_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even where the checkpoint is due long before the next log step."""
     calls: list[int] = []
-    real = train_module.training_loss
+    real = step_module.training_loss
 
     def poisoned(*arguments: Any) -> Tensor:
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(train_module, "training_loss", poisoned)
+    monkeypatch.setattr(step_module, "training_loss", poisoned)
     with pytest.raises(train_module.DivergedError, match="loss is nan at epoch 2, step 2"):
         run(smoke(run__checkpoint_steps=1), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "step-1", "step-2", "step-4"]
@@ -314,7 +316,7 @@ def test_accumulation_equals_the_whole_batch() -> None:
 
 
 def _one_of(rank: int, size: int, port: int, config: TrainConfig, out: Path, stops: dict[str, int]) -> None:
-    train_module.build_loader = memory_loader  # type: ignore[assignment]
+    state_module.build_loader = memory_loader  # type: ignore[assignment]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     told_at = stops.get("told_at") if rank == 1 else None

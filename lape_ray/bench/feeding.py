@@ -22,7 +22,8 @@ from lape_ray.config import DataConfig, TrainConfig, replace_fields
 from lape_ray.data.augment import AugmentSpec, build_augment
 from lape_ray.data.loader import build_loader
 from lape_ray.recipes import recipe
-from lape_ray.train import TrainState, augmented, build_state, micro_step
+from lape_ray.state import TrainState, build_state
+from lape_ray.step import augmented, optimizer_step
 
 MODELS = ("deit_tiny", "deit_small", "deit_base")
 JOIN = "lape"
@@ -184,11 +185,7 @@ def _seconds(
     _wait(state.world.device)
     clock = time.perf_counter()
     for _ in range(steps):
-        state.optimizer.zero_grad(set_to_none=True)
-        micro_step(state, *next(ready), key=(0, next(counter), 0))
-        state.optimizer.step()
-        if state.ema is not None:
-            state.ema.update()
+        optimizer_step(state, ready, epoch=0, step=next(counter), lr=state.config.optim.lr)
     _wait(state.world.device)
     return time.perf_counter() - clock
 

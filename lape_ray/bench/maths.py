@@ -21,7 +21,7 @@ from lape_ray.bench.peers import LAPE, Arm
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.distill import training_loss
 from lape_ray.model import resolve
-from lape_ray.train import autocast_for
+from lape_ray.state import autocast_for
 
 IMAGES = 4
 SHORT = 2  # blocks of a network that is compiled for the check

@@ -22,7 +22,7 @@ from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.block import Block, LayerPosition
 from lape_ray.model.convert import load_weights
 from lape_ray.optim import Ema, build_optimizer
-from lape_ray.train import TrainState
+from lape_ray.state import TrainState
 
 BASIC, LAPE, AGAIN, EXPLICIT = "lape_ray basic", "lape_ray LaPE", "lape_ray basic, again", "explicit softmax"
 TIMM, TORCHVISION = "timm", "torchvision (no drop path)"

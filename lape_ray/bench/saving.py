@@ -18,7 +18,7 @@ from lape_ray import checkpoint
 from lape_ray.bench.record import begin, finish, spread
 from lape_ray.bench.step import Note, Row, Save, prepared
 from lape_ray.bench.synthetic import Stepper, synthetic_state, training_config
-from lape_ray.train import TrainState
+from lape_ray.state import TrainState
 
 
 @dataclass(frozen=True, kw_only=True)

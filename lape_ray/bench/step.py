@@ -19,7 +19,7 @@ from lape_ray.bench.targets import judge
 from lape_ray.config import Compile
 from lape_ray.model import resolve
 from lape_ray.optim import Ema
-from lape_ray.train import TrainState
+from lape_ray.state import TrainState
 
 Note = Callable[[str], None]
 Row = dict[str, Any]

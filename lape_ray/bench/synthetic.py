@@ -1,6 +1,6 @@
 """The loop's own training step on images that are on the device already.
 
-What runs is `lape_ray.train.optimizer_step`: normalisation, mixing with soft targets, forward, backward, fused AdamW
+What runs is `lape_ray.step.optimizer_step`: normalisation, mixing with soft targets, forward, backward, fused AdamW
 and the moving average of the weights, with stochastic depth 0.1. Only the loader is replaced, and the augmentation,
 which `loader` measures, is off.
 
@@ -20,7 +20,8 @@ from lape_ray.config import Compile, TrainConfig, replace_fields
 from lape_ray.model import resolve
 from lape_ray.optim import lr_at
 from lape_ray.recipes import recipe
-from lape_ray.train import TrainState, augmented, build_state, optimizer_step
+from lape_ray.state import TrainState, build_state
+from lape_ray.step import augmented, optimizer_step
 
 BATCHES = 4  # distinct ones, in rotation: the same pixels again and again would flatter caches and power
 STEPS_PER_EPOCH = 1251  # of ImageNet in batches of 1024: the schedule's place is that of the first epoch

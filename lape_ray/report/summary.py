@@ -27,8 +27,8 @@ from lape_ray.report import figures, outcome
 from lape_ray.report.outcome import ClassScore, Predictions, by_epoch
 from lape_ray.report.page import Page
 from lape_ray.samples import images_at, spread
+from lape_ray.state import autocast_for, available_cpus
 from lape_ray.tracking import RunFacts
-from lape_ray.train import autocast_for, available_cpus
 
 HTML = "summary.html"
 METRICS = (

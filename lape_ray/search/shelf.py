@@ -104,8 +104,9 @@ def _rewrite(source: Path, target: Path, config: TrainConfig, clone: Mapping[str
         if file.name not in ("meta.json", CLONED, "optimizer.pt"):
             shutil.copy(file, target)
     state = torch.load(source / "optimizer.pt", map_location="cpu", weights_only=True)
-    # Of the optimizer's groups the first is decayed, the second is not; loading would bring the source's decay back.
-    state["param_groups"][0]["weight_decay"] = config.optim.weight_decay
+    # All of the optimizer's groups but the last are decayed; loading would bring the source's decay back.
+    for group in state["param_groups"][:-1]:
+        group["weight_decay"] = config.optim.weight_decay
     torch.save(state, target / "optimizer.pt")
     files = described(target)
     meta = replace(read_meta(source), config=config)

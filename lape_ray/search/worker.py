@@ -26,8 +26,9 @@ from lape_ray.checkpoint import Meta, read_meta
 from lape_ray.config import TrainConfig, from_dict
 from lape_ray.search.shelf import Shelf
 from lape_ray.signals import News
+from lape_ray.state import World
 from lape_ray.supervision import LeavingNodes
-from lape_ray.train import DivergedError, EndedError, Take, World, train
+from lape_ray.train import DivergedError, EndedError, Take, train
 
 HOPELESS = (ValueError, DivergedError, torch.OutOfMemoryError)
 """What would happen again; anything else is tried again from the newest checkpoint."""

@@ -1,0 +1,80 @@
+"""An optimizer step as one CUDA graph: captured once, then launched as a whole.
+
+A small network's kernels take less time than their launches. A graph holds addresses and arguments of all of them, so
+that whatever changes from step to step lies in tensors at fixed places: images, targets, the learning rate, and the
+random generator's seed and offset, which CUDA reads when a graph is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Work = Callable[[Tensor, Tensor], Tensor]
+WARM_UP = 3  # steps: what is compiled, chosen by measurement or allocated once is so before the capture
+
+
+class Recorder(Protocol):
+    """What turns work on a device into something that is launched again and again."""
+
+    def warm_up(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do the work as it is, as a capture will need it to have been done."""
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        """Record the work without doing it; returns where its result will lie, and what does it."""
+
+
+class CudaRecorder:
+    """CUDA graphs of the current device."""
+
+    def warm_up(self, work: Callable[[], Tensor]) -> Tensor:
+        # On another stream, as the capture will be: libraries keep workspaces for each stream.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = work()
+        torch.cuda.current_stream().wait_stream(stream)
+        return result
+
+    def capture(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        # Threads of loaders and checkpoints go on with copies of their own, which the capture must not forbid.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = work()
+        return result, graph.replay
+
+
+class StepGraph:
+    """Runs a step's work as it is for some steps, then captures it, and from then on replays it.
+
+    Every call does the work once, on its own images and targets. The work may hold no other input that changes, except
+    tensors that are changed in place; those that it changes (weights, moments) must stay where they are.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._warm_ups_left = WARM_UP
+        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._captured: tuple[Tensor, Callable[[], None]] | None = None
+
+    def __call__(self, work: Work, images_BCHW: Tensor, targets_BK: Tensor) -> Tensor:
+        """The work's result on these inputs, in memory that the next call writes again."""
+        if self._warm_ups_left:
+            self._warm_ups_left -= 1
+            return self._recorder.warm_up(lambda: work(images_BCHW, targets_BK))
+        if self._inputs is None or self._captured is None:
+            inputs = self._inputs = images_BCHW.clone(), targets_BK.clone()
+            self._captured = self._recorder.capture(lambda: work(*inputs))
+        else:
+            for kept, given in zip(self._inputs, (images_BCHW, targets_BK), strict=True):
+                if kept.shape != given.shape:
+                    raise ValueError(
+                        f"the graph was captured for {kept.shape}, and cannot take {given.shape}"
+                    )
+                kept.copy_(given)
+        result, replay = self._captured
+        replay()
+        return result
