@@ -188,6 +188,27 @@ def cct_7_3x1_lape() -> TrainConfig:
     return _cifar10("cct_7_3x1", "lape")
 
 
+def vit_lite_fast() -> TrainConfig:
+    """ViT-Lite-7/4 with LaPE on CIFAR-10 in a third of the epochs: Muon, batches of 512. Not measured at full length.
+
+    The same network, and the augmentation of Compact Transformers' recipe. What it has to reach is the paper's 94.290
+    of 300 epochs.
+    """
+    return replace_fields(
+        vit_lite_7_4_lape(),
+        {
+            "data.batch_size": 512,
+            "data.mix_off_epoch": 80,
+            "optim.algorithm": "muon",
+            "optim.lr": 3e-3,
+            "optim.epochs": 100,
+            "optim.warmup_epochs": 3,
+            "optim.cooldown_epochs": 0,
+            "run.eval_epochs": 10,
+        },
+    )
+
+
 def vit_lite_7_4_basic_c100() -> TrainConfig:
     """ViT-Lite-7/4 on CIFAR-100. Paper: 74.984 (table 2)."""
     return _cifar100("vit_lite_7_4", "basic")
@@ -254,7 +275,7 @@ _ALL: tuple[Callable[[], TrainConfig], ...] = (
     deit_tiny_distilled_basic, deit_tiny_distilled_lape, deit_small_distilled_basic, deit_small_distilled_lape,
     deit_base_distilled_basic, deit_base_distilled_lape,
     vit_lite_7_4_basic, vit_lite_7_4_lape, cvt_7_4_basic, cvt_7_4_lape, cct_7_3x1_basic, cct_7_3x1_lape,
-    vit_lite_7_4_basic_c100, vit_lite_7_4_lape_c100, cvt_7_4_basic_c100, cvt_7_4_lape_c100,
+    vit_lite_fast, vit_lite_7_4_basic_c100, vit_lite_7_4_lape_c100, cvt_7_4_basic_c100, cvt_7_4_lape_c100,
     cct_7_3x1_basic_c100, cct_7_3x1_lape_c100,
     demo, smoke,
 )  # fmt: skip

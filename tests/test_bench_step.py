@@ -194,7 +194,7 @@ def test_compare_without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_step_row_and_report() -> None:
     peaks = ceilings.measured_peaks(CPU, rounds=1, quick=True)
-    row = step_module.measured(TOY.filled(), "toy", 4, "off", peaks)
+    row = step_module.measured(TOY.filled(), step_module.Entry("toy", 4, "off"), peaks)
     assert row["operators"] > 100
     assert row["parameters"] == sum(p.numel() for p in build_model(toy().model).parameters()) + 4 * 32
     assert row["peak_bytes"] > 16 * row["parameters"]
@@ -216,9 +216,12 @@ def test_nothing_is_begun_after_the_deadline(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_entries_of_a_gpu() -> None:
     found = step_module.entries(Settings(device="cuda").filled())
-    assert found[0] == ("deit_small", 256, "default")
-    assert {("deit_base", 256, "off"), ("deit_small", 1024, "default")} <= set(found)
-    assert len(found) == len(set(found)) == 9
+    assert found[0] == ("deit_small", 256, "default", False)
+    assert {("deit_base", 256, "off", False), ("deit_small", 1024, "default", False)} <= set(found)
+    assert ("vit_lite", 128, "default", True) in found
+    assert ("deit_small", 256, "default", True) not in found  # its kernels are longer than their launches
+    assert len(found) == len(set(found)) == 13
+    assert not any(entry.cuda_graph for entry in step_module.entries(Settings().filled()))
 
 
 def test_settings_are_checked() -> None:

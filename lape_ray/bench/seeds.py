@@ -85,7 +85,8 @@ class Settings:
         for seed in range(FIRST_SEED, FIRST_SEED + self.seeds):
             for name in self.recipes:
                 fields = {f"data.{split}": path for split, path in names.items()}
-                changes = {"run.seed": seed, "data.backend": "resident", **self.overrides}
+                changes = {"run.seed": seed, "data.backend": "resident"}
+                changes |= {"run.cuda_graph": self.device.startswith("cuda"), **self.overrides}
                 config = replace_fields(recipe(name), {**fields, **changes})
                 found.append(shortened(config, self.epochs) if self.epochs else config)
         return found

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,11 +16,12 @@ from lape_ray.bench.goals import step_targets
 from lape_ray.bench.record import begin, finish, spread
 from lape_ray.bench.synthetic import Stepper, synthetic_state, training_config
 from lape_ray.bench.targets import judge
-from lape_ray.config import Compile
+from lape_ray.config import Compile, replace_fields
 from lape_ray.model import resolve
 from lape_ray.optim import Ema
 from lape_ray.state import TrainState
 
+LAUNCH_BOUND = ("vit_lite", "deit_tiny", "toy")
 Note = Callable[[str], None]
 Row = dict[str, Any]
 Save = Callable[[Row], None]
@@ -62,7 +63,7 @@ class Settings:
     def filled(self) -> Settings:
         """The same with every field set."""
         gpu = self.device.startswith("cuda")
-        real = (("deit_small", 256), ("deit_tiny", 256), ("deit_base", 256))
+        real = (("deit_small", 256), ("deit_tiny", 256), ("deit_base", 256), ("vit_lite", 128))
         small = (("deit_tiny", 8), ("vit_lite", 64))
         filled = dataclasses.replace(
             self,
@@ -111,14 +112,13 @@ def run(settings: Settings, note: Note, save: Save = lambda record: None) -> Row
     sections = record["sections"] = {"ceilings": [], "step": []}
     note("ceilings")
     sections["ceilings"] = [ceilings.measured_peaks(device, rounds=settings.rounds, quick=settings.quick)]
-    for model, batch_size, compile in entries(settings):
-        name = f"{model}, batch {batch_size}, {'eager' if compile == 'off' else 'compiled'}"
-        note(name)
+    for entry in entries(settings):
+        note(f"{entry.model}, batch {entry.batch_size}, {entry.mode}")
         if missing := deadline.over():
-            row: Row = {"model": model, "batch_size": batch_size, "compile": compile, "missing": missing}
+            row: Row = {**entry._asdict(), "missing": missing}
         else:
             # A fresh process each: memory, graphs and allocators of one tell nothing about the next.
-            row = isolated.call(measured, settings, model, batch_size, compile, sections["ceilings"][0])
+            row = isolated.call(measured, settings, entry, sections["ceilings"][0])
         sections["step"].append(row)
         record["targets"] = judge(sections, step_targets(settings.device))
         finish(record)
@@ -126,22 +126,44 @@ def run(settings: Settings, note: Note, save: Save = lambda record: None) -> Row
     return record
 
 
-def entries(settings: Settings) -> list[tuple[str, int, Compile]]:
-    """Model, batch size and compile mode of every row: eager and compiled, then the sweep."""
+class Entry(NamedTuple):
+    """Which step a row is of; with `cuda_graph` it is launched as a whole."""
+
+    model: str
+    batch_size: int
+    compile: Compile
+    cuda_graph: bool = False
+
+    @property
+    def mode(self) -> str:
+        """For people."""
+        return ("eager" if self.compile == "off" else "compiled") + (", one graph" if self.cuda_graph else "")
+
+
+def entries(settings: Settings) -> list[Entry]:
+    """Every row: compiled, then as one CUDA graph where launches may cost more than kernels, eager, and the sweep."""
     assert settings.models is not None and settings.sweep is not None
-    modes: tuple[Compile, ...] = ("off",) if settings.compile == "off" else (settings.compile, "off")
-    found = [(model, batch_size, mode) for mode in modes for model, batch_size in settings.models]
+    found = []
+    if settings.compile != "off":
+        found += [Entry(model, size, settings.compile) for model, size in settings.models]
+        if settings.device.startswith("cuda"):
+            found += [Entry(*entry[:3], cuda_graph=True) for entry in found if entry.model in LAUNCH_BOUND]
+    found += [Entry(model, size, "off") for model, size in settings.models]
     if settings.sweep_model in dict(settings.models):
         own = dict(settings.models)[settings.sweep_model]
-        found += [(settings.sweep_model, size, settings.compile) for size in settings.sweep if size != own]
+        found += [
+            Entry(settings.sweep_model, size, settings.compile) for size in settings.sweep if size != own
+        ]
     return found
 
 
-def measured(settings: Settings, model: str, batch_size: int, compile: Compile, peaks: Row) -> Row:
+def measured(settings: Settings, entry: Entry, peaks: Row) -> Row:
     """One row: rates, shares of the peaks, memory and counts of one network at one batch size."""
     device = prepared(settings.device, settings.threads)
+    model, batch_size, compile, cuda_graph = entry
     config = training_config(model, join=settings.join, batch_size=batch_size, compile=compile)
-    row: Row = {"model": model, "join": settings.join, "batch_size": batch_size, "compile": compile}
+    config = replace_fields(config, {"run.cuda_graph": cuda_graph})
+    row: Row = {"join": settings.join, **entry._asdict()}
     try:
         state = synthetic_state(config, device)
         stepper = Stepper(state)

@@ -20,7 +20,7 @@ def step_report(record: Row) -> str:
                "operators", "kernels", "first step s"]  # fmt: skip
     cells = [
         _or_missing(
-            [row["model"], row["batch_size"], _mode(row["compile"])],
+            [row["model"], row["batch_size"], _mode(row)],
             row,
             lambda row: [
                 middle(row["images_per_second"], 1),
@@ -44,8 +44,7 @@ def step_report(record: Row) -> str:
         if row.get("attention"):
             kernels = "\n".join(f"  {name}" for name in row["attention"])
             parts.append(
-                f"Attention kernels of {row['model']}, batch {row['batch_size']}, "
-                f"{_mode(row['compile'])}:\n{kernels}"
+                f"Attention kernels of {row['model']}, batch {row['batch_size']}, {_mode(row)}:\n{kernels}"
             )
     return _joined(parts, record)
 
@@ -202,8 +201,9 @@ def _or_missing(head: Sequence[Cell], row: Row, rest: Any, width: int) -> list[C
     return [*head, *rest(row)]
 
 
-def _mode(compile: str) -> str:
-    return "eager" if compile == "off" else f"compiled ({compile})"
+def _mode(row: Row) -> str:
+    mode = "eager" if row["compile"] == "off" else f"compiled ({row['compile']})"
+    return mode + (", one graph" if row.get("cuda_graph") else "")
 
 
 def _scaled(value: Row, factor: float) -> dict[str, float]:
