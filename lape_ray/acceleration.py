@@ -28,7 +28,7 @@ def compiled(network: nn.Module, run: RunConfig, device: torch.device) -> tuple[
         mode = "default" if device.type == "cuda" else "off"
     if mode == "off":
         return network, ""
-    if missing := _missing_compiler(device):
+    if missing := missing_compiler(device):
         if run.compile != "auto":
             raise ValueError(
                 f"run.compile={run.compile} needs {missing}; install it, or set --run.compile off"
@@ -38,8 +38,8 @@ def compiled(network: nn.Module, run: RunConfig, device: torch.device) -> tuple[
     return fast, f"compiled ({mode}): the first step takes longer"
 
 
-def _missing_compiler(device: torch.device) -> str | None:
-    """What Inductor would miss on this machine."""
+def missing_compiler(device: torch.device) -> str | None:
+    """What code for `device` cannot be compiled without on this machine."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 

@@ -138,6 +138,9 @@ class DataConfig:
     rand_augment: str | None = option(None, "RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1")
     three_augment: bool = option(False, "3-Augment of DeiT III: grey, solarize or blur")
     color_jitter: float = option(0.0, "strength of brightness, contrast and saturation jitter")
+    fused: bool = option(
+        True, "augment on a GPU with kernels of our own (Triton); false: with PyTorch's operators"
+    )
     erase_prob: float = option(0.0, "probability of random erasing with normal noise")
     upscale: bool = option(False, "accept data whose images are all smaller than the model's")
     mixup: float = option(0.0, "alpha of mixup; 0 is off")
@@ -391,7 +394,7 @@ def dump(config: TrainConfig) -> str:
 
 # Fields that say where or how long a run is executed, not what it learns.
 _PLACE = frozenset(
-    {"recipe", "data.train", "data.val", "data.threads", "data.eval_batch_size", "optim.accumulate"}
+    {"recipe", "data.train", "data.val", "data.threads", "data.eval_batch_size", "data.fused", "optim.accumulate"}
     | {
         f"run.{name}"
         for name in (

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lape_ray.acceleration import compiled, data_parallel
+from lape_ray.acceleration import compiled, data_parallel, missing_compiler
 from lape_ray.config import TrainConfig
 from lape_ray.data.augment import Augment, AugmentSpec, build_augment
 from lape_ray.data.loader import Loader, build_loader
@@ -132,6 +132,11 @@ def build_state(
     if world.size > 1:
         equal = world.size == config.micro_batches
         model = data_parallel(model, config.run, device, one_micro_batch=equal)
+    notes = [note] if note else []
+    fused = config.data.fused and device.type == "cuda"
+    if fused and (missing := missing_compiler(device)):
+        fused = False
+        notes.append(f"augmentation is not fused, and slower for it: {missing} is missing")
     teacher = None
     if config.optim.teacher is not None:
         teacher = load_teacher(config.optim.teacher, num_classes=spec.num_classes, image_size=spec.image_size)
@@ -183,6 +188,7 @@ def build_state(
             mean=config.data.mean,
             std=config.data.std,
             seed=config.run.seed,
+            fused=fused,
         ),
         mixer=Mixer(config.data, num_classes=spec.num_classes, label_smoothing=config.optim.label_smoothing),
         normalize=Normalize(config.data).to(device),
@@ -190,7 +196,7 @@ def build_state(
         autocast=autocast_for(config, device),
         graph=StepGraph(CudaRecorder()) if graph else None,
         classes=classes,
-        notes=(note,) if note else (),
+        notes=tuple(notes),
     )
 
 

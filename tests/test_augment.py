@@ -579,8 +579,8 @@ def test_noise_is_uncorrelated_in_space_and_finite_at_the_ends():
 # ---------------------------------------------------------------------------------------------- the whole
 
 
-def build(spec: AugmentSpec, size: tuple[int, int], seed: int = 0) -> Augment:
-    return build_augment(spec, image_size=size, mean=MEAN, std=STD, seed=seed)
+def build(spec: AugmentSpec, size: tuple[int, int], seed: int = 0, fused: bool = False) -> Augment:
+    return build_augment(spec, image_size=size, mean=MEAN, std=STD, seed=seed, fused=fused)
 
 
 def test_without_augmentation_it_normalises(cifar):
@@ -731,15 +731,16 @@ def test_the_package_needs_only_torch_and_numpy():
     outside = {n for n in imported if not n.startswith("lape_ray.data.augment")} - set(
         sys.stdlib_module_names
     )
-    assert outside == {"numpy", "torch"}
+    assert outside == {"numpy", "torch", "triton"}  # the last in a module that only GPUs need
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("spec", [DEIT, DEIT_III, EVERYTHING], ids=["deit", "deit_iii", "everything"])
-def test_a_gpu_gives_the_cpus_images_and_is_never_waited_for(spec, cifar):
+def test_a_gpu_gives_the_cpus_images_and_is_never_waited_for(spec, fused, cifar):
     x, positions = to_tensor(cifar), np.arange(64)
-    augment = build(spec, (32, 32))
-    expected = augment(x, epoch=0, positions=positions)
+    expected = build(spec, (32, 32))(x, epoch=0, positions=positions)
+    augment = build(spec, (32, 32), fused=fused)
     on_gpu = x.cuda()
     augment(on_gpu, epoch=0, positions=positions)  # libraries are loaded
     torch.cuda.set_sync_debug_mode("error")

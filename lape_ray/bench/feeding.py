@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lape_ray.acceleration import missing_compiler
 from lape_ray.bench.inputs import Stored
 from lape_ray.bench.record import ratio, spread
 from lape_ray.config import DataConfig, TrainConfig, replace_fields
-from lape_ray.data.augment import AugmentSpec, build_augment
+from lape_ray.data.augment import Augment, AugmentSpec, build_augment
 from lape_ray.data.loader import build_loader
 from lape_ray.recipes import recipe
 from lape_ray.state import TrainState, build_state
@@ -36,40 +38,44 @@ def augmentation(stored: Stored, *, side: int, batch_size: int, device: str, rou
     """Time of an image in the augmentation of DeiT's recipe, in microseconds, as spreads.
 
     Returns:
+        fused: whether the GPU ran kernels of our own; the figures of PyTorch's operators are `operators_us` then
         device_us: on the device alone (on a CPU: by the clock)
         host_us: CPU time of the host, which draws the parameters and queues the kernels
     """
     data, seed = recipe(f"deit_tiny_{JOIN}").data, 0
-    augment = build_augment(
-        AugmentSpec(
-            rand_augment=data.rand_augment, erase_prob=data.erase_prob, interpolation=data.interpolation
-        ),
-        image_size=side,
-        mean=data.mean,
-        std=data.std,
-        seed=seed,
-    )
     where = torch.device(device)
+    fused = where.type == "cuda" and missing_compiler(where) is None
+    spec = AugmentSpec(
+        rand_augment=data.rand_augment, erase_prob=data.erase_prob, interpolation=data.interpolation
+    )
+    augments = {
+        kernels: build_augment(spec, image_size=side, mean=data.mean, std=data.std, seed=seed, fused=kernels)
+        for kernels in ((True, False) if fused else (False,))
+    }
     loader = build_loader(
         DataConfig(train=stored.beton), "train", image_size=side, batch_size=batch_size, device=where
     )
     with contextlib.closing(loader.epoch(0)) as batches:
         images_BCHW = next(batches)[0].clone()
 
-    def run(call: int) -> None:
+    def run(augment: Augment, call: int) -> None:
         augment(images_BCHW, epoch=0, positions=np.arange(call * batch_size, (call + 1) * batch_size))
 
-    device_us, host_us = [], []
+    device_us: dict[bool, list[float]] = {kernels: [] for kernels in augments}
+    host_us: dict[bool, list[float]] = {kernels: [] for kernels in augments}
     for number in range(-1, rounds):  # the first warms up
-        on_device, on_host = _device_seconds(run, CALLS, where)
-        if number >= 0:
-            device_us.append(1e6 * on_device / (CALLS * batch_size))
-            host_us.append(1e6 * on_host / (CALLS * batch_size))
+        for kernels, augment in augments.items():
+            on_device, on_host = _device_seconds(partial(run, augment), CALLS, where)
+            if number >= 0:
+                device_us[kernels].append(1e6 * on_device / (CALLS * batch_size))
+                host_us[kernels].append(1e6 * on_host / (CALLS * batch_size))
     return {
         "name": "augmentation",
         "batch_size": batch_size,
-        "device_us": spread(device_us),
-        "host_us": spread(host_us),
+        "fused": fused,
+        "device_us": spread(device_us[fused]),
+        "host_us": spread(host_us[fused]),
+        **({"operators_us": spread(device_us[False])} if fused else {}),
     }
 
 

@@ -5,8 +5,9 @@ Shapes: B images, C=3 channels (red, green, blue), H rows, W columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, get_args
 
 import numpy as np
@@ -59,6 +60,9 @@ class AugmentSpec:
             raise ValueError("rand_augment and three_augment are alternatives; leave one of them out")
 
 
+_Run = Callable[[Tensor, Mapping[str, Tensor], Tensor], Iterator[tuple[slice, Tensor]]]
+
+
 class _Policy(Protocol):
     def draw(self, epoch: int, positions: np.ndarray) -> list[Layer]: ...
 
@@ -80,7 +84,9 @@ class Augment:
         image_size: tuple[int, int],
         mean: Sequence[float],
         std: Sequence[float],
+        fused: bool = False,
     ) -> None:
+        self.fused = fused
         self.policies = tuple(policies)
         self.erasing = erasing
         self.image_size = image_size
@@ -106,11 +112,9 @@ class Augment:
         positions_B = np.asarray(positions) if len(positions) else np.empty(0, dtype=np.int64)
         self._check(images_BCHW, positions_B)
         layers = [layer for policy in self.policies for layer in policy.draw(epoch, positions_B)]
-        plan = plan_layers(layers, size=len(positions_B), chunk_size=self._chunk_size(images_BCHW))
+        plan, run = self._plan(layers, images_BCHW)
         boxes = self.erasing.draw(epoch, positions_B) if self.erasing else None
-        arrays = to_device(
-            {**plan.arrays, **(boxes.arrays if boxes else {}), **self.constants}, images_BCHW.device
-        )
+        arrays = to_device({**plan, **(boxes.arrays if boxes else {}), **self.constants}, images_BCHW.device)
         x_BCHW = torch.empty(
             images_BCHW.shape,
             dtype=torch.float32,
@@ -119,12 +123,25 @@ class Augment:
         )
         # Under the caller's autocast, the blur would run in half precision.
         with torch.autocast(images_BCHW.device.type, enabled=False):
-            for chunk, augmented in run_plan(plan, images_BCHW, arrays, arrays["fill_C"]):
+            for chunk, augmented in run(images_BCHW, arrays, arrays["fill_C"]):
                 # One pass over the memory: it reads uint8 and writes float32.
                 torch.addcmul(arrays["shift_C11"], augmented, arrays["scale_C11"], out=x_BCHW[chunk])
                 if boxes:
                     erase(x_BCHW, chunk, boxes, arrays)
         return x_BCHW
+
+    def _plan(self, layers: Sequence[Layer], images_BCHW: Tensor) -> tuple[dict[str, np.ndarray], _Run]:
+        """The arrays that the layers need on the device, and what runs them there."""
+        if self.fused:
+            from lape_ray.data.augment.fused import (
+                plan_fused,
+                run_fused,
+            )  # needs Triton, which comes with GPUs
+
+            fused = plan_fused(layers)
+            return fused.arrays, partial(run_fused, fused)
+        plan = plan_layers(layers, size=len(images_BCHW), chunk_size=self._chunk_size(images_BCHW))
+        return plan.arrays, partial(run_plan, plan)
 
     def _chunk_size(self, images_BCHW: Tensor) -> int:
         if images_BCHW.device.type != "cpu":
@@ -148,6 +165,7 @@ def build_augment(
     mean: Sequence[float],
     std: Sequence[float],
     seed: int,
+    fused: bool = False,
 ) -> Augment:
     """The augmentation of a training run.
 
@@ -156,6 +174,7 @@ def build_augment(
         image_size: side of the square images, or (height, width), in pixels; at least 8.
         mean, std: of the three channels, for values in 0..1.
         seed: of the run, from 0 to 2^64 - 1.
+        fused: with kernels of our own, which want a GPU and Triton, in place of PyTorch's operators.
 
     Raises:
         ValueError: for a spec, size, mean or std that cannot be used.
@@ -175,4 +194,11 @@ def build_augment(
     if jitter.properties:
         policies.append(jitter)
     erasing = RandomErasing(spec.erase_prob, spec.erase_mode, image_size=size, seed=seed)
-    return Augment(policies, erasing if spec.erase_prob > 0 else None, image_size=size, mean=mean, std=std)
+    return Augment(
+        policies,
+        erasing if spec.erase_prob > 0 else None,
+        image_size=size,
+        mean=mean,
+        std=std,
+        fused=fused,
+    )
