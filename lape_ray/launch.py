@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import re
 import shlex
 import sys
 import tempfile
@@ -24,39 +22,21 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.train import Checkpoint
 
 from lape_ray import storage, tracking
 from lape_ray.checkpoint import differences
-from lape_ray.cluster import connected, only_actor, refuse_little_shared_memory
+from lape_ray.cluster import connected, refuse_little_shared_memory
 from lape_ray.config import PORTS, TrainConfig, flatten, from_dict, replace_fields, to_dict
+from lape_ray.controller import registered, supervised, train_to_the_end, variables
 from lape_ray.data.facts import split_facts
 from lape_ray.preflight import check_before_start
 from lape_ray.recipes import recipe
-from lape_ray.supervision import FailureCount, Supervisor, sigterm_stops
-from lape_ray.train import DivergedError, StoppedError
-from lape_ray.worker import SCORE, StorageError, run_worker
+from lape_ray.train import StoppedError
 
 RECORD = "run.json"
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that count
-SECRET = re.compile("SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL")  # in the name of a variable
 PAGES_LIMIT_S = 1800.0
 log = logging.getLogger(__name__)
-
-
-class WorkersFailedError(RuntimeError):
-    """Workers failed again and again at the same place."""
-
-    exit_code = 1
-
-
-ENDS = {
-    "diverged": DivergedError,
-    "stopped": StoppedError,
-    "storage": StorageError,
-    "failures": WorkersFailedError,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +69,6 @@ class FitResult:
 # --- driver ---------------------------------------------------------------------------------------------------
 
 
-CONTROLLER_PAUSE_S = 5.0  # before it is started again: what ended it may last
-
-
 def fit(config: TrainConfig) -> FitResult:
     """Train `config` to its end, or continue the unfinished run of the same name.
 
@@ -115,7 +92,7 @@ def fit(config: TrainConfig) -> FitResult:
         use_gpu = uses_gpu(config)
         _wait_for_resources(config, use_gpu)
         refuse_local_store(uri)
-        supervisor = stack.enter_context(_supervised(config, folder))
+        supervisor = stack.enter_context(supervised(config, folder))
         if use_gpu and config.run.workers.high > 1:
             refuse_little_shared_memory()
         if config.run.overwrite:
@@ -126,7 +103,7 @@ def fit(config: TrainConfig) -> FitResult:
         print(f"run {name}  storage {folder}", flush=True)
         print(f"MLflow run {run_id}: {tracking.ui_command(uri)}", flush=True)
         with _status_of(uri, run_id):
-            result = _train(config, root, uri, run_id, use_gpu, supervisor)
+            result = train_to_the_end(config, root, uri, run_id, use_gpu, supervisor)
             best, metrics = _best(result)
             tracked = result.return_value["unsent"] == 0
             if tracked:
@@ -265,157 +242,15 @@ def _status_of(uri: str, run_id: str) -> Iterator[None]:
     tracking.finish_run(uri, run_id, "FINISHED")
 
 
-def _registered(folder: str) -> str:
-    """Ray Train's own list of a run's checkpoints, as JSON; empty where there is none yet."""
-    known = storage.join(folder, SNAPSHOT)
-    return storage.read_text(known) if storage.exists(known) else ""
-
-
 def _sweep(folder: str) -> None:
     """Delete what storing left behind when it was interrupted: folders that are no checkpoints of this run."""
     kept: set[str] = set()
-    if known := _registered(folder):
+    if known := registered(folder):
         listed = json.loads(known)
         kept = {entry["checkpoint_dir_name"] for entry in listed["checkpoint_results"]}
     for name in storage.folders(folder):
         if name.startswith((".checkpoint-", "checkpoint-")) and name not in kept:
             storage.delete_folder(storage.join(folder, name))
-
-
-@contextlib.contextmanager
-def _supervised(config: TrainConfig, folder: str) -> Iterator[Any]:
-    """The run's supervisor; two drivers of one run would delete each other's checkpoints."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    supervisor = only_actor(
-        Supervisor, folder, config.run.max_failures, max_concurrency=1000, scheduling_strategy=here
-    )
-    try:
-        yield supervisor
-    finally:
-        ray.kill(supervisor)
-
-
-def _train(
-    config: TrainConfig, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
-) -> ray.train.Result:
-    """Ray Train's result of a run that came to its end, or was completed before; else one of ENDS."""
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.run.outage_s + 600))
-    folder = storage.join(root, config.run.name or "")
-    failures, before = 0, ""
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                with sigterm_stops(supervisor):
-                    result = _trainer(config, root, uri, run_id, use_gpu, supervisor).fit()
-                break
-            except (
-                ray.train.ControllerError,
-                ray.exceptions.RayActorError,
-                ray.exceptions.OutOfMemoryError,
-            ) as error:
-                # Ray ends it where a node is out of memory, and it ends itself where storage is away as it writes.
-                reason = _why_the_controller_failed(error)
-                print(f"warning: Ray Train's controller failed, starting it again: {reason}", flush=True)
-                time.sleep(CONTROLLER_PAUSE_S)
-                _wait_for_storage(root, config.run.outage_s)
-                reached = _registered(folder)
-                failures, before = (failures + 1 if reached == before else 1), reached
-                if failures > config.run.max_failures:
-                    raise WorkersFailedError(
-                        f"Ray Train's controller failed {failures} times without a new checkpoint (run.max_failures="
-                        f"{config.run.max_failures}), the last time with: {reason}"
-                    ) from error
-                if not _lives(supervisor):
-                    ray.kill(supervisor)  # which frees its name, whatever is left of it
-                    supervisor = stack.enter_context(_supervised(config, folder))
-    outcome = result.return_value
-    if outcome["end"] in ENDS:
-        raise ENDS[outcome["end"]](outcome["reason"])
-    return result
-
-
-def _why_the_controller_failed(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip() and "controller error" not in line]
-    return lines[0].strip() if lines else type(error).__name__
-
-
-def _wait_for_storage(root: str, outage_s: float) -> None:
-    """Returns once `root` can be written; its own error after `outage_s`."""
-    deadline = time.monotonic() + outage_s
-    while True:
-        try:
-            storage.check_writable(root)
-            return
-        except ValueError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(2)
-
-
-def _lives(actor: Any) -> bool:
-    try:
-        ray.get(actor.__ray_ready__.remote(), timeout=30)
-    except ray.exceptions.RayError:  # dead, ended for want of memory, or no answer
-        return False
-    return True
-
-
-def _trainer(
-    config: TrainConfig, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
-) -> ray.train.torch.TorchTrainer:
-    run = config.run
-    low, high = run.workers
-    resources: dict[str, float] = {"CPU": run.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
-    return ray.train.torch.TorchTrainer(
-        run_worker,
-        train_loop_config={
-            "config": to_dict(config),
-            "folder": storage.join(root, run.name or ""),
-            "tracking_uri": uri,
-            "mlflow_run_id": run_id,
-            "supervisor": supervisor,
-        },
-        torch_config=ray.train.torch.TorchConfig(timeout_s=run.start_timeout_s),
-        scaling_config=ScalingConfig(
-            num_workers=low if low == high else (low, high),
-            use_gpu=use_gpu,
-            resources_per_worker=resources,
-        ),
-        run_config=ray.train.RunConfig(
-            name=run.name,
-            storage_path=root,
-            failure_config=FailureConfig(max_failures=-1),  # the supervisor counts
-            callbacks=[FailureCount(supervisor)],
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=run.keep_checkpoints,
-                checkpoint_score_attribute=SCORE,
-                checkpoint_score_order="max",
-            ),
-            worker_runtime_env={"env_vars": worker_variables()},
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
-
-
-def _variables() -> dict[str, str]:
-    """What of the driver's environment the other processes of a run need.
-
-    Secrets are not among them: Ray writes environments into its logs and shows them in its dashboard. Each node has
-    them in its own environment, or the job in its runtime environment.
-    """
-    return {
-        key: value
-        for key, value in os.environ.items()
-        if key.startswith(("AWS_", "MLFLOW_", "LAPE_RAY_")) and not SECRET.search(key)
-    }
-
-
-def worker_variables() -> dict[str, str]:
-    """What Ray Train's workers need of the driver's environment, and the address of its cluster.
-
-    Without that a clean-up actor of Ray Train looks for clusters on the host, and fails where there are two.
-    """
-    return {**_variables(), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
 
 def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
@@ -427,7 +262,7 @@ def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
 def _log_pages(config: TrainConfig, best: Checkpoint, uri: str, run_id: str, use_gpu: bool) -> None:
     """Make the run's pages where workers were: there are data and GPU. A failure is a warning, and not the run's."""
     task = ray.remote(_make_pages).options(
-        num_cpus=config.run.cpus_per_worker, num_gpus=int(use_gpu), runtime_env={"env_vars": _variables()}
+        num_cpus=config.run.cpus_per_worker, num_gpus=int(use_gpu), runtime_env={"env_vars": variables()}
     )
     made = task.remote(to_dict(config), best, uri, run_id)
     try:

@@ -18,7 +18,8 @@ from faults import LONG, Strike, note_cost, stored, workers
 from service import ROOT, Service, alone
 from tracking_server import history, tracking_server
 
-from lape_ray.launch import WorkersFailedError, fit
+from lape_ray.controller import WorkersFailedError
+from lape_ray.launch import fit
 from lape_ray.worker import StorageError
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.cluster, pytest.mark.faults]

@@ -35,12 +35,13 @@ FLOORS = [
     {"subjects"},
     {"report", "export"},
     {"worker"},
-    {"launch", "bench"},
+    {"controller", "bench"},
+    {"launch"},
     {"search"},
     {"jobs"},
 ]
 DOORS = {
-    "ray": {"cluster", "gauges", "launch", "search", "supervision", "worker"},
+    "ray": {"cluster", "controller", "gauges", "launch", "search", "supervision", "worker"},
     "mlflow": {"tracking"},
     "boto3": {"storage"},
     "ffcv": {"data", "bench"},  # bench: as a peer

@@ -22,7 +22,7 @@ import ray.train.torch
 
 from lape_ray import storage
 from lape_ray.config import RunConfig
-from lape_ray.launch import worker_variables
+from lape_ray.controller import worker_variables
 from lape_ray.search.desk import Desk, Question
 from lape_ray.search.worker import lane_worker
 
