@@ -28,8 +28,7 @@ def staging(address: str) -> Iterator[Path]:
     """An empty folder of this machine for what `publish` will bring to `address`; it is gone at the end."""
     if is_remote(address):
         _sweep_staged()
-        with tempfile.TemporaryDirectory(prefix=STAGED) as temporary, _lock_of(temporary).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with tempfile.TemporaryDirectory(prefix=STAGED) as temporary, _locked(temporary):
             folder = Path(temporary, address.rpartition("/")[2])
             folder.mkdir()
             yield folder
@@ -44,9 +43,15 @@ def staging(address: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _lock_of(temporary: str | Path) -> Path:
-    """The file that the process which uses a temporary folder holds locked, as long as it lives."""
-    return Path(temporary, "lock")
+@contextlib.contextmanager
+def _locked(temporary: str | Path) -> Iterator[None]:
+    """Hold the lock of a temporary folder, which goes with the process that holds it; an OSError where another does."""
+    folder = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _sweep_staged() -> None:
@@ -55,8 +60,7 @@ def _sweep_staged() -> None:
         with contextlib.suppress(OSError):  # another process sweeps, or another user's
             if time.time() - temporary.stat().st_mtime < JUST_MADE_S:
                 continue
-            with _lock_of(temporary).open() as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with _locked(temporary):
                 shutil.rmtree(temporary)
 
 
