@@ -6,10 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+
+from lape_ray.data.augment import AugmentSpec, build_augment
 
 pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
 
 
 def test_kernels_compute_what_operators_and_pillow_do() -> None:
@@ -23,26 +29,41 @@ def test_kernels_compute_what_operators_and_pillow_do() -> None:
     assert done.returncode == 0, done.stdout
 
 
+class NoGpu:
+    """What Triton asks of a driver when it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # so that what is compiled for one is not found for the other
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
 @pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_for_gpus(capability: int) -> None:
-    """All the way to machine code, for which no GPU is needed; the interpreter takes more than the compiler does."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def test_kernels_compile_for_gpus(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To machine code, with the arguments of real calls; the interpreter takes more than the compiler does."""
+    from triton.runtime import driver
 
     from lape_ray.data.augment import fused
 
-    images = {"images": "*u8", **dict.fromkeys(("by_image", "by_channel", "by_row", "by_column"), "i32")}
-    columns = {"kinds": "*i32", "amounts": "*fp32"}
-    signatures = {
-        fused._make_tables: {**images, "rows": "*i32", **columns, "tables": "*u8"},
-        fused._run_layer: {**images, "out": "*u8", **columns, "given_tables": "*u8", "made_tables": "*u8",
-                           "matrices": "*fp64", "cubics": "*i1", "fill": "*u8"},
-    }  # fmt: skip
-    constants = {"HEIGHT": 224, "WIDTH": 224, "PIXELS": 224 * 224, "BLOCK": fused._PIXELS}
-    for kernel, signature in signatures.items():
-        own = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        types = {name: (own.get(name) and "constexpr") or signature[name] for name in kernel.arg_names}
-        source = ASTSource(kernel, types, own)
-        made = compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
-        assert len(made.asm["cubin"]) > 10_000
+    compiled: dict[str, bytes] = {}
+
+    def compile_only(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: int) -> None:
+        made = kernel.warmup(*arguments, grid=grid, **constants, **fused.OPTIONS)
+        assert "fma.rn.f32" not in made.asm["ptx"], "products and sums are rounded each by itself"
+        compiled[kernel.fn.__name__] = made.asm["cubin"]
+
+    monkeypatch.setattr(fused, "_launch", compile_only)
+    spec = AugmentSpec(rand_augment="rand-m9-mstd0.5-inc1")
+    augment = build_augment(spec, image_size=224, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0, fused=True)
+    images = torch.zeros(64, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    monkeypatch.setattr(driver, "_active", NoGpu(capability))
+    for given in (images, images.contiguous()):
+        augment(given, epoch=0, positions=np.arange(64))
+    assert compiled.keys() == {"_make_tables", "_run_layer"}

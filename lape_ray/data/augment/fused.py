@@ -30,6 +30,8 @@ from lape_ray.data.augment.layers import Kind, Layer
 
 TABLED = (Kind.AUTOCONTRAST, Kind.EQUALIZE, Kind.CONTRAST)  # their tables depend on the image
 LEFT = (Kind.HUE, Kind.BLUR)  # to PyTorch's operators
+OPTIONS = {"enable_fp_fusion": False}
+"""Of the compiler: Pillow rounds products and sums each by itself, so that they must not become one operation."""
 _PIXELS = 256  # of a program of 4 warps, which then takes 64 registers and spills none
 _COUNTED = 1024  # at once, of an image that gets a table
 
@@ -273,5 +275,4 @@ def run_fused(
 
 
 def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: int) -> None:
-    # Pillow rounds products and sums each by itself, so that they must not become one operation.
-    kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+    kernel[grid](*arguments, **constants, **OPTIONS)
