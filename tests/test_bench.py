@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bench_works import broken, hidden
 from PIL import Image
 
-from lape_ray.bench import decoder, fresh, inputs, isolated, targets
+from lape_ray.bench import decoder, feeding, fresh, inputs, isolated, targets
 from lape_ray.bench.contenders import FFCV, OURS, PILLOW, TORCHVISION, Job, works
 from lape_ray.bench.gate import WrongPixelsError, compare, decoder_gate, loader_gate
 from lape_ray.bench.loader_report import targets_table
@@ -23,6 +24,7 @@ from lape_ray.bench.record import ratio, spread
 from lape_ray.bench.settings import Settings
 from lape_ray.bench.table import middle, table
 from lape_ray.data import native
+from lape_ray.data.augment import Augment, AugmentSpec, build_augment
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE, BATCH = 32, 8
@@ -162,9 +164,19 @@ def test_ffcvs_missing_loader_is_an_import_error(job: Job, monkeypatch: pytest.M
                                                                "None in sys.modules")  # fmt: skip
 
 
+def test_augmentations_that_differ_are_not_timed() -> None:
+    def augment(seed: int) -> Augment:
+        spec = AugmentSpec(rand_augment="rand-m9-mstd0.5-inc1")
+        return build_augment(spec, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3, seed=seed)
+
+    images = torch.arange(16 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(16, 3, 32, 32)
+    feeding._refuse_other_images({True: augment(0), False: augment(0)}, images)
+    with pytest.raises(RuntimeError, match="of the fused augmentation are not those of the operators"):
+        feeding._refuse_other_images({True: augment(0), False: augment(1)}, images)
+
+
 def test_augmentation_and_fed_training_on_the_cpu(job: Job) -> None:
     """The code that a GPU runs, at sizes of a CPU; only how time is taken differs there."""
-    from lape_ray.bench import feeding
     from lape_ray.config import replace_fields
 
     row = feeding.augmentation(job.stored, side=SIDE, batch_size=BATCH, device="cpu", rounds=2)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,7 @@ from lape_ray.bench.step import Settings
 from lape_ray.bench.step_report import checkpoint_report, compare_report, ray_report, step_report
 from lape_ray.bench.synthetic import Stepper, synthetic_state, training_config
 from lape_ray.bench.targets import judge
-from lape_ray.config import ModelConfig, TrainConfig
+from lape_ray.config import ModelConfig, TrainConfig, replace_fields
 from lape_ray.model import build_model, resolve
 
 CPU = torch.device("cpu")
@@ -206,6 +207,20 @@ def test_step_row_and_report() -> None:
     record["sections"] = {"ceilings": [peaks], "step": [row, {**row, "missing": "not run: over"}]}
     step_module.finish(record)
     assert "not run: over" in step_report(record)
+
+
+def test_replayed_steps_that_learn_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def state(config: TrainConfig, device: torch.device, seed: int = 0) -> Any:
+        plain = replace_fields(
+            config, {"run.cuda_graph": False, "run.seed": seed if config.run.cuda_graph else 0}
+        )
+        return synthetic_state(plain, device)
+
+    monkeypatch.setattr(step_module, "synthetic_state", state)
+    assert step_module.replayed_over_plain(toy(), CPU) == 1
+    monkeypatch.setattr(step_module, "synthetic_state", partial(state, seed=1))
+    with pytest.raises(RuntimeError, match=r"as one CUDA graph have a mean loss of \d"):
+        step_module.replayed_over_plain(toy(), CPU)
 
 
 def test_nothing_is_begun_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

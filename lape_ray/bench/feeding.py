@@ -29,6 +29,7 @@ from lape_ray.step import augmented, optimizer_step
 
 MODELS = ("deit_tiny", "deit_small", "deit_base")
 JOIN = "lape"
+LEVEL, MAY_DIFFER = 0.02, 0.05  # of 256, normalised; share of all pixels
 CALLS = 20  # of the augmentation, for one round
 LEAD_STEPS = 4  # not timed: the loader's queue is full before them and has been used up after them
 CLOCK_HZ = 2e9  # about a GPU's; for how long to keep it waiting
@@ -58,6 +59,9 @@ def augmentation(stored: Stored, *, side: int, batch_size: int, device: str, rou
     with contextlib.closing(loader.epoch(0)) as batches:
         images_BCHW = next(batches)[0].clone()
 
+    if fused:
+        _refuse_other_images(augments, images_BCHW)
+
     def run(augment: Augment, call: int) -> None:
         augment(images_BCHW, epoch=0, positions=np.arange(call * batch_size, (call + 1) * batch_size))
 
@@ -77,6 +81,22 @@ def augmentation(stored: Stored, *, side: int, batch_size: int, device: str, rou
         "host_us": spread(host_us[fused]),
         **({"operators_us": spread(device_us[False])} if fused else {}),
     }
+
+
+def _refuse_other_images(augments: Mapping[bool, Augment], images_BCHW: Tensor) -> None:
+    """A RuntimeError where kernels of our own (True) give other images than PyTorch's operators (False).
+
+    They may differ in rotations, by a few levels, and in what comes after one in the same image.
+    """
+    fused_BCHW, plain_BCHW = (
+        augments[kernels](images_BCHW, epoch=0, positions=np.arange(len(images_BCHW)))
+        for kernels in (True, False)
+    )
+    share = ((fused_BCHW - plain_BCHW).abs() > LEVEL).float().mean().item()
+    if not share <= MAY_DIFFER:
+        raise RuntimeError(
+            f"{share:.1%} of the pixels of the fused augmentation are not those of the operators"
+        )
 
 
 def _device_seconds(run: Callable[[int], None], calls: int, device: torch.device) -> tuple[float, float]:

@@ -16,11 +16,16 @@ from lape_ray.bench.goals import step_targets
 from lape_ray.bench.record import begin, finish, spread
 from lape_ray.bench.synthetic import Stepper, synthetic_state, training_config
 from lape_ray.bench.targets import judge
-from lape_ray.config import Compile, replace_fields
+from lape_ray.config import Compile, TrainConfig, replace_fields
 from lape_ray.model import resolve
 from lape_ray.optim import Ema
 from lape_ray.state import TrainState
+from lape_ray.step_graph import WARM_UP
 
+GATE_STEPS, GATE_DISTANCE = (
+    20,
+    5e-3,
+)  # sums of a GPU may differ in their last bits, and then more with each step
 LAUNCH_BOUND = ("vit_lite", "deit_tiny", "toy")
 Note = Callable[[str], None]
 Row = dict[str, Any]
@@ -165,6 +170,8 @@ def measured(settings: Settings, entry: Entry, peaks: Row) -> Row:
     config = replace_fields(config, {"run.cuda_graph": cuda_graph})
     row: Row = {"join": settings.join, **entry._asdict()}
     try:
+        if cuda_graph:
+            row["loss_over_plain"] = replayed_over_plain(config, device)
         state = synthetic_state(config, device)
         stepper = Stepper(state)
         first_s = first_step_s(stepper.run, device)
@@ -196,6 +203,24 @@ def measured(settings: Settings, entry: Entry, peaks: Row) -> Row:
         row["operators"] = counts.operators(stepper.run)
     row["peak_bytes"] = peak_bytes(stepper, device)
     return row | {"loss": stepper.mean_loss()}
+
+
+def replayed_over_plain(config: TrainConfig, device: torch.device) -> float:
+    """Mean loss of some steps with `run.cuda_graph`, most of them replayed, over that of the same steps without.
+
+    Raises:
+        RuntimeError: they do not learn the same, so that their time means nothing.
+    """
+    losses = []
+    for graph in (True, False):
+        stepper = Stepper(synthetic_state(replace_fields(config, {"run.cuda_graph": graph}), device))
+        stepper.run(WARM_UP + GATE_STEPS)
+        losses.append(stepper.mean_loss())
+        counts.forget_graphs()
+    replayed, plain = losses
+    if not abs(replayed / plain - 1) < GATE_DISTANCE:
+        raise RuntimeError(f"steps as one CUDA graph have a mean loss of {replayed}, plain ones of {plain}")
+    return replayed / plain
 
 
 def rates(
