@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from typing import cast
@@ -43,7 +44,14 @@ def missing_compiler(device: torch.device) -> str | None:
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        return None if has_triton() else "Triton"
+        if not has_triton():
+            return "Triton"
+        # It compiles its way to the driver where it is first used.
+        return (
+            None
+            if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+            else "a C compiler (gcc)"
+        )
     return None if shutil.which("g++") or shutil.which("clang++") else "a C++ compiler (g++)"
 
 

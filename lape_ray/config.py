@@ -178,7 +178,7 @@ class OptimConfig:
     """Update rule, with linear warm-up and cosine decay by step."""
 
     algorithm: Algorithm = option(
-        "adamw", "update rule; muon: for the matrices of the blocks, and AdamW for the rest"
+        "adamw", "update rule; muon (momentum 0.95): for the matrices of the blocks, and AdamW for the rest"
     )
     lr: float = option(1e-3, "peak learning rate, as it is used (not scaled by the batch)")
     min_lr: float = option(1e-5, "learning rate that the cosine ends at")
@@ -243,7 +243,8 @@ class RunConfig:
     )
     cuda_graph: bool = option(
         False,
-        "launch a whole optimizer step at once: for small networks, one worker on a GPU, no accumulation",
+        "launch a whole optimizer step at once: for small networks, one worker on a GPU, no accumulation; "
+        "a step's memory stays held",
     )
     compression: Compression = option(
         "none", "what gradients travel as between workers; bf16 halves the traffic and rounds them"

@@ -20,7 +20,6 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 import torch
 from ray.train import Checkpoint
 

@@ -5,14 +5,14 @@ for LLM Training" (arXiv 2502.16982, section 2.2): an update has the root mean s
 rate and weight decay of AdamW carry over.
 
 `torch.optim.Muon` computes the same, one matrix after the other and with a learning rate on the host. Here matrices
-of one shape are multiplied together, which for a small network is a tenth of the launches, and the learning rate may
-lie on the device, as a step that is replayed as a CUDA graph needs it.
+of one shape are multiplied together, as those of a small network take less time than their launches, and the learning
+rate may lie on the device, as a step that is replayed as a CUDA graph needs it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(gradients, averages, MOMENTUM)
         return [matrix for whole in ahead for matrix in whole.chunk(group["parts"])]
 
-    def _follow(self, group: dict[str, Any], directions: Any) -> None:
+    def _follow(self, group: dict[str, Any], directions: Iterator[Tensor]) -> None:
         parameters = _with_gradients(group)
         if not parameters:
             return

@@ -43,8 +43,8 @@ def build_optimizer(
     """What steps `model`'s parameters; `exempt` ones are decayed after all where the config says `decay_position`.
 
     Args:
-        lr: a scalar on the parameters' device that holds the learning rate; with it a step can become part of a CUDA
-            graph. None: a number, which the loop sets in each group.
+        lr: a float32 scalar on the parameters' device that holds the learning rate; with it a step can become part of a
+            CUDA graph. None: a number, which the loop sets in each group.
     """
     groups = parameter_groups(model, config, exempt=set() if config.decay_position else exempt)
     rate, capturable = (config.lr, False) if lr is None else (lr, True)

@@ -126,6 +126,8 @@ def build_state(
             f"run.cuda_graph needs a GPU, and this run is on {device}; set --run.cuda_graph false"
         )
     spec = resolve(config.model)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are those of the current one
     torch.manual_seed(config.run.seed)
     network = build_model(config.model).to(device)
     model, note = compiled(network, config.run, device)

@@ -23,9 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lape_ray.distill import training_loss
 from lape_ray.state import TrainState
 
-_AUGMENTED_PIXELS = (
-    2**21
-)  # together on a GPU: 16 batches of 128 images of 32 x 32, but one of 256 of 224 x 224
+_AUGMENTED_PIXELS = 2**21
+"""Together on a GPU: 16 batches of 128 images of 32 x 32, but one of 256 of 224 x 224."""
 
 
 def seed_draws(*key: int) -> None:

@@ -1,7 +1,7 @@
 """An optimizer step as one CUDA graph: captured once, then launched as a whole.
 
 A small network's kernels take less time than their launches. A graph holds addresses and arguments of all of them, so
-that whatever changes from step to step lies in tensors at fixed places: images, targets, the learning rate, and the
+that whatever changes from step to step must lie in tensors at fixed places: images, targets, the learning rate, and the
 random generator's seed and offset, which CUDA reads when a graph is launched.
 """
 
@@ -30,21 +30,35 @@ class Recorder(Protocol):
 class CudaRecorder:
     """CUDA graphs of the current device."""
 
+    def __init__(self) -> None:
+        # One for the warm-ups and the capture: libraries keep workspaces for each stream, the allocator does not give
+        # to one what another left, and autograd's nodes of leaves belong to the stream that they were made on.
+        self._stream = torch.cuda.Stream()
+
     def warm_up(self, work: Callable[[], Tensor]) -> Tensor:
-        # On another stream, as the capture will be: libraries keep workspaces for each stream.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             result = work()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         return result
 
     def capture(self, work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        # Threads of loaders and checkpoints go on with copies of their own, which the capture must not forbid.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = work()
-        return result, graph.replay
+        results: list[Tensor] = []
+        failures: list[Exception] = []
+        try:
+            # Threads of loaders and checkpoints go on with copies of their own, which the capture must not forbid.
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                try:
+                    results.append(work())
+                except Exception as error:
+                    failures.append(error)
+        except Exception:  # the end of a broken capture, which says nothing of what broke it
+            if not failures:
+                raise
+        if failures:
+            raise failures[0]
+        return results[0], graph.replay
 
 
 class StepGraph:
@@ -57,24 +71,20 @@ class StepGraph:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._warm_ups_left = WARM_UP
-        self._inputs: tuple[Tensor, Tensor] | None = None
-        self._captured: tuple[Tensor, Callable[[], None]] | None = None
+        self._captured: tuple[tuple[Tensor, Tensor], Tensor, Callable[[], None]] | None = None
 
     def __call__(self, work: Work, images_BCHW: Tensor, targets_BK: Tensor) -> Tensor:
         """The work's result on these inputs, in memory that the next call writes again."""
         if self._warm_ups_left:
             self._warm_ups_left -= 1
             return self._recorder.warm_up(lambda: work(images_BCHW, targets_BK))
-        if self._inputs is None or self._captured is None:
-            inputs = self._inputs = images_BCHW.clone(), targets_BK.clone()
-            self._captured = self._recorder.capture(lambda: work(*inputs))
-        else:
-            for kept, given in zip(self._inputs, (images_BCHW, targets_BK), strict=True):
-                if kept.shape != given.shape:
-                    raise ValueError(
-                        f"the graph was captured for {kept.shape}, and cannot take {given.shape}"
-                    )
-                kept.copy_(given)
-        result, replay = self._captured
+        if self._captured is None:
+            inputs = images_BCHW.clone(), targets_BK.clone()
+            self._captured = inputs, *self._recorder.capture(lambda: work(*inputs))
+        inputs, result, replay = self._captured
+        for kept, given in zip(inputs, (images_BCHW, targets_BK), strict=True):
+            if kept.shape != given.shape:
+                raise ValueError(f"the graph was captured for {kept.shape}, and cannot take {given.shape}")
+            kept.copy_(given)
         replay()
         return result

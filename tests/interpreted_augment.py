@@ -139,7 +139,7 @@ def test_a_whole_augmentation_is_that_of_operators(spec: AugmentSpec, size: int)
         for kernels in (True, False)
     )
     assert found.shape == wanted.shape == images.shape
-    # Rotations differ by some levels, of which one is 0.016, and an operation after one may make more of them.
-    assert ((found - wanted).abs() > 0.02).sum() <= 0.05 * found.numel()
+    # Rotations differ by a few levels, of which one is 0.016, and an operation after one may make more of them.
+    assert ((found - wanted).abs() > 0.02).sum() <= 0.005 * found.numel()
     if not spec.rand_augment:
         assert torch.equal(found, wanted)

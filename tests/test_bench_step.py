@@ -211,16 +211,18 @@ def test_step_row_and_report() -> None:
 
 def test_replayed_steps_that_learn_something_else_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def state(config: TrainConfig, device: torch.device, seed: int = 0) -> Any:
-        plain = replace_fields(
-            config, {"run.cuda_graph": False, "run.seed": seed if config.run.cuda_graph else 0}
-        )
-        return synthetic_state(plain, device)
+        other = {"run.cuda_graph": False, "run.seed": seed if config.run.cuda_graph else 0}
+        found = synthetic_state(replace_fields(config, other), device)
+        found.network.load_state_dict(start)
+        return found
 
+    start = build_model(replace_fields(toy(), {"model.join": "lape"}).model).state_dict()
+    entry = step_module.Entry("toy", 4, "off", cuda_graph=True)
     monkeypatch.setattr(step_module, "synthetic_state", state)
-    assert step_module.replayed_over_plain(toy(), CPU) == 1
+    assert step_module.replayed_from_plain(TOY, entry) == 0
     monkeypatch.setattr(step_module, "synthetic_state", partial(state, seed=1))
-    with pytest.raises(RuntimeError, match=r"as one CUDA graph have a mean loss of \d"):
-        step_module.replayed_over_plain(toy(), CPU)
+    with pytest.raises(RuntimeError, match=r"toy: replayed steps end \d\.\d+ of the way"):
+        step_module.replayed_from_plain(TOY, entry)
 
 
 def test_nothing_is_begun_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What runs on a GPU mixes no devices and never waits for the GPU, shown with tensors that have a device and no data.
+"""What runs on a GPU mixes no devices and reads nothing back, shown with tensors that have a device and no data.
 
 Reading a value back from such a tensor is an error, as is an operator over two devices. Backward passes and compiled
 code cannot be looked at in this way.

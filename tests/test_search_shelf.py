@@ -44,9 +44,13 @@ def root(
 
 def put(shelf: Shelf, epoch: int, config: TrainConfig = BASE, *, seed: int = 0) -> str:
     torch.manual_seed(seed)
-    model = nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(
-        [{"params": [model.weight], "weight_decay": 0.05}, {"params": [model.bias], "weight_decay": 0.0}]
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
+    optimizer = torch.optim.AdamW(  # several groups that are decayed, as Muon has, before the one that is not
+        [
+            {"params": [model[0].weight], "weight_decay": 0.05},
+            {"params": [model[1].weight], "weight_decay": 0.05},
+            {"params": [model[0].bias], "weight_decay": 0.0},
+        ]
     )
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
@@ -105,7 +109,7 @@ def test_a_clone_has_the_sources_weights_and_its_own_settings(root: str) -> None
         )
         assert read_meta(ours).config == config
         mine, other = (torch.load(folder / "optimizer.pt") for folder in (ours, theirs))
-        assert [group["weight_decay"] for group in mine["param_groups"]] == [0.2, 0.0]
+        assert [group["weight_decay"] for group in mine["param_groups"]] == [0.2, 0.2, 0.0]
         assert torch.equal(mine["state"][0]["exp_avg"], other["state"][0]["exp_avg"])
 
 

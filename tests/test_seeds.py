@@ -39,6 +39,15 @@ def test_recipes_are_paired_by_seed(tmp_path: Path) -> None:
     assert {config.data.backend for config in configs} == {"resident"}
 
 
+def test_steps_are_graphs_on_a_gpu_where_they_can_be(tmp_path: Path) -> None:
+    def graphs(**settings: Any) -> list[bool]:
+        found = Settings(source="digits", seeds=1, recipes=("demo", "vit_lite_fast"), **settings)
+        return [config.run.cuda_graph for config in found.configs(tmp_path)]
+
+    assert graphs(device="cuda") == [False, True]  # the demo has two workers
+    assert graphs(device="cuda", overrides={"run.cuda_graph": False}) == graphs() == [False, False]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -67,14 +67,6 @@ def graphs() -> dict[str, int]:
     }
 
 
-def forget_graphs() -> None:
-    """Let the compiler and its counts start anew."""
-    from torch._dynamo.utils import counters
-
-    torch.compiler.reset()
-    counters.clear()
-
-
 def peak_bytes(run: Callable[[int], None], device: torch.device, *, kept: int) -> int:
     """The most memory that tensors hold during a step.
 

@@ -86,8 +86,9 @@ class Settings:
             for name in self.recipes:
                 fields = {f"data.{split}": path for split, path in names.items()}
                 changes = {"run.seed": seed, "data.backend": "resident"}
-                changes |= {"run.cuda_graph": self.device.startswith("cuda"), **self.overrides}
-                config = replace_fields(recipe(name), {**fields, **changes})
+                config = replace_fields(recipe(name), {**fields, **changes, **self.overrides})
+                if self.device.startswith("cuda") and config.micro_batches == 1:
+                    config = replace_fields(config, {"run.cuda_graph": True, **self.overrides})
                 found.append(shortened(config, self.epochs) if self.epochs else config)
         return found
 

@@ -27,10 +27,10 @@ def step_report(record: Row) -> str:
                 middle(_scaled(row["step_s"], 1e3), 1),
                 _percent(row["mfu_measured"]),
                 _percent(row["mfu_datasheet"]),
-                f"{row['peak_bytes'] / 1e6:,.0f}",
+                None if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}",
                 row.get("operators"),
                 row.get("kernels"),
-                f"{row['first_step_s']:.1f}",
+                None if row["first_step_s"] is None else f"{row['first_step_s']:.1f}",
             ],
             len(columns),
         )

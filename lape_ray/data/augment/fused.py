@@ -32,7 +32,7 @@ TABLED = (Kind.AUTOCONTRAST, Kind.EQUALIZE, Kind.CONTRAST)  # their tables depen
 LEFT = (Kind.HUE, Kind.BLUR)  # to PyTorch's operators
 OPTIONS = {"enable_fp_fusion": False}
 """Of the compiler: Pillow rounds products and sums each by itself, so that they must not become one operation."""
-_PIXELS = 256  # of a program of 4 warps, which then takes 64 registers and spills none
+_PIXELS = 256  # of a program of 4 warps, which then takes about 64 registers and spills none
 _COUNTED = 1024  # at once, of an image that gets a table
 
 _TABLE = tl.constexpr(int(Kind.TABLE))
@@ -275,4 +275,5 @@ def run_fused(
 
 
 def _launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: int) -> None:
-    kernel[grid](*arguments, **constants, **OPTIONS)
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current one
+        kernel[grid](*arguments, **constants, **OPTIONS)

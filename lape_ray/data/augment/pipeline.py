@@ -133,10 +133,8 @@ class Augment:
     def _plan(self, layers: Sequence[Layer], images_BCHW: Tensor) -> tuple[dict[str, np.ndarray], _Run]:
         """The arrays that the layers need on the device, and what runs them there."""
         if self.fused:
-            from lape_ray.data.augment.fused import (
-                plan_fused,
-                run_fused,
-            )  # needs Triton, which comes with GPUs
+            # Only here: it needs Triton, which comes with GPUs.
+            from lape_ray.data.augment.fused import plan_fused, run_fused
 
             fused = plan_fused(layers)
             return fused.arrays, partial(run_fused, fused)
