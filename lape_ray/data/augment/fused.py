@@ -42,7 +42,6 @@ _CONTRAST = tl.constexpr(int(Kind.CONTRAST))
 _COLOR = tl.constexpr(int(Kind.COLOR))
 _SHARPNESS = tl.constexpr(int(Kind.SHARPNESS))
 _SHIFT_ROWS = tl.constexpr(int(Kind.SHIFT_ROWS))
-_AFFINE_BICUBIC = tl.constexpr(int(Kind.AFFINE_BICUBIC))
 _HUE, _BLUR = (tl.constexpr(int(kind)) for kind in LEFT)
 _NUDGE = tl.constexpr(2.0**-11)  # as in `geometry`
 

@@ -34,7 +34,10 @@ _COLUMNS = ("amount_B", "table_BV", "matrix_B6", "cubic_B", "taps_BK")
 
 
 class Kind(IntEnum):
-    """The kernels that an image can go through, and the columns of a `Layer` that each reads."""
+    """The kernels that an image can go through, and the columns of a `Layer` that each reads.
+
+    From SHIFT_ROWS on they move pixels, by the matrix.
+    """
 
     IDENTITY = 0
     TABLE = 1  # table
