@@ -198,7 +198,7 @@ def vit_lite_fast() -> TrainConfig:
         vit_lite_7_4_lape(),
         {
             "data.batch_size": 512,
-            "data.mix_off_epoch": 80,
+            "data.mix_off_epoch": 58,
             "optim.algorithm": "muon",
             "optim.lr": 3e-3,
             "optim.epochs": 100,
