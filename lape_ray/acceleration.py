@@ -47,11 +47,8 @@ def missing_compiler(device: torch.device) -> str | None:
         if not has_triton():
             return "Triton"
         # It compiles its way to the driver where it is first used.
-        return (
-            None
-            if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-            else "a C compiler (gcc)"
-        )
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        return None if compiler else "a C compiler (gcc)"
     return None if shutil.which("g++") or shutil.which("clang++") else "a C++ compiler (g++)"
 
 

@@ -122,14 +122,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         )
 
 
-def orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Each matrix with its singular values brought near 1 (0.7 to 1.2), scaled to Muon's update; float32.
 
-    Those of one shape, or of that of the transpose, are computed together. Shapes: S matrices of M rows and N >= M
-    columns.
-
-    Args:
-        dtype: of the arithmetic; None: bfloat16 on a GPU, which is enough, float32 on a CPU, which is faster there.
+    Those of one shape, or of that of the transpose, are computed together: on a GPU in bfloat16, which is enough, on a
+    CPU in float32, which is faster there. Shapes: S matrices of M rows and N >= M columns.
     """
     found: list[Tensor] = [torch.empty(0)] * len(matrices)
     alike: dict[tuple[int, ...], list[int]] = {}
@@ -140,7 +137,7 @@ def orthogonalized(matrices: Sequence[Tensor], dtype: torch.dtype | None = None)
         x_SMN = torch.stack(
             [matrices[at].T if turn else matrices[at] for at, turn in zip(places, tall, strict=True)]
         )
-        x_SMN = x_SMN.to(dtype or (torch.bfloat16 if x_SMN.is_cuda else torch.float32))
+        x_SMN = x_SMN.to(torch.bfloat16 if x_SMN.is_cuda else torch.float32)
         scale = _RMS * math.sqrt(columns)
         for at, turn, matrix in zip(places, tall, _newton_schulz(x_SMN).float().mul_(scale), strict=True):
             found[at] = matrix.T if turn else matrix

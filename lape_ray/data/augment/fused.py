@@ -16,7 +16,7 @@ Shapes: B images, C=3 channels, H rows, W columns, V=256 levels, R images of a f
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from lape_ray.data.augment.filters import gaussian_blur
+from lape_ray.data.augment.geometry import NUDGE
 from lape_ray.data.augment.hue import adjust_hue
 from lape_ray.data.augment.layers import Kind, Layer
 
 TABLED = (Kind.AUTOCONTRAST, Kind.EQUALIZE, Kind.CONTRAST)  # their tables depend on the image
-LEFT = (Kind.HUE, Kind.BLUR)  # to PyTorch's operators
 OPTIONS = {"enable_fp_fusion": False}
 """Of the compiler: Pillow rounds products and sums each by itself, so that they must not become one operation."""
 _PIXELS = 256  # of a program of 4 warps, which then takes about 64 registers and spills none
@@ -42,8 +42,9 @@ _CONTRAST = tl.constexpr(int(Kind.CONTRAST))
 _COLOR = tl.constexpr(int(Kind.COLOR))
 _SHARPNESS = tl.constexpr(int(Kind.SHARPNESS))
 _SHIFT_ROWS = tl.constexpr(int(Kind.SHIFT_ROWS))
-_HUE, _BLUR = (tl.constexpr(int(kind)) for kind in LEFT)
-_NUDGE = tl.constexpr(2.0**-11)  # as in `geometry`
+_HUE = tl.constexpr(int(Kind.HUE))
+_BLUR = tl.constexpr(int(Kind.BLUR))
+_NUDGE = tl.constexpr(NUDGE)
 
 
 @triton.jit
@@ -201,74 +202,58 @@ def _run_layer(
             tl.store(to + channel, tl.load(here + channel * by_channel, mask=within, other=0), mask=within)
 
 
-class FusedPlan(NamedTuple):
-    """What of the layers the host must know, and the arrays that `run_fused` needs on the device, by name."""
-
-    tabled: list[int]
-    """For each layer, how many of its images need a table of their own."""
-    left: list[list[Kind]]
-    """For each layer, the kinds that are left to PyTorch's operators."""
-    arrays: dict[str, np.ndarray]
-
-
-def plan_fused(layers: Sequence[Layer]) -> FusedPlan:
-    """What `run_fused` does with `layers`, all of one batch."""
-    tabled, left, arrays = [], [], dict[str, np.ndarray]()
+def plan_fused(layers: Sequence[Layer]) -> dict[str, np.ndarray]:
+    """The arrays that `run_fused` needs on the device for `layers`, all of one batch, by name."""
+    arrays = dict[str, np.ndarray]()
     for i, layer in enumerate(layers):
         kind_B = layer.kind_B
-        rows_R = np.flatnonzero(np.isin(kind_B, TABLED))
-        tabled.append(len(rows_R))
-        left.append([kind for kind in LEFT if (kind_B == kind).any()])
         rotated_B = kind_B >= Kind.AFFINE_BILINEAR
         arrays |= {
-            f"rows_R{i}": rows_R.astype(np.int32),
+            f"rows_R{i}": np.flatnonzero(np.isin(kind_B, TABLED)).astype(np.int32),
             f"kind_B{i}": kind_B.astype(np.int32),
             f"amount_B{i}": layer.amount_B,
             f"table_BV{i}": layer.table_BV,
             f"matrix_B6{i}": layer.matrix_B6,
             f"cubic_B{i}": np.where(rotated_B, kind_B == Kind.AFFINE_BICUBIC, layer.cubic_B),
+            f"hue_R{i}": np.flatnonzero(kind_B == Kind.HUE),
+            f"blur_R{i}": np.flatnonzero(kind_B == Kind.BLUR),
+            f"taps_RK{i}": layer.taps_BK[kind_B == Kind.BLUR],
         }
-        for kind in left[-1]:
-            rows = arrays[f"{kind.name}{i}"] = np.flatnonzero(kind_B == kind)
-            if kind == Kind.BLUR:
-                arrays[f"taps_RK{i}"] = layer.taps_BK[rows]
-    return FusedPlan(tabled, left, arrays)
+    return arrays
 
 
 def run_fused(
-    plan: FusedPlan, images_BCHW: Tensor, arrays: Mapping[str, Tensor], fill_C: Tensor
+    layers: int, images_BCHW: Tensor, arrays: Mapping[str, Tensor], fill_C: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Apply the layers to uint8 images, as `layers.run_plan` does; yields the whole batch at once.
+    """Apply a number of layers to uint8 images, as `layers.run_plan` does; yields the whole batch at once.
+
+    How many images an operation has is the length of its array, so that the device is never waited for.
 
     Args:
-        plan: of `plan_fused`.
         images_BCHW: uint8, any strides; not changed.
-        arrays: the plan's arrays on the images' device.
+        arrays: those of `plan_fused` on the images' device.
         fill_C: uint8, the colour outside a moved image.
     """
     size, _, height, width = images_BCHW.shape
     x_BCHW = images_BCHW
-    for i in range(len(plan.tabled) if size else 0):
-        kind_B, amount_B = arrays[f"kind_B{i}"], arrays[f"amount_B{i}"]
-        made_BCV = x_BCHW.new_empty((size, 3, 256) if plan.tabled[i] else (1,))
-        if plan.tabled[i]:
-            _launch(_make_tables, (plan.tabled[i], 3),
-                    x_BCHW, *x_BCHW.stride(), arrays[f"rows_R{i}"], kind_B, amount_B, made_BCV,
+    for i in range(layers if size else 0):
+        kind_B, amount_B, rows_R = (arrays[f"{name}{i}"] for name in ("kind_B", "amount_B", "rows_R"))
+        made_BCV = x_BCHW.new_empty((size, 3, 256) if len(rows_R) else (1,))
+        if len(rows_R):
+            _launch(_make_tables, (len(rows_R), 3),
+                    x_BCHW, *x_BCHW.stride(), rows_R, kind_B, amount_B, made_BCV,
                     WIDTH=width, PIXELS=height * width, BLOCK=_COUNTED)  # fmt: skip
         out_BCHW = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
         _launch(_run_layer, (triton.cdiv(height * width, _PIXELS), size),
                 x_BCHW, *x_BCHW.stride(), out_BCHW, kind_B, amount_B, arrays[f"table_BV{i}"], made_BCV,
                 arrays[f"matrix_B6{i}"], arrays[f"cubic_B{i}"], fill_C,
                 HEIGHT=height, WIDTH=width, BLOCK=_PIXELS)  # fmt: skip
-        for kind in plan.left[i]:
-            rows_R = arrays[f"{kind.name}{i}"]
-            x_RCHW = x_BCHW.index_select(0, rows_R).contiguous()
-            done_RCHW = (
-                gaussian_blur(x_RCHW, arrays[f"taps_RK{i}"])
-                if kind == Kind.BLUR
-                else adjust_hue(x_RCHW, amount_B.index_select(0, rows_R))
-            )
-            out_BCHW.index_copy_(0, rows_R, done_RCHW)
+        if len(hue_R := arrays[f"hue_R{i}"]):
+            x_RCHW = x_BCHW.index_select(0, hue_R).contiguous()
+            out_BCHW.index_copy_(0, hue_R, adjust_hue(x_RCHW, amount_B.index_select(0, hue_R)))
+        if len(blur_R := arrays[f"blur_R{i}"]):
+            x_RCHW = x_BCHW.index_select(0, blur_R).contiguous()
+            out_BCHW.index_copy_(0, blur_R, gaussian_blur(x_RCHW, arrays[f"taps_RK{i}"]))
         x_BCHW = out_BCHW
     yield slice(0, size), x_BCHW
 

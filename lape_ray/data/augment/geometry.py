@@ -22,11 +22,11 @@ from torch import Tensor
 from lape_ray.data.augment.color import to_levels
 
 # Pillow truncates float64 sums. In float32, the weighted sum of equal levels may fall just short of that level.
-_NUDGE = 2.0**-11
+NUDGE = 2.0**-11
 
 
 def _finish(sum_BCHW: Tensor, inside_B1HW: Tensor, fill_C: Tensor) -> Tensor:
-    levels_BCHW = sum_BCHW.add_(_NUDGE)
+    levels_BCHW = sum_BCHW.add_(NUDGE)
     # A weight of 0 or 1 makes lerp a choice, which is several times as fast as `where` on a CPU.
     return to_levels(torch.lerp(fill_C.float().view(1, -1, 1, 1), levels_BCHW, inside_B1HW.float()))
 

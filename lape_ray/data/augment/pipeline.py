@@ -136,8 +136,7 @@ class Augment:
             # Only here: it needs Triton, which comes with GPUs.
             from lape_ray.data.augment.fused import plan_fused, run_fused
 
-            fused = plan_fused(layers)
-            return fused.arrays, partial(run_fused, fused)
+            return plan_fused(layers), partial(run_fused, len(layers))
         plan = plan_layers(layers, size=len(images_BCHW), chunk_size=self._chunk_size(images_BCHW))
         return plan.arrays, partial(run_plan, plan)
 
