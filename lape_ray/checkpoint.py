@@ -28,6 +28,8 @@ from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_i
 from lape_ray.storage import local
 
 FORMAT = 3
+MARKER = "meta.json"
+"""The file that is written last, so that a folder which holds it is whole."""
 _MEANS = ("lr", "fused", "capturable")
 """Of an optimizer's group: how its step is executed, which a checkpoint of another device or mode does not decide. The
 loop sets the learning rate at every step."""

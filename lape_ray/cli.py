@@ -94,10 +94,13 @@ def parse(argv: Sequence[str] | None, *, description: str) -> TrainConfig:
 def run_job(job: Callable[[], int | None]) -> NoReturn:
     """Run a job's main function; what a user can cause becomes one line and an exit code, not a traceback.
 
-    The code is 2, or the `exit_code` of an error that has one.
+    The code is 2, or the `exit_code` of an error that has one; 130 after Ctrl-C.
     """
     try:
         sys.exit(job() or 0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if not isinstance(error, (ValueError, OSError)) and not hasattr(error, "exit_code"):
             raise

@@ -48,7 +48,7 @@ def connected(*, show_logs: bool = True) -> Iterator[None]:
 
 
 def only_actor(cls: type, name: str, *arguments: Any, **options: Any) -> Any:
-    """An actor of `cls` that is the only one of its name on the connected cluster, and ends with this driver.
+    """Make an actor of `cls` that is the only one of its name on the connected cluster, and ends with this driver.
 
     A driver that was killed leaves its actors to Ray for some seconds; they are waited for.
 
@@ -68,24 +68,6 @@ def only_actor(cls: type, name: str, *arguments: Any, **options: Any) -> Any:
                     f"another driver of this cluster is at work on {name}: wait for it, or choose another --run.name"
                 ) from None
             time.sleep(1)
-
-
-class _Held:
-    """An actor that does nothing but be there."""
-
-
-@contextlib.contextmanager
-def only_driver(name: str) -> Iterator[None]:
-    """While this is open, no other driver of the cluster gets past this point with the same name.
-
-    Raises:
-        ValueError: another is there.
-    """
-    held = only_actor(_Held, name)
-    try:
-        yield
-    finally:
-        ray.kill(held)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -58,6 +59,17 @@ class Span(NamedTuple):
 def option(default: Any, help: str) -> Any:
     """A field with its default and the one line that `--help` prints for it."""
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+
+def check_name(name: str, of: str) -> None:
+    """Refuse a name that cannot be the name of one folder below another; `of` says what it names."""
+    _require(
+        NAME.fullmatch(name) is not None,
+        f"{of}={name!r} must begin with a letter or digit and hold 200 of letters, digits, '-', '_' and '.' at most",
+    )
 
 
 def _require(ok: bool, message: str) -> None:
@@ -290,8 +302,8 @@ class RunConfig:
                      "keep_checkpoints", "timeout_s", "start_timeout_s", "stop_after_epochs", "checkpoint_steps",
                      "position_report_epochs")  # fmt: skip
         _check_range(self, 0, 10**6, "checkpoint_minutes")
-        bad = sorted(set(self.name or "") & set("/\\: \t\n"))
-        _require(not bad, f"name={self.name!r} holds {bad}; use letters, digits, '-', '_' and '.'")
+        if self.name is not None:
+            check_name(self.name, "name")
 
     @property
     def workers(self) -> Span:

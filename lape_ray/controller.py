@@ -12,17 +12,18 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lape_ray import storage
+from lape_ray.checkpoint_list import read_list
 from lape_ray.cluster import only_actor
 from lape_ray.config import TrainConfig, to_dict
-from lape_ray.supervision import FailureCount, Supervisor, sigterm_stops
+from lape_ray.storage import Lease, LeaseLostError
+from lape_ray.supervision import FailureCount, Supervisor, until_stopped
 from lape_ray.train import DivergedError, StoppedError
-from lape_ray.worker import SCORE, StorageError, run_worker
+from lape_ray.worker import StorageError, run_worker
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints that count
 SECRET = re.compile("SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL")  # in the name of a variable
 PAUSE_S = 5.0  # before the controller is started again: what ended it may last
 CONTROLLER_FAILED = (ray.train.ControllerError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
@@ -40,18 +41,13 @@ ENDS = {
     "stopped": StoppedError,
     "storage": StorageError,
     "failures": WorkersFailedError,
+    "lost": LeaseLostError,
 }
-
-
-def registered(folder: str) -> str:
-    """Ray Train's own list of a run's checkpoints, as JSON; empty where there is none yet."""
-    known = storage.join(folder, SNAPSHOT)
-    return storage.read_text(known) if storage.exists(known) else ""
 
 
 @contextlib.contextmanager
 def supervised(config: TrainConfig, folder: str) -> Iterator[Any]:
-    """The run's supervisor; two drivers of one run would delete each other's checkpoints."""
+    """The run's supervisor. A driver of this cluster that was killed may have left one, which is waited for."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     supervisor = only_actor(
         Supervisor, folder, config.run.max_failures, max_concurrency=1000, scheduling_strategy=here
@@ -63,17 +59,18 @@ def supervised(config: TrainConfig, folder: str) -> Iterator[Any]:
 
 
 def train_to_the_end(
-    config: TrainConfig, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
-) -> ray.train.Result:
-    """Ray Train's result of a run that came to its end, or was completed before; else one of ENDS."""
+    config: TrainConfig, lease: Lease, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
+) -> dict[str, Any]:
+    """Train, or complete what was trained before; returns what rank 0 returned, or raises one of ENDS."""
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.run.outage_s + 600))
     folder = storage.join(root, config.run.name or "")
     failures = _Failures(folder)
+    lease.call_when_lost(lambda: supervisor.stop.remote())
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                with sigterm_stops(supervisor):
-                    result = _trainer(config, root, uri, run_id, use_gpu, supervisor).fit()
+                trainer = _trainer(config, lease, root, uri, run_id, use_gpu, supervisor)
+                outcome: dict[str, Any] = until_stopped(trainer.fit, supervisor).return_value
             except CONTROLLER_FAILED as error:
                 reason = _reason(error)
                 print(f"warning: Ray Train's controller failed, starting it again: {reason}", flush=True)
@@ -88,21 +85,21 @@ def train_to_the_end(
                     ray.kill(supervisor)  # which frees its name, whatever is left of it
                     supervisor = stack.enter_context(supervised(config, folder))
                 continue
-            outcome = result.return_value
             if outcome["end"] in ENDS:
                 raise ENDS[outcome["end"]](outcome["reason"])
-            return result
+            return outcome
 
 
 class _Failures:
     """How often the controller of the run in `folder` failed since its last checkpoint."""
 
     def __init__(self, folder: str) -> None:
-        self._folder, self._reached, self.count = folder, "", 0
+        self._folder, self.count = folder, 0
+        self._reached = read_list(folder)
 
     def one_more(self) -> int:
         """The count with a failure that just happened."""
-        reached = registered(self._folder)
+        reached = read_list(self._folder)
         self.count, self._reached = (self.count + 1 if reached == self._reached else 1), reached
         return self.count
 
@@ -134,7 +131,7 @@ def _lives(actor: Any) -> bool:
 
 
 def _trainer(
-    config: TrainConfig, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
+    config: TrainConfig, lease: Lease, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
 ) -> ray.train.torch.TorchTrainer:
     run = config.run
     low, high = run.workers
@@ -144,6 +141,7 @@ def _trainer(
         train_loop_config={
             "config": to_dict(config),
             "folder": storage.join(root, run.name or ""),
+            "lease": lease.token,
             "tracking_uri": uri,
             "mlflow_run_id": run_id,
             "supervisor": supervisor,
@@ -159,11 +157,6 @@ def _trainer(
             storage_path=root,
             failure_config=FailureConfig(max_failures=-1),  # the supervisor counts
             callbacks=[FailureCount(supervisor)],
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=run.keep_checkpoints,
-                checkpoint_score_attribute=SCORE,
-                checkpoint_score_order="max",
-            ),
             worker_runtime_env={"env_vars": worker_variables()},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

@@ -7,7 +7,6 @@ the MLflow run, trains through Ray Train, and leaves every status right, whateve
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shlex
 import sys
@@ -24,16 +23,18 @@ import torch
 from ray.train import Checkpoint
 
 from lape_ray import storage, tracking
-from lape_ray.checkpoint import differences
+from lape_ray.checkpoint import read_meta
+from lape_ray.checkpoint_list import best, recover
 from lape_ray.cluster import connected, refuse_little_shared_memory
 from lape_ray.config import PORTS, TrainConfig, flatten, from_dict, replace_fields, to_dict
-from lape_ray.controller import registered, supervised, train_to_the_end, variables
+from lape_ray.controller import supervised, train_to_the_end, variables
 from lape_ray.data.facts import split_facts
 from lape_ray.preflight import check_before_start
 from lape_ray.recipes import recipe
+from lape_ray.run_record import RECORD, earlier_run, write_run
+from lape_ray.storage import LEASE, LEASE_FILES, LeaseLostError, leased
 from lape_ray.train import StoppedError
 
-RECORD = "run.json"
 PAGES_LIMIT_S = 1800.0
 log = logging.getLogger(__name__)
 
@@ -77,16 +78,22 @@ def fit(config: TrainConfig) -> FitResult:
         StorageError: checkpoints cannot be stored any more; the one before the first of them is there.
         DivergedError: the loss is no finite number.
         WorkersFailedError: workers failed again and again at the same place.
+        LeaseHeldError: another driver is at work on this run.
+        LeaseLostError: another driver took the run over while this one could not be seen.
     """
     name = config.run.name or f"{_what_it_is(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
     config, root = prepared(replace_fields(config, {"run.name": name}))
     uri = tracking.tracking_uri(config)
-    folder, record = storage.join(root, name), storage.join(root, name, RECORD)
+    folder = storage.join(root, name)
     check_before_start(config, storage_root=root)
-    earlier = _earlier_run(config, record)
-    if earlier is None:  # a run that goes on can wait for the server
-        tracking.check_reachable(uri)
+    earlier_run(config, folder)  # a name that cannot be used is refused before anything waits
     with contextlib.ExitStack() as stack:
+        lease = stack.enter_context(leased(folder, f"run {name}"))
+        earlier = earlier_run(config, folder)
+        if earlier is None:  # a run that goes on can wait for the server
+            tracking.check_reachable(uri)
+        else:
+            print(f"run {name} exists and is not finished: continuing it", flush=True)
         stack.enter_context(connected())
         use_gpu = uses_gpu(config)
         _wait_for_resources(config, use_gpu)
@@ -94,30 +101,38 @@ def fit(config: TrainConfig) -> FitResult:
         supervisor = stack.enter_context(supervised(config, folder))
         if use_gpu and config.run.workers.high > 1:
             refuse_little_shared_memory()
+        lease.check()
         if config.run.overwrite:
-            storage.delete_folder(folder)
-        _sweep(folder)
+            storage.empty_folder(folder, but=LEASE_FILES)
+        recover(
+            folder, lambda text: print(text, flush=True), before=storage.modified(storage.join(folder, LEASE))
+        )
         run_id = _open_mlflow_run(config, uri, earlier)
-        _write_record(record, config, run_id, finished=False)
+        write_run(folder, config, run_id, finished=False)
         print(f"run {name}  storage {folder}", flush=True)
         print(f"MLflow run {run_id}: {tracking.ui_command(uri)}", flush=True)
         with _status_of(uri, run_id):
-            result = train_to_the_end(config, root, uri, run_id, use_gpu, supervisor)
-            best, metrics = _best(result)
-            tracked = result.return_value["unsent"] == 0
-            if tracked:
-                with best.as_directory() as files:
+            outcome = train_to_the_end(config, lease, root, uri, run_id, use_gpu, supervisor)
+            lease.check()
+            chosen = best(recover(folder, log.warning))
+            if chosen is None:
+                raise RuntimeError("the training ended without a checkpoint")
+            checkpoint = Checkpoint(storage.join(folder, chosen.name))
+            tracked = outcome["unsent"] == 0
+            with checkpoint.as_directory() as files:
+                metrics = read_meta(Path(files)).metrics
+                if tracked:
                     tracked = tracking.log_model(uri, run_id, Path(files), metrics)
             if config.run.pages and tracked:
-                _log_pages(config, best, uri, run_id, use_gpu)
+                _log_pages(config, checkpoint, uri, run_id, use_gpu)
+        lease.check()
         whole = tracked and config.run.stop_after_epochs is None
-        _write_record(record, config, run_id, finished=whole)
-        _sweep(folder)
-    address = best.path if not storage.is_remote(root) else f"{root.partition('://')[0]}://{best.path}"
+        write_run(folder, config, run_id, finished=whole)
+        recover(folder, log.warning, before=storage.modified(storage.join(folder, RECORD)))
     return FitResult(
         name=name,
         metrics=metrics,
-        checkpoint=address,
+        checkpoint=storage.join(folder, chosen.name),
         mlflow_run_id=run_id,
         tracking_uri=uri,
         tracked=tracked,
@@ -144,32 +159,6 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         ]  # torchvision:NAME:FILE, or a path
         paths["optim.teacher"] = ":".join(filter(None, (kind, name, storage.absolute(file))))
     return replace_fields(config, paths)
-
-
-def _earlier_run(config: TrainConfig, record: str) -> dict[str, Any] | None:
-    """The record of an unfinished run of this name; refuses a finished one and one of another config."""
-    if not storage.exists(record):
-        return None
-    if config.run.overwrite:
-        return None
-    earlier: dict[str, Any] = json.loads(storage.read_text(record))
-    name = config.run.name
-    if changed := differences(from_dict(TrainConfig, earlier["config"]), config):
-        raise ValueError(
-            f"run {name!r} exists with another config ({'; '.join(changed)}); "
-            "choose another --run.name, or --run.overwrite true to delete it"
-        )
-    if earlier["finished"]:
-        raise ValueError(
-            f"run {name!r} is finished already; choose another --run.name, or --run.overwrite true to delete it"
-        )
-    print(f"run {name} exists and is not finished: continuing it", flush=True)
-    return earlier
-
-
-def _write_record(record: str, config: TrainConfig, run_id: str, *, finished: bool) -> None:
-    values = {"finished": finished, "mlflow_run_id": run_id, "config": to_dict(config)}
-    storage.write_text(record, json.dumps(values, indent=1))
 
 
 def uses_gpu(config: TrainConfig) -> bool:
@@ -232,6 +221,8 @@ def _status_of(uri: str, run_id: str) -> Iterator[None]:
     except StoppedError:
         tracking.finish_run(uri, run_id, "KILLED")
         raise
+    except LeaseLostError:  # the run goes on elsewhere, and its status is for that driver to say
+        raise
     except Exception:
         tracking.finish_run(uri, run_id, "FAILED")
         raise
@@ -239,17 +230,6 @@ def _status_of(uri: str, run_id: str) -> Iterator[None]:
         tracking.finish_run(uri, run_id, "KILLED")
         raise
     tracking.finish_run(uri, run_id, "FINISHED")
-
-
-def _sweep(folder: str) -> None:
-    """Delete what storing left behind when it was interrupted: folders that are no checkpoints of this run."""
-    kept: set[str] = set()
-    if known := registered(folder):
-        listed = json.loads(known)
-        kept = {entry["checkpoint_dir_name"] for entry in listed["checkpoint_results"]}
-    for name in storage.folders(folder):
-        if name.startswith((".checkpoint-", "checkpoint-")) and name not in kept:
-            storage.delete_folder(storage.join(folder, name))
 
 
 def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
@@ -286,11 +266,3 @@ def _make_pages(config_values: dict[str, Any], best: Checkpoint, uri: str, run_i
         finally:  # one page does not wait for the other to succeed
             summary = write_run_summary(config, Path(files), facts, Path(folder, "summary"))
             tracking.log_files(uri, run_id, summary.parent, "summary")
-
-
-def _best(result: ray.train.Result) -> tuple[Checkpoint, Mapping[str, float]]:
-    """The checkpoint with the highest val/acc1, the newest of equals."""
-    scored = [(c, m) for c, m in result.best_checkpoints or [] if "val/acc1" in m]
-    if not scored:
-        raise RuntimeError("Ray Train finished without a checkpoint")
-    return max(reversed(scored), key=lambda pair: (pair[1]["val/acc1"], pair[1]["epoch"]))

@@ -1,4 +1,4 @@
-"""What the driver of a run and its workers share while it goes on: the wish to end it, and how often it failed."""
+"""Share between a run's driver and its workers, while it goes on: the wish to end it, and how often it failed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.train
 from ray.train import UserCallback
 
+T = TypeVar("T")
 MEMORY = "OutOfMemoryError"  # torch's; it would come again at the same place
+ENDING = (signal.SIGTERM, signal.SIGINT)
 LEAVE_GROUP_S = 5
 """For workers to leave their process group after a failure; half a minute by Ray Train's default."""
 
@@ -106,24 +109,39 @@ class LeavingNodes:
         return new
 
 
-@contextlib.contextmanager
-def sigterm_stops(supervisor: Any) -> Iterator[None]:
-    """While this is open, SIGTERM asks the workers for a checkpoint and the end; a second one ends the process.
+def until_stopped(fit: Callable[[], T], supervisor: Any) -> T:
+    """Return what `fit` returns; meanwhile SIGTERM or Ctrl-C asks the workers for a checkpoint and the end.
 
-    Outside of the main thread, where no signal arrives, it does nothing.
+    A second signal of either kind ends the process at once. `fit` runs in a thread: in the main thread Ray Train would
+    put its own handler of SIGINT in place, which aborts without a checkpoint.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        return fit()
+    done: Future[T] = Future()
 
+    def work() -> None:
+        try:
+            done.set_result(fit())
+        except BaseException as error:
+            done.set_exception(error)
+
+    with _signals_stop(supervisor):
+        threading.Thread(target=work, name="fit", daemon=True).start()
+        return done.result()
+
+
+@contextlib.contextmanager
+def _signals_stop(supervisor: Any) -> Iterator[None]:
     def ask(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, before)
-        print("SIGTERM: the run ends after a checkpoint; a second one ends it at once", flush=True)
-        # A call into Ray may not interrupt the one that the main thread is in.
-        threading.Thread(target=supervisor.stop.remote, daemon=True).start()
+        for each in ENDING:
+            signal.signal(each, signal.SIG_DFL)
+        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        print(f"{name}: the run ends after a checkpoint; a second one ends it at once", flush=True)
+        supervisor.stop.remote()
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, ask) for number in ENDING}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,21 +18,21 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train import Checkpoint
 
 from lape_ray import storage, tracking
-from lape_ray.checkpoint import DamagedError, read_meta, verify
+from lape_ray.checkpoint import MARKER, DamagedError, read_meta, verify
+from lape_ray.checkpoint_list import Listed, add, recover, write_list
 from lape_ray.config import TrainConfig, from_dict
 from lape_ray.data.remote import stage_data
 from lape_ray.gauges import RunGauges
 from lape_ray.signals import News
 from lape_ray.state import World
+from lape_ray.storage import LeaseLostError, check_lease
 from lape_ray.supervision import LeavingNodes, StopRequest
 from lape_ray.train import DivergedError, StoppedError, Take, train
 
-SCORE = "score"  # of a checkpoint: its val/acc1; within an epoch, where nothing was evaluated, UNSCORED
-UNSCORED = -1.0
-End = Literal["done", "diverged", "stopped", "storage", "failures"]
+End = Literal["done", "diverged", "stopped", "storage", "failures", "lost"]
 
 
 class StorageError(OSError):
@@ -43,8 +43,8 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """Train. What ends a run for good is returned on every rank: as an error, Ray Train would repeat it.
 
     Args:
-        payload: `config` as a dict, `folder`, the run's address, `tracking_uri`, `mlflow_run_id` and `supervisor`, the
-            actor's handle.
+        payload: `config` as a dict, `folder`, the run's address, `lease`, the token of its owner, `tracking_uri`,
+            `mlflow_run_id` and `supervisor`, the actor's handle.
 
     Returns:
         end: an `End`; reason: in words, where it is not `done`; unsent: values that MLflow did not take
@@ -52,13 +52,11 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
     config = from_dict(TrainConfig, payload["config"])
     _quiet_ray_train()
     device = ray.train.torch.get_device()
-    reporter = RayReporter(
-        config, folder=payload["folder"], first=ray.train.get_context().get_world_rank() == 0
-    )
-    if reason := reporter.may_start(payload["supervisor"]):
-        return {"end": "failures", "reason": reason, "unsent": 0}
-    end: End = "done"
-    reason = ""
+    first = ray.train.get_context().get_world_rank() == 0
+    reporter = RayReporter(config, folder=payload["folder"], lease=payload["lease"], first=first)
+    end, reason = reporter.may_start(payload["supervisor"])
+    if end != "done":
+        return {"end": end, "reason": reason, "unsent": 0}
     try:
         _stage(config, device)
         with _whole_checkpoint(reporter, device) as folder:
@@ -76,6 +74,8 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
         end, reason = "stopped", str(error)
     except StorageError as error:
         end, reason = "storage", str(error)
+    except LeaseLostError as error:
+        end, reason = "lost", str(error)
     except BaseException:
         reporter.close(timeout_s=1)  # what it has not sent is trained again, or in the checkpoint
         raise
@@ -114,30 +114,35 @@ def _whole_checkpoint(reporter: RayReporter, device: torch.device) -> Iterator[P
     Raises:
         DamagedError: there are checkpoints, and each is damaged.
     """
-    newest = ray.train.get_checkpoint()
-    if newest is None:
+    if not reporter.listed:
         yield None
         return
-    reported = [entry.checkpoint for entry in ray.train.get_all_reported_checkpoints()]
-    others = [checkpoint for checkpoint in reversed(reported) if checkpoint.path != newest.path]
     world, reasons = World.current(device), []
-    for checkpoint in (newest, *others):
+    for count in range(len(reporter.listed), 0, -1):
+        name = reporter.listed[count - 1].name
         with contextlib.ExitStack() as stack:
             reason = ""
             try:
-                folder = Path(stack.enter_context(checkpoint.as_directory()))
+                folder = Path(stack.enter_context(_checkpoint(name).as_directory()))
                 verify(folder)
             except (DamagedError, OSError) as error:
                 reason = str(error)
             if not world.any(bool(reason)):
+                reporter.go_on_from(count)
                 yield folder
                 return
-        reasons.append(reason or f"{checkpoint.path}: damaged as another worker reads it")
+        reasons.append(reason or f"{name}: damaged as another worker reads it")
         reporter.line(f"warning: a checkpoint cannot be used, trying the one before: {reasons[-1]}")
     raise DamagedError(
         f"no checkpoint of this run is whole ({'; '.join(reasons)}); "
         "restore one of them, or start again with --run.overwrite true"
     )
+
+
+def _checkpoint(name: str) -> Checkpoint:
+    """The checkpoint of this run that lies in the folder `name`."""
+    place = ray.train.get_context().get_storage()
+    return Checkpoint(place.build_checkpoint_path_from_name(name), filesystem=place.storage_filesystem)
 
 
 def _quiet_ray_train() -> None:
@@ -157,21 +162,24 @@ class _Storing:
     metrics: dict[str, float]
     where: str
     """What a person reads of it."""
-    done: Future[Checkpoint] | None
-    """Rank 0's; the others only know that there is one."""
+    done: Future[str] | None
+    """Rank 0's, with the folder's name; the others only know that there is one."""
 
 
 @dataclass
 class RayReporter:
     """Carries what the loop reports to Ray Train, and from rank 0 to storage, MLflow and the job's log.
 
-    A checkpoint is written and stored by a thread of rank 0 while the training goes on. All ranks report it to Ray
-    Train at the step at which they hear that it is stored; from then on it is the one that a restart begins with.
+    A checkpoint is written, stored and listed by a thread of rank 0 while the training goes on; from then on it is the
+    one that a restart begins with. Ray Train hears of its metrics and not of the checkpoint: its own list is written in
+    place, so that a full disk or a kill can leave it empty.
     """
 
     config: TrainConfig
     folder: str
     """Address of the run's folder."""
+    lease: str
+    """Token of the owner of the run's folder; without it nothing is stored there."""
     first: bool
     """Whether this is rank 0."""
     tracker: tracking.Tracker | None = None
@@ -180,25 +188,39 @@ class RayReporter:
     threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
     )
+    listed: tuple[Listed, ...] = ()
+    """The run's checkpoints, oldest first. On other ranks than 0, as they were at the start."""
     used: set[str] = field(default_factory=set)
-    """Names of checkpoints that rank 0 must not write over."""
+    """Names of folders that rank 0 must not write over."""
     wish: StopRequest | None = None
     looked: float = 0.0
     """When rank 0 last looked for a wish to end, on the monotonic clock."""
 
     # --- before and after ---------------------------------------------------------------------------------------
 
-    def may_start(self, supervisor: Any) -> str:
-        """Why this run had better not go on, the same on every rank; empty: it may."""
+    def may_start(self, supervisor: Any) -> tuple[End, str]:
+        """Find the run's checkpoints; returns how the run ends here and why, or `done` if it goes on, on all ranks."""
+        end: End = "done"
         reason = ""
         if self.first:
-            newest = ray.train.get_checkpoint()
-            reason = ray.get(supervisor.started.remote(newest.path if newest else None))
-            self.wish = StopRequest(supervisor)
-            self.used = {
-                Path(known.checkpoint.path).name for known in ray.train.get_all_reported_checkpoints()
-            }
-        return str(ray.train.collective.broadcast_from_rank_zero(reason))
+            try:
+                check_lease(self.folder, self.lease)
+                self.listed = recover(self.folder, self.line)
+                self.used = set(storage.folders(self.folder))
+                newest = self.listed[-1].name if self.listed else None
+                reason = ray.get(supervisor.started.remote(newest))
+                end = "failures" if reason else "done"
+                self.wish = StopRequest(supervisor)
+            except LeaseLostError as error:
+                end, reason = "lost", str(error)
+        end, reason, self.listed = ray.train.collective.broadcast_from_rank_zero((end, reason, self.listed))
+        return end, reason
+
+    def go_on_from(self, count: int) -> None:
+        """Take the first `count` checkpoints for the run's; later ones are damaged, and their folders stay."""
+        if self.first and count < len(self.listed):
+            write_list(self.folder, self.listed[:count])
+        self.listed = self.listed[:count]
 
     def open(self, payload: dict[str, Any], folder: Path | None) -> None:
         """Begin to track, with what the checkpoint in `folder` holds of values that were not stored yet."""
@@ -237,8 +259,8 @@ class RayReporter:
             self.tracker.metrics({**metrics, **self._workers()}, step=step)
         self.stored()
         number = round(metrics["epoch"])
-        score = {SCORE: metrics.get("val/acc1", UNSCORED)}
-        self._store({**metrics, **score}, f"checkpoint-epoch-{number:06}", f"after epoch {number}", take)
+        new = Listed(name=f"checkpoint-epoch-{number:06}", steps_done=step, score=metrics.get("val/acc1"))
+        self._store(metrics, new, f"after epoch {number}", take)
         every = self.config.run.position_report_epochs
         if every is not None and number % every == 0:
             self._position_report(range(every, number + 1, every))
@@ -254,32 +276,33 @@ class RayReporter:
         if self.storing is not None:
             self.line(f"no checkpoint {where}: the one {self.storing.where} is not stored yet")
             return
-        self._store({**metrics, SCORE: UNSCORED}, f"checkpoint-step-{step:09}", where, take)
+        self._store(metrics, Listed(name=f"checkpoint-step-{step:09}", steps_done=step), where, take)
 
     def stored(self) -> None:
         """Wait for the checkpoint that is being stored, and make it the one to go on from.
 
         Raises:
             StorageError: it could not be stored.
+            LeaseLostError: another driver goes on with the run.
         """
         storing, self.storing = self.storing, None
         if storing is None:
             return
-        checkpoint, reason = None, ""
+        lost, reason = False, ""
         if storing.done is not None:
             try:
-                checkpoint = storing.done.result()
+                storing.done.result()
             except Exception as error:  # whatever it is, the other ranks must not wait for this one
-                reason = str(error) or repr(error)
-        reason = ray.train.collective.broadcast_from_rank_zero(reason)
+                lost, reason = isinstance(error, LeaseLostError), str(error) or repr(error)
+        lost, reason = ray.train.collective.broadcast_from_rank_zero((lost, reason))
+        if lost:
+            raise LeaseLostError(reason)
         if reason:
             raise StorageError(
                 f"the checkpoint {storing.where} could not be stored: {reason}; free space or choose another "
                 "--run.storage. Submitted again, the run goes on from the checkpoint before"
             )
-        ray.train.report(
-            storing.metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
-        )
+        ray.train.report(storing.metrics)
         self.line(f"checkpoint {storing.where}")
 
     def leaving(self) -> bool:
@@ -301,31 +324,36 @@ class RayReporter:
 
     # --- storing --------------------------------------------------------------------------------------------------
 
-    def _store(self, metrics: dict[str, float], name: str, where: str, take: Take) -> None:
+    def _store(self, metrics: dict[str, float], new: Listed, where: str, take: Take) -> None:
         done = None
         if self.tracker is not None:
             write = take({"unsent": self.tracker.unsent()})
-            name = _unused(name, self.used)
-            self.used.add(name)
-            place = ray.train.get_context().get_storage()
-            checkpoint = Checkpoint(
-                place.build_checkpoint_path_from_name(name), filesystem=place.storage_filesystem
-            )
-            done = self.threads.submit(self._bring, storage.join(self.folder, name), write, checkpoint)
+            new = replace(new, name=_unused(new.name, self.used))
+            self.used.add(new.name)
+            done = self.threads.submit(self._bring, new, write)
         self.storing = _Storing(metrics, where, done)
 
-    def _bring(self, address: str, write: Callable[[Path], None], checkpoint: Checkpoint) -> Checkpoint:
-        """Write a checkpoint and store it at `address`, which Ray Train knows as `checkpoint`."""
+    def _bring(self, new: Listed, write: Callable[[Path], None]) -> str:
+        """Write a checkpoint, store and list it, and delete those that it supersedes; returns its folder's name."""
         began = time.monotonic()
+        address = storage.join(self.folder, new.name)
+
+        published = False
 
         def bring() -> None:
-            with storage.staging(address) as folder:
-                write(folder)
-                storage.publish(folder, address, last="meta.json")
+            nonlocal published
+            check_lease(self.folder, self.lease)
+            if not published:
+                with storage.staging(address) as folder:
+                    write(folder)
+                    storage.publish(folder, address, last=MARKER)
+                published = True
+            check_lease(self.folder, self.lease)
+            self.listed = add(self.folder, self.listed, new, keep=self.config.run.keep_checkpoints)
 
         storage.patiently(bring, self.config.run.outage_s, self.line)
         self.gauges.show({"checkpoint_s": time.monotonic() - began})
-        return checkpoint
+        return new.name
 
     def _position_report(self, epochs: range) -> None:
         """Rank 0 draws, in its own thread: what it draws from must not meet the draws of a training step."""
@@ -333,7 +361,7 @@ class RayReporter:
         self.stored()
         if self.tracker is not None and storing is not None and storing.done is not None:
             with (
-                storing.done.result().as_directory() as folder,
+                _checkpoint(storing.done.result()).as_directory() as folder,
                 tempfile.TemporaryDirectory(prefix="lape-report-") as drawn,
             ):
                 try:

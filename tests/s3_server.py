@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import http.server
 import os
 import socket
@@ -10,9 +11,12 @@ import subprocess
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+
+import boto3
 
 from lape_ray.local_cluster import executable, free_ports
 
@@ -110,6 +114,74 @@ class Proxy:
 
     def close(self) -> None:
         self._listener.close()
+
+
+@contextlib.contextmanager
+def conditional(port: int) -> Iterator[int]:
+    """A port before the gateway's that answers conditional puts as Amazon's S3 does; JuiceFS ignores conditions."""
+    lock = threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            with lock:
+                if self.command == "PUT" and not self.allowed():
+                    self.reply(
+                        412, [], b"<Error><Code>PreconditionFailed</Code><Message>no</Message></Error>"
+                    )
+                    return
+                status, headers, content = self.passed_on(body)
+            self.reply(status, headers, content)
+
+        def allowed(self) -> bool:
+            fresh, same = self.headers.get("If-None-Match"), self.headers.get("If-Match")
+            if fresh is None and same is None:
+                return True
+            bucket, _, key = self.path.lstrip("/").partition("/")
+            try:
+                tag = direct.head_object(Bucket=bucket, Key=urllib.parse.unquote(key))["ETag"]
+            except direct.exceptions.ClientError:
+                tag = None
+            return tag is None if fresh is not None else tag == same
+
+        def passed_on(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            content = answer.read()
+            connection.close()
+            return answer.status, answer.getheaders(), content
+
+        def reply(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+            self.send_response_only(status)
+            for name, value in headers:
+                if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                    self.send_header(name, value)
+            length = dict(headers).get("Content-Length") if self.command == "HEAD" else str(len(content))
+            self.send_header("Content-Length", length or "0")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = answer
+
+        def log_message(self, *_: object) -> None: ...
+
+    direct = boto3.session.Session(KEY, SECRET, region_name="us-east-1").client(
+        "s3", endpoint_url=f"http://127.0.0.1:{port}"
+    )
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextlib.contextmanager

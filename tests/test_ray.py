@@ -14,10 +14,11 @@ import pytest
 from safetensors.torch import load_file
 from service import Service, alone
 
-from lape_ray import cluster, runs_view
+from lape_ray import runs_view
 from lape_ray.data.beton import check_beton, write_beton
 from lape_ray.data.sources import digits
 from lape_ray.launch import fit
+from lape_ray.storage import leased
 from lape_ray.train import DivergedError
 
 ROOT = Path(__file__).parent.parent
@@ -119,21 +120,15 @@ def test_two_workers_and_a_run_that_resumes_before_a_damaged_checkpoint(
     assert names & {"checkpoint-epoch-000001-2", "checkpoint-epoch-000002"}
 
 
-def test_two_drivers_of_one_run(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would delete each other's checkpoints; a driver that has ended is in nobody's way."""
-    monkeypatch.setattr(cluster, "GONE_S", 1)
-    folder = str(service.home / "runs/alone")
-    with (
-        cluster.only_driver(folder),
-        pytest.raises(
-            ValueError, match=r"another driver of this cluster is at work on .*runs/alone: wait for"
-        ),
-    ):
-        fit(service.config(run__name="alone"))
-    assert not Path(folder).exists()
-    monkeypatch.setattr(cluster, "GONE_S", 20)
-    with cluster.only_driver(folder):
-        pass
+def test_two_drivers_of_one_run(service: Service) -> None:
+    """The second is refused before it has touched anything, also where it was told to overwrite."""
+    folder = service.home / "runs/alone"
+    with leased(str(folder), "run alone"):
+        before = {path.name for path in folder.iterdir()}
+        for overwrite in (False, True):
+            with pytest.raises(ValueError, match=r"runs/alone belongs to process \d+ on .* at work there"):
+                fit(service.config(run__name="alone", run__overwrite=overwrite))
+        assert {path.name for path in folder.iterdir()} == before
 
 
 def test_a_failed_run_is_marked_failed(service: Service) -> None:

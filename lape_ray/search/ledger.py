@@ -16,6 +16,7 @@ from lape_ray import storage
 State = Literal["running", "paused", "finished", "stopped", "failed"]
 OVER: tuple[State, ...] = ("finished", "stopped", "failed")
 RECORD = "search.json"
+WAY_OUT = "choose another --run.name, or move the folder away"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,30 +138,53 @@ class Ledger:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+        self.lease: storage.Lease | None = None
 
     def trial_folder(self, number: int) -> str:
         return storage.join(self.folder, "trials", f"{number:04}")
 
     def save(self, trial: Trial) -> None:
+        if self.lease is not None:
+            self.lease.check()
         storage.write_text(storage.join(self.trial_folder(trial.number), "trial.json"), trial.to_json())
 
     def load(self) -> list[Trial]:
         """Every trial that was begun, by number. They are begun in order, so that the first gap ends them."""
         trials: list[Trial] = []
         while storage.exists(address := storage.join(self.trial_folder(len(trials)), "trial.json")):
-            trials.append(Trial.from_json(storage.read_text(address)))
+            trials.append(self._read_trial(address))
         return trials
 
     def read_search(self) -> dict[str, Any] | None:
-        """The record of the search as a whole; None before there is one."""
+        """Read the record of the search as a whole; None before there is one.
+
+        Raises:
+            ValueError: it is damaged, or the folder holds something else than a search.
+        """
         address = storage.join(self.folder, RECORD)
-        if not storage.exists(address):
+        try:
+            values = storage.read_record(address, way_out=WAY_OUT)
+        except FileNotFoundError:
+            if others := [name for name in storage.names(self.folder) if name not in storage.LEASE_FILES]:
+                raise ValueError(f"{self.folder} holds {others[0]!r} and no {RECORD}: {WAY_OUT}") from None
             return None
-        values: dict[str, Any] = json.loads(storage.read_text(address))
+        if "definition" not in values:
+            raise ValueError(f"{address} has no 'definition': {WAY_OUT}")
         return values
 
     def write_search(self, values: Mapping[str, Any]) -> None:
-        storage.write_text(storage.join(self.folder, RECORD), json.dumps(dict(values), indent=1))
+        if self.lease is not None:
+            self.lease.check()
+        storage.write_record(storage.join(self.folder, RECORD), values)
+
+    @staticmethod
+    def _read_trial(address: str) -> Trial:
+        text = storage.read_text(address)
+        storage.parse_record(text, address, way_out=WAY_OUT)
+        try:
+            return Trial.from_json(text)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{address} is damaged ({type(error).__name__}: {error}); {WAY_OUT}") from None
 
 
 def by_point(trials: Sequence[Trial]) -> dict[int, list[Trial]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lape_ray import storage, tracking
-from lape_ray.cluster import connected, only_driver
+from lape_ray.cluster import connected
 from lape_ray.launch import prepared, uses_gpu
 from lape_ray.metrics import duration
 from lape_ray.model import build_model
@@ -90,18 +90,19 @@ def search(
     check_before_start(plan.base, storage_root=root)
     tracking.check_reachable(uri)
     _check_networks(plan)
-    if plan.base.run.overwrite:
-        storage.delete_folder(ledger.folder)
-    earlier = _earlier(plan, ledger)
+    _earlier(plan, ledger)  # a name that cannot be used is refused before anything waits
     display = display or Display(plan)
     command = shlex.join(["python", *sys.argv])
     runs = Runs(plan, uri, command=command, program=sys.argv[0])
-    conductor = Conductor(plan, ledger, runs, display, earlier)
     with contextlib.ExitStack() as stack:
+        ledger.lease = stack.enter_context(storage.leased(ledger.folder, f"search {plan.name}"))
+        earlier = _earlier(plan, ledger)
+        if plan.base.run.overwrite:
+            storage.empty_folder(ledger.folder, but=storage.LEASE_FILES)
+        conductor = Conductor(plan, ledger, runs, display, earlier)
         group = None
         if not conductor.engine.over:
             stack.enter_context(connected(show_logs=not display.draws))
-            stack.enter_context(only_driver(ledger.folder))
             group = worker_groups.Group.of(
                 plan.base.run, use_gpu=uses_gpu(plan.base), gpus_per_worker=gpus_per_worker
             )
@@ -124,9 +125,13 @@ def _check_networks(plan: Plan) -> None:
 
 
 def _earlier(plan: Plan, ledger: Ledger) -> dict[str, Any] | None:
-    """The record of a search of this name; refuses one with another definition."""
+    """Read the record of the search that `plan` continues; None where a new one begins.
+
+    Raises:
+        ValueError: the search of this name has another definition, or its folder holds something else.
+    """
     earlier = ledger.read_search()
-    if earlier is None:
+    if earlier is None or plan.base.run.overwrite:
         return None
     if changed := plan_differences(earlier["definition"], plan.definition()):
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lape_ray import storage
-from lape_ray.checkpoint import DamagedError, described, differences, read_meta, verify
+from lape_ray.checkpoint import MARKER, DamagedError, described, differences, read_meta, verify
 from lape_ray.config import TrainConfig
 
 PREFIX = "checkpoint-"
@@ -40,7 +40,10 @@ class Shelf:
         address = self.address(name)
         with storage.staging(address) as folder:
             write(folder)
-            storage.publish(folder, address, last="meta.json")
+            storage.delete_folder(
+                address, first=MARKER
+            )  # the trial goes on from before it, and makes it again
+            storage.publish(folder, address, last=MARKER)
         return name
 
     @contextlib.contextmanager
@@ -51,7 +54,7 @@ class Shelf:
     def drop_all_but(self, names: set[str]) -> None:
         for name in self.names():
             if name not in names:
-                storage.delete_folder(self.address(name))
+                storage.delete_folder(self.address(name), first=MARKER)
 
     def newest_whole(self, config: TrainConfig, clone: Mapping[str, Any] | None) -> str | None:
         """The newest checkpoint that is whole and of `config`; after a clone, only what came from it. None: none."""

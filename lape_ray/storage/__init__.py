@@ -6,7 +6,9 @@
     transfer   large files, in parallel parts, with checksums
     copies     copies of S3 objects on this machine, made once and used by all its processes
     files      the same few verbs for folders and for S3
+    records    small JSON files that are whole, and readers that name the file and the way out
     publish    folders that appear whole
+    lease      the right to write into a folder, which one process has at a time
 
 Credentials, region and endpoint of S3 come from the usual environment variables and profiles (AWS_*).
 """
@@ -14,39 +16,73 @@ Credentials, region and endpoint of S3 come from the usual environment variables
 from lape_ray.storage.address import absolute, home, is_remote, join
 from lape_ray.storage.copies import cache, local, stage
 from lape_ray.storage.files import (
+    Stored,
     check_writable,
+    delete_file,
     delete_folder,
+    empty_folder,
     exists,
+    files_of_folders,
+    modified,
+    names,
     read_text,
+    sweep_temporaries,
     write_text,
     written_folder,
     written_path,
 )
+from lape_ray.storage.lease import (
+    LEASE,
+    LEASE_FILES,
+    Lease,
+    LeaseHeldError,
+    LeaseLostError,
+    check_lease,
+    leased,
+)
 from lape_ray.storage.objects import Object, listing
 from lape_ray.storage.publish import folders, free_bytes, patiently, publish, staging
+from lape_ray.storage.records import parse_record, read_record, write_record
 from lape_ray.storage.transfer import upload, upload_folder
 
 __all__ = [
+    "LEASE",
+    "LEASE_FILES",
+    "Lease",
+    "LeaseHeldError",
+    "LeaseLostError",
     "Object",
+    "Stored",
     "absolute",
     "cache",
+    "check_lease",
     "check_writable",
+    "delete_file",
     "delete_folder",
+    "empty_folder",
     "exists",
+    "files_of_folders",
     "folders",
     "free_bytes",
     "home",
     "is_remote",
     "join",
+    "leased",
     "listing",
     "local",
+    "modified",
+    "names",
+    "parse_record",
     "patiently",
     "publish",
+    "read_record",
     "read_text",
     "stage",
     "staging",
+    "sweep_temporaries",
     "upload",
     "upload_folder",
+    "write_record",
     "write_text",
     "written_folder",
     "written_path",

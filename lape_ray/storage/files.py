@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from lape_ray.storage import objects
 from lape_ray.storage.address import absolute, is_remote, join
 from lape_ray.storage.s3 import HASTE_S
 from lape_ray.storage.transfer import upload, upload_folder
+
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
 def exists(address: str) -> bool:
@@ -30,7 +35,7 @@ def read_text(address: str) -> str:
 
 
 def write_text(address: str, text: str) -> None:
-    """Write a small file whole: it appears all at once, under its name only when it is complete."""
+    """Write a small file whole and bring it to the disk: whatever happens, its name holds the old text or the new."""
     if is_remote(address):
         objects.put(address, text.encode())
         return
@@ -38,18 +43,109 @@ def write_text(address: str, text: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        temporary.write_text(text)
+        with temporary.open("w") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
         temporary.replace(target)
+        sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def delete_folder(address: str) -> None:
-    """Delete a folder and all in it; nothing happens where there is none."""
+def sweep_temporaries(address: str, before: float) -> None:
+    """Delete the temporary files of `write_text` in a folder that are older than `before`, in seconds since 1970."""
+    if is_remote(address):
+        return  # objects appear whole
+    for path in Path(absolute(address)).glob(".*"):
+        if TEMPORARY.fullmatch(path.name) and path.stat().st_mtime <= before:
+            path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a local folder to the disk, so that no power loss takes a rename back."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def delete_file(address: str) -> None:
+    """Delete one file; nothing happens where there is none."""
+    if is_remote(address):
+        objects.delete(address)
+    else:
+        Path(absolute(address)).unlink(missing_ok=True)
+
+
+def delete_folder(address: str, *, first: str = "") -> None:
+    """Delete a folder and all in it; nothing happens where there is none.
+
+    Args:
+        first: a file that marks the folder as whole. It goes first, so that what an interrupted call leaves behind is
+            never taken for whole.
+    """
+    if first:
+        delete_file(join(address, first))
     if is_remote(address):
         objects.delete_below(address)
     elif (folder := Path(absolute(address))).exists():
         shutil.rmtree(folder)
+
+
+def empty_folder(address: str, *, but: Container[str]) -> None:
+    """Delete all that is in a folder, except what has one of the names `but`; nothing happens where there is none."""
+    for name in names(address):
+        if name not in but:
+            entry = join(address, name)
+            delete_folder(entry)
+            delete_file(entry)
+
+
+def names(address: str) -> list[str]:
+    """The names of the files and folders in a folder; none where it does not exist."""
+    if is_remote(address):
+        below = f"{address.rstrip('/')}/"
+        return sorted({one.address.removeprefix(below).partition("/")[0] for one in objects.listing(below)})
+    folder = Path(absolute(address))
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A file below a folder: its size in bytes, and when it was written, in s since 1970 by the storage's clock."""
+
+    size: int
+    modified: float
+
+
+def modified(address: str) -> float:
+    """When a file was written, by the clock of its storage, in seconds since 1970."""
+    if is_remote(address):
+        return objects.modified(address)
+    return Path(absolute(address)).stat().st_mtime
+
+
+def files_of_folders(address: str) -> dict[str, dict[str, Stored]]:
+    """The files below each folder of a folder, by their names relative to it; nothing where it does not exist."""
+    found: dict[str, dict[str, Stored]] = {}
+    if is_remote(address):
+        below = f"{address.rstrip('/')}/"
+        for one in objects.listing(below):
+            folder, slash, name = one.address.removeprefix(below).partition("/")
+            if slash:
+                found.setdefault(folder, {})[name] = Stored(one.size, one.modified)
+        return dict(sorted(found.items()))
+    parent = Path(absolute(address))
+    for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+        if path.is_dir() and not path.is_symlink():
+            found[path.name] = {
+                str(file.relative_to(path)): Stored(facts.st_size, facts.st_mtime)
+                for file in path.rglob("*")
+                if file.is_file() and (facts := file.stat())
+            }
+    return found
 
 
 def check_writable(address: str) -> None:

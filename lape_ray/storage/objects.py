@@ -9,6 +9,9 @@ from typing import Any
 from lape_ray.storage.address import bucket_and_key
 from lape_ray.storage.s3 import PATIENCE_S, attempt, client, content_md5
 
+_OTHERS_WERE_FASTER = frozenset(
+    {"PreconditionFailed", "ConditionalRequestConflict", "412", "409", "NoSuchKey"}
+)
 DELETED_AT_ONCE = 1000  # the most keys of one request
 
 
@@ -20,11 +23,13 @@ class Object:
         address: s3://bucket/key
         size: in bytes
         etag: changes with the content
+        modified: when it was written, in seconds since 1970 by the server's clock
     """
 
     address: str
     size: int
     etag: str
+    modified: float = 0.0
 
     @property
     def name(self) -> str:
@@ -52,7 +57,12 @@ def _everything(prefix: str, patience_s: float = PATIENCE_S) -> list[Object]:
             lambda: client().list_objects_v2(**arguments), prefix, "listing", patience_s=patience_s
         )
         found += [
-            Object(f"s3://{bucket}/{one['Key']}", int(one["Size"]), str(one.get("ETag", "")).strip('"'))
+            Object(
+                f"s3://{bucket}/{one['Key']}",
+                int(one["Size"]),
+                str(one.get("ETag", "")).strip('"'),
+                one["LastModified"].timestamp(),
+            )
             for one in page.get("Contents", ())
         ]
         if not page.get("IsTruncated"):
@@ -79,6 +89,50 @@ def get_text(address: str) -> str:
         lambda: client().get_object(Bucket=bucket, Key=key)["Body"].read(), address, "reading"
     )
     return content.decode()
+
+
+def get_tagged(address: str, *, patience_s: float = PATIENCE_S) -> tuple[str, str]:
+    """The text of an object and its ETag; FileNotFoundError where there is none."""
+    bucket, key = bucket_and_key(address)
+
+    def get() -> tuple[bytes, str]:
+        answer = client().get_object(Bucket=bucket, Key=key)
+        return answer["Body"].read(), str(answer["ETag"])
+
+    content, tag = attempt(get, address, "reading", patience_s=patience_s)
+    return content.decode(), tag
+
+
+def modified(address: str) -> float:
+    """When an object was written, in seconds since 1970 by the server's clock."""
+    bucket, key = bucket_and_key(address)
+    head = attempt(lambda: client().head_object(Bucket=bucket, Key=key), address, "reading")
+    return float(head["LastModified"].timestamp())
+
+
+def put_if(address: str, content: bytes, *, tag: str | None, patience_s: float = PATIENCE_S) -> str | None:
+    """Make an object where there is none (`tag` None), or replace the one with this ETag; returns the new ETag.
+
+    None means that another writer was faster. Not every server knows the conditions (If-None-Match, If-Match): one
+    that does not writes always.
+    """
+    from botocore import exceptions
+
+    bucket, key = bucket_and_key(address)
+    condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+
+    def call() -> str | None:
+        try:
+            answer = client().put_object(
+                Bucket=bucket, Key=key, Body=content, ContentMD5=content_md5(content), **condition
+            )
+        except exceptions.ClientError as error:
+            if error.response.get("Error", {}).get("Code") in _OTHERS_WERE_FASTER:
+                return None
+            raise
+        return str(answer["ETag"])
+
+    return attempt(call, address, "writing", patience_s=patience_s)
 
 
 def put(address: str, content: bytes, *, patience_s: float = PATIENCE_S, **options: Any) -> None:

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lape_ray.storage.address import absolute, is_remote
-from lape_ray.storage.files import delete_folder
+from lape_ray.storage.address import absolute, is_remote, join
+from lape_ray.storage.files import delete_folder, exists, read_text, sync_folder
 from lape_ray.storage.objects import listing
 from lape_ray.storage.transfer import upload_folder
 
-HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What waiting does not mend: no space, no permission."""
+HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST)
+"""What waiting does not mend: no space, no permission, a name that is taken."""
 STAGED = "lape-staging-"
 JUST_MADE_S = 60.0  # a folder as young may not be locked yet
 
@@ -65,24 +65,28 @@ def _sweep_staged() -> None:
 
 
 def publish(folder: Path, address: str, *, last: str = "") -> None:
-    """Bring a staged folder to its place, and replace what is there.
+    """Bring a staged folder to its place, and replace what an interrupted call left there.
 
-    A local one appears all at once; of a remote one the file `last`, which marks it as whole, comes last.
+    A local one appears all at once; of a remote one the file `last`, which marks it as whole, comes last. A folder with
+    such a mark is never replaced: it may be all that is left of a run. If its mark is the staged one's, an earlier try
+    succeeded, and nothing is left to do.
 
     Raises:
+        FileExistsError: another whole folder is there.
         OSError: it could not be stored.
     """
+    if last and exists(mark := join(address, last)):
+        if read_text(mark) == (folder / last).read_text():
+            return
+        raise FileExistsError(errno.EEXIST, f"{address} holds another whole folder, which is not replaced")
     delete_folder(address)
     if is_remote(address):
         upload_folder(folder, address, last=last)
         return
     target = Path(absolute(address))
+    sync_folder(folder)
     folder.replace(target)
-    parent = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    sync_folder(target.parent)
 
 
 def patiently(work: Callable[[], None], seconds: float, tell: Callable[[str], None]) -> None:
