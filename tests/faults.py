@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +17,9 @@ from pathlib import Path
 
 import mlflow
 import psutil
-from service import Service
+from service import ROOT, Service
+
+from lape_ray.checkpoint import DamagedError, verify
 
 # 20 epochs of 5 steps, each a log step; checkpoints after the third step and the last. Long enough for a fault within.
 LONG: dict[str, object] = {
@@ -63,6 +68,38 @@ def stored(run: Path, steps: int) -> Callable[[], bool]:
         return max(reached) >= steps
 
     return found
+
+
+def whole(run: Path) -> set[str]:
+    """The checkpoints of a run whose files all have their checksums."""
+    found = set()
+    for path in run.glob("checkpoint-*"):
+        with contextlib.suppress(DamagedError, OSError):
+            verify(path)
+            found.add(path.name)
+    return found
+
+
+def job(service: Service, name: str, *words: str, own_ray: bool = False) -> subprocess.Popen[str]:
+    """The driver of a LONG run as a process of its own, and as its terminal's first; its output is one stream.
+
+    With `own_ray` it starts a Ray of its own instead of using the service's.
+    """
+    changes = [f"--{key.replace('__', '.')}={value}" for key, value in LONG.items()]
+    command = [sys.executable, "-u", str(ROOT / "jobs/imagenet_deit.py"), "smoke", f"--run.name={name}"]
+    command += [*service.data(), *changes, "--run.pages=false", *words]
+    environment = dict(os.environ)
+    if own_ray:
+        for variable in service.cluster.environment:
+            environment.pop(variable, None)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
 
 
 def workers(service: Service) -> list[psutil.Process]:

@@ -6,12 +6,16 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from s3_server import gateway
 
 from lape_ray import checkpoint, storage
 from lape_ray.checkpoint import MARKER, Meta, Progress, Snapshot, verify
@@ -29,7 +33,7 @@ from lape_ray.checkpoint_list import (
 )
 from lape_ray.recipes import recipe
 from lape_ray.run_record import RECORD, earlier_run, write_run
-from lape_ray.storage import leased
+from lape_ray.storage import lease, leased, s3
 
 CONFIG = recipe("smoke")
 LATER = 4e9  # seconds since 1970: everything is older
@@ -46,7 +50,9 @@ def save(steps: int, acc1: float | None) -> Callable[[Path], None]:
     return lambda folder: checkpoint.save(folder, state, meta)
 
 
-def store(run: Path, listed: tuple[Listed, ...], steps: int, acc1: float | None = None) -> tuple[Listed, ...]:
+def store(
+    run: Path | str, listed: tuple[Listed, ...], steps: int, acc1: float | None = None
+) -> tuple[Listed, ...]:
     """Store and list a checkpoint as rank 0 does."""
     name = f"checkpoint-{steps:06}"
     with storage.staging(f"{run}/{name}") as folder:
@@ -185,17 +191,18 @@ def test_a_deleted_checkpoint_is_never_taken_for_whole(run: Path) -> None:
 # --- kills ----------------------------------------------------------------------------------------------------
 
 
-def session(run: Path) -> None:
+def session(run: Path | str) -> None:
     """What the driver and rank 0 of a run do to its folder, from submission to end, with two new checkpoints."""
-    with leased(str(run), "run") as lease:
-        listed = recover(str(run), lambda _: None, before=storage.modified(str(run / "lease.json")))
-        if not (run / RECORD).exists():
-            write_run(str(run), CONFIG, "0" * 32, finished=False)
+    run = str(run)
+    with leased(run, "run") as held:
+        listed = recover(run, lambda _: None, before=storage.modified(f"{run}/lease.json"))
+        if not storage.exists(f"{run}/{RECORD}"):
+            write_run(run, CONFIG, "0" * 32, finished=False)
         done = listed[-1].steps_done if listed else 0
         for steps in (done + 2, done + 5):
-            lease.check()
+            held.check()
             listed = store(run, listed, steps, float(steps))
-        write_run(str(run), CONFIG, "0" * 32, finished=False)
+        write_run(run, CONFIG, "0" * 32, finished=False)
 
 
 def killed_at(number: int, run: Path) -> bool:
@@ -251,6 +258,98 @@ def test_a_kill_between_any_two_operations_loses_one_checkpoint_at_most(run: Pat
     assert number > 40  # operations there are
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from lape_ray.storage import s3
+from test_checkpoint_list import session
+from lape_ray.storage import lease
+lease.SETTLE_S = 0
+count = 0
+def count_down(**_):
+    global count
+    count += 1
+    if count == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+s3.client().meta.events.register("before-call.s3", count_down)
+session({run!r})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_kill_between_any_two_requests_to_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "SETTLE_S", 0)
+    (tmp_path / "server").mkdir()
+    with gateway(tmp_path / "server") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        s3.client().create_bucket(Bucket="runs")
+        number, came_further = 0, True
+        while came_further:
+            number += 1
+            run = f"s3://runs/{number}"
+            session(run)
+            code = KILLED.format(tests=str(Path(__file__).parent), number=number, run=run)
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            came_further = done.returncode == -signal.SIGKILL
+            assert came_further or done.returncode == 0, done.stderr
+            listed = recover(run, lambda _: None, before=LATER)
+            for one in listed:
+                with tempfile.TemporaryDirectory() as folder:
+                    for file in storage.listing(f"{run}/{one.name}/"):
+                        bucket, _, key = file.address.removeprefix("s3://").partition("/")
+                        s3.client().download_file(bucket, key, f"{folder}/{file.name}")
+                    verify(Path(folder))
+            assert listed[-1].steps_done >= 5, number
+            assert set(storage.folders(run)) == {one.name for one in listed}, number
+            session(run)
+            again = read_list(run)
+            assert again is not None
+            assert again[-1].steps_done == listed[-1].steps_done + 5, number
+        assert number > 40
+
+
+def test_a_disk_that_is_full_at_any_moment_loses_nothing(run: Path, tmp_path: Path) -> None:
+    """A small disk of every size at which a session fails, until one where it does not; then there is space again."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk, failures = tmp_path / "disk", set[str]()
+    disk.mkdir()
+    for pages in range(10, 200):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={pages * 4}k", "tmpfs", str(disk)], check=True)
+        try:
+            copy = disk / "run"
+            try:
+                shutil.copytree(run, copy)
+            except OSError:
+                continue  # as small as that
+            try:
+                session(copy)
+                break
+            except Exception as error:  # each library has its own
+                failures.add(f"{type(error).__name__} {last_file(error)}")
+            subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+            listed = recover(str(copy), lambda _: None, before=LATER)
+            for one in listed:
+                verify(copy / one.name)
+            assert listed[-1].steps_done >= 18, pages
+            assert len(listed) >= 3, pages
+            session(copy)
+            again = read_list(str(copy))
+            assert again is not None
+            assert again[-1].steps_done == listed[-1].steps_done + 5, pages
+        finally:
+            subprocess.run(["umount", str(disk)], check=True)
+    assert len(failures) > 3, failures  # places
+
+
+def last_file(error: BaseException) -> str:
+    """The last function of ours that an error passed through."""
+    ours = [frame.name for frame in traceback.extract_tb(error.__traceback__) if "lape_ray" in frame.filename]
+    return ours[-1] if ours else ""
+
+
 # --- the run's record -----------------------------------------------------------------------------------------
 
 
@@ -292,9 +391,9 @@ def test_names_that_mean_another_folder_are_refused(name: str) -> None:
 
 
 def test_an_emptied_folder_keeps_its_lease(run: Path) -> None:
-    with leased(str(run), "run") as lease:
+    with leased(str(run), "run") as held:
         storage.empty_folder(str(run), but=storage.LEASE_FILES)
-        lease.check()
+        held.check()
     assert sorted(path.name for path in run.iterdir()) == [".lease.json.lock", "lease.json"]
 
 

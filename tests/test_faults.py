@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import mlflow
 import pytest
-from faults import LONG, Strike, note_cost, stored, workers
-from service import ROOT, Service, alone
+from faults import LONG, Strike, job, note_cost, stored, whole, workers
+from service import Service, alone
 from tracking_server import history, tracking_server
 
+from lape_ray.config import replace_fields
 from lape_ray.controller import WorkersFailedError
 from lape_ray.launch import fit
 from lape_ray.worker import StorageError
@@ -36,14 +37,6 @@ def no_litter(service: Service, name: str) -> None:
     found = [path.name for path in (service.home / "runs" / name).iterdir() if path.is_dir()]
     assert all(each.startswith("checkpoint-") for each in found)
     assert len(found) <= 3
-
-
-def job(service: Service, name: str, *words: str) -> subprocess.Popen[str]:
-    """The driver of a run as a process of its own; its output is one stream."""
-    changes = [f"--{key.replace('__', '.')}={value}" for key, value in LONG.items()]
-    command = [sys.executable, "-u", str(ROOT / "jobs/imagenet_deit.py"), "smoke", f"--run.name={name}"]
-    command += [*service.data(), *changes, "--run.pages=false", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def losses(uri: str, run_id: str) -> list[float]:
@@ -85,6 +78,117 @@ def test_sigterm_with_ten_seconds_of_grace(service: Service, undisturbed: list[f
     assert service.run_of(rest).info.run_id == service.run_of(output).info.run_id
     assert service.losses(service.run_of(rest)) == undisturbed
     note_cost(service, service.run_of(rest).info.run_id, "SIGTERM; from the next submission on", again, rest)
+
+
+@slow
+@pytest.mark.parametrize("own_ray", [False, True])
+def test_ctrl_c_once_and_twice(service: Service, undisturbed: list[float], own_ray: bool) -> None:
+    """The first is a SIGTERM, the second ends at once; both reach all processes of the terminal, as a terminal's do."""
+    name = f"interrupted-{own_ray}"
+    folder = service.home / "runs" / name
+    first = job(service, name, own_ray=own_ray)
+    with Strike(stored(folder, 28), lambda: os.killpg(first.pid, signal.SIGINT)).armed() as strike:
+        output, _ = first.communicate(timeout=600)
+    assert first.returncode == 143, output
+    assert time.time() - strike.at < 20
+    _, _, rest = output.partition("Ctrl-C: the run ends after a checkpoint; a second one ends it at once\n")
+    assert re.search(r"error: stopped after epoch \d+ and step \d+ of 5, with a checkpoint", rest), output
+    assert len(rest.splitlines()) < 10, rest
+    assert service.run_of(output).info.status == "KILLED"
+    before = whole(folder)
+
+    second = job(service, name, own_ray=own_ray)
+
+    def twice() -> None:
+        os.killpg(second.pid, signal.SIGINT)
+        time.sleep(0.1)
+        os.killpg(second.pid, signal.SIGINT)
+
+    with Strike(stored(folder, 58), twice).armed() as strike:
+        output, _ = second.communicate(timeout=600)
+    assert second.returncode == -signal.SIGINT, output
+    assert time.time() - strike.at < 5
+    assert "Traceback" not in output
+    assert before <= whole(folder) | before  # those that were superseded meanwhile are gone, and no others
+    assert stored(folder, 58)()
+
+    again = time.time()
+    last = job(service, name, own_ray=own_ray)
+    output, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, output
+    assert service.losses(service.run_of(output)) == undisturbed
+    no_litter(service, name)
+    if not own_ray:
+        note_cost(
+            service,
+            service.run_of(output).info.run_id,
+            "Ctrl-C twice; from the next submission on",
+            again,
+            output,
+        )
+
+
+@slow
+@pytest.mark.parametrize("own_ray", [False, True])
+def test_two_drivers_in_two_rays(service: Service, undisturbed: list[float], own_ray: bool) -> None:
+    """The second is refused while the first lives, whatever it is told, and goes on at once when that was killed."""
+    name = f"contested-{own_ray}"
+    folder = service.home / "runs" / name
+    refused: list[subprocess.CompletedProcess[str]] = []
+    first = job(service, name, own_ray=own_ray)
+
+    def contest() -> None:
+        for words in ((), ("--run.overwrite=true",)):
+            process = job(service, name, *words, own_ray=not own_ray)
+            output, _ = process.communicate(timeout=120)
+            refused.append(subprocess.CompletedProcess(words, process.returncode, output))
+        before = whole(folder)
+        first.kill()
+        assert before - whole(folder) == set()
+
+    with Strike(stored(folder, 13), contest).armed():
+        first.communicate(timeout=600)
+    assert first.returncode == -signal.SIGKILL
+    assert len(refused) == 2
+    for each in refused:
+        assert each.returncode == 2, each.stdout
+        assert f"belongs to process {first.pid} on" in each.stdout
+        assert "overwrite" not in each.stdout
+    second = job(service, name, own_ray=not own_ray)
+    output, _ = second.communicate(timeout=600)
+    assert second.returncode == 0, output
+    assert f"run {name} exists and is not finished: continuing it" in output
+    assert service.losses(service.run_of(output)) == undisturbed
+    no_litter(service, name)
+
+
+@slow
+def test_lists_of_checkpoints_that_are_damaged_between_submissions(
+    service: Service, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ours empty, missing, torn or of another run, and Ray's of a version before: nothing whole is deleted."""
+    folder = service.home / "runs/listless"
+    config = service.config(run__name="listless", **LONG)
+    other = json.dumps(
+        {"format": 1, "checkpoints": [{"name": "checkpoint-epoch-000999", "steps_done": 4995, "score": 99.0}]}
+    )
+    damages = ["", None, '{"format": 1, "checkpoints": [', other]
+    for epoch, text in enumerate(damages, start=3):
+        result = fit(replace_fields(config, {"run.stop_after_epochs": epoch}))
+        for name in ("checkpoints.json", "checkpoints.copy.json", "checkpoint_manager_snapshot.json"):
+            (folder / name).write_text(text or "")
+            if text is None:
+                (folder / name).unlink()
+        before = whole(folder)
+        assert before
+        capfd.readouterr()
+        fit(replace_fields(config, {"run.stop_after_epochs": epoch}))  # nothing is left to train
+        output = capfd.readouterr().out
+        assert before <= whole(folder), output
+        assert f"continuing after epoch {epoch} of 20" in output
+        assert re.search(r"runs/listless: .*whole", output), output
+    fit(config)
+    assert service.losses(service.run(result.mlflow_run_id)) == undisturbed
 
 
 @slow
@@ -154,6 +258,7 @@ def test_a_full_disk(service: Service, undisturbed: list[float], tmp_path: Path)
             with pytest.raises(StorageError, match=r"could not be stored: .*No space left"):
                 fit(config)
             over.set()
+        assert whole(small / "full"), "what was stored before is whole"
         ballast.unlink()
         again = time.time()
         result = fit(config)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults import LONG, Strike
+from faults import LONG, Strike, job
 from s3_server import SECRET, Gateway, gateway
 from service import Service, alone, running_service
 
@@ -102,6 +102,42 @@ def test_storage_that_is_away_for_a_while(
     assert "continuing after" not in output or "warning: Ray Train's controller failed" in output
     assert service.losses(service.run(result.mlflow_run_id)) == alone(service.config(**LONG)).losses
     assert json.loads(storage.read_text("s3://lape/runs/outage/run.json"))["finished"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("own_ray", [False, True])
+def test_two_drivers_in_two_rays_on_one_bucket(service: Service, own_ray: bool) -> None:
+    """The second is refused while the first lives, and goes on from its checkpoints when it was killed."""
+    name = f"contested-{own_ray}"
+    words = ("--run.storage=s3://lape/runs",)
+    first = job(service, name, *words, own_ray=own_ray)
+    refused: list[tuple[int, str]] = []
+
+    def stored_once() -> bool:
+        return storage.exists(f"s3://lape/runs/{name}/checkpoints.json")
+
+    def contest() -> None:
+        for more in ((), ("--run.overwrite=true",)):
+            process = job(service, name, *words, *more, own_ray=not own_ray)
+            output, _ = process.communicate(timeout=120)
+            refused.append((process.returncode, output))
+        first.kill()
+
+    with Strike(stored_once, contest).armed():
+        first.communicate(timeout=600)
+    for code, output in refused:
+        assert code == 2, output
+        assert f"belongs to process {first.pid} on" in output
+        assert "overwrite" not in output
+    before = storage.folders(f"s3://lape/runs/{name}")
+    assert before
+    second = job(service, name, *words, own_ray=not own_ray)
+    output, _ = second.communicate(timeout=600)
+    assert second.returncode == 0, output
+    assert "continuing after epoch" in output
+    assert service.losses(service.run_of(output)) == alone(service.config(**LONG)).losses
+    found = storage.folders(f"s3://lape/runs/{name}")
+    assert len(found) <= 3, "what was superseded is gone"
 
 
 def test_no_secret_is_in_rays_logs(service: Service) -> None:

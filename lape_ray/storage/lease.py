@@ -44,6 +44,8 @@ ANCIENT_S = 900.0
 """A heartbeat that is as old by this machine's clock is stale without watching: no clocks differ that much."""
 SETTLE_S = 3.0
 """Where the storage has neither conditions nor locks: after which the last writer has won."""
+_OWN: set[str] = set()
+"""Tokens of the leases that this process holds."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -99,6 +101,7 @@ class Lease:
             stale = time.monotonic() - since > STALE_S
             if found is None or stale or _free(found, self._storage.address):
                 if self._write(found.tag if found else None, settle=True):
+                    _OWN.add(self.token)
                     self._thread.start()
                     return
                 continue
@@ -120,6 +123,7 @@ class Lease:
         """End the heartbeat and let the next process have the folder at once."""
         self._ended.set()
         self._thread.join(2 * HASTE_S)
+        _OWN.discard(self.token)
         self._values["released"] = True
         with contextlib.suppress(OSError):  # where storage is away, the lease gets stale by itself
             if self._thread.ident is not None and not self._lost:
@@ -226,6 +230,8 @@ def _free(found: _Found, address: str) -> bool:
     ours = _identity()
     if any(values.get(key) != ours[key] for key in ("boot", "pid_namespace")):
         return False  # of another machine or container, whose processes cannot be seen from here
+    if all(values.get(key) == value for key, value in ours.items()):  # this process could not give it back
+        return values.get("owner") not in _OWN
     pid = values.get("pid")
     if not isinstance(pid, int) or not 0 < pid < 2**31:
         return False
