@@ -7,7 +7,6 @@ Shapes: B images, K classes, S side of the model's input in pixels.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from lape_ray.data.sources import EXTENSIONS, load_image, to_rgb
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.normalize import Normalize
-from lape_ray.storage import written_path
+from lape_ray.storage import write_rows, written_path
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -174,7 +173,8 @@ def with_csv(predictions: Iterable[Prediction], address: str | Path, *, top: int
     """The same predictions, each with a row in a CSV: path, class and probability of `top` ranks, error.
 
     The row of an image that could not be read has nothing but path and error. A local file holds the row of every
-    prediction that was handed on, whatever ends the process; an s3:// address gets the file at the end.
+    prediction that was handed on, whatever ends the process; an s3:// address gets the file at the end. Text that a
+    spreadsheet would run as a formula has an apostrophe in front (see `storage.csv_rows.inert`).
     """
     ranks = [f"{what}_{rank + 1}" for rank in range(top) for what in ("class", "probability")]
     with (
@@ -182,9 +182,8 @@ def with_csv(predictions: Iterable[Prediction], address: str | Path, *, top: int
         # each line is written at once, and any file name as it is
         path.open("w", newline="", buffering=1, encoding="utf-8", errors="surrogateescape") as stream,
     ):
-        rows = csv.writer(stream)
-        rows.writerow(["image", *ranks, "error"])
+        write_rows(stream, [["image", *ranks, "error"]])
         for one in predictions:
             pairs = [value for name, p in one.top for value in (name, f"{p:.6f}")] or [""] * len(ranks)
-            rows.writerow([str(one.path), *pairs, one.error or ""])
+            write_rows(stream, [[str(one.path), *pairs, one.error or ""]])
             yield one

@@ -7,12 +7,14 @@
     copies     copies of S3 objects on this machine, made once and used by all its processes
     files      the same few verbs for folders and for S3
     publish    folders that appear whole
+    csv_rows   tables for spreadsheets, which run no cell as a formula
 
 Credentials, region and endpoint of S3 come from the usual environment variables and profiles (AWS_*).
 """
 
 from lape_ray.storage.address import absolute, home, is_remote, join
 from lape_ray.storage.copies import cache, local, stage
+from lape_ray.storage.csv_rows import write_rows
 from lape_ray.storage.files import (
     check_writable,
     delete_folder,
@@ -47,6 +49,7 @@ __all__ = [
     "staging",
     "upload",
     "upload_folder",
+    "write_rows",
     "write_text",
     "written_folder",
     "written_path",
