@@ -7,7 +7,6 @@ Shapes: B images, K classes, S side of the model's input in pixels.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from lape_ray.data.sources import EXTENSIONS, load_image, to_rgb
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.normalize import Normalize
-from lape_ray.storage import written_path
+from lape_ray.storage import write_rows, written_path
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -49,19 +48,27 @@ def read_image(path: Path) -> Image.Image:
 
 
 def center_crop(image: Image.Image, *, size: int, data: DataConfig) -> Image.Image:
-    """The RGB square (S, S) that evaluation sees: shorter side to S / eval_crop, then the centre of S pixels."""
+    """Return the RGB square (S, S) that evaluation sees: shorter side to S / eval_crop, then the centre of S pixels.
+
+    Only the square is resized: the whole of a strip of 1 x 60,000 pixels would become 256 x 15,360,000.
+    """
     resize = max(size, math.floor(size / data.eval_crop))
     width, height = image.size
     short = min(width, height)
     new_width, new_height = resize * width // short, resize * height // short
-    kind = Image.Resampling.BILINEAR if data.interpolation == "bilinear" else Image.Resampling.BICUBIC
-    resized = image.resize((new_width, new_height), kind)
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-    return resized.crop((left, top, left + size, top + size))
+    box = (
+        left * width / new_width,
+        top * height / new_height,
+        (left + size) * width / new_width,
+        (top + size) * height / new_height,
+    )
+    kind = Image.Resampling.BILINEAR if data.interpolation == "bilinear" else Image.Resampling.BICUBIC
+    return image.resize((size, size), kind, box=box)
 
 
-def to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """RGB squares of one size as uint8 (B, 3, S, S)."""
+def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
+    """RGB squares of one size, as images or as uint8 (S, S, 3), as uint8 (B, 3, S, S)."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 
@@ -90,10 +97,13 @@ class Predictor:
     def size(self) -> int:
         return resolve(self.config.model).image_size
 
-    def probabilities(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """(B, K) float32 probabilities of images of any size and mode; each row sums to 1."""
+    def probabilities(self, images: Iterable[Image.Image]) -> np.ndarray:
+        """(B, K) float32 probabilities of images of any size and mode; each row sums to 1.
+
+        Of each image only its square is kept, so that an iterator that decodes them holds one whole image at a time.
+        """
         squares = [
-            center_crop(to_rgb(image, f"image {i}"), size=self.size, data=self.config.data)
+            np.asarray(center_crop(to_rgb(image, f"image {i}"), size=self.size, data=self.config.data))
             for i, image in enumerate(images)
         ]
         with torch.inference_mode():
@@ -174,7 +184,8 @@ def with_csv(predictions: Iterable[Prediction], address: str | Path, *, top: int
     """The same predictions, each with a row in a CSV: path, class and probability of `top` ranks, error.
 
     The row of an image that could not be read has nothing but path and error. A local file holds the row of every
-    prediction that was handed on, whatever ends the process; an s3:// address gets the file at the end.
+    prediction that was handed on, whatever ends the process; an s3:// address gets the file at the end. Text that a
+    spreadsheet would run as a formula has an apostrophe in front (see `storage.csv_rows.inert`).
     """
     ranks = [f"{what}_{rank + 1}" for rank in range(top) for what in ("class", "probability")]
     with (
@@ -182,9 +193,8 @@ def with_csv(predictions: Iterable[Prediction], address: str | Path, *, top: int
         # each line is written at once, and any file name as it is
         path.open("w", newline="", buffering=1, encoding="utf-8", errors="surrogateescape") as stream,
     ):
-        rows = csv.writer(stream)
-        rows.writerow(["image", *ranks, "error"])
+        write_rows(stream, [["image", *ranks, "error"]])
         for one in predictions:
             pairs = [value for name, p in one.top for value in (name, f"{p:.6f}")] or [""] * len(ranks)
-            rows.writerow([str(one.path), *pairs, one.error or ""])
+            write_rows(stream, [[str(one.path), *pairs, one.error or ""]])
             yield one

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import getpass
 import itertools
 import logging
@@ -40,7 +41,38 @@ def _client(uri: str) -> mlflow.MlflowClient:
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
+    # It prints the traceback of an error that it raises as well.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return mlflow.MlflowClient(uri)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what the client or its transport says, else the kind of error."""
+    remark = "(raised as a result of"  # SQLAlchemy on itself; what the database says stands below
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(remark)]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _one_line(what: str, uri: str) -> Iterator[None]:
+    """Make any error of the client a ValueError of one line: `what` is wrong, why, and what to do about it."""
+    try:
+        yield
+    except Exception as error:  # the client raises its own kinds and those of its transports
+        reason, fix = _reason(error), "start the server, or"
+        if uri.startswith("sqlite:"):
+            fix = "mend the file, or"
+        if "database is locked" in reason:
+            fix = "another process holds the file: close that process, or start an MLflow server and"
+        other = "set --run.tracking_uri or MLFLOW_TRACKING_URI"
+        raise ValueError(f"{what}: {reason}; {fix} {other}") from None
+
+
+def serving_error(status: int, message: str) -> Exception:
+    """Return the error that MLflow's model server answers with this status and text; of others it sends a traceback."""
+    from mlflow.exceptions import MlflowException, get_error_code
+
+    return MlflowException(message, error_code=get_error_code(status))
 
 
 def _metrics(values: Mapping[str, float], step: int) -> list[mlflow.entities.Metric]:
@@ -99,15 +131,8 @@ def check_reachable(uri: str) -> None:
     """A ValueError with the reason where the tracking server does not answer."""
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _impatient():
-            _client(uri).search_experiments(max_results=1)
-    except Exception as error:  # the client raises its own kinds and those of its transports
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"the MLflow server {uri!r} cannot be used: {reason}; "
-            "start it, or set --run.tracking_uri or MLFLOW_TRACKING_URI"
-        ) from None
+    with _one_line(f"the MLflow server {uri!r} cannot be used", uri), _impatient():
+        _client(uri).search_experiments(max_results=1)
 
 
 def _experiment_id(client: mlflow.MlflowClient, name: str, uri: str) -> str:
@@ -123,8 +148,10 @@ def _experiment_id(client: mlflow.MlflowClient, name: str, uri: str) -> str:
     location = (home() / "mlartifacts" / name).as_uri() if uri.startswith("sqlite:") else None
     try:
         return str(client.create_experiment(name, artifact_location=location, tags=runs_view.tags()))
-    except MlflowException:  # another job was faster
-        return str(client.get_experiment_by_name(name).experiment_id)
+    except MlflowException:
+        if (found := client.get_experiment_by_name(name)) is None:
+            raise
+        return str(found.experiment_id)  # another job was faster
 
 
 def create_run(
@@ -132,18 +159,15 @@ def create_run(
 ) -> str:
     """Make the run with its parameters, tags, data, description and config; returns its id.
 
-    `datasets` maps the role of each file ("train", "val") to its path and checksum.
+    `datasets` maps the role of each file ("train", "val") to its path and checksum. Raises a ValueError with the
+    reason where the server does not take all of it.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
 
     uri = tracking_uri(config)
-    client = _client(uri)
-    run = client.create_run(_experiment_id(client, config.run.experiment, uri), run_name=name)
-    run_id = str(run.info.run_id)
     parameters = [Param(key, str(value)) for key, value in flatten(config).items()]
     labels = {"mlflow.note.content": _description(config, command, tags), "command": command, **tags}
     labels |= {f"data.{role}.sha256": digest for role, (_, digest) in datasets.items()}
-    client.log_batch(run_id, params=parameters, tags=[RunTag(key, value) for key, value in labels.items()])
     inputs = [
         DatasetInput(
             Dataset(Path(path).stem, digest[:12], "local", path),
@@ -151,8 +175,15 @@ def create_run(
         )
         for role, (path, digest) in datasets.items()
     ]
-    client.log_inputs(run_id, datasets=inputs)
-    client.log_text(run_id, dump(config), "config.txt")
+    with _one_line(f"the MLflow server {uri!r} does not take the run {name!r}", uri):
+        client = _client(uri)
+        run = client.create_run(_experiment_id(client, config.run.experiment, uri), run_name=name)
+        run_id = str(run.info.run_id)
+        client.log_batch(
+            run_id, params=parameters, tags=[RunTag(key, value) for key, value in labels.items()]
+        )
+        client.log_inputs(run_id, datasets=inputs)
+        client.log_text(run_id, dump(config), "config.txt")
     return run_id
 
 
@@ -194,16 +225,14 @@ def git_commit(folder: Path) -> str | None:
 
 def reopen_run(uri: str, run_id: str) -> bool:
     """Set an earlier run to RUNNING again; False where the server does not know it. One that is away is a warning."""
-    from mlflow.exceptions import MlflowException
-
     try:
         with _impatient():
             _client(uri).update_run(run_id, status="RUNNING")
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            log.warning("MLflow run %s cannot be continued, a new one is made: %s", run_id, error)
+    except Exception as error:  # the client raises its own kinds and those of its transports
+        if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            log.warning("MLflow run %s cannot be continued, a new one is made: %s", run_id, _reason(error))
             return False
-        log.warning("MLflow is away, the run goes on without it for now: %s", str(error).splitlines()[0])
+        log.warning("MLflow is away, the run goes on without it for now: %s", _reason(error))
     return True
 
 
@@ -234,27 +263,19 @@ def log_model(uri: str, run_id: str, checkpoint: Path, metrics: Mapping[str, flo
 
 def log_files(uri: str, run_id: str, folder: Path, to: str) -> None:
     """Keep every file of `folder` under the run's artifact folder `to`; a ValueError says why that failed."""
-    try:
+    with _one_line(f"MLflow run {run_id} at {uri!r} does not take {to!r}", uri):
         _client(uri).log_artifacts(run_id, str(folder), to)
-    except Exception as error:  # the client raises its own kinds and those of its transports
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"MLflow run {run_id} at {uri!r} does not take {to!r}: {reason}") from None
 
 
 def download_model(uri: str, run_id: str, folder: Path) -> Path:
     """Fetch the run's artifact `model`, a checkpoint folder, into `folder`; a ValueError says why that failed."""
-    try:
+    what = f"MLflow run {run_id} at {uri!r} has no model that can be fetched (give the id of a finished run)"
+    with _one_line(what, uri):
         client = _client(uri)
         with _impatient():
             client.get_run(run_id)
         folder.mkdir(parents=True, exist_ok=True)
         return Path(client.download_artifacts(run_id, "model", str(folder)))
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"MLflow run {run_id} at {uri!r} has no model that can be fetched: {reason}; "
-            "give --run.tracking_uri or MLFLOW_TRACKING_URI, and the id of a finished run"
-        ) from None
 
 
 @contextlib.contextmanager
@@ -300,6 +321,8 @@ def log_pyfunc(
         example: a value of `image`.
         columns: of the answer: name -> MLflow's type, or `array` for a list of doubles.
         register: name under which the model becomes a new version.
+
+    Raises a ValueError with the reason where the server does not take it.
     """
     import mlflow
     import pandas as pd
@@ -309,9 +332,11 @@ def log_pyfunc(
     def column(name: str, kind: str) -> ColSpec:
         return ColSpec(Array("double") if kind == "array" else kind, name)
 
-    client = _client(uri)
     outputs = Schema([column(name, kind) for name, kind in columns.items()])
-    with _process_wide(uri, client.get_run(run_id).info.experiment_id):
+    with (
+        _one_line(f"MLflow run {run_id} at {uri!r} does not take the model", uri),
+        _process_wide(uri, _client(uri).get_run(run_id).info.experiment_id),
+    ):
         info = Model.log(
             artifact_path=None,
             name="classifier",
@@ -340,14 +365,15 @@ class RunFacts:
 
 
 def read_run(uri: str, run_id: str, metrics: Sequence[str]) -> RunFacts:
-    """The run and the history of those of `metrics` that it has; the client's error where it does not answer."""
-    client = _client(uri)
-    run = client.get_run(run_id)
+    """The run and the history of those of `metrics` that it has; a ValueError says why it cannot be read."""
     history = {}
-    for key in metrics:
-        if key in run.data.metrics:
-            points = [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
-            history[key] = sorted(points)
+    with _one_line(f"MLflow run {run_id} at {uri!r} cannot be read", uri):
+        client = _client(uri)
+        run = client.get_run(run_id)
+        for key in metrics:
+            if key in run.data.metrics:
+                points = [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+                history[key] = sorted(points)
     return RunFacts(
         name=str(run.info.run_name), status=str(run.info.status), tags=dict(run.data.tags), history=history
     )
@@ -358,7 +384,7 @@ def _never_raise(doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a tracking server can do, the training goes on
-        log.warning("MLflow: %s failed: %s", doing, str(error).splitlines()[0])
+        log.warning("MLflow: %s failed: %s", doing, _reason(error))
 
 
 class Tracker:
@@ -387,7 +413,7 @@ class Tracker:
             value,
         ) in _SHORT.items():  # the thread's own patience is longer, and ends when the server is back
             os.environ.setdefault(name, value)
-        self._client = _client(uri)
+        self._client = functools.partial(_client, uri)  # making one raises where the store is away
         self._run_id = run_id
         self._waiting: collections.deque[mlflow.entities.Metric] = collections.deque(
             Metric(key, value, timestamp, step) for key, value, timestamp, step in unsent
@@ -415,7 +441,7 @@ class Tracker:
     def files(self, folder: Path, to: str) -> None:
         """Keep every file of `folder` under the run's artifact folder `to`, at once; a failure is a warning."""
         with _never_raise(f"logging {to}"):
-            self._client.log_artifacts(self._run_id, str(folder), to)
+            self._client().log_artifacts(self._run_id, str(folder), to)
 
     def close(self, timeout_s: float = 60) -> int:
         """Wait until everything is stored, for `timeout_s` at most; returns how many values are not."""
@@ -436,10 +462,10 @@ class Tracker:
                 batch = list(itertools.islice(self._waiting, self.BATCH))
                 try:
                     if news := self._not_yet_stored(batch):
-                        self._client.log_batch(self._run_id, metrics=news, synchronous=True)
+                        self._client().log_batch(self._run_id, metrics=news, synchronous=True)
                     self._last_step |= {metric.key: metric.step for metric in news}
                 except Exception as error:  # whatever a server can do, the training goes on
-                    log.warning("MLflow does not take metrics, trying again: %s", str(error).splitlines()[0])
+                    log.warning("MLflow does not take metrics, trying again: %s", _reason(error))
                     self._last_step.clear()
                     self._give_up.wait(self.RETRY_S)
                     continue
@@ -450,7 +476,7 @@ class Tracker:
 
     def _not_yet_stored(self, batch: Sequence[mlflow.entities.Metric]) -> list[mlflow.entities.Metric]:
         for key in {metric.key for metric in batch} - self._last_step.keys():
-            history = self._client.get_metric_history(self._run_id, key)
+            history = self._client().get_metric_history(self._run_id, key)
             self._last_step[key] = max((point.step for point in history), default=-1)
         return [metric for metric in batch if metric.step > self._last_step[metric.key]]
 

@@ -479,6 +479,20 @@ def test_the_tables_hold_every_number(result: tuple[Plan, Engine]) -> None:
     assert (lines[5]["cell"], lines[5]["seed"], lines[5]["last val/acc1"]) == ("basic", "1", "82.0")
 
 
+def test_no_cell_of_the_tables_is_a_formula(tmp_path: Path) -> None:
+    plan = plan_of(space="joins", recipe="demo", overrides={"optim.epochs": 3})
+    trials = finished(plan, tmp_path, JOINS).trials
+    for trial in trials:
+        trial.label, trial.error = f"=1+{trial.number}", "@SUM(A1)\rx,=2\nmore"
+    found = cells(plan, trials)
+    labels = [f"'=1+{trial.number}" for trial in trials]
+    rows = list(csv.DictReader(io.StringIO(cells_csv(plan, found), newline=""), strict=True))
+    assert sorted(row["cell"] for row in rows) == sorted(labels)
+    assert any(float(row["difference"]) < 0 for row in rows if row["difference"]), "numbers stay"
+    rows = list(csv.DictReader(io.StringIO(trials_csv(plan, found), newline=""), strict=True))
+    assert [(row["cell"], row["error"]) for row in rows] == [(label, "'@SUM(A1)") for label in labels]
+
+
 def test_the_best_command_trains_the_best_config(result: tuple[Plan, Engine]) -> None:
     _, engine = result
     wild = plan_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import shlex
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from lape_ray.search.ledger import Trial
 from lape_ray.search.plan import Plan
 from lape_ray.search.space import as_text
 from lape_ray.search.statistics import Cell, unit_of
+from lape_ray.storage import write_rows
 
 HEADER = ("cell", "n", "mean", "sd", "against basic", "95 % interval", "epochs", "training", "state")
 
@@ -123,10 +123,8 @@ def first_line(trial: Trial) -> str:
 
 
 def _csv(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(lines)
+    buffer = io.StringIO(newline="")
+    write_rows(buffer, [header, *lines])
     return buffer.getvalue()
 
 

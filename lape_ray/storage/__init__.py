@@ -9,12 +9,14 @@
     records    small JSON files that are whole, and readers that name the file and the way out
     publish    folders that appear whole
     lease      the right to write into a folder, which one process has at a time
+    csv_rows   tables for spreadsheets, which run no cell as a formula
 
 Credentials, region and endpoint of S3 come from the usual environment variables and profiles (AWS_*).
 """
 
 from lape_ray.storage.address import absolute, home, is_remote, join
 from lape_ray.storage.copies import cache, local, stage
+from lape_ray.storage.csv_rows import write_rows
 from lape_ray.storage.files import (
     Stored,
     check_writable,
@@ -83,6 +85,7 @@ __all__ = [
     "upload",
     "upload_folder",
     "write_record",
+    "write_rows",
     "write_text",
     "written_folder",
     "written_path",
