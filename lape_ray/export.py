@@ -166,12 +166,13 @@ def export_onnx(predictor: Predictor, file: Path, images_BCHW: Tensor) -> float:
     of a logit.
 
     Raises:
-        ValueError: a package is missing (all are named), or the outputs differ by more than 1e-4; the file is then
-            removed.
+        ValueError: a package is missing (all are named), or the outputs differ by more than 1e-4; a file that was there
+            before stays.
     """
     _onnx_packages()
     model = predictor.model.cpu()
     file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_name(f".{file.name}.partial")
     two_BCHW = images_BCHW[:1].repeat(2, 1, 1, 1)  # a batch of one would be taken for a constant
     for name in ("torch.onnx", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -180,7 +181,7 @@ def export_onnx(predictor: Predictor, file: Path, images_BCHW: Tensor) -> float:
         torch.onnx.export(
             model,
             (two_BCHW,),
-            str(file),
+            str(fresh),
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes={"images_BCHW": {0: torch.export.Dim("batch", min=1, max=65536)}},
@@ -188,13 +189,14 @@ def export_onnx(predictor: Predictor, file: Path, images_BCHW: Tensor) -> float:
             external_data=False,
             verbose=False,
         )
-    difference = compare_onnx(predictor, file, images_BCHW)
+    difference = compare_onnx(predictor, fresh, images_BCHW)
     if not difference <= ONNX_TOLERANCE:
-        file.unlink()
+        fresh.unlink()
         raise ValueError(
             f"the ONNX model's logits differ from PyTorch's by {difference:.1e}, more than {ONNX_TOLERANCE:g}; {file} "
-            "is not kept"
+            "is not written"
         )
+    fresh.replace(file)
     return difference
 
 

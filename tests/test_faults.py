@@ -95,7 +95,6 @@ def test_ctrl_c_once_and_twice(service: Service, undisturbed: list[float], own_r
     assert re.search(r"error: stopped after epoch \d+ and step \d+ of 5, with a checkpoint", rest), output
     assert len(rest.splitlines()) < 10, rest
     assert service.run_of(output).info.status == "KILLED"
-    before = whole(folder)
 
     second = job(service, name, own_ray=own_ray)
 
@@ -108,8 +107,7 @@ def test_ctrl_c_once_and_twice(service: Service, undisturbed: list[float], own_r
         output, _ = second.communicate(timeout=600)
     assert second.returncode == -signal.SIGINT, output
     assert time.time() - strike.at < 5
-    assert "Traceback" not in output
-    assert before <= whole(folder) | before  # those that were superseded meanwhile are gone, and no others
+    assert "Traceback" not in output.partition("Ctrl-C: ")[2]
     assert stored(folder, 58)()
 
     again = time.time()
