@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -33,7 +33,7 @@ class LocalCluster:
     """Of the control service, for RAY_ADDRESS."""
     dashboard: str
     """Of the dashboard and the job server: http://host:port."""
-    environment: dict[str, str]
+    environment: dict[str, str] = field(repr=False)
     """What a process needs in its environment to connect: address and access token."""
     pid: int
     """Of the process that all others of the cluster descend from."""
@@ -49,6 +49,14 @@ def free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def own_token() -> dict[str, str]:
+    """Variables that give a Ray a token which nobody else knows; Ray keeps it in no file.
+
+    Whoever reaches a Ray without a token can run code as its owner, also over the loopback device.
+    """
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
 
 
 def executable(name: str) -> str:
@@ -70,8 +78,7 @@ def local_cluster(*, num_cpus: int, start_timeout_s: float = 90) -> Iterator[Loc
         f"--metrics-export-port={metrics}", f"--num-cpus={num_cpus}", f"--temp-dir={folder}",
         "--disable-usage-stats",
     ]  # fmt: skip
-    # Whoever reaches a Ray without a token can run code as its owner, also over the loopback device.
-    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
+    access = own_token()
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | access
     # A submitted `python ...` is looked up on this path: it must be the Python that runs this code.
     environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))

@@ -1,5 +1,8 @@
 """MLflow: the driver makes a run and closes it, rank 0 logs into it. Nothing here can stop the training.
 
+No address that it is given holds a password, which would be stored with the run: those stand in the environment of
+every process that logs (MLFLOW_TRACKING_USERNAME and _PASSWORD; of a database PGPASSWORD, or its own file).
+
 Importing mlflow takes seconds of CPU time, and every process of a run imports this module while only the driver
 and rank 0 talk to the server: so it is imported where a connection is made, in `_client`.
 """
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lape_ray import runs_view
 from lape_ray.config import TrainConfig, dump, flatten
 from lape_ray.recipes import RECIPES
+from lape_ray.redaction import first_line, redacted, refuse_secret
 from lape_ray.storage import home
 
 if TYPE_CHECKING:
@@ -50,9 +54,23 @@ def _metrics(values: Mapping[str, float], step: int) -> list[mlflow.entities.Met
     return [Metric(key, float(value), now, step) for key, value in values.items()]
 
 
+def _tags(values: Mapping[str, str]) -> list[mlflow.entities.RunTag]:
+    """Tags of a run. Commands and errors are among them, in which an address may stand that was in no config."""
+    from mlflow.entities import RunTag
+
+    return [RunTag(key, redacted(value)) for key, value in values.items()]
+
+
 def tracking_uri(config: TrainConfig) -> str:
-    """The configured server, $MLFLOW_TRACKING_URI, or a sqlite file in this package's home."""
-    uri = config.run.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    """The configured server, $MLFLOW_TRACKING_URI, or a sqlite file in this package's home.
+
+    Raises:
+        ValueError: the variable's address holds a password; says which variables to use instead.
+    """
+    if config.run.tracking_uri:
+        return config.run.tracking_uri
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    refuse_secret("MLFLOW_TRACKING_URI", uri)
     return uri or f"sqlite:///{home() / 'mlflow.db'}"
 
 
@@ -103,9 +121,8 @@ def check_reachable(uri: str) -> None:
         with _impatient():
             _client(uri).search_experiments(max_results=1)
     except Exception as error:  # the client raises its own kinds and those of its transports
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"the MLflow server {uri!r} cannot be used: {reason}; "
+            f"the MLflow server {uri!r} cannot be used: {first_line(error)}; "
             "start it, or set --run.tracking_uri or MLFLOW_TRACKING_URI"
         ) from None
 
@@ -134,7 +151,7 @@ def create_run(
 
     `datasets` maps the role of each file ("train", "val") to its path and checksum.
     """
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     uri = tracking_uri(config)
     client = _client(uri)
@@ -143,7 +160,7 @@ def create_run(
     parameters = [Param(key, str(value)) for key, value in flatten(config).items()]
     labels = {"mlflow.note.content": _description(config, command, tags), "command": command, **tags}
     labels |= {f"data.{role}.sha256": digest for role, (_, digest) in datasets.items()}
-    client.log_batch(run_id, params=parameters, tags=[RunTag(key, value) for key, value in labels.items()])
+    client.log_batch(run_id, params=parameters, tags=_tags(labels))
     inputs = [
         DatasetInput(
             Dataset(Path(path).stem, digest[:12], "local", path),
@@ -201,9 +218,9 @@ def reopen_run(uri: str, run_id: str) -> bool:
             _client(uri).update_run(run_id, status="RUNNING")
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            log.warning("MLflow run %s cannot be continued, a new one is made: %s", run_id, error)
+            log.warning("MLflow run %s cannot be continued, a new one is made: %s", run_id, first_line(error))
             return False
-        log.warning("MLflow is away, the run goes on without it for now: %s", str(error).splitlines()[0])
+        log.warning("MLflow is away, the run goes on without it for now: %s", first_line(error))
     return True
 
 
@@ -237,8 +254,9 @@ def log_files(uri: str, run_id: str, folder: Path, to: str) -> None:
     try:
         _client(uri).log_artifacts(run_id, str(folder), to)
     except Exception as error:  # the client raises its own kinds and those of its transports
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"MLflow run {run_id} at {uri!r} does not take {to!r}: {reason}") from None
+        raise ValueError(
+            f"MLflow run {run_id} at {uri!r} does not take {to!r}: {first_line(error)}"
+        ) from None
 
 
 def download_model(uri: str, run_id: str, folder: Path) -> Path:
@@ -250,9 +268,8 @@ def download_model(uri: str, run_id: str, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         return Path(client.download_artifacts(run_id, "model", str(folder)))
     except Exception as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"MLflow run {run_id} at {uri!r} has no model that can be fetched: {reason}; "
+            f"MLflow run {run_id} at {uri!r} has no model that can be fetched: {first_line(error)}; "
             "give --run.tracking_uri or MLFLOW_TRACKING_URI, and the id of a finished run"
         ) from None
 
@@ -358,7 +375,7 @@ def _never_raise(doing: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a tracking server can do, the training goes on
-        log.warning("MLflow: %s failed: %s", doing, str(error).splitlines()[0])
+        log.warning("MLflow: %s failed: %s", doing, first_line(error))
 
 
 class Tracker:
@@ -439,7 +456,7 @@ class Tracker:
                         self._client.log_batch(self._run_id, metrics=news, synchronous=True)
                     self._last_step |= {metric.key: metric.step for metric in news}
                 except Exception as error:  # whatever a server can do, the training goes on
-                    log.warning("MLflow does not take metrics, trying again: %s", str(error).splitlines()[0])
+                    log.warning("MLflow does not take metrics, trying again: %s", first_line(error))
                     self._last_step.clear()
                     self._give_up.wait(self.RETRY_S)
                     continue
@@ -457,10 +474,8 @@ class Tracker:
 
 def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags of a run; a tracking server that is away is a warning."""
-    from mlflow.entities import RunTag
-
     with _never_raise("setting tags"):
-        _client(uri).log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        _client(uri).log_batch(run_id, tags=_tags(tags))
 
 
 def log_values(uri: str, run_id: str, values: Mapping[str, float], *, step: int = 0) -> None:
