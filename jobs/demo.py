@@ -1,7 +1,8 @@
 """The whole service on this machine: digits -> .beton -> a private Ray -> a submitted job -> MLflow.
 
 `make demo` trains one network, `make demo-tune` (--tune) compares position embeddings and joins. Everything it keeps
-lies in --home; the Ray it starts is gone when it ends.
+lies in --home; the Ray it starts is gone when it ends. That Ray and the job have this process's environment, secrets
+included; none of them is sent.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from lape_ray.cli import run_job
 from lape_ray.local_cluster import executable, local_cluster
+from lape_ray.redaction import refuse_secret, shared_variables
 
 PROJECT = Path(__file__).resolve().parent.parent
 # Half as wide as the demo's network and half as long, one worker a trial: 28 trials in minutes.
@@ -37,6 +39,8 @@ def main() -> int:
     options, overrides = parser.parse_known_args()
     from lape_ray.tracking import git_commit  # after parsing, so that --help is instant
 
+    for word in overrides:  # they become the command line of the job
+        refuse_secret("option", word)
     started, home = time.monotonic(), options.home.absolute()
     data = {split: home / "data" / f"digits_{split}.beton" for split in ("train", "val")}
     for split, path in data.items():
@@ -55,12 +59,9 @@ def main() -> int:
     if options.tune:
         job = ["python", "jobs/tune_position.py", "positions", "demo", *SEARCH]
     job += [f"--data.{split}={path}" for split, path in data.items()] + overrides
-    environment = {"env_vars": {"LAPE_RAY_HOME": str(home), "PYTHONUNBUFFERED": "1"}}
+    variables = shared_variables() | {"LAPE_RAY_HOME": str(home), "PYTHONUNBUFFERED": "1"}
     if commit := git_commit(PROJECT):  # a submitted job has the files, but not the repository
-        environment["env_vars"]["LAPE_RAY_GIT_COMMIT"] = commit
-    environment["env_vars"] |= {
-        key: value for key, value in os.environ.items() if key.startswith(("MLFLOW_", "AWS_"))
-    }
+        variables["LAPE_RAY_GIT_COMMIT"] = commit
     print("starting a Ray of its own ...", flush=True)
     with local_cluster(num_cpus=options.workers) as ray:
         submit = [
@@ -70,7 +71,7 @@ def main() -> int:
             f"--address={ray.dashboard}",
             f"--working-dir={PROJECT}",
         ]
-        submit += [f"--runtime-env-json={json.dumps(environment)}", "--", *job]
+        submit += [f"--runtime-env-json={json.dumps({'env_vars': variables})}", "--", *job]
         code = subprocess.run(submit, env={**os.environ, **ray.environment}).returncode
     print(
         f"demo {'finished' if code == 0 else 'failed'} after {time.monotonic() - started:.0f} s", flush=True

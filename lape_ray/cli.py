@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import difflib
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lape_ray.config import SECTIONS, TrainConfig, dump, parse_value, replace_fields, type_name
 from lape_ray.recipes import RECIPES, recipe
+from lape_ray.redaction import redacted
 
 
 def _value_type(kind: Any) -> Callable[[str], Any]:
@@ -64,7 +66,7 @@ class ConfigParser(argparse.ArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             message = f"{name} is no option" + (f"; did you mean {' or '.join(near)}?" if near else "")
-        self.exit(2, f"error: {message} (--help lists everything)\n")
+        self.exit(2, f"error: {redacted(message)} (--help lists everything)\n")
 
 
 def parse(argv: Sequence[str] | None, *, description: str) -> TrainConfig:
@@ -84,7 +86,7 @@ def parse(argv: Sequence[str] | None, *, description: str) -> TrainConfig:
     try:
         config = replace_fields(recipe(name), values)
     except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {redacted(str(error))}\n")
     if only_dump:
         print(dump(config), end="")
         parser.exit(0)
@@ -94,7 +96,8 @@ def parse(argv: Sequence[str] | None, *, description: str) -> TrainConfig:
 def run_job(job: Callable[[], int | None]) -> NoReturn:
     """Run a job's main function; what a user can cause becomes one line and an exit code, not a traceback.
 
-    The code is 2, or the `exit_code` of an error that has one; 130 after Ctrl-C.
+    The code is 2, or the `exit_code` of an error that has one; 1 after a traceback, 130 after Ctrl-C. No line shows a
+    password that stands in an address.
     """
     try:
         sys.exit(job() or 0)
@@ -103,6 +106,7 @@ def run_job(job: Callable[[], int | None]) -> NoReturn:
         sys.exit(130)
     except Exception as error:
         if not isinstance(error, (ValueError, OSError)) and not hasattr(error, "exit_code"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
+            print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+            sys.exit(1)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 2))

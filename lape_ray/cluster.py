@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lape_ray.data.parallel import Mapper
+from lape_ray.local_cluster import own_token
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,17 +35,54 @@ _ENVIRONMENT = {
 def connected(*, show_logs: bool = True) -> Iterator[None]:
     """A connection to the cluster: the one that is there already, the one at RAY_ADDRESS, or a local one.
 
+    A local one has a token of its own, where no RAY_AUTH_MODE or RAY_AUTH_TOKEN says otherwise.
     Without `show_logs`, what other processes print stays in their logs: a table on a terminal needs the room.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if ray.is_initialized():
         yield
         return
-    ray.init(log_to_driver=show_logs, configure_logging=True)
+    with contextlib.nullcontext() if _has_authentication() else _token_of_its_own():
+        ray.init(log_to_driver=show_logs, configure_logging=True)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _has_authentication() -> bool:
+    """Whether `ray.init` would connect to a cluster that exists, or start one whose access the user has settled."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if "://" in os.environ.get("RAY_ADDRESS", "") or canonicalize_bootstrap_address(None) is not None:
+        return True
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is None:
+        return not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}.isdisjoint(os.environ)
+    return mode.lower() != "token" or ray._raylet.AuthenticationTokenLoader.instance().has_token(True)
+
+
+@contextlib.contextmanager
+def _token_of_its_own() -> Iterator[None]:
+    """Give the Ray that is started in the context a token, which this process and those it starts alone know.
+
+    Ray itself would write one to ~/.ray/auth_token, where every user of the machine may read it.
+    """
+    variables = {name: value for name, value in own_token().items() if name not in os.environ}
+    os.environ.update(variables)
+    _read_authentication()
     try:
         yield
     finally:
-        ray.shutdown()
+        for name in variables:
+            del os.environ[name]
+        _read_authentication()
+
+
+def _read_authentication() -> None:
+    """Make Ray read its variables of authentication, as it does once by itself when it is imported."""
+    ray._raylet.Config.initialize("")
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def only_actor(cls: type, name: str, *arguments: Any, **options: Any) -> Any:

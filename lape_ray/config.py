@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from lape_ray.redaction import redacted, refuse_secret
+
 Position = Literal["none", "learnable", "sincos1d", "sincos2d"]
 Join = Literal["basic", "share", "unshare", "lape", "lape_shared"]
 Bias = Literal["none", "relative2d", "alibi2d"]
@@ -83,6 +85,13 @@ def _check_choices(config: Any) -> None:
         if typing.get_origin(kind) is Literal:
             value, known = getattr(config, name), typing.get_args(kind)
             _require(value in known, f"{name}={value!r} is not known; choose one of {', '.join(known)}")
+
+
+def _check_addresses(config: Any) -> None:
+    """Refuse an address with a password: a config is stored with the run, shown, and sent to every worker."""
+    for field in dataclasses.fields(config):
+        if isinstance(value := getattr(config, field.name), str):
+            refuse_secret(field.name, value)
 
 
 def _check_range(config: Any, low: float, high: float, *names: str) -> None:
@@ -166,6 +175,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_addresses(self)
         _check_range(self, 1, 2**31, "batch_size", "eval_batch_size", "threads")
         _check_choices(self)
         _check_range(self, 1, 16, "repeats")
@@ -213,6 +223,7 @@ class OptimConfig:
     accumulate: int = option(1, "micro-batches of an optimizer step, for each worker")
 
     def __post_init__(self) -> None:
+        _check_addresses(self)
         _check_choices(self)
         _check_range(self, 0, 1e3, "lr", "min_lr", "warmup_lr", "weight_decay")
         _check_range(self, 1, 10**6, "epochs", "accumulate")
@@ -294,6 +305,7 @@ class RunConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_addresses(self)
         _check_choices(self)
         _check_range(self, 0, 2**31, "seed", "max_failures", "wait_s", "outage_s")
         low, high = self.workers
@@ -326,6 +338,7 @@ class TrainConfig:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        _check_addresses(self)
         shares = self.micro_batches
         _require(
             self.data.batch_size % shares == 0,
@@ -396,6 +409,10 @@ def from_dict(cls: type[C], values: dict[str, Any]) -> C:
             value = from_dict(typing.cast(type, kind), value)
         elif isinstance(value, list):
             value = Span(*value) if Span in typing.get_args(kind) else tuple(value)
+        elif isinstance(
+            value, str
+        ):  # of a run that was recorded before addresses with passwords were refused
+            value = redacted(value)
         arguments[name] = value
     return cls(**arguments)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,12 +18,12 @@ from lape_ray import storage
 from lape_ray.checkpoint_list import read_list
 from lape_ray.cluster import only_actor
 from lape_ray.config import TrainConfig, to_dict
+from lape_ray.redaction import shared_variables
 from lape_ray.storage import Lease, LeaseLostError
 from lape_ray.supervision import FailureCount, Supervisor, until_stopped
 from lape_ray.train import DivergedError, StoppedError
 from lape_ray.worker import StorageError, run_worker
 
-SECRET = re.compile("SECRET|PASSWORD|TOKEN|ACCESS_KEY|CREDENTIAL")  # in the name of a variable
 PAUSE_S = 5.0  # before the controller is started again: what ended it may last
 CONTROLLER_FAILED = (ray.train.ControllerError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 """Ray ends it where a node is out of memory, and it ends itself where storage is away as it writes."""
@@ -169,11 +168,7 @@ def variables() -> dict[str, str]:
     Secrets are not among them: Ray writes environments into its logs and shows them in its dashboard. Each node has
     them in its own environment, or the job in its runtime environment.
     """
-    return {
-        key: value
-        for key, value in os.environ.items()
-        if key.startswith(("AWS_", "MLFLOW_", "LAPE_RAY_")) and not SECRET.search(key)
-    }
+    return shared_variables()
 
 
 def worker_variables() -> dict[str, str]:

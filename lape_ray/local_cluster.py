@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -33,8 +33,8 @@ class LocalCluster:
     """Of the control service, for RAY_ADDRESS."""
     dashboard: str
     """Of the dashboard and the job server: http://host:port."""
-    environment: dict[str, str]
-    """What a process needs in its environment to connect: address and access token."""
+    environment: dict[str, str] = field(repr=False)
+    """What a process needs in its environment to connect: address, access token, and no proxy in between."""
     pid: int
     """Of the process that all others of the cluster descend from."""
 
@@ -49,6 +49,20 @@ def free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def own_token() -> dict[str, str]:
+    """Variables that give a Ray a token which nobody else knows; Ray keeps it in no file.
+
+    Whoever reaches a Ray without a token can run code as its owner, also over the loopback device.
+    """
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
+
+
+def _past_proxies() -> dict[str, str]:
+    """Variables by which requests to this machine go to no proxy, which would see the token."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{known},127.0.0.1" if known else "127.0.0.1")
 
 
 def executable(name: str) -> str:
@@ -70,8 +84,7 @@ def local_cluster(*, num_cpus: int, start_timeout_s: float = 90) -> Iterator[Loc
         f"--metrics-export-port={metrics}", f"--num-cpus={num_cpus}", f"--temp-dir={folder}",
         "--disable-usage-stats",
     ]  # fmt: skip
-    # Whoever reaches a Ray without a token can run code as its owner, also over the loopback device.
-    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
+    access = own_token() | _past_proxies()
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | access
     # A submitted `python ...` is looked up on this path: it must be the Python that runs this code.
     environment["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), environment.get("PATH", "")))
@@ -102,9 +115,10 @@ def _wait_until_ready(
         # The job server forwards to an agent on the node; a listing is answered only when both are up.
         token = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
         request = urllib.request.Request(f"{cluster.dashboard}/api/jobs/", headers=token)
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with (
             contextlib.suppress(urllib.error.URLError, OSError, ValueError),
-            urllib.request.urlopen(request, timeout=5) as answer,
+            direct.open(request, timeout=5) as answer,
         ):
             json.load(answer)
             return

@@ -1,5 +1,8 @@
 """MLflow: the driver makes a run and closes it, rank 0 logs into it. Nothing here can stop the training.
 
+No address that it is given holds a password, which would be stored with the run: those stand in the environment of
+every process that logs (MLFLOW_TRACKING_USERNAME and _PASSWORD; of a database PGPASSWORD, or its own file).
+
 Importing mlflow takes seconds of CPU time, and every process of a run imports this module while only the driver
 and rank 0 talk to the server: so it is imported where a connection is made, in `_client`.
 """
@@ -26,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lape_ray import runs_view
 from lape_ray.config import TrainConfig, dump, flatten
 from lape_ray.recipes import RECIPES
+from lape_ray.redaction import redacted, refuse_secret
 from lape_ray.storage import home
 
 if TYPE_CHECKING:
@@ -50,7 +54,7 @@ def _reason(error: Exception) -> str:
     """Return the first line of what the client or its transport says, else the kind of error."""
     remark = "(raised as a result of"  # SQLAlchemy on itself; what the database says stands below
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith(remark)]
-    return lines[0] if lines else type(error).__name__
+    return redacted(lines[0]) if lines else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -82,9 +86,23 @@ def _metrics(values: Mapping[str, float], step: int) -> list[mlflow.entities.Met
     return [Metric(key, float(value), now, step) for key, value in values.items()]
 
 
+def _tags(values: Mapping[str, str]) -> list[mlflow.entities.RunTag]:
+    """Tags of a run. Commands and errors are among them, in which an address may stand that was in no config."""
+    from mlflow.entities import RunTag
+
+    return [RunTag(key, redacted(value)) for key, value in values.items()]
+
+
 def tracking_uri(config: TrainConfig) -> str:
-    """The configured server, $MLFLOW_TRACKING_URI, or a sqlite file in this package's home."""
-    uri = config.run.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    """The configured server, $MLFLOW_TRACKING_URI, or a sqlite file in this package's home.
+
+    Raises:
+        ValueError: the variable's address holds a password; says which variables to use instead.
+    """
+    if config.run.tracking_uri:
+        return config.run.tracking_uri
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    refuse_secret("MLFLOW_TRACKING_URI", uri)
     return uri or f"sqlite:///{home() / 'mlflow.db'}"
 
 
@@ -162,7 +180,7 @@ def create_run(
     `datasets` maps the role of each file ("train", "val") to its path and checksum. Raises a ValueError with the
     reason where the server does not take all of it.
     """
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
     uri = tracking_uri(config)
     parameters = [Param(key, str(value)) for key, value in flatten(config).items()]
@@ -179,9 +197,7 @@ def create_run(
         client = _client(uri)
         run = client.create_run(_experiment_id(client, config.run.experiment, uri), run_name=name)
         run_id = str(run.info.run_id)
-        client.log_batch(
-            run_id, params=parameters, tags=[RunTag(key, value) for key, value in labels.items()]
-        )
+        client.log_batch(run_id, params=parameters, tags=_tags(labels))
         client.log_inputs(run_id, datasets=inputs)
         client.log_text(run_id, dump(config), "config.txt")
     return run_id
@@ -483,10 +499,8 @@ class Tracker:
 
 def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
     """Set tags of a run; a tracking server that is away is a warning."""
-    from mlflow.entities import RunTag
-
     with _never_raise("setting tags"):
-        _client(uri).log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        _client(uri).log_batch(run_id, tags=_tags(tags))
 
 
 def log_values(uri: str, run_id: str, values: Mapping[str, float], *, step: int = 0) -> None:

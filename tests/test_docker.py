@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from lape_ray.gauges import GAUGES
+from lape_ray.redaction import is_secret
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"
@@ -55,13 +56,56 @@ def test_the_environment_is_complete(tmp_path: Path) -> None:
     assert made.keys() <= used
     assert all(made.values()), "nothing is empty"
     secrets = [value for key, value in made.items() if key.endswith(("PASSWORD", "KEY", "TOKEN"))]
-    assert len(set(secrets)) == len(secrets) == 6
+    assert len(set(secrets)) == len(secrets) == 7
     assert min(map(len, secrets)) >= 24
     assert stat.S_IMODE(target.stat().st_mode) == 0o600
     again = subprocess.run(
         [str(DOCKER / "make-env"), str(target)], check=True, capture_output=True, text=True
     )
     assert again.stdout == ""
+
+
+def test_an_older_environment_is_completed(tmp_path: Path) -> None:
+    """With what a new version needs; what stands there stays."""
+    target = tmp_path / "old.env"
+    target.write_text("# mine\nMLFLOW_ADMIN_PASSWORD=password-of-before\nRAY_WORKERS=7")
+    subprocess.run([str(DOCKER / "make-env"), str(target)], check=True, capture_output=True)
+    lines = target.read_text().splitlines()
+    assert lines[:3] == ["# mine", "MLFLOW_ADMIN_PASSWORD=password-of-before", "RAY_WORKERS=7"]
+    names = [line.partition("=")[0] for line in lines[1:]]
+    example = re.findall(r"^(\w+)=", (DOCKER / ".env.example").read_text(), re.MULTILINE)
+    assert sorted(names) == sorted(example)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
+def test_no_image_holds_a_secret() -> None:
+    """Arguments and variables of a build stay in the image's history, and a copied file in a layer."""
+    files = [*DOCKER.glob("*Dockerfile"), *(ROOT / "tests/images").glob("*.Dockerfile")]
+    for file in files:
+        text = file.read_text().replace("\\\n", " ")
+        for instruction, words in re.findall(r"^(ARG|ENV|LABEL|COPY|ADD)\s+(.+)$", text, re.MULTILINE):
+            named = dict(re.findall(r"(\S+?)=(\S*)", words)) or {words: ""}
+            assert not [name for name, value in named.items() if is_secret(name, value)], f"{file}: {words}"
+            assert instruction not in ("COPY", "ADD") or not re.search(r"\.env|secret|^\. |\*", words), words
+    sent = (ROOT / ".dockerignore").read_text().splitlines()
+    assert sent[0] == "*", "nothing is sent to a build but what is named"
+    assert not [line for line in sent if ".env" in line]
+
+
+def test_secrets_reach_containers_from_the_environment_file_alone() -> None:
+    """Each is a reference; none is on a command line, or an argument of a build."""
+    used: dict[str, set[str]] = {}
+    for name, service in COMPOSE["services"].items():
+        for variable, value in service.get("environment", {}).items():
+            if is_secret(variable, str(value)):  # whole, or the password of an address
+                found = re.fullmatch(r"(?:\S+://\w+:)?\$\{(\w+):\?\}(?:@\S+)?", str(value))
+                assert found, f"{name}: {variable}"
+                used.setdefault(name, set()).add(found[1])
+        rest = json.dumps({key: value for key, value in service.items() if key != "environment"})
+        assert not re.findall(r"\$\{\w*(?:PASSWORD|KEY|TOKEN)", rest), name
+    jobs = {"MLFLOW_TRAINER_PASSWORD", "RAY_AUTH_TOKEN", "S3_ACCESS_KEY", "S3_SECRET_KEY"}
+    assert used["ray-head"] == used["ray-worker"] == jobs, "jobs are no administrators"
+    assert used["mlflow"] >= {"MLFLOW_ADMIN_PASSWORD", "MLFLOW_TRAINER_PASSWORD"}
 
 
 def test_no_secret_has_a_default() -> None:

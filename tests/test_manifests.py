@@ -19,6 +19,7 @@ from manifests import K8S, ROOT, Resource, operator_errors, pod_errors, pods, re
 
 from lape_ray.config import TrainConfig
 from lape_ray.recipes import recipe
+from lape_ray.redaction import is_secret
 
 FOLDERS = ("base", "overlays/local", "overlays/gpu", "jobs", "overlays/local/jobs", "overlays/gpu/jobs")
 JOB_FOLDERS = FOLDERS[3:]
@@ -212,6 +213,59 @@ def test_every_secret_is_explained(resources: list[Resource]) -> None:
     )
     script = (K8S / "make-secrets").read_text()
     assert all(f"secret generic {name} " in script for name in named), named
+
+
+KUBECTL = """#!/bin/sh
+# Knows no secret, and keeps what it is asked to make.
+case "$*" in
+  *"get secret $HAS") exit 0 ;;
+  *"get secret"*) exit 1 ;;
+  "create secret generic"*) echo "# $4"; exec cat ;;
+  *"create -f -") exec cat >> "$MADE" ;;
+esac
+"""
+
+
+def made_secrets(folder: Path, *options: str, **variables: str) -> dict[str, dict[str, str]]:
+    """What k8s/make-secrets makes: the values of each secret by its name."""
+    (folder / "kubectl").write_text(KUBECTL)
+    (folder / "kubectl").chmod(0o755)
+    made = folder / "made"
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "MADE": str(made), "HAS": "nothing", **variables}
+    subprocess.run([str(K8S / "make-secrets"), *options], check=True, env=environment, capture_output=True)
+    found: dict[str, dict[str, str]] = {}
+    for line in made.read_text().splitlines():
+        if line.startswith("# "):
+            found[line[2:]] = {}
+        else:
+            name, _, value = line.partition("=")
+            found[list(found)[-1]][name] = value
+    return found
+
+
+def test_jobs_log_in_as_a_user_of_their_own(tmp_path: Path) -> None:
+    made = made_secrets(tmp_path, "--own-s3")
+    assert set(made) == {"lape-ray-mlflow", "lape-ray-mlflow-client", "lape-ray-postgres", "lape-ray-s3"}
+    server, client = made["lape-ray-mlflow"], made["lape-ray-mlflow-client"]
+    assert client["MLFLOW_TRACKING_USERNAME"] == "trainer" != server["MLFLOW_AUTH_ADMIN_USERNAME"]
+    passwords = [value for values in made.values() for name, value in values.items() if is_secret(name, "")]
+    assert len(set(passwords)) == len(passwords) == 6
+    assert min(map(len, passwords)) >= 24
+
+
+def test_a_missing_secret_alone_is_made(tmp_path: Path) -> None:
+    made = made_secrets(tmp_path, "--no-s3-keys", HAS="lape-ray-mlflow")
+    assert set(made) == {"lape-ray-mlflow-client"}
+
+
+def test_only_the_server_knows_its_administrator(resources: list[Resource]) -> None:
+    for name, pod in pods(resources):
+        text = manifests.text_of([pod])
+        named = set(re.findall(r'"(?:secretRef|secretKeyRef)": \{[^}]*"name": "([\w-]+)"', text))
+        if name.startswith("Ray") and not name.endswith("submitter"):
+            assert named == {"lape-ray-mlflow-client", "lape-ray-s3"}, name
+        elif name.startswith("Job/mlflow-migrate"):
+            assert named == {"lape-ray-mlflow", "lape-ray-mlflow-client"}, name
 
 
 # --- network --------------------------------------------------------------------------------------------------

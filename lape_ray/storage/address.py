@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lape_ray.redaction import refuse_secret
+
 
 def home() -> Path:
     """The folder of everything this package keeps by default: $LAPE_RAY_HOME, else ~/lape_ray.
@@ -39,6 +41,7 @@ def bucket_and_key(address: str) -> tuple[str, str]:
     """
     scheme, _, rest = address.partition("://")
     bucket, _, key = rest.partition("/")
+    refuse_secret("address", address)
     if scheme != "s3":
         raise ValueError(f"{address!r}: addresses of kind {scheme}:// are not known; give a folder or s3://")
     if not bucket:

@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lape_ray.redaction import first_line, refuse_secret
+
 if TYPE_CHECKING:
     from botocore import exceptions
 
@@ -55,6 +57,7 @@ def _client(_process: int, _environment: tuple[tuple[str, str], ...]) -> Any:
     from botocore.config import Config
 
     other = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    refuse_secret("AWS_ENDPOINT_URL", other)
     config = Config(
         # One policy of retries, below: botocore's own would multiply with it and does not cover answers' bodies.
         retries={"total_max_attempts": 1, "mode": "standard"},
@@ -152,7 +155,7 @@ def _code(error: exceptions.ClientError) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)
 
 
 def explained(error: Exception, address: str, doing: str) -> OSError:

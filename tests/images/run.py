@@ -132,11 +132,15 @@ def strangers_are_refused(stack: Stack) -> str:
         "jobs, POST": stack.status(jobs, method="POST"),
         "mlflow": stack.status(mlflow),
         "mlflow, wrong password": stack.status(mlflow, stack.basic("admin", "wrong-password")),
+        "mlflow, a job makes a user": stack.status(
+            f"{stack.mlflow}/api/2.0/mlflow/users/create", stack.trainer, "POST"
+        ),
         "mlflow, other host": stack.status(mlflow, {**stack.admin, "Host": "evil.example"}),
     }
     assert all(code in (401, 403) for code in found.values()), found
     assert stack.status(jobs, stack.token) == 200
     assert stack.status(mlflow, stack.admin) == 200
+    assert stack.status(mlflow, stack.trainer) == 200
     return ", ".join(f"{what} {code}" for what, code in found.items())
 
 

@@ -57,6 +57,7 @@ class Stack:
         self.token = {"Authorization": f"Bearer {values['RAY_AUTH_TOKEN']}"}
         self.user, self.password = values["MLFLOW_ADMIN_USERNAME"], values["MLFLOW_ADMIN_PASSWORD"]
         self.admin = self.basic(self.user, self.password)
+        self.trainer = self.basic(values["MLFLOW_TRAINER_USERNAME"], values["MLFLOW_TRAINER_PASSWORD"])
         self.compose = [str(Path(sys.executable).with_name("podman-compose")), "-p", PROJECT]
         self.compose += ["--env-file", str(self.environment), "-f", str(ROOT / "docker/compose.yaml")]
 
