@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from lape_ray.typed import typed
+
 Position = Literal["none", "learnable", "sincos1d", "sincos2d"]
 Join = Literal["basic", "share", "unshare", "lape", "lape_shared"]
 Bias = Literal["none", "relative2d", "alibi2d"]
@@ -290,7 +292,8 @@ class RunConfig:
                      "keep_checkpoints", "timeout_s", "start_timeout_s", "stop_after_epochs", "checkpoint_steps",
                      "position_report_epochs")  # fmt: skip
         _check_range(self, 0, 10**6, "checkpoint_minutes")
-        bad = sorted(set(self.name or "") & set("/\\: \t\n"))
+        _require(self.name not in (".", ".."), f"name={self.name!r} is no folder's name; choose another")
+        bad = sorted(set(self.name or "") & set("/\\: \t\n\0"))
         _require(not bad, f"name={self.name!r} holds {bad}; use letters, digits, '-', '_' and '.'")
 
     @property
@@ -372,20 +375,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-    """The inverse of `to_dict`; an unknown field is a ValueError that names the known ones."""
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    _require(not unknown, f"{cls.__name__} has no field {unknown}; it has {', '.join(hints)}")
-    arguments = {}
-    for name, value in values.items():
-        kind = hints[name]
-        if dataclasses.is_dataclass(kind):
-            value = from_dict(typing.cast(type, kind), value)
-        elif isinstance(value, list):
-            value = Span(*value) if Span in typing.get_args(kind) else tuple(value)
-        arguments[name] = value
-    return cls(**arguments)
+def from_dict(cls: type[C], values: Any, place: str = "") -> C:
+    """The inverse of `to_dict`; fields that are absent have their defaults.
+
+    Raises:
+        ValueError: a field is unknown, of another type or out of its range; names it, below `place`.
+    """
+    made: C = typed(cls, values, place, defaults=True)
+    return made
 
 
 def dump(config: TrainConfig) -> str:

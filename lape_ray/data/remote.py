@@ -22,7 +22,8 @@ def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifes
             f"{address} is no .beton; data on S3 is written and read as one: "
             f"jobs/write_beton.py SOURCE {place}/NAME.beton"
         )
-    found = {one.name: one for one in storage.listing(f"{place}/{Path(name).stem}")}
+    listed = storage.listing(f"{place}/{Path(name).stem}")
+    found = {one.name: one for one in listed if one.address == f"{place}/{one.name}"}  # none of a folder below
     files = []
     for file in set_names(name, found.keys(), place):
         described = manifest_path(file).name

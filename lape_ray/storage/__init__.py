@@ -11,7 +11,7 @@
 Credentials, region and endpoint of S3 come from the usual environment variables and profiles (AWS_*).
 """
 
-from lape_ray.storage.address import absolute, home, is_remote, join
+from lape_ray.storage.address import absolute, home, is_remote, join, safe_relative
 from lape_ray.storage.copies import cache, local, stage
 from lape_ray.storage.files import (
     check_writable,
@@ -43,6 +43,7 @@ __all__ = [
     "patiently",
     "publish",
     "read_text",
+    "safe_relative",
     "stage",
     "staging",
     "upload",
