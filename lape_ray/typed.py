@@ -39,7 +39,7 @@ def from_json(kind: Any, text: str | bytes, file: str | Path, fix: str) -> Any:
 def typed(kind: Any, value: Any, place: str = "", *, defaults: bool = False) -> Any:
     """Return `value`, which JSON gave, as the annotated type `kind`: lists become tuples, objects dataclasses.
 
-    Numbers stay as they are: 3 is a float, too, and so is NaN. Texts are those that UTF-8 can hold.
+    Numbers stay as they are: 3 is a float, too, and so is NaN.
 
     Args:
         place: what to call the value in an error, such as `config.model`; empty: it is the whole.
@@ -59,7 +59,7 @@ def typed(kind: Any, value: Any, place: str = "", *, defaults: bool = False) -> 
     if origin is Literal:
         _require(value in args, value, place, f"one of {', '.join(args)}")
         return value
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, place, defaults)
     if origin is tuple or hasattr(kind, "_fields"):
         return _tuple(kind, value, place, defaults)
@@ -84,11 +84,6 @@ def _plain(kind: type, value: Any, place: str) -> Any:
     _require(right and (kind is bool or not isinstance(value, bool)), value, place, WORDS[kind])
     if isinstance(value, int) and abs(value) > LARGEST:
         raise ValueError(f"{place or 'it'} is a number of more than 64 bits")
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{place or 'it'} is {reprlib.repr(value)}, which UTF-8 cannot hold") from None
     return value
 
 

@@ -290,9 +290,27 @@ def test_check_finds_missing_and_truncated_files(copy: Path, tmp_path: Path) -> 
 
 def test_check_finds_bad_manifests(copy: Path) -> None:
     values = json.loads(manifest_path(copy).read_text())
-    for text in ("{", "[]", json.dumps({**values, "version": 99}), json.dumps({"version": 1})):
+    nameless = {name: value for name, value in values.items() if name != "sha256"}
+    for text, message in {
+        "": "is empty",
+        "{": "is damaged: Expecting property name",
+        "[]": r"is damaged: it is \[\], not an object in braces",
+        json.dumps({**values, "version": 99}): "is not a manifest of version 2",
+        json.dumps({"version": 1}): "is not a manifest of version 2",
+        json.dumps(nameless): "is not a manifest: Manifest lacks sha256",
+        json.dumps(
+            {**values, "more": 1}
+        ): r"is not a manifest: Manifest has no field \['more'\]; it has version",
+        json.dumps({**values, "bytes": "9"}): "is not a manifest: bytes is '9', not a whole number",
+        json.dumps({**values, "width": [1, 2, 3]}): r"width is \[1, 2, 3\], not a list of 2",
+        json.dumps({**values, "classes": ["a", 3]}): r"classes\[1\] is 3, not a text",
+        json.dumps({**values, "odd": {"grey": -1}}): r"odd\['grey'\] is -1, not a whole number, not below 0",
+        json.dumps({**values, "class_counts": []}): "it has 10 classes, and counts the images of 0",
+    }.items():
         manifest_path(copy).write_text(text)
-        with pytest.raises(ValueError, match=r"x\.beton\.json is not a manifest"):
+        with pytest.raises(
+            ValueError, match=rf"x\.beton\.json .*{message}.*; copy it again, or write the \.beton again$"
+        ):
             check_beton(copy)
     manifest_path(copy).write_text(json.dumps({**values, "num_samples": 299}))
     with pytest.raises(ValueError, match="holds 300 samples but its manifest says 299"):

@@ -319,7 +319,15 @@ def test_a_key_that_is_no_name_of_a_file_is_refused_before_anything_is_fetched(
 
 
 def test_names_that_are_only_odd_are_copied(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = ["ckpt/..a", "ckpt/.hidden", "ckpt/a b/ü%2F…", "ckpt/x.part", f"ckpt/{240 * 'n'}", "ckpt/...", "ckpt/.locks"]
+    odd = [
+        "ckpt/..a",
+        "ckpt/.hidden",
+        "ckpt/a b/ü%2F…",
+        "ckpt/x.part",
+        f"ckpt/{240 * 'n'}",
+        "ckpt/...",
+        "ckpt/.locks",
+    ]
     with holding({key: key.encode() for key in odd}) as (url, _):
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         folder = storage.local("s3://b/ckpt")

@@ -23,7 +23,9 @@ def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifes
             f"jobs/write_beton.py SOURCE {place}/NAME.beton"
         )
     listed = storage.listing(f"{place}/{Path(name).stem}")
-    found = {one.name: one for one in listed if one.address == f"{place}/{one.name}"}  # none of a folder below
+    found = {
+        one.name: one for one in listed if one.address == f"{place}/{one.name}"
+    }  # none of a folder below
     files = []
     for file in set_names(name, found.keys(), place):
         described = manifest_path(file).name

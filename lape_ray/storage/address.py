@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 LONGEST_NAME = 240  # bytes of one part of a path: most file systems take 255, and .NAME.parts is longer
-OURS = re.compile(r"\.lock|\.complete(\..*)?|\..*\.parts?", re.DOTALL)  # what `copies` and `transfer` write beside copies
+OURS = re.compile(
+    r"\.lock|\.complete(\..*)?|\..*\.parts?", re.DOTALL
+)  # what `copies` and `transfer` write beside copies
 
 
 def home() -> Path:
@@ -73,6 +75,9 @@ def _unsafe(part: str) -> str:
         return f"has the part {part!r}"
     if any(character < " " or character in "\\\x7f" for character in part):
         return "has a backslash or control character"
-    if len(part.encode(errors="replace")) > LONGEST_NAME:
-        return f"has a part of more than {LONGEST_NAME} bytes"
+    try:
+        if len(os.fsencode(part)) > LONGEST_NAME:
+            return f"has a part of more than {LONGEST_NAME} bytes"
+    except UnicodeEncodeError:
+        return "has a character that no file's name can have"
     return f"has the part {part!r}, which is one of the cache's own files" if OURS.fullmatch(part) else ""

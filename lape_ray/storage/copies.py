@@ -108,7 +108,9 @@ def _names(objects: Sequence[Object], below: str) -> dict[str, str]:
     folders = {str(folder) for name in names.values() for folder in PurePosixPath(name).parents}
     for address, name in names.items():
         if name in folders:
-            raise ValueError(f"{address} is an object, and there are objects below it: no file can be both; {fix}")
+            raise ValueError(
+                f"{address} is an object, and there are objects below it: no file can be both; {fix}"
+            )
     return names
 
 
