@@ -280,9 +280,9 @@ def _read_tensors(file: Path) -> dict[str, Any]:
     for name, value in state.items():
         dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
         if not (dense and isinstance(name, str)):
-            kind = "without values" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise DamagedError(
-                f"{file}: its entry {reprlib.repr(name)} is {kind}, not a named tensor; {_RESTORE}"
+                f"{file}: its entry {reprlib.repr(name)} is a {type(value).__name__}, not a dense tensor with a "
+                f"name; {_RESTORE}"
             )
     return dict(loaded)
 

@@ -360,15 +360,13 @@ def note(event: str, arguments: tuple[Any, ...]) -> None:
     folder, found = OUTSIDE[-1]
     if event == "open" and not (arguments[2] or 0) & CHANGING:
         return
+    if event in ("os.remove", "os.rmdir") and arguments[1] != -1:  # of a tree, which shutil.rmtree names
+        return
     for path in arguments[: PATHS.get(event, 1)]:
         if isinstance(path, int) or path is None:
             continue
-        place = os.path.realpath(os.fsdecode(path))  # noqa: PTH
-        if (
-            not place.startswith((f"{folder}/", "/dev/"))
-            and "__pycache__" not in place
-            and place != str(folder)
-        ):
+        place = Path(os.fsdecode(path)).resolve()
+        if not place.is_relative_to(folder) and "__pycache__" not in place.parts:
             found.append(f"{event} {place}")
 
 

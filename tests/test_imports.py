@@ -12,6 +12,7 @@ PACKAGE = ROOT / "lape_ray"
 
 # A room may import rooms of a lower floor, and its own modules.
 FLOORS = [
+    {"typed"},
     {"config", "muon"},
     {
         "acceleration",

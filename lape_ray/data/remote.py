@@ -83,8 +83,8 @@ def written_beton(path: str) -> Iterator[str]:
     if not storage.is_remote(path):
         yield path
         return
+    name = storage.safe_relative(path.rpartition("/")[2], path, "write s3://BUCKET/.../NAME.beton")
     storage.check_writable(path.rpartition("/")[0])
-    name = path.rpartition("/")[2]
     folder = storage.cache() / "written" / hashlib.sha256(path.encode()).hexdigest()[:16]
     yield str(folder / name)
     files = set_files(folder / name)
