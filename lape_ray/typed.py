@@ -67,7 +67,7 @@ def typed(kind: Any, value: Any, place: str = "", *, defaults: bool = False) -> 
         _require(isinstance(value, dict), value, place, "an object in braces")
         return {
             typed(str, name, f"a name in {place or 'it'}"): typed(
-                args[1], item, f"{place}[{reprlib.repr(name)}]", defaults=defaults
+                args[1], item, f"{place or 'it'}[{reprlib.repr(name)}]", defaults=defaults
             )
             for name, item in value.items()
         }
@@ -106,7 +106,7 @@ def _tuple(kind: Any, value: Any, place: str, defaults: bool) -> Any:
         kinds = kinds[:1] * len(value)
     _require(len(value) == len(kinds), value, place, f"a list of {len(kinds)}")
     items = [
-        typed(one, item, f"{place}[{index}]", defaults=defaults)
+        typed(one, item, f"{place or 'it'}[{index}]", defaults=defaults)
         for index, (one, item) in enumerate(zip(kinds, value, strict=True))
     ]
     return kind(*items) if named else tuple(items)
