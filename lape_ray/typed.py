@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import reprlib
 import types
 import typing
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 K = TypeVar("K")
-Count = Annotated[int, "not below 0"]
+Count = Annotated[int, lambda value: value >= 0, "not below 0"]
+Sha256 = Annotated[str, re.compile("[0-9a-f]{64}").fullmatch, "of 64 hexadecimal digits"]
 LARGEST = 2**63 - 1  # what numpy, torch and the servers take
 WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
@@ -52,7 +54,8 @@ def typed(kind: Any, value: Any, place: str = "", *, defaults: bool = False) -> 
     if kind is Any:
         return value
     if origin is Annotated:
-        _require(typed(args[0], value, place) >= 0, value, place, f"{WORDS[args[0]]}, {args[1]}")
+        base, holds, words = args
+        _require(holds(typed(base, value, place)), value, place, f"{WORDS[base]} {words}")
         return value
     if origin in (typing.Union, types.UnionType):
         return _one_of(args, value, place, defaults)

@@ -304,7 +304,7 @@ def test_check_finds_bad_manifests(copy: Path) -> None:
         json.dumps({**values, "bytes": "9"}): "is not a manifest: bytes is '9', not a whole number",
         json.dumps({**values, "width": [1, 2, 3]}): r"width is \[1, 2, 3\], not a list of 2",
         json.dumps({**values, "classes": ["a", 3]}): r"classes\[1\] is 3, not a text",
-        json.dumps({**values, "odd": {"grey": -1}}): r"odd\['grey'\] is -1, not a whole number, not below 0",
+        json.dumps({**values, "odd": {"grey": -1}}): r"odd\['grey'\] is -1, not a whole number not below 0",
         json.dumps({**values, "class_counts": []}): "it has 10 classes, and counts the images of 0",
     }.items():
         manifest_path(copy).write_text(text)

@@ -47,7 +47,7 @@ def test_a_whole_one_is_read(folder: Path) -> None:
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "epochs_done is '3', not a whole number": lambda v: v.update(epochs_done="3"),
     "epochs_done is True, not a whole number": lambda v: v.update(epochs_done=True),
-    "steps_done is -1, not a whole number, not below 0": lambda v: v.update(steps_done=-1),
+    "steps_done is -1, not a whole number not below 0": lambda v: v.update(steps_done=-1),
     "steps_done is a number of more than 64 bits": lambda v: v.update(steps_done=10**30),
     "world_size is None, not a whole number": lambda v: v.update(world_size=None),
     "Meta lacks world_size": lambda v: v.pop("world_size"),

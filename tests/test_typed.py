@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from lape_ray.config import Span
-from lape_ray.typed import Count, from_json, typed
+from lape_ray.typed import Count, Sha256, from_json, typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,8 @@ def test_defaults_are_for_those_who_ask() -> None:
         (float, "1", "it is '1', not a number"),
         (int, 2**63, "it is a number of more than 64 bits"),
         (float, -(10**400), "it is a number of more than 64 bits"),
-        (Count, -1, "it is -1, not a whole number, not below 0"),
+        (Count, -1, "it is -1, not a whole number not below 0"),
+        (Sha256, "f" * 63 + "\ud800", "fff\\ud800', not a text of 64 hexadecimal digits"),
         (str, None, "it is None, not a text"),
         (str | None, 3, "it is 3, not a text"),
         (int | Span, [1, "2"], "it[1] is '2', not a whole number"),

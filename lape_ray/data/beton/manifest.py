@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lape_ray.typed import Count, from_json, typed
+from lape_ray.typed import Count, Sha256, from_json, typed
 
 MANIFEST_VERSION = 2
 Content = str | bytes
@@ -46,8 +46,8 @@ class Manifest:
     width: tuple[Count, Count]
     height: tuple[Count, Count]
     bytes: Count
-    sha256: str
-    tables_sha256: str
+    sha256: Sha256
+    tables_sha256: Sha256
     stored: dict[str, Count]
     odd: dict[str, Count]
     skipped: tuple[tuple[str, str], ...]
