@@ -211,7 +211,7 @@ def test_a_run_that_fails_again_and_again_gives_up_and_says_why(service: Service
     first = fit(service.config(run__name="broken", run__stop_after_epochs=1))
     meta = service.home / "runs/broken/checkpoint-epoch-000001/meta.json"
     meta.write_text(meta.read_text().replace('"world_size"', '"word_size"'))
-    words = r"failed 2 times without a new checkpoint .*=1.*no checkpoint .* is whole .*meta\.json is damaged: .*word_size"
+    words = r"failed 2 times without a new checkpoint .*=1.*no checkpoint .* is whole .*meta\.json is damaged: .*word_"
     with pytest.raises(WorkersFailedError, match=words):
         fit(service.config(run__name="broken", run__max_failures=1, optim__epochs=1))
     assert service.run(first.mlflow_run_id).info.status == "FAILED"
