@@ -59,7 +59,7 @@ def _failures() -> tuple[type[Exception], ...]:
     """What arrow raises where a file is damaged."""
     import pyarrow as pa
 
-    return OSError, pa.ArrowException
+    return OSError, ValueError, pa.ArrowException
 
 
 def _first_line(error: Exception) -> str:
@@ -112,7 +112,7 @@ def parquet_shards(where: str, split: str | None = None) -> ParquetShards:
 
     files = find_shards(where, split, ".parquet")
     origin = f"{where} ({split})" if split else where
-    labels, items, failures = [], [], (ValueError, *_failures())
+    labels, items = [], []
     classes: tuple[str, ...] | None = None
     for shard, file in enumerate(files):
         try:
@@ -122,7 +122,7 @@ def parquet_shards(where: str, split: str | None = None) -> ParquetShards:
             column = pq.read_table(file, columns=[label_column]).column(0)
             values_N = column.to_numpy()
             classes = classes or _class_names(schema.metadata or {}, label_column)
-        except failures as error:
+        except _failures() as error:
             raise ValueError(f"{file} cannot be read as a shard of images: {_first_line(error)}") from error
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
