@@ -7,9 +7,8 @@ import re
 from pathlib import Path
 
 LONGEST_NAME = 240  # bytes of one part of a path: most file systems take 255, and .NAME.parts is longer
-OURS = re.compile(
-    r"\.lock|\.complete(\..*)?|\..*\.parts?", re.DOTALL
-)  # what `copies` and `transfer` write beside copies
+# What `copies` and `transfer` write beside copies.
+OURS = re.compile(r"\.lock|\.complete(\..*)?|\..*\.parts?", re.DOTALL)
 
 
 def home() -> Path:

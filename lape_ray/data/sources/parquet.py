@@ -156,10 +156,8 @@ def _column(names: Sequence[str], known: Sequence[str], role: str) -> str:
 def _class_names(metadata: Mapping[bytes, bytes], column: str) -> tuple[str, ...] | None:
     if HUB not in metadata:
         return None
-    what, fix = (
-        "its metadata 'huggingface'",
-        "write the file again, or leave that out: then labels are numbers",
-    )
+    what = "its metadata 'huggingface'"
+    fix = "write the file again, or leave that out: then labels are numbers"
     value, place = from_json(dict[str, Any], metadata[HUB], what, fix), ""
     try:
         for name in ("info", "features", column):
