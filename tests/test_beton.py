@@ -376,6 +376,28 @@ def test_deep_check_decodes(folder: Path, tmp_path: Path) -> None:
         check_with(layout.RECORDS_START + layout.RECORD.itemsize + 1, b"\x05\x00")  # the width
 
 
+def test_places_and_labels_that_no_file_has(copy: Path) -> None:
+    """Of a file whose manifest was made to agree, or that has none."""
+    whole, ptr = copy.read_bytes(), len(copy.read_bytes()) - 300 * layout.ALLOCATION.itemsize + 8
+
+    def write(*changes: tuple[int, int]) -> None:
+        copy.write_bytes(whole)
+        for offset, value in changes:
+            overwrite(copy, offset, value.to_bytes(8, "little"))
+        hashes = {"tables_sha256": layout.tables_sha256(*layout.read_tables(copy))}
+        dataclasses.replace(Manifest.load(copy), **hashes).save(copy)
+
+    for place in (2**64 - 1, 2**63, len(whole) + 1):
+        write((layout.RECORDS_START + layout.IMAGE.fields["data_ptr"][1], place), (ptr, place))
+        for deep in (False, True):
+            with pytest.raises(ValueError, match=r"x\.beton is damaged: image 0 lies outside the file"):
+                check_beton(copy, deep=deep, workers=1)
+    write((layout.RECORDS_START + layout.RECORD.fields["label"][1], 2**62))
+    manifest_path(copy).unlink()
+    with pytest.raises(ValueError, match=r"x\.beton has a label of 4611686018427387904, and no class names"):
+        open_source(str(copy))
+
+
 def run_job(*arguments: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *options, str(ROOT / "jobs" / "write_beton.py"), *map(str, arguments)]
     return subprocess.run(
