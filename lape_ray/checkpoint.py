@@ -14,22 +14,25 @@ import argparse
 import hashlib
 import json
 import os
+import pickle
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_is_learned
-from lape_ray.storage import local
+from lape_ray.storage import local, safe_relative
+from lape_ray.typed import Count, from_json, typed
 
 FORMAT = 3
 MARKER = "meta.json"
 """The file that is written last, so that a folder which holds it is whole."""
+_RESTORE = "restore the checkpoint from a copy, or use another"
 _MEANS = ("lr", "fused", "capturable")
 """Of an optimizer's group: how its step is executed, which a checkpoint of another device or mode does not decide. The
 loop sets the learning rate at every step."""
@@ -50,8 +53,8 @@ class Progress:
         window_loss: the same of the steps since
     """
 
-    step: int = 0
-    logged: int = 0
+    step: Count = 0
+    logged: Count = 0
     loss: float = 0.0
     window_loss: float = 0.0
 
@@ -64,12 +67,12 @@ class Meta:
     `notes` are its keeper's own, and no part of the training.
     """
 
-    epochs_done: int
-    steps_done: int
+    epochs_done: Count
+    steps_done: Count
     progress: Progress = field(default_factory=Progress)
     config: TrainConfig
     metrics: Mapping[str, float]
-    world_size: int
+    world_size: Count
     classes: tuple[str, ...] | None = None
     mlflow_run_id: str | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -96,44 +99,56 @@ class Meta:
 
 
 def read_meta(folder: Path) -> Meta:
-    """The facts of the checkpoint in `folder`; a ValueError where it holds none that this version reads."""
+    """Read the facts of the checkpoint in `folder`.
+
+    Raises:
+        DamagedError: it holds none that are whole.
+        ValueError: they are of another version.
+    """
+    return _read_meta(folder)[0]
+
+
+def _read_meta(folder: Path) -> tuple[Meta, Mapping[str, Any]]:
+    """The facts, and what they say of each other file (see `_size_and_hash`)."""
     values = _read_values(folder)
-    classes = values.get("classes")  # which older checkpoints of this format do not have
-    if values.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder} has checkpoint format {values.get('format')}; this version reads {FORMAT}"
-        )
-    return Meta(
-        epochs_done=values["epochs_done"],
-        steps_done=values["steps_done"],
-        progress=Progress(**values["progress"]),
-        config=from_dict(TrainConfig, values["config"]),
-        metrics=values["metrics"],
-        world_size=values["world_size"],
-        classes=None if classes is None else tuple(classes),
-        mlflow_run_id=values["mlflow_run_id"],
-        notes=values["notes"],
-    )
+    try:
+        version = typed(int, values.pop("format", None), "format")
+        if version == FORMAT:
+            files = typed(dict[str, Any], values.pop("files", None), "files")
+            typed(str, values.pop("config_hash", None), "config_hash")
+            values["config"] = from_dict(TrainConfig, values.get("config"), "config")
+            # Older checkpoints of this format do not name classes.
+            return typed(Meta, {"classes": None, **values}), files
+    except ValueError as error:
+        raise DamagedError(f"{folder}/meta.json is damaged: {error}; {_RESTORE}") from None
+    raise ValueError(f"{folder} has checkpoint format {version}; this version reads {FORMAT}")
 
 
 def _read_values(folder: Path) -> dict[str, Any]:
+    file = folder / "meta.json"
     try:
-        values: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        values: dict[str, Any] = from_json(dict[str, Any], file.read_bytes(), file, _RESTORE)
     except FileNotFoundError:
         raise DamagedError(f"{folder} is no checkpoint: it has no meta.json") from None
     except ValueError as error:
-        raise DamagedError(f"{folder}/meta.json is damaged: {error}") from None
+        raise DamagedError(str(error)) from None
     return values
 
 
 def verify(folder: Path) -> None:
     """Compare every file with what meta.json says of it; a DamagedError names the first that differs."""
-    for name, expected in _read_values(folder).get("files", {}).items():
-        file = folder / name
+    _, files = _read_meta(folder)
+    for name in sorted({"model.safetensors", *files}):
+        try:
+            file = folder / safe_relative(name, f"the entry of {folder}/meta.json for a file", _RESTORE)
+        except ValueError as error:
+            raise DamagedError(str(error)) from None
         if not file.is_file():
-            raise DamagedError(f"{file} is missing")
-        if _size_and_hash(file) != expected:
-            raise DamagedError(f"{file} is damaged: its size or sha256 is not the one in meta.json")
+            raise DamagedError(f"{file} is missing; {_RESTORE}")
+        if _size_and_hash(file) != files.get(name):
+            raise DamagedError(
+                f"{file} is damaged: its size or sha256 is not the one in meta.json; {_RESTORE}"
+            )
 
 
 def _size_and_hash(file: Path) -> dict[str, Any]:
@@ -236,30 +251,42 @@ def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Any]
     if path.is_dir():
         meta = read_meta(path)
         file = path / ("ema.safetensors" if ema else "model.safetensors")
-        if not file.exists():
+        if not file.exists() and ema:
             raise ValueError(f"{path} holds no moving average: its run had optim.ema_decay=0")
-        return load_file(file), meta.config
-    if not path.exists():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+        return _read_tensors(file), meta.config
     if ema:
         raise ValueError(f"{path} is a single file; only our checkpoint folders hold a moving average")
+    return _read_tensors(path), None
+
+
+def _read_tensors(file: Path) -> dict[str, Any]:
+    """A state dict, or an object that holds one as its `model`, from a file that may be anything."""
+    if not file.exists():
+        raise FileNotFoundError(f"checkpoint {file} does not exist")
+    if not file.stat().st_size:
+        raise DamagedError(f"{file} is empty; {_RESTORE}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path), None
-        # The official code and DeiT save their parsed arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no readable checkpoint: {error}") from None
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        raise ValueError(
-            f"{path} holds more than tensors, or is damaged: {str(error).splitlines()[0]}"
-        ) from None
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a state dict")
-    return dict(loaded), None
+        if file.suffix == ".safetensors":
+            loaded = load_file(file)
+        else:  # the official code and DeiT save their parsed arguments beside the weights
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # these readers raise whatever a file brings them to
+        more = isinstance(error, pickle.UnpicklingError)
+        what = "holds more than tensors, or is damaged" if more else "is no readable checkpoint"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DamagedError(f"{file} {what}: {reason}; {_RESTORE}") from None
+    state = loaded.get("model", loaded) if isinstance(loaded, Mapping) else loaded
+    if not isinstance(state, Mapping):
+        raise DamagedError(f"{file} holds a {type(state).__name__}, not a state dict; {_RESTORE}")
+    for name, value in state.items():
+        dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+        if not (dense and isinstance(name, str)):
+            raise DamagedError(
+                f"{file}: its entry {reprlib.repr(name)} is a {type(value).__name__}, not a dense tensor with a "
+                f"name; {_RESTORE}"
+            )
+    return dict(loaded)
 
 
 def described(folder: Path) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from lape_ray.redaction import redacted, refuse_secret
+from lape_ray.typed import typed
 
 Position = Literal["none", "learnable", "sincos1d", "sincos2d"]
 Join = Literal["basic", "share", "unshare", "lape", "lape_shared"]
@@ -397,24 +398,21 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-    """The inverse of `to_dict`; an unknown field is a ValueError that names the known ones."""
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    _require(not unknown, f"{cls.__name__} has no field {unknown}; it has {', '.join(hints)}")
-    arguments = {}
-    for name, value in values.items():
-        kind = hints[name]
-        if dataclasses.is_dataclass(kind):
-            value = from_dict(typing.cast(type, kind), value)
-        elif isinstance(value, list):
-            value = Span(*value) if Span in typing.get_args(kind) else tuple(value)
-        elif isinstance(
-            value, str
-        ):  # of a run that was recorded before addresses with passwords were refused
-            value = redacted(value)
-        arguments[name] = value
-    return cls(**arguments)
+def from_dict(cls: type[C], values: Any, place: str = "") -> C:
+    """The inverse of `to_dict`; fields that are absent have their defaults.
+
+    Raises:
+        ValueError: a field is unknown, of another type or out of its range; names it, below `place`.
+    """
+    made: C = typed(cls, _without_passwords(values), place, defaults=True)
+    return made
+
+
+def _without_passwords(value: Any) -> Any:
+    """Redact a recorded config: it may be from before addresses with passwords were refused."""
+    if isinstance(value, dict):
+        return {key: _without_passwords(each) for key, each in value.items()}
+    return redacted(value) if isinstance(value, str) else value
 
 
 def dump(config: TrainConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import http.client
 import http.server
 import os
@@ -209,6 +210,67 @@ def refusing(
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def holding(objects: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
+    """A server whose every bucket has these keys, which real ones may refuse; its address, and the keys it gave."""
+    given: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path, _, query = self.path.partition("?")
+            key = urllib.parse.unquote(path).lstrip("/").partition("/")[2]
+            asked = urllib.parse.parse_qs(query)
+            if "list-type" in asked:
+                prefix = asked.get("prefix", [""])[0]
+                as_url = asked.get("encoding-type") == ["url"]
+                self.answer(200, listed(prefix, as_url).encode(), {})
+                return
+            given.append(key)
+            if key not in objects:
+                self.answer(404, b"<Error><Code>NoSuchKey</Code></Error>", {})
+                return
+            first, last = 0, len(objects[key]) - 1
+            if span := self.headers.get("Range"):
+                first, last = map(int, span.removeprefix("bytes=").split("-"))
+            self.answer(206 if span else 200, objects[key][first : last + 1], {"ETag": '"e"'})
+
+        do_HEAD = do_GET
+
+        def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    def listed(prefix: str, as_url: bool) -> str:
+        rows = [
+            f"<Contents><Key>{urllib.parse.quote(key, safe='') if as_url else html.escape(key)}</Key>"
+            f"<Size>{len(content)}</Size><ETag>&quot;e&quot;</ETag>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+            for key, content in objects.items()
+            if key.startswith(prefix)
+        ]
+        encoding = "<EncodingType>url</EncodingType>" if as_url else ""
+        return (
+            '<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>b</Name>'
+            f"{encoding}<KeyCount>{len(rows)}</KeyCount><IsTruncated>false</IsTruncated>{''.join(rows)}</ListBucketResult>"
+        )
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", given
     finally:
         server.shutdown()
         server.server_close()

@@ -290,9 +290,27 @@ def test_check_finds_missing_and_truncated_files(copy: Path, tmp_path: Path) -> 
 
 def test_check_finds_bad_manifests(copy: Path) -> None:
     values = json.loads(manifest_path(copy).read_text())
-    for text in ("{", "[]", json.dumps({**values, "version": 99}), json.dumps({"version": 1})):
+    nameless = {name: value for name, value in values.items() if name != "sha256"}
+    for text, message in {
+        "": "is empty",
+        "{": "is damaged: Expecting property name",
+        "[]": r"is damaged: it is \[\], not an object in braces",
+        json.dumps({**values, "version": 99}): "is not a manifest of version 2",
+        json.dumps({"version": 1}): "is not a manifest of version 2",
+        json.dumps(nameless): "is not a manifest: Manifest lacks sha256",
+        json.dumps(
+            {**values, "more": 1}
+        ): r"is not a manifest: Manifest has no field \['more'\]; it has version",
+        json.dumps({**values, "bytes": "9"}): "is not a manifest: bytes is '9', not a whole number",
+        json.dumps({**values, "width": [1, 2, 3]}): r"width is \[1, 2, 3\], not a list of 2",
+        json.dumps({**values, "classes": ["a", 3]}): r"classes\[1\] is 3, not a text",
+        json.dumps({**values, "odd": {"grey": -1}}): r"odd\['grey'\] is -1, not a whole number not below 0",
+        json.dumps({**values, "class_counts": []}): "it has 10 classes, and counts the images of 0",
+    }.items():
         manifest_path(copy).write_text(text)
-        with pytest.raises(ValueError, match=r"x\.beton\.json is not a manifest"):
+        with pytest.raises(
+            ValueError, match=rf"x\.beton\.json .*{message}.*; copy it again, or write the \.beton again$"
+        ):
             check_beton(copy)
     manifest_path(copy).write_text(json.dumps({**values, "num_samples": 299}))
     with pytest.raises(ValueError, match="holds 300 samples but its manifest says 299"):
@@ -356,6 +374,28 @@ def test_deep_check_decodes(folder: Path, tmp_path: Path) -> None:
         check_with(start + size - 9, b"\x00\x00", checksum=False)
     with pytest.raises(ValueError, match="image 1 is not as its record says"):
         check_with(layout.RECORDS_START + layout.RECORD.itemsize + 1, b"\x05\x00")  # the width
+
+
+def test_places_and_labels_that_no_file_has(copy: Path) -> None:
+    """Of a file whose manifest was made to agree, or that has none."""
+    whole, ptr = copy.read_bytes(), len(copy.read_bytes()) - 300 * layout.ALLOCATION.itemsize + 8
+
+    def write(*changes: tuple[int, int]) -> None:
+        copy.write_bytes(whole)
+        for offset, value in changes:
+            overwrite(copy, offset, value.to_bytes(8, "little"))
+        hashes = {"tables_sha256": layout.tables_sha256(*layout.read_tables(copy))}
+        dataclasses.replace(Manifest.load(copy), **hashes).save(copy)
+
+    for place in (2**64 - 1, 2**63, len(whole) + 1):
+        write((layout.RECORDS_START + layout.IMAGE.fields["data_ptr"][1], place), (ptr, place))
+        for deep in (False, True):
+            with pytest.raises(ValueError, match=r"x\.beton is damaged: image 0 lies outside the file"):
+                check_beton(copy, deep=deep, workers=1)
+    write((layout.RECORDS_START + layout.RECORD.fields["label"][1], 2**62))
+    manifest_path(copy).unlink()
+    with pytest.raises(ValueError, match=r"x\.beton has a label of 4611686018427387904, and no class names"):
+        open_source(str(copy))
 
 
 def run_job(*arguments: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:

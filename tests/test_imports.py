@@ -12,7 +12,7 @@ PACKAGE = ROOT / "lape_ray"
 
 # A room may import rooms of a lower floor, and its own modules.
 FLOORS = [
-    {"redaction"},
+    {"redaction", "typed"},
     {"config", "muon"},
     {
         "acceleration",

@@ -17,7 +17,7 @@ from types import ModuleType
 import botocore.auth
 import numpy as np
 import pytest
-from s3_server import Gateway, Proxy, gateway, refusing
+from s3_server import Gateway, Proxy, gateway, holding, refusing
 
 from lape_ray import storage
 from lape_ray.config import DataConfig
@@ -279,6 +279,68 @@ def test_a_full_disk_is_said_before_anything_is_fetched(
     ):
         local_split(address)
     assert not list(storage.cache().rglob("*.part"))
+
+
+# --- buckets that others write to -------------------------------------------------------------------------------
+
+HOSTILE_KEYS = {
+    "ckpt/../../../../x": "has the part '..'",
+    "ckpt/./x": "has the part '.'",
+    "ckpt//x": "has the part ''",
+    "ckpt//etc/x": "has the part ''",
+    "ckpt/a\\..\\x": "has a backslash or control character",
+    "ckpt/a\0b": "has a backslash or control character",
+    "ckpt/a\nb": "has a backslash or control character",
+    f"ckpt/{241 * 'n'}": "has a part of more than 240 bytes",
+    "ckpt/.complete": "has the part '.complete', which is one of the cache's own files",
+    "ckpt/.complete.7": "one of the cache's own files",
+    "ckpt/sub/.lock": "one of the cache's own files",
+    "ckpt/.meta.json.part": "one of the cache's own files",
+    "ckpt/.meta.json.parts": "one of the cache's own files",
+    "ckpt/meta.json/x": "is an object, and there are objects below it",
+}
+
+
+@pytest.mark.parametrize("key", HOSTILE_KEYS, ids=ascii)
+def test_a_key_that_is_no_name_of_a_file_is_refused_before_anything_is_fetched(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    before = set(tmp_path.parent.rglob("*"))
+    with holding({"ckpt/meta.json": b"{}", key: b"evil"}) as (url, given):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        with pytest.raises(ValueError, match=re.escape(HOSTILE_KEYS[key])) as raised:
+            storage.local("s3://b/ckpt")
+    message = str(raised.value)
+    assert repr(key.removesuffix("/x"))[1:-1] in message
+    assert message.endswith("; rename or delete that object")
+    assert "\n" not in message
+    assert not given
+    assert set(tmp_path.parent.rglob("*")) == before
+
+
+def test_names_that_are_only_odd_are_copied(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = [
+        "ckpt/..a",
+        "ckpt/.hidden",
+        "ckpt/a b/ü%2F…",
+        "ckpt/x.part",
+        f"ckpt/{240 * 'n'}",
+        "ckpt/...",
+        "ckpt/.locks",
+    ]
+    with holding({key: key.encode() for key in odd}) as (url, _):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        folder = storage.local("s3://b/ckpt")
+    found = {path.relative_to(folder.parent).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert {name: path.read_bytes().decode() for name, path in found.items()} == {key: key for key in odd}
+
+
+def test_shards_below_another_folder_are_not_taken_for_the_sets(bucket: str, beton: Path) -> None:
+    """Of an address's own folder only: another file of the name would be fetched in its place."""
+    address = put_beton(beton, bucket)
+    objects.put(f"{bucket}/data/digits-old/digits.beton", b"another")
+    objects.put(f"{bucket}/data/digits-old/digits-00000-of-00002.beton", b"another")
+    assert check_beton(local_split(address)).num_samples == 1797
 
 
 # --- servers that go, and servers that refuse -----------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from lape_ray.data.beton import beton_images, write_beton
 from lape_ray.data.sources import digits, image_folder, named, open_source, parquet_shards, select
 
 RNG = np.random.default_rng(0)
@@ -196,6 +197,83 @@ def test_shard_errors(tmp_path: Path) -> None:
         open_source(str(tmp_path))
     with pytest.raises(ValueError, match="no split 'val'"):
         open_source(str(tmp_path), "val")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "is empty"),
+        ("{", "is damaged: Expecting property name"),
+        ("[1]", r"is damaged: it is \[1\], not an object in braces"),
+        ("[" * 100_000, "is damaged: maximum recursion depth exceeded"),
+        ({"info": 3}, "is damaged: info is 3, not an object in braces"),
+        ({"info": {"features": ["label"]}}, r"info\.features is \['label'\], not an object"),
+        ({"info": {"features": {"label": "names"}}}, r"info\.features\.label is 'names', not an object"),
+        ({"info": {"features": {"label": {"names": "cat"}}}}, r"label\.names is 'cat', not a list"),
+        ({"info": {"features": {"label": {"names": ["cat", 3]}}}}, r"label\.names\[1\] is 3, not a text"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_class_names_of_a_shard_that_are_none(tmp_path: Path, value: object, message: str) -> None:
+    text = value if isinstance(value, str) else json.dumps(value)
+    table = pa.table({"image": [PNG], "label": [0]}).replace_schema_metadata({"huggingface": text})
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(
+        ValueError, match=rf"x\.parquet .* its metadata 'huggingface' .*{message}.*; write the"
+    ):
+        open_source(str(tmp_path / "x.parquet"))
+
+
+def damaged_shard(folder: Path, *, checksums: bool) -> Path:
+    """60 rows in three groups of ten pages of two; the fifth page of the second group is overwritten: row 28 and 29."""
+    noise = np.random.default_rng(1).integers(0, 256, (60, 12, 16, 3), dtype=np.uint8)
+    pngs = [encoded(Image.fromarray(pixels), "PNG") for pixels in noise]
+    table = pa.table({"image": [{"bytes": png, "path": None} for png in pngs], "label": [0] * 60})
+    file = folder / "x.parquet"
+    pq.write_table(table, file, row_group_size=20, data_page_size=1000, write_batch_size=2, use_dictionary=False,
+                   compression="none", write_page_checksum=checksums)  # fmt: skip
+    whole = bytearray(file.read_bytes())
+    start = whole.index(pngs[28]) - 4  # its length, which is where the page's bytes begin
+    whole[start : start + 40] = b"\xff" * 40
+    file.write_bytes(whole)
+    return file
+
+
+@pytest.mark.parametrize("checksums", [False, True])
+def test_a_damaged_page_costs_the_rest_of_its_row_group(tmp_path: Path, checksums: bool) -> None:
+    file = damaged_shard(tmp_path, checksums=checksums)
+    source = open_source(str(file))
+    where = r"x\.parquet row 28 cannot be read: row group 1 is damaged from row 28 on \(.+\); repair the file"
+    with pytest.raises(ValueError, match=where):
+        write_beton(source, tmp_path / "x.beton", workers=1)
+    manifest = write_beton(source, tmp_path / "x.beton", workers=1, on_error="skip")
+    assert [name for name, _ in manifest.skipped] == [f"{file} row {row}" for row in range(28, 40)]
+    assert all(f"{file} row" in reason and "\n" not in reason for _, reason in manifest.skipped)
+    stored = beton_images(tmp_path / "x.beton")
+    kept = [*range(28), *range(40, 60)]
+    assert [stored.read(i).tobytes() for i in range(len(stored))] == [source.read(i).tobytes() for i in kept]
+
+
+def test_damaged_labels_are_refused_for_the_whole_file(tmp_path: Path) -> None:
+    file = damaged_shard(tmp_path, checksums=True)
+    at = pq.read_metadata(file).row_group(2).column(2).data_page_offset
+    whole = bytearray(file.read_bytes())
+    whole[at : at + 8] = b"\xff" * 8
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"x\.parquet cannot be read as a shard of images: "):
+        open_source(str(file))
+
+
+def test_a_shard_that_is_gone_or_cut_after_it_was_opened(tmp_path: Path) -> None:
+    source = open_source(str(write_shard(tmp_path / "x.parquet", [PNG] * 9, [0] * 9)))
+    write_shard(tmp_path / "x.parquet", [PNG] * 3, [0] * 3)
+    with pytest.raises(ValueError, match=r"x\.parquet row 8 cannot be read: .*footer counts fewer"):
+        source.encoded(8)
+    (tmp_path / "y.parquet").write_bytes((tmp_path / "x.parquet").read_bytes())
+    other = open_source(str(tmp_path / "y.parquet"))
+    (tmp_path / "y.parquet").unlink()
+    with pytest.raises(ValueError, match=r"y\.parquet row 1 cannot be read: .*No such file"):
+        other.encoded(1)
 
 
 def test_digits() -> None:

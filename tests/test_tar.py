@@ -298,6 +298,17 @@ def test_links_are_refused(tmp_path: Path) -> None:
         refused(tmp_path / "x.tar", r"member 'a\.png' is a link or no plain file")
 
 
+def test_members_are_never_unpacked(tmp_path: Path) -> None:
+    """Their names may lead anywhere (`tar -P` of whole paths is in use), for none becomes a path."""
+    keys = ("../../out", f"{tmp_path}/out", "./a/../out")
+    write_tar(tmp_path / "x/y/x.tar", *[member for key in keys for member in sample(key)])
+    before = set(tmp_path.rglob("*"))
+    source = open_source(str(tmp_path / "x/y/x.tar"))
+    assert [source.read(index).size for index in range(3)] == [(16, 12)] * 3
+    assert source.name(0).endswith("x.tar member ../../out.png")
+    assert set(tmp_path.rglob("*")) == before
+
+
 def test_missing_shards(tmp_path: Path) -> None:
     write_tar(tmp_path / "train-0.tar", *sample("a"))
     write_tar(tmp_path / "train-2.tar", *sample("b"))

@@ -22,7 +22,10 @@ def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifes
             f"{address} is no .beton; data on S3 is written and read as one: "
             f"jobs/write_beton.py SOURCE {place}/NAME.beton"
         )
-    found = {one.name: one for one in storage.listing(f"{place}/{Path(name).stem}")}
+    listed = storage.listing(f"{place}/{Path(name).stem}")
+    found = {
+        one.name: one for one in listed if one.address == f"{place}/{one.name}"
+    }  # none of a folder below
     files = []
     for file in set_names(name, found.keys(), place):
         described = manifest_path(file).name
@@ -80,8 +83,8 @@ def written_beton(path: str) -> Iterator[str]:
     if not storage.is_remote(path):
         yield path
         return
+    name = storage.safe_relative(path.rpartition("/")[2], path, "write s3://BUCKET/.../NAME.beton")
     storage.check_writable(path.rpartition("/")[0])
-    name = path.rpartition("/")[2]
     folder = storage.cache() / "written" / hashlib.sha256(path.encode()).hexdigest()[:16]
     yield str(folder / name)
     files = set_files(folder / name)

@@ -19,6 +19,7 @@ from lape_ray.report import figures
 from lape_ray.report.page import Page
 from lape_ray.report.position import PositionView
 from lape_ray.samples import spread
+from lape_ray.typed import from_json
 
 HTML = "training.html"
 MAPS = "position_maps"
@@ -51,13 +52,18 @@ def remember(run: str, epoch: int, maps_LYX: Tensor) -> None:
 
 
 def recall(run: str, epochs: Iterable[int]) -> dict[int, Tensor]:
-    """The maps of those of `epochs` that are kept."""
+    """The maps of those of `epochs` that are kept; a ValueError names a file that holds none."""
     places = {epoch: _place(run, epoch) for epoch in epochs}
-    return {
-        epoch: torch.tensor(json.loads(storage.read_text(place)))
-        for epoch, place in places.items()
-        if storage.exists(place)
-    }
+    return {epoch: _maps_in(place) for epoch, place in places.items() if storage.exists(place)}
+
+
+def _maps_in(place: str) -> Tensor:
+    fix = "delete that file, and pages leave its epoch out"
+    values = from_json(tuple[tuple[tuple[float, ...], ...], ...], storage.read_text(place), place, fix)
+    try:
+        return torch.tensor(values, dtype=torch.float32)
+    except ValueError as error:  # rows of several lengths
+        raise ValueError(f"{place} is damaged: {error}; {fix}") from None
 
 
 def _place(run: str, epoch: int) -> str:

@@ -14,7 +14,7 @@
 Credentials, region and endpoint of S3 come from the usual environment variables and profiles (AWS_*).
 """
 
-from lape_ray.storage.address import absolute, home, is_remote, join
+from lape_ray.storage.address import absolute, home, is_remote, join, safe_relative
 from lape_ray.storage.copies import cache, local, stage
 from lape_ray.storage.csv_rows import write_rows
 from lape_ray.storage.files import (
@@ -79,6 +79,7 @@ __all__ = [
     "publish",
     "read_record",
     "read_text",
+    "safe_relative",
     "stage",
     "staging",
     "sweep_temporaries",

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from lape_ray.redaction import refuse_secret
+
+LONGEST_NAME = 240  # bytes of one part of a path: most file systems take 255, and .NAME.parts is longer
+# What `copies` and `transfer` write beside copies.
+OURS = re.compile(r"\.lock|\.complete(\..*)?|\..*\.parts?", re.DOTALL)
 
 
 def home() -> Path:
@@ -51,3 +56,30 @@ def bucket_and_key(address: str) -> tuple[str, str]:
             f"{address!r} has options behind '?'; set AWS_ENDPOINT_URL and AWS_REGION in the environment instead"
         )
     return bucket, key.strip("/")
+
+
+def safe_relative(name: str, what: str, fix: str) -> str:
+    """Return `name`, which was read from data, where it may become a path below a folder.
+
+    Raises:
+        ValueError: as a path it could lead elsewhere, cannot be written, or is the name of a file that this package
+            keeps there itself; says `what` has that name, why it is refused, and `fix`.
+    """
+    for part in name.split("/"):
+        if reason := _unsafe(part):
+            raise ValueError(f"{what} is refused, for as a file's name {name[:80]!r} {reason}; {fix}")
+    return name
+
+
+def _unsafe(part: str) -> str:
+    """Why a part of a path is refused; empty: it is not."""
+    if part in ("", ".", ".."):
+        return f"has the part {part!r}"
+    if any(character < " " or character in "\\\x7f" for character in part):
+        return "has a backslash or control character"
+    try:
+        if len(os.fsencode(part)) > LONGEST_NAME:
+            return f"has a part of more than {LONGEST_NAME} bytes"
+    except UnicodeEncodeError:
+        return "has a character that no file's name can have"
+    return f"has the part {part!r}, which is one of the cache's own files" if OURS.fullmatch(part) else ""

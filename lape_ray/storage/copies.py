@@ -16,9 +16,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from lape_ray.storage.address import home, is_remote
+from lape_ray.storage.address import home, is_remote, safe_relative
 from lape_ray.storage.objects import Object, listing
 from lape_ray.storage.transfer import download
 
@@ -37,7 +37,7 @@ def local(address: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: nothing is there.
-        OSError: see `s3.attempt` and `stage`.
+        ValueError, OSError: see `s3.attempt` and `stage`.
     """
     if not is_remote(address):
         return Path(str(address).removeprefix("file://"))
@@ -62,10 +62,11 @@ def stage(objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | 
 
     Raises:
         DownloadError: an object is not what it should be.
+        ValueError: the name of an object is none for a file in that folder (`safe_relative`); nothing is fetched.
         OSError: the disk has too little space, or see `s3.attempt`.
     """
     sha256 = sha256 or {}
-    names = {one.address: one.address.removeprefix(below).lstrip("/") for one in objects}
+    names = _names(objects, below)
     facts = sorted((names[one.address], one.size, sha256.get(one.address) or one.etag) for one in objects)
     folder = cache() / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     wanted = {name: size for name, size, _ in facts}
@@ -97,10 +98,26 @@ def stage(objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | 
     return folder
 
 
+def _names(objects: Sequence[Object], below: str) -> dict[str, str]:
+    """The name of each object's copy in the folder, by address: whoever writes to a bucket chooses no file outside."""
+    fix = "rename or delete that object"
+    names = {
+        one.address: safe_relative(one.address.removeprefix(f"{below}/"), f"the object {one.address!r}", fix)
+        for one in objects
+    }
+    folders = {str(folder) for name in names.values() for folder in PurePosixPath(name).parents}
+    for address, name in names.items():
+        if name in folders:
+            raise ValueError(
+                f"{address} is an object, and there are objects below it: no file can be both; {fix}"
+            )
+    return names
+
+
 def _is_complete(folder: Path, wanted: Mapping[str, int]) -> bool:
     try:
         complete = json.loads((folder / COMPLETE).read_text()) == wanted
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # whatever else it holds, all is fetched again
         return False
     return complete and all(_size(folder / name) == size for name, size in wanted.items())
 

@@ -83,12 +83,15 @@ def exists(address: str, *, patience_s: float = PATIENCE_S) -> bool:
 
 
 def get_text(address: str) -> str:
-    """The text of an object; FileNotFoundError where there is none."""
+    """The text of an object; FileNotFoundError where there is none, ValueError where it is no text."""
     bucket, key = bucket_and_key(address)
     content: bytes = attempt(
         lambda: client().get_object(Bucket=bucket, Key=key)["Body"].read(), address, "reading"
     )
-    return content.decode()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{address} is damaged: {error}; write it again") from None
 
 
 def get_tagged(address: str, *, patience_s: float = PATIENCE_S) -> tuple[str, str]:

@@ -84,7 +84,7 @@ class _Journal:
         self.path = path
         self.head = {"etag": source.etag, "size": source.size, "part_bytes": PART_BYTES}
         self.done: set[int] = set()
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             first, *lines = path.read_text().splitlines()
             if json.loads(first) == self.head:
                 self.done = {int(line) for line in lines}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lape_ray.data.beton.format import CHECKSUM_BYTES, RAW, read_tables, set_files, tables_sha256
+from lape_ray.data.beton.format import CHECKSUM_BYTES, RAW, lengths, read_tables, set_files, tables_sha256
 from lape_ray.data.beton.manifest import Manifest
 from lape_ray.data.native import crc32c
 from lape_ray.data.parallel import processes
@@ -53,6 +53,7 @@ def _check_file(path: Path, deep: bool, workers: int | None) -> Manifest:
             f"{path} is damaged: its tables of labels and places are not those of its manifest; "
             "copy or write it again"
         )
+    lengths_N = lengths(path, records_N, allocations_N)
     if deep:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != manifest.sha256:
@@ -61,7 +62,7 @@ def _check_file(path: Path, deep: bool, workers: int | None) -> Manifest:
                 )
         starts = range(0, len(records_N), PART_SAMPLES)
         tasks = (
-            (path, i, records_N["image"][i : i + PART_SAMPLES], allocations_N["size"][i : i + PART_SAMPLES])
+            (path, i, records_N["image"][i : i + PART_SAMPLES], lengths_N[i : i + PART_SAMPLES])
             for i in starts
         )
         with processes(workers) as mapper:

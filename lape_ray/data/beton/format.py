@@ -83,7 +83,7 @@ def read_contents(path: str | Path) -> Contents:
         file_N=np.repeat(np.arange(len(files), dtype=np.int32), [len(records) for records, _ in tables]),
         images_N=np.ascontiguousarray(records_N["image"]),
         labels_N=np.ascontiguousarray(records_N["label"]),
-        lengths_N=np.concatenate([_lengths(file, *table) for file, table in zip(files, tables, strict=True)]),
+        lengths_N=np.concatenate([lengths(file, *table) for file, table in zip(files, tables, strict=True)]),
     )
 
 
@@ -105,8 +105,8 @@ def read_tables(file: str | Path) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError(f"{file} is not an FFCV file of images and labels; write it with jobs/write_beton.py")
 
 
-def _lengths(file: Path, records_N: np.ndarray, allocations_N: np.ndarray) -> np.ndarray:
-    """Bytes of each image; the allocation table may be in any order."""
+def lengths(file: Path, records_N: np.ndarray, allocations_N: np.ndarray) -> np.ndarray:
+    """Bytes (N,) of each image; the allocation table may be in any order. A ValueError if one lies outside the file."""
     pointers_N = records_N["image"]["data_ptr"]
     order = np.argsort(allocations_N["ptr"])
     found = order[np.searchsorted(allocations_N["ptr"], pointers_N, sorter=order).clip(max=len(order) - 1)]

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lape_ray.typed import typed
+
 COMMIT_SECONDS = 5.0
 
 
@@ -40,31 +42,42 @@ class Journal:
         self.earlier: list[Any] = []
         self._pending: list[Any] = []
         self._committed = time.monotonic()
-        header, entries = self._read()
+        header, groups = self._read()
         if fresh or header != fingerprint or not self._partial.exists():
             self._log.truncate(0)
             self._log.write(_line(fingerprint))
             self._log.flush()
             self.data = self._partial.open("w+b")
         else:
-            self.earlier = entries
+            try:
+                known = typed(tuple[tuple[Any, ...], ...], groups, "lines")
+            except ValueError as error:
+                self._log.close()
+                raise self.damaged(error) from None
+            self.earlier = [entry for group in known for entry in group]
             self.data = self._partial.open("r+b")
         self._worth_keeping = bool(self.earlier)
 
     def _read(self) -> tuple[Any, list[Any]]:
-        """The fingerprint and the entries that are whole; the journal is cut behind them."""
+        """The fingerprint and the groups of entries that are whole; the journal is cut behind them."""
         self._log.seek(0)
         lines: list[Any] = []
         end = 0
         for line in self._log:
             try:
                 lines.append(json.loads(line) if line.endswith(b"\n") else _torn())
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             end += len(line)
         self._log.truncate(end)
         header, *groups = lines or [None]
-        return header, [entry for group in groups for entry in group]
+        return header, groups
+
+    def damaged(self, reason: object) -> ValueError:
+        """What to raise where an entry of this file's journal cannot be one."""
+        return ValueError(
+            f"{self._lines} is damaged: {reason}; give --fresh to write {self.path.name} from its beginning"
+        )
 
     def add(self, entry: Any) -> None:
         """Record what was written to `data`; it counts once it is committed, at most seconds later."""
@@ -113,7 +126,7 @@ def open_journal(path: Path, fingerprint: str, *, fresh: bool = False) -> Iterat
     However the block ends, what it wrote stays for the next writer, unless `finish` was called.
 
     Raises:
-        ValueError: another process is writing this file.
+        ValueError: another process is writing this file, or its journal is damaged.
     """
     journal = Journal(path, fingerprint, fresh=fresh)
     try:

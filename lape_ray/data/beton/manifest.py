@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lape_ray.typed import Count, Sha256, from_json, typed
+
 MANIFEST_VERSION = 2
+Content = str | bytes
+REPAIR = "copy it again, or write the .beton again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +40,16 @@ class Manifest:
     """
 
     version: int
-    num_samples: int
+    num_samples: Count
     classes: tuple[str, ...]
-    class_counts: tuple[int, ...]
-    width: tuple[int, int]
-    height: tuple[int, int]
-    bytes: int
-    sha256: str
-    tables_sha256: str
-    stored: dict[str, int]
-    odd: dict[str, int]
+    class_counts: tuple[Count, ...]
+    width: tuple[Count, Count]
+    height: tuple[Count, Count]
+    bytes: Count
+    sha256: Sha256
+    tables_sha256: Sha256
+    stored: dict[str, Count]
+    odd: dict[str, Count]
     skipped: tuple[tuple[str, str], ...]
     made: dict[str, Any]
 
@@ -54,7 +58,7 @@ class Manifest:
         """The manifest of the .beton at `path`; FileNotFoundError or ValueError if it is absent or not one."""
         file = manifest_path(path)
         try:
-            text = file.read_text()
+            text = file.read_bytes()
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{file} is missing; copy it with its .beton, or make both from the .beton that is there: "
@@ -63,22 +67,21 @@ class Manifest:
         return cls.parse(text, file)
 
     @classmethod
-    def parse(cls, text: str, file: str | Path) -> Manifest:
+    def parse(cls, text: Content, file: str | Path) -> Manifest:
         """The manifest that `text` is; ValueError, which names `file`, if it is none."""
+        values = from_json(dict[str, Any], text, file, REPAIR)
+        if values.get("version") != MANIFEST_VERSION:
+            raise ValueError(f"{file} is not a manifest of version {MANIFEST_VERSION}; {REPAIR}")
         try:
-            values = json.loads(text)
+            manifest: Manifest = typed(cls, values)
         except ValueError as error:
-            raise ValueError(f"{file} is not a manifest ({error}); write the .beton again") from error
-        names = [field.name for field in dataclasses.fields(cls)]
-        if (
-            not isinstance(values, dict)
-            or values.get("version") != MANIFEST_VERSION
-            or set(values) != set(names)
-        ):
+            raise ValueError(f"{file} is not a manifest: {error}; {REPAIR}") from None
+        if not 0 < len(manifest.classes) == len(manifest.class_counts):
             raise ValueError(
-                f"{file} is not a manifest of version {MANIFEST_VERSION}; write the .beton again"
+                f"{file} is not a manifest: it has {len(manifest.classes)} classes, and counts the images of "
+                f"{len(manifest.class_counts)}; {REPAIR}"
             )
-        return cls(**{name: _tuples(values[name]) for name in names})
+        return manifest
 
     @classmethod
     def of_set(cls, shards: Sequence[Manifest], path: str | Path) -> Manifest:
@@ -133,10 +136,6 @@ class Manifest:
         ]
         lines += [f"  {count:,} x {oddity}" for oddity, count in self.odd.items()]
         return "\n".join(lines + [f"  skipped: {reason}" for _, reason in self.skipped])
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def manifest_path(path: str | Path) -> Path:

@@ -12,6 +12,7 @@ from PIL import Image
 from lape_ray.data.beton.format import RAW, read_contents
 from lape_ray.data.beton.manifest import Manifest, manifest_path
 from lape_ray.data.sources import Source
+from lape_ray.data.sources.shards import numbered_classes
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ def beton_images(path: str | Path) -> BetonImages:
     if all(manifest_path(file).is_file() for file in contents.files):
         classes = Manifest.of_set([Manifest.load(file) for file in contents.files], path).classes
     else:
-        classes = tuple(str(label) for label in range(int(contents.labels_N.max()) + 1))
+        classes = numbered_classes(contents.labels_N, str(path))
     return BetonImages(
         origin=str(path),
         classes=classes,

@@ -13,11 +13,13 @@ import dataclasses
 import datetime
 import hashlib
 import itertools
+import os
 import struct
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import PIL
@@ -45,6 +47,7 @@ from lape_ray.data.beton.manifest import MANIFEST_VERSION, Manifest
 from lape_ray.data.native import crc32c
 from lape_ray.data.parallel import Mapper, processes
 from lape_ray.data.sources import Source
+from lape_ray.typed import Count, typed
 
 PART_SAMPLES = 32  # samples that a process encodes at a time, and an entry of the journal
 KINDS = ("original_jpeg", "jpeg", "raw")
@@ -183,7 +186,7 @@ def _finished(file: Path, fingerprint: str) -> Manifest | None:
         whole = file.stat().st_size == manifest.bytes
     except (OSError, ValueError):
         return None
-    return manifest if whole and manifest.made["fingerprint"] == fingerprint else None
+    return manifest if whole and manifest.made.get("fingerprint") == fingerprint else None
 
 
 def _write_file(
@@ -197,7 +200,7 @@ def _write_file(
     progress: Callable[[int], None],
 ) -> Manifest:
     with open_journal(path, fingerprint, fresh=fresh) as journal:
-        file = _File(journal, start=RECORDS_START + len(source) * RECORD.itemsize)
+        file = _File(journal, len(source))
         if file.skipped and on_error == "stop":  # by an earlier call
             raise ValueError(file.skipped[0][1])
         done = PART_SAMPLES * len(journal.earlier)
@@ -232,30 +235,66 @@ def encode_part(task: tuple[Source, Encoding, int]) -> list[Encoded | Rejected]:
     return results
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What became of the samples of a part, as the journal keeps it.
+
+    Attributes:
+        stored: an array of STORED, in base64
+        skipped: name and reason of each sample that was left out
+        odd: as the manifest's
+    """
+
+    stored: str
+    skipped: tuple[tuple[str, str], ...]
+    odd: dict[str, Count]
+
+    def records(self) -> np.ndarray:
+        return np.frombuffer(base64.b64decode(self.stored, validate=True), STORED)
+
+
 class _File:
     """A .beton between its records, which come last, and its allocation table."""
 
-    def __init__(self, journal: Journal, *, start: int) -> None:
-        self.journal, self.data, self.end = journal, journal.data, start
+    def __init__(self, journal: Journal, samples: int) -> None:
+        self.journal, self.data = journal, journal.data
+        self.samples, self.end = samples, RECORDS_START + samples * RECORD.itemsize
         self.parts: list[np.ndarray] = []
-        self.skipped: list[list[str]] = []
+        self.skipped: list[tuple[str, str]] = []
         self.odd: Counter[str] = Counter()
-        for entry in journal.earlier:
-            self._take(entry)
-        if self.parts and len(stored := np.concatenate(self.parts)):
-            self.end = int(stored["image"]["data_ptr"][-1] + stored["size"][-1]) + CHECKSUM_BYTES
+        for number, entry in enumerate(journal.earlier):
+            try:
+                self._take_earlier(typed(_Part, entry), PART_SAMPLES * number)
+            except ValueError as error:
+                raise journal.damaged(f"entry {number}: {error}") from None
 
-    def _take(self, entry: dict[str, Any]) -> None:
-        self.parts.append(np.frombuffer(base64.b64decode(entry["stored"]), STORED))
-        self.skipped += entry["skipped"]
-        self.odd.update(entry["odd"])
+    def _take_earlier(self, part: _Part, first: int) -> None:
+        """Take over a part that begins with sample `first`; a ValueError where it cannot be one."""
+        stored_N = part.records()
+        index_N, places_N = stored_N["index"], stored_N["image"]["data_ptr"]
+        samples, size = range(first, min(first + PART_SAMPLES, self.samples)), self.data.seek(0, os.SEEK_END)
+        if len(stored_N) + len(part.skipped) != len(samples) or not np.isin(index_N, samples).all():
+            raise ValueError(f"it does not speak of the samples from {first} on")
+        if (stored_N["kind"] >= len(KINDS)).any():
+            raise ValueError("it has an image that is stored in no known way")
+        outside_N = (places_N < self.end) | (places_N > size)  # first, so that the sum below cannot overflow
+        if (outside_N | (places_N + stored_N["size"] + CHECKSUM_BYTES > size)).any():
+            raise ValueError("it has an image outside of what was written")
+        self._take(part)
+        if len(stored_N):
+            self.end = int(places_N[-1] + stored_N["size"][-1]) + CHECKSUM_BYTES
+
+    def _take(self, part: _Part) -> None:
+        self.parts.append(part.records())
+        self.skipped += part.skipped
+        self.odd.update(part.odd)
 
     def append(self, part: list[Encoded | Rejected], start: int) -> None:
         stored, skipped, odd = np.zeros(len(part), STORED), [], Counter[str]()
         count = 0
         for index, sample in enumerate(part, start):
             if isinstance(sample, Rejected):
-                skipped.append(list(sample))
+                skipped.append((sample.name, sample.reason))
                 continue
             size = len(sample.data)
             if self.end % PAGE_BYTES + size + CHECKSUM_BYTES > PAGE_BYTES:
@@ -268,9 +307,9 @@ class _File:
             odd.update([sample.odd] if sample.odd else [])
             count += 1
         encoded = base64.b64encode(stored[:count].tobytes()).decode()
-        entry = {"stored": encoded, "skipped": skipped, "odd": dict(odd)}
+        entry = _Part(stored=encoded, skipped=tuple(skipped), odd=dict(odd))
         self._take(entry)
-        self.journal.add(entry)
+        self.journal.add(dataclasses.asdict(entry))
 
     def close(self, source: Source, encoding: Encoding, fingerprint: str) -> Manifest:
         """Write the tables and bring all of it to the disk."""
@@ -305,7 +344,7 @@ class _File:
             tables_sha256=tables_sha256(records_N, allocations_N),
             stored=dict(sorted(Counter(KINDS[kind] for kind in stored_N["kind"]).items())),
             odd=dict(sorted(self.odd.items())),
-            skipped=tuple((name, reason) for name, reason in self.skipped),
+            skipped=tuple(self.skipped),
             made={
                 "source": source.origin,
                 **dataclasses.asdict(encoding),

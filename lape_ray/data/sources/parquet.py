@@ -5,16 +5,18 @@ Shape suffix: N samples.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lape_ray.data.sources.shards import Shards, find_shards, numbered_classes
+from lape_ray.typed import from_json, typed
 
+HUB = b"huggingface"  # the entry of a schema's metadata by which the hub's library describes columns
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 ROW = np.dtype([("shard", "<i4"), ("row", "<i8")])
@@ -32,13 +34,36 @@ class ParquetShards(Shards):
 
     def encoded(self, index: int) -> bytes:
         shard, row = self.items_N[index]
-        starts = _row_group_starts(self.files[shard])
-        group = int(np.searchsorted(starts, row, side="right")) - 1
-        value = _row_group(self.files[shard], self.column, group)[int(row - starts[group])].as_py()
+        file = self.files[shard]
+        try:
+            starts = _row_group_starts(file)
+            group = int(np.searchsorted(starts, row, side="right")) - 1
+            inside = group + 1 < len(starts)
+            rows, reason = _row_group(file, self.column, group) if inside else ((), "its footer counts fewer")
+        except _failures() as error:
+            raise ValueError(f"{self.name(index)} cannot be read: {_first_line(error)}") from error
+        place = int(row - starts[group])
+        if not 0 <= place < len(rows):
+            raise ValueError(
+                f"{self.name(index)} cannot be read: row group {group} is damaged from row "
+                f"{starts[group] + len(rows)} on ({reason}); repair the file, remove it or skip these rows"
+            )
+        value = rows[place].as_py()
         encoded = value.get("bytes") if isinstance(value, dict) else value
-        if not encoded:
+        if not (encoded and isinstance(encoded, bytes)):
             raise ValueError(f"{self.name(index)} holds no image bytes in column {self.column!r}")
         return encoded
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What arrow raises where a file is damaged."""
+    import pyarrow as pa
+
+    return OSError, ValueError, pa.ArrowException
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @functools.lru_cache(maxsize=64)
@@ -50,11 +75,26 @@ def _row_group_starts(file: str) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=2)  # neighbours in order; more would hold whole shards in memory
-def _row_group(file: str, column: str, group: int) -> Any:
+def _row_group(file: str, column: str, group: int) -> tuple[Sequence[Any], str]:
+    """The rows of a group from its first on, and why there are no more of them; empty: these are all.
+
+    Arrow decodes a group as a whole or not at all. Row by row it gets as far as the first damaged page; what lies
+    behind is lost, for it does not count rows across a page that it cannot read.
+    """
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(file) as shard:
-        return shard.read_row_group(group, columns=[column], use_threads=False).column(0).combine_chunks()
+    open_shard = functools.partial(pq.ParquetFile, file, page_checksum_verification=True)
+    with open_shard() as shard:
+        try:
+            table = shard.read_row_group(group, columns=[column], use_threads=False)
+            return table.column(0).combine_chunks(), ""
+        except _failures() as error:
+            reason = _first_line(error)
+    rows: list[Any] = []
+    with contextlib.suppress(*_failures()), open_shard() as shard:
+        for batch in shard.iter_batches(1, row_groups=[group], columns=[column], use_threads=False):
+            rows.extend(batch.column(0))
+    return rows, reason
 
 
 def parquet_shards(where: str, split: str | None = None) -> ParquetShards:
@@ -62,8 +102,11 @@ def parquet_shards(where: str, split: str | None = None) -> ParquetShards:
 
     The image column is `image` or `img` (struct with `bytes`, or plain binary), the label column `label`, `labels`
     or `fine_label`; class names come from the schema's metadata, else they are the labels from 0 to the largest.
+
+    Raises:
+        ValueError: a file is damaged or has no such columns; names it. Damage among its images is found as they are
+            read, and costs the rest of their row group.
     """
-    import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
@@ -77,13 +120,13 @@ def parquet_shards(where: str, split: str | None = None) -> ParquetShards:
             image_column = _column(schema.names, IMAGE_COLUMNS, "image")
             label_column = _column(schema.names, LABEL_COLUMNS, "label")
             column = pq.read_table(file, columns=[label_column]).column(0)
+            values_N = column.to_numpy()
             classes = classes or _class_names(schema.metadata or {}, label_column)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise ValueError(f"{file} cannot be read as a shard of images: {error}") from error
+        except _failures() as error:
+            raise ValueError(f"{file} cannot be read as a shard of images: {_first_line(error)}") from error
         if column.null_count:
             row = pc.index(pc.is_null(column), True).as_py()
             raise ValueError(f"{file} row {row} has no label in column {label_column!r}")
-        values_N = column.to_numpy()
         if values_N.dtype.kind not in "iu":
             raise ValueError(
                 f"{file} column {label_column!r} is of type {column.type}; labels must be integers"
@@ -110,7 +153,17 @@ def _column(names: Sequence[str], known: Sequence[str], role: str) -> str:
     raise ValueError(f"there is no {role} column ({' or '.join(known)}), only {', '.join(names)}")
 
 
-def _class_names(metadata: dict[bytes, bytes], column: str) -> tuple[str, ...] | None:
-    features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    names = features.get(column, {}).get("names")
-    return tuple(names) if names else None
+def _class_names(metadata: Mapping[bytes, bytes], column: str) -> tuple[str, ...] | None:
+    if HUB not in metadata:
+        return None
+    what = "its metadata 'huggingface'"
+    fix = "write the file again, or leave that out: then labels are numbers"
+    value, place = from_json(dict[str, Any], metadata[HUB], what, fix), ""
+    try:
+        for name in ("info", "features", column):
+            place = f"{place}.{name}" if place else name
+            value = typed(dict[str, Any], value.get(name, {}), place)
+        names: tuple[str, ...] | None = typed(tuple[str, ...] | None, value.get("names"), f"{place}.names")
+    except ValueError as error:
+        raise ValueError(f"{what} is damaged: {error}; {fix}") from None
+    return names or None
