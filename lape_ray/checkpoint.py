@@ -109,30 +109,34 @@ def read_meta(folder: Path) -> Meta:
 
 
 def _read_meta(folder: Path) -> tuple[Meta, Mapping[str, Any]]:
-    """The facts, and what they say of each other file (see `_size_and_hash`)."""
-    values = _read_values(folder)
+    try:
+        return parse_meta((folder / MARKER).read_bytes(), str(folder / MARKER))
+    except FileNotFoundError:
+        raise DamagedError(f"{folder} is no checkpoint: it has no {MARKER}") from None
+
+
+def parse_meta(text: str | bytes, address: str) -> tuple[Meta, Mapping[str, Any]]:
+    """Read the text of the meta.json at `address`; returns its facts, and size and sha256 of each other file.
+
+    Raises:
+        DamagedError: it is damaged.
+        ValueError: it is of another version.
+    """
+    try:
+        values: dict[str, Any] = from_json(dict[str, Any], text, address, _RESTORE)
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
     try:
         version = typed(int, values.pop("format", None), "format")
         if version == FORMAT:
-            files = typed(dict[str, Any], values.pop("files", None), "files")
+            files = typed(dict[str, dict[str, Any]], values.pop("files", None), "files")
             typed(str, values.pop("config_hash", None), "config_hash")
             values["config"] = from_dict(TrainConfig, values.get("config"), "config")
             # Older checkpoints of this format do not name classes.
             return typed(Meta, {"classes": None, **values}), files
     except ValueError as error:
-        raise DamagedError(f"{folder}/meta.json is damaged: {error}; {_RESTORE}") from None
-    raise ValueError(f"{folder} has checkpoint format {version}; this version reads {FORMAT}")
-
-
-def _read_values(folder: Path) -> dict[str, Any]:
-    file = folder / "meta.json"
-    try:
-        values: dict[str, Any] = from_json(dict[str, Any], file.read_bytes(), file, _RESTORE)
-    except FileNotFoundError:
-        raise DamagedError(f"{folder} is no checkpoint: it has no meta.json") from None
-    except ValueError as error:
-        raise DamagedError(str(error)) from None
-    return values
+        raise DamagedError(f"{address} is damaged: {error}; {_RESTORE}") from None
+    raise ValueError(f"{address} has checkpoint format {version}; this version reads {FORMAT}")
 
 
 def verify(folder: Path) -> None:

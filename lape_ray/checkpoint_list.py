@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lape_ray import storage
-from lape_ray.checkpoint import MARKER
+from lape_ray.checkpoint import MARKER, Meta, parse_meta
 
 LIST, COPY = "checkpoints.json", "checkpoints.copy.json"
 RAYS_LIST = "checkpoint_manager_snapshot.json"
@@ -43,22 +43,28 @@ class Listed:
     steps_done: int
     score: float | None = None
 
+    def __post_init__(self) -> None:
+        if not self.name.startswith(CHECKPOINT) or "/" in self.name:
+            raise ValueError(f"{self.name!r} names no checkpoint")
+        storage.safe_relative(self.name, "the name of a checkpoint", "choose another")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _List:
+    format: int
+    checkpoints: tuple[Listed, ...]
+
+    def __post_init__(self) -> None:
+        if len({one.name for one in self.checkpoints}) < len(self.checkpoints):
+            raise ValueError("a checkpoint is listed twice")
+
 
 def read_list(folder: str, name: str = LIST) -> tuple[Listed, ...] | None:
     """Read the list of the run in `folder`, or its copy; None where there is none, or it is damaged."""
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        values = storage.read_record(storage.join(folder, name), way_out="")
-        return tuple(_entry(**one) for one in values["checkpoints"])
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        found: _List = storage.read_record(_List, storage.join(folder, name), way_out="")
+        return found.checkpoints
     return None
-
-
-def _entry(*, name: str, steps_done: int, score: float | None) -> Listed:
-    """Check the values of an entry, which come from a file; a TypeError or ValueError refuses others."""
-    if not isinstance(name, str) or not name.startswith(CHECKPOINT) or "/" in name or "\\" in name:
-        raise ValueError(f"{name!r} names no checkpoint")
-    if not isinstance(steps_done, int) or not isinstance(score, (int, float, type(None))):
-        raise TypeError(f"{name!r} has values of another kind")
-    return Listed(name=name, steps_done=steps_done, score=score)
 
 
 def write_list(folder: str, entries: Sequence[Listed]) -> None:
@@ -120,7 +126,7 @@ def recover(folder: str, tell: Callable[[str], None], *, before: float | None = 
     whole, damaged = _whole(folder, folders)
     listed = read_list(folder)
     known = listed if listed is not None else read_list(folder, COPY) or ()
-    entries = [one for one in known if one.name in whole]
+    entries = [whole[one.name] for one in known if one.name in whole]  # as its own meta.json describes it
     newest = entries[-1].steps_done if entries else -1
     names = {one.name for one in entries}
     found = [one for one in whole.values() if one.name not in names and one.steps_done > newest]
@@ -139,13 +145,17 @@ def recover(folder: str, tell: Callable[[str], None], *, before: float | None = 
     return tuple(entries)
 
 
-def newest_meta(folder: str) -> dict[str, Any] | None:
-    """Read the meta.json of the checkpoint with the most steps; None where no folder is whole."""
+def newest_meta(folder: str) -> Meta | None:
+    """Read the facts of the checkpoint with the most steps; None where no folder is whole."""
     whole, _ = _whole(folder, _checkpoint_folders(folder))
     if not whole:
         return None
-    newest = max(whole.values(), key=lambda one: one.steps_done)
-    return storage.read_record(storage.join(folder, newest.name, MARKER), way_out="")
+    return _read_meta(folder, max(whole.values(), key=lambda one: one.steps_done).name)[0]
+
+
+def _read_meta(folder: str, name: str) -> tuple[Meta, Mapping[str, Any]]:
+    address = storage.join(folder, name, MARKER)
+    return parse_meta(storage.read_text(address), address)
 
 
 def _checkpoint_folders(folder: str) -> dict[str, dict[str, storage.Stored]]:
@@ -172,20 +182,20 @@ def _whole(
         if MARKER not in files or name.startswith(STAGED):
             continue
         try:
-            meta = storage.read_record(storage.join(folder, name, MARKER), way_out="it is left where it is")
-            whole[name] = _described(name, meta, files)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            damaged.append(f"{name} is damaged ({error or type(error).__name__})")
+            whole[name] = _described(folder, name, files)
+        except (ValueError, FileNotFoundError) as error:
+            damaged.append(f"{name} cannot be used ({error})")
     return whole, damaged
 
 
-def _described(name: str, meta: Mapping[str, Any], files: Mapping[str, storage.Stored]) -> Listed:
+def _described(folder: str, name: str, files: Mapping[str, storage.Stored]) -> Listed:
     """Make the entry of a checkpoint from its meta.json; a ValueError names a file that is another than that says."""
-    for file, facts in meta["files"].items():
-        if file not in files or files[file].size != facts["bytes"]:
+    meta, described = _read_meta(folder, name)
+    for file, facts in described.items():
+        if file not in files or {"bytes": files[file].size} != {"bytes": facts.get("bytes")}:
             raise ValueError(f"{file} is missing or has another size")
-    score = meta["metrics"].get("val/acc1") if not meta["progress"]["step"] else None
-    return _entry(name=name, steps_done=meta["steps_done"], score=score)
+    score = None if meta.progress.step else meta.metrics.get("val/acc1")
+    return Listed(name=name, steps_done=meta.steps_done, score=score)
 
 
 def _in_words(

@@ -20,7 +20,6 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint
 
 from lape_ray import storage, tracking
 from lape_ray.checkpoint import read_meta
@@ -31,7 +30,7 @@ from lape_ray.controller import supervised, train_to_the_end, variables
 from lape_ray.data.facts import split_facts
 from lape_ray.preflight import check_before_start
 from lape_ray.recipes import recipe
-from lape_ray.run_record import RECORD, earlier_run, write_run
+from lape_ray.run_record import RECORD, Record, earlier_run, write_run
 from lape_ray.storage import LEASE, LEASE_FILES, LeaseLostError, leased
 from lape_ray.train import StoppedError
 
@@ -117,12 +116,12 @@ def fit(config: TrainConfig) -> FitResult:
             chosen = best(recover(folder, log.warning))
             if chosen is None:
                 raise RuntimeError("the training ended without a checkpoint")
-            checkpoint = Checkpoint(storage.join(folder, chosen.name))
+            checkpoint = storage.join(folder, chosen.name)
             tracked = outcome["unsent"] == 0
-            with checkpoint.as_directory() as files:
-                metrics = read_meta(Path(files)).metrics
+            with storage.opened(checkpoint) as files:
+                metrics = read_meta(files).metrics
                 if tracked:
-                    tracked = tracking.log_model(uri, run_id, Path(files), metrics)
+                    tracked = tracking.log_model(uri, run_id, files, metrics)
             if config.run.pages and tracked:
                 _log_pages(config, checkpoint, uri, run_id, use_gpu)
         lease.check()
@@ -132,7 +131,7 @@ def fit(config: TrainConfig) -> FitResult:
     return FitResult(
         name=name,
         metrics=metrics,
-        checkpoint=storage.join(folder, chosen.name),
+        checkpoint=checkpoint,
         mlflow_run_id=run_id,
         tracking_uri=uri,
         tracked=tracked,
@@ -199,9 +198,9 @@ def refuse_local_store(uri: str) -> None:
         )
 
 
-def _open_mlflow_run(config: TrainConfig, uri: str, earlier: dict[str, Any] | None) -> str:
-    if earlier is not None and tracking.reopen_run(uri, earlier["mlflow_run_id"]):
-        return str(earlier["mlflow_run_id"])
+def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None) -> str:
+    if earlier is not None and tracking.reopen_run(uri, earlier.mlflow_run_id):
+        return earlier.mlflow_run_id
     command = shlex.join(["python", *sys.argv])
     model = config.model
     tags = {"recipe": config.recipe, "seed": str(config.run.seed), **tracking.source_tags(sys.argv[0])}
@@ -238,7 +237,7 @@ def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
     return config, config.run.storage or str(storage.home() / "runs")
 
 
-def _log_pages(config: TrainConfig, best: Checkpoint, uri: str, run_id: str, use_gpu: bool) -> None:
+def _log_pages(config: TrainConfig, best: str, uri: str, run_id: str, use_gpu: bool) -> None:
     """Make the run's pages where workers were: there are data and GPU. A failure is a warning, and not the run's."""
     task = ray.remote(_make_pages).options(
         num_cpus=config.run.cpus_per_worker, num_gpus=int(use_gpu), runtime_env={"env_vars": variables()}
@@ -251,18 +250,18 @@ def _log_pages(config: TrainConfig, best: Checkpoint, uri: str, run_id: str, use
         log.warning("the run's pages could not be made: %s", str(error).strip().splitlines()[-1])
 
 
-def _make_pages(config_values: dict[str, Any], best: Checkpoint, uri: str, run_id: str) -> None:
+def _make_pages(config_values: dict[str, Any], best: str, uri: str, run_id: str) -> None:
     from lape_ray.report.build import checkpoint_report  # only here: figures need a second to import
     from lape_ray.report.summary import METRICS, write_run_summary
 
     config = from_dict(TrainConfig, config_values)
     torch.set_num_threads(config.run.cpus_per_worker)
     facts = tracking.read_run(uri, run_id, METRICS)
-    with best.as_directory() as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:
+    with storage.opened(best) as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:
         try:
             drawn = Path(folder, "position_report")
-            if checkpoint_report(Path(files), config, facts.name, drawn) is not None:
+            if checkpoint_report(files, config, facts.name, drawn) is not None:
                 tracking.log_files(uri, run_id, drawn, "position_report")
         finally:  # one page does not wait for the other to succeed
-            summary = write_run_summary(config, Path(files), facts, Path(folder, "summary"))
+            summary = write_run_summary(config, files, facts, Path(folder, "summary"))
             tracking.log_files(uri, run_id, summary.parent, "summary")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lape_ray import storage
@@ -20,13 +22,22 @@ NOTHING_YET = (
 """How the names of files begin that a run may leave in its folder before its record."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What `run.json` holds; `config` as `to_dict` made it."""
+
+    finished: bool
+    mlflow_run_id: str
+    config: Mapping[str, Any]
+
+
 def write_run(folder: str, config: TrainConfig, run_id: str, *, finished: bool) -> None:
     """Write the record of the run in `folder`."""
-    values = {"finished": finished, "mlflow_run_id": run_id, "config": to_dict(config)}
-    storage.write_record(storage.join(folder, RECORD), values)
+    record = Record(finished=finished, mlflow_run_id=run_id, config=to_dict(config))
+    storage.write_record(storage.join(folder, RECORD), vars(record))
 
 
-def earlier_run(config: TrainConfig, folder: str) -> dict[str, Any] | None:
+def earlier_run(config: TrainConfig, folder: str) -> Record | None:
     """Read the record of the unfinished run that `config` continues; None where a new one begins.
 
     Raises:
@@ -37,7 +48,7 @@ def earlier_run(config: TrainConfig, folder: str) -> dict[str, Any] | None:
     earlier = _read_run(folder)
     if earlier is None:
         return None
-    earlier_config = from_dict(TrainConfig, earlier["config"])
+    earlier_config = from_dict(TrainConfig, earlier.config, "config")
     if config.run.overwrite:
         if earlier_config.run.name != name:
             raise ValueError(
@@ -49,21 +60,21 @@ def earlier_run(config: TrainConfig, folder: str) -> dict[str, Any] | None:
             f"run {name!r} exists with another config ({'; '.join(changed)}); "
             "choose another --run.name, or --run.overwrite true to delete it"
         )
-    if earlier["finished"]:
+    if earlier.finished:
         raise ValueError(
             f"run {name!r} is finished already; choose another --run.name, or --run.overwrite true to delete it"
         )
     return earlier
 
 
-def _read_run(folder: str) -> dict[str, Any] | None:
+def _read_run(folder: str) -> Record | None:
     """Read the record, or make it again from the newest checkpoint; None where the folder is free."""
     address = storage.join(folder, RECORD)
     try:
-        values = storage.read_record(address, way_out="it is made again from the newest checkpoint")
-        if missing := {"config", "finished", "mlflow_run_id"} - values.keys():
-            raise ValueError(f"{address} has no {min(missing)!r}")
-        return values
+        record: Record = storage.read_record(
+            Record, address, way_out="it is made again from the newest checkpoint"
+        )
+        return record
     except FileNotFoundError:
         others = [name for name in storage.names(folder) if not name.startswith(NOTHING_YET)]
         reason = f"{folder} holds {others[0]!r} and no {RECORD}" if others else ""
@@ -77,4 +88,4 @@ def _read_run(folder: str) -> dict[str, Any] | None:
             f"{reason}, and no checkpoint of ours is in it: choose another --run.name, or move it away"
         )
     print(f"warning: {reason}; going by the newest checkpoint", flush=True)
-    return {"finished": False, "mlflow_run_id": meta["mlflow_run_id"], "config": meta["config"]}
+    return Record(finished=False, mlflow_run_id=meta.mlflow_run_id or "", config=to_dict(meta.config))

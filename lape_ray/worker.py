@@ -18,7 +18,6 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
-from ray.train import Checkpoint
 
 from lape_ray import storage, tracking
 from lape_ray.checkpoint import MARKER, DamagedError, read_meta, verify
@@ -31,6 +30,7 @@ from lape_ray.state import World
 from lape_ray.storage import LeaseLostError, check_lease
 from lape_ray.supervision import LeavingNodes, StopRequest
 from lape_ray.train import DivergedError, StoppedError, Take, train
+from lape_ray.typed import typed
 
 End = Literal["done", "diverged", "stopped", "storage", "failures", "lost"]
 
@@ -123,9 +123,9 @@ def _whole_checkpoint(reporter: RayReporter, device: torch.device) -> Iterator[P
         with contextlib.ExitStack() as stack:
             reason = ""
             try:
-                folder = Path(stack.enter_context(_checkpoint(name).as_directory()))
+                folder = stack.enter_context(storage.opened(storage.join(reporter.folder, name)))
                 verify(folder)
-            except (DamagedError, OSError) as error:
+            except (ValueError, OSError) as error:
                 reason = str(error)
             if not world.any(bool(reason)):
                 reporter.go_on_from(count)
@@ -137,12 +137,6 @@ def _whole_checkpoint(reporter: RayReporter, device: torch.device) -> Iterator[P
         f"no checkpoint of this run is whole ({'; '.join(reasons)}); "
         "restore one of them, or start again with --run.overwrite true"
     )
-
-
-def _checkpoint(name: str) -> Checkpoint:
-    """The checkpoint of this run that lies in the folder `name`."""
-    place = ray.train.get_context().get_storage()
-    return Checkpoint(place.build_checkpoint_path_from_name(name), filesystem=place.storage_filesystem)
 
 
 def _quiet_ray_train() -> None:
@@ -226,7 +220,8 @@ class RayReporter:
         """Begin to track, with what the checkpoint in `folder` holds of values that were not stored yet."""
         if not self.first:
             return
-        unsent = read_meta(folder).notes.get("unsent", []) if folder else []
+        notes = read_meta(folder).notes if folder else {}
+        unsent = typed(tuple[tuple[str, float, int, int], ...], notes.get("unsent", []), "unsent")
         self.tracker = tracking.Tracker(payload["tracking_uri"], payload["mlflow_run_id"], unsent)
         run, workers = self.config.run, ray.train.get_context().get_world_size()
         if not isinstance(run.num_workers, int):
@@ -361,11 +356,11 @@ class RayReporter:
         self.stored()
         if self.tracker is not None and storing is not None and storing.done is not None:
             with (
-                _checkpoint(storing.done.result()).as_directory() as folder,
+                storage.opened(storage.join(self.folder, storing.done.result())) as folder,
                 tempfile.TemporaryDirectory(prefix="lape-report-") as drawn,
             ):
                 try:
-                    self._draw_position(epochs, Path(folder), Path(drawn), self.tracker)
+                    self._draw_position(epochs, folder, Path(drawn), self.tracker)
                 except (OSError, ValueError) as error:  # the training goes on
                     self.line(f"no position report of epoch {epochs[-1]}: {error}")
         ray.train.collective.barrier()  # here, because a collective of the training has less patience

@@ -78,14 +78,15 @@ def names(run: Path) -> list[str]:
 
 def test_the_best_and_the_newest_are_kept() -> None:
     entries = [
-        Listed(name=str(i), steps_done=i, score=score) for i, score in enumerate((3, None, 9, 9, 1, None))
+        Listed(name=f"checkpoint-{i}", steps_done=i, score=score)
+        for i, score in enumerate((3, None, 9, 9, 1, None))
     ]
-    assert [one.name for one in retained(entries, keep=2)] == ["2", "3", "5"]
-    assert [one.name for one in retained(entries, keep=1)] == ["3", "5"]
+    assert [one.steps_done for one in retained(entries, keep=2)] == [2, 3, 5]
+    assert [one.steps_done for one in retained(entries, keep=1)] == [3, 5]
     found = best(entries)
     assert found is not None
-    assert found.name == "3"  # the newest of equals
-    assert best([Listed(name="a", steps_done=1)]) is None
+    assert found.steps_done == 3  # the newest of equals
+    assert best([Listed(name="checkpoint-1", steps_done=1)]) is None
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_what_was_interrupted_is_found_or_swept(run: Path) -> None:
     assert found is not None
     assert [one.name for one in found] == [*(one.name for one in listed), "checkpoint-000019"]
     assert "checkpoint-000019 is whole, and is listed now" in told[0]
-    assert "checkpoint-000022 is damaged (model.safetensors is missing or has another size)" in told[0]
+    assert "checkpoint-000022 cannot be used (model.safetensors is missing or has another size)" in told[0]
 
 
 def test_a_deleted_checkpoint_is_never_taken_for_whole(run: Path) -> None:
@@ -364,8 +365,8 @@ def test_a_record_that_is_damaged_is_made_again(run: Path, capsys: pytest.Captur
         (run / RECORD).write_text(text)
         earlier = earlier_run(CONFIG, str(run))
         assert earlier is not None
-        assert earlier["mlflow_run_id"] == "0" * 32
-        assert not earlier["finished"]
+        assert earlier.mlflow_run_id == "0" * 32
+        assert not earlier.finished
         assert f"{run / RECORD}" in capsys.readouterr().out
     (run / RECORD).unlink()
     assert earlier_run(CONFIG, str(run)) is not None

@@ -28,11 +28,23 @@ import pytest
 import torch
 
 from lape_ray import checkpoint
+from lape_ray.checkpoint_list import LIST, Listed, recover, write_list
 from lape_ray.config import TrainConfig
 from lape_ray.data.beton import beton_images, check_beton, manifest_path, shard_path, write_beton
 from lape_ray.data.beton.writer import PART_SAMPLES
 from lape_ray.data.sources import digits, open_source
-from lape_ray.storage import Object, copies, stage, transfer
+from lape_ray.run_record import RECORD, earlier_run, write_run
+from lape_ray.storage import (
+    LEASE,
+    LeaseLostError,
+    Object,
+    check_lease,
+    copies,
+    lease,
+    leased,
+    stage,
+    transfer,
+)
 
 
 @dataclass(frozen=True)
@@ -232,7 +244,54 @@ def read_download(file: Path) -> None:
     assert target.read_bytes() == CONTENT
 
 
+def make_run(folder: Path) -> Path:
+    """A run with a record, a list and a checkpoint, whose lease was given back."""
+    name = "checkpoint-000005"
+    with leased(str(folder), "run"):
+        (folder / name).mkdir()
+        make_meta(folder / name)
+        write_list(str(folder), [Listed(name=name, steps_done=1, score=1.0)])
+        write_run(str(folder), TrainConfig(), "0" * 32, finished=False)
+    return folder
+
+
+def make_lease(folder: Path) -> Path:
+    return make_run(folder) / LEASE
+
+
+def read_lease(file: Path) -> None:
+    """Whatever a lease says: somebody owns the folder, or it is free, and no other error comes of it."""
+    found = lease._Disk(str(file.parent)).read()
+    assert found is not None
+    lease._free(found, str(file))
+    with contextlib.suppress(LeaseLostError):
+        check_lease(str(file.parent), "me")
+
+
+def make_list(folder: Path) -> Path:
+    return make_run(folder) / LIST
+
+
+def read_list(file: Path) -> None:
+    """The list cannot be read, and its copy serves: the checkpoint is found whatever is in it."""
+    found = recover(str(file.parent), lambda _: None, before=4e9)
+    assert [one.name for one in found] == ["checkpoint-000005"]
+
+
+def make_record(folder: Path) -> Path:
+    return make_run(folder) / RECORD
+
+
+def read_record(file: Path) -> None:
+    earlier_run(TrainConfig(), str(file.parent))
+
+
+MADE_AGAIN = {"lease", "list of checkpoints", "record of a run", "mark of a copy", "journal of a download"}
+"""Damage to these refuses nothing: another file, or the storage itself, says what they said."""
 KINDS = {
+    "lease": Kind(make_lease, read_lease),
+    "list of checkpoints": Kind(make_list, read_list),
+    "record of a run": Kind(make_record, read_record, called="config"),
     "manifest": Kind(make_manifest, read_manifest, called="x.beton"),
     "manifest of a shard": Kind(
         make_manifest_of_a_shard, read_manifest, called=".beton"
@@ -426,7 +485,7 @@ def survive_one(kind: Kind, file: Path, folder: Path, case: str) -> str:
 @pytest.mark.parametrize("name", KINDS)
 def test_damage_is_one_line_that_names_the_file(tmp_path: Path, name: str) -> None:
     ends = survive(KINDS[name], name, range(200), tmp_path)
-    made_again = name in ("mark of a copy", "journal of a download")
+    made_again = name in MADE_AGAIN
     assert ends["read" if made_again else "refused"] > 20, ends
 
 

@@ -163,7 +163,7 @@ class Ledger:
         """
         address = storage.join(self.folder, RECORD)
         try:
-            values = storage.read_record(address, way_out=WAY_OUT)
+            values: dict[str, Any] = storage.read_record(dict[str, Any], address, way_out=WAY_OUT)
         except FileNotFoundError:
             if others := [name for name in storage.names(self.folder) if name not in storage.LEASE_FILES]:
                 raise ValueError(f"{self.folder} holds {others[0]!r} and no {RECORD}: {WAY_OUT}") from None
@@ -179,11 +179,9 @@ class Ledger:
 
     @staticmethod
     def _read_trial(address: str) -> Trial:
-        text = storage.read_text(address)
-        storage.parse_record(text, address, way_out=WAY_OUT)
         try:
-            return Trial.from_json(text)
-        except (KeyError, TypeError, AttributeError) as error:
+            return Trial.from_json(storage.read_text(address))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{address} is damaged ({type(error).__name__}: {error}); {WAY_OUT}") from None
 
 

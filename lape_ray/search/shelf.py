@@ -49,7 +49,8 @@ class Shelf:
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[Path]:
         """A checkpoint as a local folder."""
-        yield storage.local(self.address(name))
+        with storage.opened(self.address(name)) as folder:
+            yield folder
 
     def drop_all_but(self, names: set[str]) -> None:
         for name in self.names():

@@ -15,7 +15,7 @@ Credentials, region and endpoint of S3 come from the usual environment variables
 """
 
 from lape_ray.storage.address import absolute, home, is_remote, join, safe_relative
-from lape_ray.storage.copies import cache, local, stage
+from lape_ray.storage.copies import cache, local, opened, stage
 from lape_ray.storage.csv_rows import write_rows
 from lape_ray.storage.files import (
     Stored,
@@ -44,7 +44,7 @@ from lape_ray.storage.lease import (
 )
 from lape_ray.storage.objects import Object, listing
 from lape_ray.storage.publish import folders, free_bytes, patiently, publish, staging
-from lape_ray.storage.records import parse_record, read_record, write_record
+from lape_ray.storage.records import read_record, write_record
 from lape_ray.storage.transfer import upload, upload_folder
 
 __all__ = [
@@ -74,7 +74,7 @@ __all__ = [
     "local",
     "modified",
     "names",
-    "parse_record",
+    "opened",
     "patiently",
     "publish",
     "read_record",

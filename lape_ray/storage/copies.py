@@ -52,6 +52,32 @@ def local(address: str | Path) -> Path:
     return stage(objects, below=address.rpartition("/")[0]) / address.rpartition("/")[2]
 
 
+@contextlib.contextmanager
+def opened(address: str) -> Iterator[Path]:
+    """Have the folder that an address means on this machine; a copy goes with the last process that has it open.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError, OSError: see `local`.
+    """
+    if not is_remote(address):
+        yield local(address)
+        return
+    while True:
+        path = local(address)
+        with (path.parent / ".lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            if not path.exists():  # the last that had it open took it away just now
+                continue
+            try:
+                yield path
+            finally:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path.parent)
+            return
+
+
 def stage(objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | None = None) -> Path:
     """A folder with copies of the objects, under their names below the address `below`.
 

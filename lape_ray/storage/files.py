@@ -28,10 +28,10 @@ def exists(address: str) -> bool:
 
 
 def read_text(address: str) -> str:
-    """The text of a file; FileNotFoundError where there is none."""
+    """Read the text of a file; FileNotFoundError where there is none. Bytes that are no text become U+FFFD."""
     if is_remote(address):
         return objects.get_text(address)
-    return Path(absolute(address)).read_text()
+    return Path(absolute(address)).read_text(encoding="utf-8", errors="replace")
 
 
 def write_text(address: str, text: str) -> None:
@@ -90,7 +90,7 @@ def delete_folder(address: str, *, first: str = "") -> None:
         delete_file(join(address, first))
     if is_remote(address):
         objects.delete_below(address)
-    elif (folder := Path(absolute(address))).exists():
+    elif (folder := Path(absolute(address))).is_dir():
         shutil.rmtree(folder)
 
 

@@ -33,8 +33,8 @@ import psutil
 from lape_ray.storage import objects
 from lape_ray.storage.address import absolute, is_remote, join
 from lape_ray.storage.files import read_text, write_text
-from lape_ray.storage.records import parse_record
 from lape_ray.storage.s3 import HASTE_S
+from lape_ray.typed import from_json
 
 LEASE = "lease.json"
 LEASE_FILES = (LEASE, f".{LEASE}.lock")
@@ -214,7 +214,8 @@ def check_lease(folder: str, token: str) -> None:
 def _values(found: _Found, address: str) -> dict[str, Any]:
     """What a lease says; nothing where it is damaged: such a one is watched until it is stale."""
     try:
-        return parse_record(found.text, address, way_out="")
+        values: dict[str, Any] = from_json(dict[str, Any], found.text, address, "")
+        return values
     except ValueError:
         return {}
 

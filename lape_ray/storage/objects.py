@@ -89,7 +89,7 @@ def get_text(address: str) -> str:
         lambda: client().get_object(Bucket=bucket, Key=key)["Body"].read(), address, "reading"
     )
     try:
-        return content.decode()
+        return content.decode(errors="replace")
     except UnicodeDecodeError as error:
         raise ValueError(f"{address} is damaged: {error}; write it again") from None
 
@@ -103,7 +103,7 @@ def get_tagged(address: str, *, patience_s: float = PATIENCE_S) -> tuple[str, st
         return answer["Body"].read(), str(answer["ETag"])
 
     content, tag = attempt(get, address, "reading", patience_s=patience_s)
-    return content.decode(), tag
+    return content.decode(errors="replace"), tag
 
 
 def modified(address: str) -> float:

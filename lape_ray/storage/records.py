@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lape_ray.storage.files import read_text, write_text
+from lape_ray.typed import from_json
 
 
 def write_record(address: str, values: Mapping[str, Any]) -> None:
@@ -14,28 +15,14 @@ def write_record(address: str, values: Mapping[str, Any]) -> None:
     write_text(address, json.dumps(dict(values), indent=1))
 
 
-def read_record(address: str, *, way_out: str) -> dict[str, Any]:
-    """Read a record.
+def read_record(kind: Any, address: str, *, way_out: str) -> Any:
+    """Read a record as the annotated type `kind` (see `typed`).
 
     Args:
         way_out: what a person can do about a damaged one.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged; names the file and `way_out`.
+        ValueError: it is damaged; names the file, the place in it and `way_out`.
     """
-    return parse_record(read_text(address), address, way_out=way_out)
-
-
-def parse_record(text: str, address: str, *, way_out: str) -> dict[str, Any]:
-    """Read a record from its text; a ValueError names the file and `way_out` where it is damaged."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = "is empty" if not text.strip() else f"is damaged ({error})"
-        raise ValueError(f"{address} {reason}; {way_out}") from None
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"{address} is damaged (it holds a {type(values).__name__}, not an object); {way_out}"
-        )
-    return values
+    return from_json(kind, read_text(address), address, way_out)
