@@ -317,6 +317,10 @@ class RunConfig:
         _check_range(self, 0, 10**6, "checkpoint_minutes")
         if self.name is not None:
             check_name(self.name, "name")
+        _require(
+            bool(self.experiment.strip("/")) and ".." not in self.experiment.split("/"),
+            f"experiment={self.experiment!r} would keep artifacts in another folder; choose another name",
+        )
 
     @property
     def workers(self) -> Span:

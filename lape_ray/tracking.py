@@ -163,7 +163,7 @@ def _experiment_id(client: mlflow.MlflowClient, name: str, uri: str) -> str:
                 client.set_experiment_tag(found.experiment_id, key, value)
         return str(found.experiment_id)
     # Without a server artifacts would land in the current directory, which for a submitted job is temporary.
-    location = (home() / "mlartifacts" / name).as_uri() if uri.startswith("sqlite:") else None
+    location = (home() / "mlartifacts" / name.strip("/")).as_uri() if uri.startswith("sqlite:") else None
     try:
         return str(client.create_experiment(name, artifact_location=location, tags=runs_view.tags()))
     except MlflowException:
