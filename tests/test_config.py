@@ -79,6 +79,8 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
         (lambda: OptimConfig(epochs=3, warmup_epochs=4), "warmup_epochs=4 is out of range"),
         (lambda: OptimConfig(clip_norm=0), "clip_norm=0 must be above 0"),
         (lambda: RunConfig(name="a/b"), "name='a/b' must begin with a letter"),
+        (lambda: RunConfig(experiment="../../x"), "would keep artifacts in another folder"),
+        (lambda: RunConfig(experiment="/"), "would keep artifacts in another folder"),
         (lambda: replace_fields(recipe("demo"), {"run.num_workers": 3}), "nearest that do are 63 and 66"),
         (
             lambda: from_dict(ModelConfig, {"jion": "lape"}),
