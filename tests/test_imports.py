@@ -25,7 +25,7 @@ FLOORS = [
         "runs_view",
         "step_graph",
     },
-    {"cli", "data", "checkpoint", "tracking"},
+    {"cli", "data", "checkpoint", "tracking", "training"},
     {"distill", "predict"},
     {"signals", "supervision"},
     {"state"},
