@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lape_ray.checkpoint import read_weights
 from lape_ray.model import build_model
 from lape_ray.model.convert import load_weights
+from lape_ray.training.recompute import optimise_blocks
 
 
 def training_loss(logits: Tensor, targets_BK: Tensor, teacher_logits_BK: Tensor | None = None) -> Tensor:
@@ -73,4 +74,4 @@ def _own_teacher(source: str) -> nn.Module:
         raise ValueError(f"teacher {source!r} is no checkpoint folder of ours, so its network is not known")
     teacher = build_model(config.model)
     load_weights(teacher, state)
-    return teacher
+    return optimise_blocks(teacher)

@@ -25,6 +25,7 @@ from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.normalize import Normalize
 from lape_ray.storage import write_rows, written_path
+from lape_ray.training.recompute import optimise_blocks
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -112,11 +113,11 @@ class Predictor:
 
 
 def load_network(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> VisionTransformer:
-    """`config.model` with the weights of a checkpoint of any origin, on the CPU."""
+    """Build `config.model` with the weights of a checkpoint of any origin, on the CPU; computes no token in vain."""
     network = build_model(config.model)
     weights, _ = read_weights(checkpoint, ema=ema)
     load_weights(network, weights)
-    return network
+    return optimise_blocks(network)
 
 
 def make_predictor(

@@ -29,6 +29,7 @@ from lape_ray.model.normalize import Normalize
 from lape_ray.optim import Ema, build_optimizer
 from lape_ray.signals import Signals
 from lape_ray.step_graph import CudaRecorder, StepGraph
+from lape_ray.training.recompute import optimise_blocks
 
 
 class Batches(Protocol):
@@ -129,7 +130,7 @@ def build_state(
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are those of the current one
     torch.manual_seed(config.run.seed)
-    network = build_model(config.model).to(device)
+    network = optimise_blocks(build_model(config.model)).to(device)
     model, note = compiled(network, config.run, device)
     if world.size > 1:
         equal = world.size == config.micro_batches

@@ -40,6 +40,7 @@ from lape_ray.bench.synthetic import Stepper, synthetic_state, training_config
 from lape_ray.bench.targets import judge
 from lape_ray.config import ModelConfig, TrainConfig, replace_fields
 from lape_ray.model import build_model, resolve
+from lape_ray.training.recompute import optimise_blocks
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,7 @@ def toy(**fields: Any) -> TrainConfig:
     ids=["deit", "distilled", "vit_lite"],
 )
 def test_flops_are_those_that_torch_counts(config: ModelConfig) -> None:
-    network = build_model(config)
+    network = optimise_blocks(build_model(config))
     spec = resolve(config)
     # A fused kernel counts what backward computes again.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -24,6 +24,7 @@ from lape_ray.model import build_model, resolve
 from lape_ray.model.normalize import Normalize
 from lape_ray.muon import orthogonalized
 from lape_ray.recipes import RECIPES, recipe
+from lape_ray.training.recompute import optimise_blocks
 
 GPU = torch.device("cuda", 0)
 DEIT = AugmentSpec(rand_augment="rand-m9-mstd0.5-inc1", erase_prob=0.25)
@@ -82,7 +83,7 @@ def test_crops_of_images_on_the_device() -> None:
 def test_a_recipes_network(name: str) -> None:
     config = replace_fields(recipe(name), {"model.depth": 2})
     size = resolve(config.model)
-    network = build_model(config.model)
+    network = optimise_blocks(build_model(config.model))
     images = Normalize(config.data)(torch.empty(8, 3, size.image_size, size.image_size, dtype=torch.uint8))
     labels = torch.empty(8, dtype=torch.int64)
     mixer = Mixer(config.data, num_classes=size.num_classes, label_smoothing=config.optim.label_smoothing)

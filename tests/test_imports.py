@@ -26,7 +26,7 @@ FLOORS = [
         "runs_view",
         "step_graph",
     },
-    {"cli", "data", "checkpoint", "tracking"},
+    {"cli", "data", "checkpoint", "tracking", "training"},
     {"distill", "predict"},
     {"checkpoint_list", "signals", "supervision"},
     {"state"},

@@ -15,13 +15,20 @@ from torch import Tensor
 
 from lape_ray.config import ModelConfig, Variant
 from lape_ray.model import build_model
-from lape_ray.model.bias import BIAS_JOINS, BIASES
-from lape_ray.model.block import rotate
-from lape_ray.model.convert import convert_state_dict, load_weights, resize_position, resize_relative_bias
-from lape_ray.model.join import JOINS
-from lape_ray.model.ports import valid_bias_joins, valid_joins
-from lape_ray.model.position import POSITIONS
-from lape_ray.model.rotary import ROTARIES
+from lape_ray.model.block import Attention, Block, rotate
+from lape_ray.model.compact import ResidualNormBlock
+from lape_ray.model.convert import convert_state_dict, load_weights
+from lape_ray.model.position import (
+    ABSOLUTES,
+    BIAS_JOINS,
+    BIASES,
+    JOINS,
+    ROTARIES,
+    LayerPosition,
+    valid_bias_joins,
+    valid_joins,
+)
+from lape_ray.model.position.resize import resize_absolute, resize_relative
 from lape_ray.model.variants import VARIANTS
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "image_size": 16, "patch_size": 4, "num_classes": 5}
@@ -33,7 +40,7 @@ def tiny(**kwargs: object) -> ModelConfig:
 
 CELLS = [
     {"position": position, "join": join, "bias": bias, "bias_join": bias_join, "rotary": rotary}
-    for position in POSITIONS
+    for position in ABSOLUTES
     for join in valid_joins(position)
     for bias in BIASES
     for bias_join in valid_bias_joins(bias)
@@ -90,7 +97,7 @@ def test_names_in_the_config_are_the_names_in_the_code() -> None:
 
     pairs = [
         (config.Variant, VARIANTS),
-        (config.Position, POSITIONS),
+        (config.Position, ABSOLUTES),
         (config.Join, JOINS),
         (config.Bias, BIASES),
         (config.BiasJoin, BIAS_JOINS),
@@ -265,9 +272,40 @@ def test_the_chain_is_the_papers() -> None:
         torch.testing.assert_close(layer.attention_1ND, w)
         assert layer.residual_1ND is None
         assert layer.attention_1ND.shape[0] == 1, "position must not grow with the batch"
-    block, x = model.blocks[0], torch.randn(2, 17, 32)
-    torch.nn.init.normal_(block.norm1.bias)
-    torch.testing.assert_close(block.reading(layers[0])(x), block.norm1(x) + layers[0].attention_1ND)
+
+
+def attention_by_hand(attn: Attention, h_BND: Tensor, logits_1HNN: Tensor | float) -> Tensor:
+    """MSA as a textbook writes it."""
+    qkv = F.linear(h_BND, attn.qkv.weight, attn.qkv.bias).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    q_BHNE, k_BHNE, v_BHNE = qkv.unbind(0)
+    weights_BHNN = (q_BHNE @ k_BHNE.mT / 16**0.5 + logits_1HNN).softmax(-1)
+    return attn.proj((weights_BHNN @ v_BHNE).transpose(1, 2).flatten(2))
+
+
+PARTS = ("residual_1ND", "attention_1ND", "logits_1HNN")
+
+
+@pytest.mark.parametrize("kind", [Block, ResidualNormBlock])
+@pytest.mark.parametrize("parts", [(), *[(part,) for part in PARTS], PARTS], ids="+".join)
+def test_a_block_is_its_equation(kind: type[Block], parts: tuple[str, ...]) -> None:
+    """x = x + MSA(LN(x) + w); x = x + MLP(LN(x)), or with the norm on the stream: x = LN(x); x = x + MLP(x)."""
+    torch.manual_seed(0)
+    block = kind(embed_dim=32, num_heads=2, mlp_ratio=2, eps=1e-6)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    shapes = dict(zip(PARTS, [(1, 17, 32), (1, 17, 32), (1, 2, 17, 17)], strict=True))
+    position = LayerPosition(**{part: torch.randn(shapes[part]) for part in parts})
+    residual, w, logits = (0.0 if part is None else part for part in position[:3])
+    given = torch.randn(4, 17, 32)
+
+    x = given + residual
+    x = x + attention_by_hand(block.attn, block.norm1(x) + w, logits)
+    normed = block.norm2(x)
+    if kind is ResidualNormBlock:
+        x = normed
+    x = x + block.mlp.fc2(F.gelu(block.mlp.fc1(normed)))
+
+    torch.testing.assert_close(block(given, position), x, rtol=1e-4, atol=1e-4)
 
 
 def test_batch_does_not_change_the_cost_of_position() -> None:
@@ -321,15 +359,15 @@ def test_alibi_falls_with_distance() -> None:
 def test_resizing_keeps_prefix_rows_and_a_smooth_map() -> None:
     y, x = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij")
     table = torch.cat((torch.full((1, 2, 2), 9.0), torch.stack((y, x), -1).reshape(1, 64, 2)), dim=1)
-    resized = resize_position(table, (16, 16), 2)
+    resized = resize_absolute(table, (16, 16), 2)
     assert resized.shape == (1, 258, 2)
     torch.testing.assert_close(resized[:, :2], table[:, :2])
     middle = resized[0, 2:].reshape(16, 16, 2)[4:12, 4:12]
     assert middle[:, :, 0].diff(dim=0).min() > 0
     assert middle[:, :, 1].diff(dim=1).min() > 0
     with pytest.raises(ValueError, match="no square grid"):
-        resize_position(torch.zeros(1, 13, 2), (4, 4), 1)
-    assert resize_relative_bias(torch.zeros(2, 49, 3), (6, 6)).shape == (2, 121, 3)
+        resize_absolute(torch.zeros(1, 13, 2), (4, 4), 1)
+    assert resize_relative(torch.zeros(2, 49, 3), (6, 6)).shape == (2, 121, 3)
 
 
 @pytest.mark.parametrize("cell", [CELLS[0], *[c for c in CELLS if c["rotary"] == "mixed"]], ids=cell_id)

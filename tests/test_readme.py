@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -45,3 +46,13 @@ def test_the_map_names_every_module() -> None:
     for path in (ROOT / "lape_ray").iterdir():
         if not path.name.startswith("__"):
             assert path.name in written, f"{path.name} is missing from the README's map"
+
+
+@pytest.mark.parametrize("room", ["model", "model/position", "training"])
+def test_the_map_of_a_room_names_every_file(room: str) -> None:
+    """A line for each, in the docstring of the room's `__init__`."""
+    folder = ROOT / "lape_ray" / room
+    tree = ast.parse((folder / "__init__.py").read_text())
+    written = ast.get_docstring(tree, clean=False) or ""
+    names = {line.split()[0].rstrip("/") for line in written.splitlines() if line.startswith("    ")}
+    assert names == {path.stem for path in folder.iterdir() if not path.name.startswith("__")}

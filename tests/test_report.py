@@ -23,8 +23,8 @@ from lape_ray.data.beton import write_beton
 from lape_ray.data.loader import build_loader
 from lape_ray.data.sources import digits
 from lape_ray.model import VisionTransformer, build_model, resolve
-from lape_ray.model.block import LayerPosition
 from lape_ray.model.normalize import Normalize
+from lape_ray.model.position import LayerPosition
 from lape_ray.report import figures, progress, robustness
 from lape_ray.report.build import build_position_report, parse_token
 from lape_ray.report.page import Page
@@ -43,6 +43,7 @@ from lape_ray.report.position import (
 from lape_ray.report.robustness import Few, Robustness, Shifted, shifts_for, sizes_for
 from lape_ray.samples import spread
 from lape_ray.subjects import find_subjects
+from lape_ray.training.recompute import optimise_blocks
 
 ROOT = Path(__file__).parent.parent
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "image_size": 16, "patch_size": 4, "num_classes": 5}
@@ -213,7 +214,7 @@ def test_the_position_part_of_the_stream_is_exact_in_every_layer(variant: str) -
             layer.weight.zero_()
             layer.bias.zero_()
         block.norm2.bias.zero_()
-    if hasattr(model, "cls_token"):
+    if model.cls_token is not None:
         model.cls_token.zero_()
     model.patch_embed.proj.weight.zero_()
     model.patch_embed.proj.bias.zero_()
@@ -225,6 +226,17 @@ def test_the_position_part_of_the_stream_is_exact_in_every_layer(variant: str) -
     else:  # the norm on the stream scales rows: same directions, and its own size
         torch.testing.assert_close(cosine(seen[0][0]), cosine(seen_by_attention(model)[2]), atol=1e-4, rtol=0)
     assert (strength.norm_ratio_LN > 3).all(), "no token part but the norm's bias"
+
+
+@pytest.mark.parametrize("variant", ["deit_tiny", "vit_lite_6_4", "cvt_7_4"])
+@pytest.mark.parametrize("join", ["basic", "lape"])
+def test_strength_is_that_of_the_plain_blocks(variant: str, join: str) -> None:
+    """A checkpoint is opened with optimised blocks, whose norms and last layer are called in another way."""
+    images = torch.randn(3, 3, 16, 16)
+    plain = measure_strength(network(variant=variant, join=join), images)
+    optimised = measure_strength(optimise_blocks(network(variant=variant, join=join)), images)
+    torch.testing.assert_close(optimised.norm_ratio_LN, plain.norm_ratio_LN)
+    torch.testing.assert_close(optimised.moved_LN, plain.moved_LN, rtol=1e-4, atol=1e-6)
 
 
 def test_without_position_nothing_moves() -> None:
@@ -244,7 +256,7 @@ def test_attention_weights_are_those_of_the_fused_kernel() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 17))
     v = block.attn.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)[2]
     torch.testing.assert_close(
-        block.attn.proj((weights @ v).transpose(1, 2).flatten(2)), block.attn(x, layer, lambda x: x)
+        block.attn.proj((weights @ v).transpose(1, 2).flatten(2)), block.attn(x, layer)
     )
 
 

@@ -1,6 +1,19 @@
-"""Vision transformers whose position embedding is chosen by name: `build_model(ModelConfig)`."""
+"""The networks: vision transformers whose position embedding is chosen by name. `build_model(ModelConfig)`.
 
-from lape_ray.model.variants import build_model, resolve
+    block      the equation: attention, MLP and the block of ViT, DeiT and LaPE
+    vit        patch embedding and the network around the blocks
+    compact    the parts of Compact Transformers: convolutional tokens, their block, sequence pooling
+    position/  every position embedding and join
+    variants   families and sizes by name, and a config's overrides
+    build      from a config to a network
+    convert    checkpoints of other code and other sizes
+    normalize  uint8 pixels to what the network reads
+
+Everything here is the plain definition, as a paper writes it. `lape_ray.training` puts around it what makes it fast.
+"""
+
+from lape_ray.model.build import build_model
+from lape_ray.model.variants import resolve
 from lape_ray.model.vit import VisionTransformer
 
 __all__ = ["VisionTransformer", "build_model", "resolve"]

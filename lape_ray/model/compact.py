@@ -1,6 +1,6 @@
-"""Parts of the Compact Transformers (arXiv 2104.05704): convolutional tokens and sequence pooling.
+"""Parts of the Compact Transformers (arXiv 2104.05704): convolutional tokens, their block, sequence pooling.
 
-Shapes: B images, C channels, N tokens, D width.
+Shapes: B images, C channels, H x W pixels, N tokens, D width.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from lape_ray.model.vit import Embed
+from lape_ray.model.block import Block
+from lape_ray.model.position import LayerPosition
 
 
-class ConvTokenizer(Embed):
+class ConvTokenizer(nn.Module):
     """Tokens of CCT: convolution 3x3, ReLU, max-pooling 3x3 with stride 2, once or more.
 
     Args:
@@ -35,6 +36,19 @@ class ConvTokenizer(Embed):
         for conv in self.convs:
             images_BCHW = self.pool(conv(images_BCHW).relu())
         return images_BCHW.flatten(2).transpose(1, 2)
+
+
+class ResidualNormBlock(Block):
+    """A block whose norm2 sits on the residual stream itself: x = x + MSA(LN(x) + w); x = LN(x); x = x + MLP(x)."""
+
+    def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
+        if position.residual_1ND is not None:
+            x_BND = x_BND + position.residual_1ND
+        h_BND = self.norm1(x_BND)
+        if position.attention_1ND is not None:
+            h_BND = h_BND + position.attention_1ND
+        x_BND = self.norm2(x_BND + self.drop_path(self.attn(h_BND, position)))
+        return x_BND + self.drop_path(self.mlp(x_BND))
 
 
 class SequencePool(nn.Module):

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lape_ray.config import ModelConfig
-from lape_ray.model.block import Block, ResidualNormBlock
-from lape_ray.model.compact import ConvTokenizer, SequencePool
-from lape_ray.model.ports import check_cell
-from lape_ray.model.vit import Embed, PatchEmbed, VisionTransformer
+from lape_ray.model.block import Block
+from lape_ray.model.compact import ResidualNormBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +46,7 @@ def _deit(embed_dim: int, num_heads: int, num_prefix: int = 1) -> VariantSpec:
 
 
 def _compact(depth: int, **kwargs: Any) -> VariantSpec:
-    """What all Compact Transformers share: a block with a norm on the residual, no qkv bias, wide position."""
+    """Fill in what all Compact Transformers share: a norm on the residual stream, no qkv bias, wide position."""
     return VariantSpec(
         embed_dim=256, depth=depth, num_heads=4, mlp_ratio=2.0, image_size=32, num_classes=10,
         attention_dropout=0.1, qkv_bias=False, eps=1e-5, block=ResidualNormBlock,
@@ -77,54 +75,12 @@ VARIANTS: dict[str, VariantSpec] = {
 
 
 def resolve(config: ModelConfig) -> VariantSpec:
-    """The variant with the config's overrides; a ValueError where one does not apply."""
+    """Look up the variant and apply the config's overrides; a ValueError where one does not apply."""
     spec = VARIANTS[config.variant]
     if spec.patch_size is None and config.patch_size is not None:
         raise ValueError(
-            f"patch_size={config.patch_size} does not apply to {config.variant}, whose tokens are convolutions"
+            f"patch_size={config.patch_size} does not apply to {config.variant}, whose tokens are convolutions; "
+            "leave model.patch_size out"
         )
     chosen = {name: getattr(config, name) for name in OVERRIDABLE if getattr(config, name) is not None}
     return dataclasses.replace(spec, **chosen)
-
-
-def _embed(spec: VariantSpec) -> Embed:
-    if spec.patch_size is None:
-        return ConvTokenizer(image_size=spec.image_size, layers=spec.conv_layers, embed_dim=spec.embed_dim)
-    return PatchEmbed(image_size=spec.image_size, patch_size=spec.patch_size, embed_dim=spec.embed_dim)
-
-
-def build_model(config: ModelConfig) -> VisionTransformer:
-    """A freshly initialised network; draws from torch's global generator."""
-    check_cell(config.position, config.join, config.bias, config.bias_join)
-    spec = resolve(config)
-
-    def make_block(drop_path: float) -> Block:
-        return spec.block(
-            embed_dim=spec.embed_dim,
-            num_heads=spec.num_heads,
-            mlp_ratio=spec.mlp_ratio,
-            eps=spec.eps,
-            qkv_bias=spec.qkv_bias,
-            attention_dropout=spec.attention_dropout,
-            drop_path=drop_path,
-        )
-
-    return VisionTransformer(
-        embed=_embed(spec),
-        embed_dim=spec.embed_dim,
-        depth=spec.depth,
-        num_heads=spec.num_heads,
-        num_classes=spec.num_classes,
-        make_block=make_block,
-        drop_path=spec.drop_path,
-        eps=spec.eps,
-        num_prefix=spec.num_prefix,
-        pool=SequencePool(embed_dim=spec.embed_dim) if spec.sequence_pool else None,
-        position=config.position,
-        join=config.join,
-        bias=config.bias,
-        bias_join=config.bias_join,
-        rotary=config.rotary,
-        init_prefix_std=spec.init_prefix_std,
-        init_position_std=spec.init_position_std,
-    )

@@ -1,36 +1,28 @@
-"""The vision transformer: tokens from an embedding, position through the ports, blocks, a head.
+"""The vision transformer: patches to tokens, blocks that receive position, a head.
 
-Shapes: B images, C channels, N tokens = prefix tokens + P patches, D width, K classes.
+Shapes: B images, C channels, H x W pixels, N tokens = prefix tokens + P patches, D width, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_ray.model.block import Block, LayerPosition
-from lape_ray.model.ports import logits_port, merge, rotation_port, token_port
-from lape_ray.model.position import Grid, Layout
-
-PREFIX_NAMES = ("cls_token", "dist_token")
+from lape_ray.model.position import Grid, LayerPosition, PositionEmbeddings
 
 
-class Embed(nn.Module):
-    """What turns images (B, 3, H, W) into patch tokens (B, P, D), and knows their grid."""
-
-    grid: Grid
-
-
-class PatchEmbed(Embed):
+class PatchEmbed(nn.Module):
     """Non-overlapping patches through one linear map; the weight is stored as the equivalent convolution's."""
 
     def __init__(self, *, image_size: int, patch_size: int, embed_dim: int) -> None:
         super().__init__()
         if image_size % patch_size:
-            raise ValueError(f"image_size={image_size} does not divide by patch_size={patch_size}")
+            raise ValueError(
+                f"image_size={image_size} does not divide by patch_size={patch_size}; change one of them"
+            )
         self.patch_size = patch_size
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
@@ -42,14 +34,18 @@ class PatchEmbed(Embed):
 
 
 class VisionTransformer(nn.Module):
-    """ViT and DeiT (arXiv 2010.11929, 2012.12877), and, with `pool`, Compact Transformers.
+    """ViT and DeiT (arXiv 2010.11929, 2012.12877), and, with `pool`, Compact Transformers; with LaPE by its position.
 
     Args:
-        embed: images to patch tokens.
-        make_block: drop-path rate -> Block.
-        num_prefix: 0, 1 (class token) or 2 (class and distillation token).
-        pool: maps normalised tokens (B, N, D) to (B, D); None reads the class token.
-        init_prefix_std, init_position_std: standard deviations of the truncated normal initialisation.
+        patch_embed: images (B, C, H, W) to patch tokens (B, P, D).
+        grid: rows and columns of these patches.
+        blocks: each maps tokens (B, N, D) and its `LayerPosition` to tokens.
+        position: what the blocks receive of position.
+        norm: of the last block's tokens.
+        head: (B, D) to logits (B, K).
+        cls_token, dist_token: (1, 1, D) each, before the patches.
+        head_dist: the distillation token's head.
+        pool: normalised tokens (B, N, D) to (B, D); None: the head reads the class token.
 
     The output is (B, K). With a distillation token it is (B, 2, K) while training, class token first, and
     the mean of both in evaluation, as in DeiT.
@@ -58,75 +54,45 @@ class VisionTransformer(nn.Module):
     def __init__(
         self,
         *,
-        embed: Embed,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        num_classes: int,
-        make_block: Callable[[float], Block],
-        drop_path: float = 0.0,
-        eps: float = 1e-6,
-        num_prefix: int = 1,
+        patch_embed: nn.Module,
+        grid: Grid,
+        blocks: Iterable[nn.Module],
+        position: PositionEmbeddings,
+        norm: nn.Module,
+        head: nn.Module,
+        cls_token: nn.Parameter | None = None,
+        dist_token: nn.Parameter | None = None,
+        head_dist: nn.Module | None = None,
         pool: nn.Module | None = None,
-        position: str = "learnable",
-        join: str = "basic",
-        bias: str = "none",
-        bias_join: str = "basic",
-        rotary: str = "none",
-        init_prefix_std: float = 0.02,
-        init_position_std: float = 0.02,
     ) -> None:
         super().__init__()
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim={embed_dim} does not divide by num_heads={num_heads}")
-        self.grid, self.num_prefix, self.depth = embed.grid, num_prefix, depth
-        self.patch_embed = embed
-        for name in PREFIX_NAMES[:num_prefix]:
-            token = torch.zeros(1, 1, embed_dim)
-            if init_prefix_std > 0:
-                nn.init.trunc_normal_(token, std=init_prefix_std)
-            self.register_parameter(name, nn.Parameter(token))
-
-        rates = [drop_path * layer / max(depth - 1, 1) for layer in range(depth)]
-        self.blocks = nn.ModuleList(make_block(rate) for rate in rates)
-        self.norm = nn.LayerNorm(embed_dim, eps=eps)
+        self.grid = grid
+        self.cls_token, self.dist_token = cls_token, dist_token
+        self.num_prefix = len(self._prefix())
+        self.patch_embed = patch_embed
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
         self.pool = pool
-        self.head = nn.Linear(embed_dim, num_classes)
-        self.head_dist = nn.Linear(embed_dim, num_classes) if num_prefix == 2 else None
-        self.apply(_init_linear)
-
-        layout = Layout(self.grid, num_prefix, depth, num_heads, embed_dim)
-        port = token_port(layout, position, join, eps=eps, std=init_position_std)
-        self.join = None
-        if port is not None:
-            table_TND, kind, self.join = port
-            if kind.trained:
-                self.pos_embed = nn.Parameter(table_TND)
-            else:
-                self.register_buffer("pos_embed", table_TND, persistent=False)
-        self.bias = logits_port(layout, bias, bias_join)
-        self.rotary = rotation_port(layout, rotary)
+        self.head = head
+        self.head_dist = head_dist
+        self.pos_embed, self.join, self.bias, self.rotary = position
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x_BND = self._tokens(images_BCHW)
-        *layers, last = zip(self.blocks, self.layer_positions(), strict=True)
-        for block, layer in layers:
-            x_BND = block(x_BND, layer)
-        # Where the head reads the prefix tokens, nothing depends on what the last block would make of the patches.
-        block, layer = last
-        x_BND = block(x_BND, layer, self.num_prefix if self.pool is None else None)
+        for block, position in zip(self.blocks, self.layer_positions(), strict=True):
+            x_BND = block(x_BND, position)
         return self._classify(self.norm(x_BND))
 
     def layer_positions(self) -> list[LayerPosition]:
-        """What every layer receives of position, through all ports; the same for every image."""
-        tokens = None if self.join is None else self.join(self.pos_embed)
-        return merge(self.depth, tokens, self.bias, self.rotary)
+        """Compute what every layer receives of position; the same for every image."""
+        return PositionEmbeddings(self.pos_embed, self.join, self.bias, self.rotary).layers(len(self.blocks))
+
+    def _prefix(self) -> list[nn.Parameter]:
+        return [token for token in (self.cls_token, self.dist_token) if token is not None]
 
     def _tokens(self, images_BCHW: Tensor) -> Tensor:
         x_BPD = self.patch_embed(images_BCHW)
-        prefix = [
-            getattr(self, name).expand(x_BPD.shape[0], -1, -1) for name in PREFIX_NAMES[: self.num_prefix]
-        ]
+        prefix = [token_11D.expand(x_BPD.shape[0], -1, -1) for token_11D in self._prefix()]
         return torch.cat([*prefix, x_BPD], dim=1) if prefix else x_BPD
 
     def _classify(self, x_BND: Tensor) -> Tensor:
@@ -138,16 +104,10 @@ class VisionTransformer(nn.Module):
         return both_B2K if self.training else both_B2K.mean(dim=1)
 
     def position_parameters(self) -> set[str]:
-        """Names of the parameters that DeiT exempts from weight decay beside norms and biases.
+        """Name the parameters that DeiT exempts from weight decay beside norms and biases: tokens and tables.
 
-        The relative bias table is not among them: DeiT-style code, the paper's included, decays it.
+        The relative bias is not among them: DeiT-style code, the paper's included, decays it.
         """
-        names = {"pos_embed", "rotary.frequencies_L2HF", *PREFIX_NAMES[: self.num_prefix]}
-        return names & {name for name, _ in self.named_parameters()}
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        own = {name for name, _ in self.named_parameters(recurse=False)}
+        turned = set() if self.rotary is None else {name for name, _ in self.rotary.named_parameters()}
+        return own | {f"rotary.{name}" for name in turned}

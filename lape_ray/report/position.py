@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lape_ray.model import VisionTransformer
-from lape_ray.model.block import Block, LayerPosition, ResidualNormBlock
+from lape_ray.model.block import Block
+from lape_ray.model.compact import ResidualNormBlock
+from lape_ray.model.position import LayerPosition
 
 
 def cosine(rows_ND: Tensor) -> Tensor:
@@ -143,22 +145,22 @@ class _Probe:
 
 
 def _on_block(carried: _Carried, probe: _Probe) -> Any:
-    def hook(block: Block, inputs: tuple[Tensor, LayerPosition, int | None]) -> None:
-        x_BND, layer = inputs[:2]
+    def hook(block: Block, inputs: tuple[Tensor, LayerPosition]) -> None:
+        x_BND, layer = inputs
         if layer.residual_1ND is not None:
             x_BND = x_BND + layer.residual_1ND
             carried.part_BND = layer.residual_1ND + (0 if carried.part_BND is None else carried.part_BND)
-        position_BND: Tensor | None = None
+        h_BND, position_BND = block.norm1(x_BND), None
         if layer.attention_1ND is not None:
-            position_BND, tokens_BND = layer.attention_1ND, block.norm1(x_BND)
+            position_BND, tokens_BND = layer.attention_1ND, h_BND
+            h_BND = h_BND + position_BND
         elif carried.part_BND is not None:
             position_BND, tokens_BND = split_common_norm(block.norm1, x_BND, carried.part_BND)
         if position_BND is not None:
             ratio_BN = position_BND.norm(dim=-1) / tokens_BND.norm(dim=-1)
             probe.norm_ratio_N = ratio_BN.mean(0).cpu()
-        read_BND = block.reading(layer)(x_BND)
-        bare_BND = read_BND if position_BND is None else read_BND - position_BND
-        with_BHNN = block.attn.weights(read_BND, layer)
+        bare_BND = h_BND if position_BND is None else h_BND - position_BND
+        with_BHNN = block.attn.weights(h_BND, layer)
         without_BHNN = block.attn.weights(bare_BND, LayerPosition())
         probe.moved_N = 0.5 * (with_BHNN - without_BHNN).abs().sum(-1).mean((0, 1)).cpu()
 

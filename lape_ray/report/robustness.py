@@ -25,6 +25,7 @@ from lape_ray.report.figures import curves_figure
 from lape_ray.samples import batches_at, spread
 from lape_ray.state import autocast_for, available_cpus
 from lape_ray.train import evaluate
+from lape_ray.training.recompute import optimise_blocks
 
 SIZES_OF_224 = (160, 192, 224, 256, 288, 320, 352, 384)
 
@@ -130,7 +131,7 @@ def measure_robustness(
     def network(size: int) -> torch.nn.Module:
         model = build_model(dataclasses.replace(config.model, image_size=size))
         load_weights(model, weights)
-        return model.to(device)
+        return optimise_blocks(model).to(device)
 
     sizes = {}
     every = sizes_for(spec)

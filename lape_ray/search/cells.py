@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lape_ray.config import Bias, BiasJoin, Join, Position, Rotary, TrainConfig, flatten, replace_fields
-from lape_ray.model.ports import check_cell, valid_joins
+from lape_ray.model.position import check_joins, valid_joins
 from lape_ray.search.space import Axis, Choice, Range, as_text, differing
 
 Cell = Mapping[str, Any]
@@ -39,7 +39,7 @@ class Space:
 
 def _valid(position: str, join: str, bias: str, bias_join: str) -> bool:
     try:
-        check_cell(position, join, bias, bias_join)
+        check_joins(position, join, bias, bias_join)
     except ValueError:
         return False
     return True
@@ -165,7 +165,7 @@ def check_point(base: TrainConfig, point: Cell) -> TrainConfig:
     try:
         config = replace_fields(base, point)
         model = config.model
-        check_cell(model.position, model.join, model.bias, model.bias_join)
+        check_joins(model.position, model.join, model.bias, model.bias_join)
     except ValueError as error:
         settings = ", ".join(f"{each}={value}" for each, value in point.items())
         raise ValueError(

@@ -1,6 +1,7 @@
-"""Position embeddings of the rotation port: angles by which queries and keys are turned (arXiv 2403.13298).
+"""Rotary position embeddings: angles by which queries and keys are turned (arXiv 2403.13298).
 
-Shapes: L layers, H heads, N tokens, E head width, F = E / 2 pairs of channels. Prefix tokens are not turned.
+Shapes: L layers, H heads, P patches, N tokens = prefix tokens + patches, E width of a head, F = E / 2 pairs of
+channels. Prefix tokens are not turned.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_ray.model.position import Layout
+from lape_ray.model.position.layout import Layout
 
 
 class Rotary(nn.Module):
@@ -32,11 +33,11 @@ class Rotary(nn.Module):
         self.register_buffer("xy_2P", torch.stack((column_P, row_P)).float(), persistent=False)
 
     def frequencies(self) -> Tensor:
-        """(L or 1, 2, H or 1, F) radians per patch along x and y."""
+        """Give the (L or 1, 2, H or 1, F) radians per patch along x and y."""
         raise NotImplementedError
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        """Cosines and sines, each (H or 1, N, F), for each layer."""
+        """Compute cosines and sines, each (H or 1, N, F), for each layer."""
         angle_LHPF = torch.einsum("lahf,ap->lhpf", self.frequencies(), self.xy_2P)
         angle_LHNF = F.pad(angle_LHPF, (0, 0, self.num_prefix, 0))
         pairs = list(zip(angle_LHNF.cos().unbind(0), angle_LHNF.sin().unbind(0), strict=True))

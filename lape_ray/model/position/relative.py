@@ -1,20 +1,22 @@
-"""Position embeddings of the logits port: a bias_LHNN added to every layer's attention logits.
+"""Relative position biases: a bias_LHNN that is added to every layer's attention logits.
 
-Shapes: L layers, H heads, P patches in row-major order, N tokens = prefix tokens + patches, R relative
-offsets = (2 * height - 1) * (2 * width - 1). Prefix tokens get no bias: their rows and columns are zero.
+Shapes: L layers, H heads, P patches in row-major order, N tokens = prefix tokens + patches, R relative offsets =
+(2 * height - 1) * (2 * width - 1). Prefix tokens get no bias: their rows and columns are zero.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_ray.model.position import Layout
+from lape_ray.model.position.layout import Layout
 
 
 def relative_index(layout: Layout) -> Tensor:
-    """(P, P) row of the relative table that query p reads for key q: offset by row, then by column."""
+    """Index the (P, P) rows of the relative table that query p reads for key q: offset by row, then by column."""
     height, width = layout.grid
     row_P, column_P = layout.patch_rows_columns()
     row_PP = row_P[:, None] - row_P[None, :] + height - 1
@@ -33,6 +35,7 @@ class Relative2d(nn.Module):
         self.register_buffer("index_PP", relative_index(layout), persistent=False)
 
     def forward(self) -> Tensor:
+        """Look up the (L, H, P, P) biases."""
         return self.table_LRH[:, self.get_buffer("index_PP")].permute(0, 3, 1, 2)
 
 
@@ -53,29 +56,37 @@ class Alibi2d(nn.Module):
         self.register_buffer("bias_HPP", bias_HPP, persistent=False)
 
     def forward(self) -> Tensor:
+        """Give the (L, H, P, P) biases, the same for every layer."""
         return self.get_buffer("bias_HPP").expand(self.depth, -1, -1, -1)
 
 
 class LogitBias(nn.Module):
-    """A bias table, optionally through a LayerNorm of each layer over the keys (the paper's LaPE for RPE).
+    """A table's bias, through a norm of each layer, as the blocks add it to their logits.
 
-    The norm's weight has one entry for each patch and is shared by heads and query rows; eps 1e-5.
+    Args:
+        norms: one module for each layer, from (1, H, P, P) to the same.
     """
 
-    def __init__(self, layout: Layout, table: nn.Module, *, normalise: bool) -> None:
+    def __init__(self, table: nn.Module, norms: nn.ModuleList, *, num_prefix: int) -> None:
         super().__init__()
         self.table = table
-        self.num_prefix = layout.num_prefix
-        norms = layout.depth if normalise else 0
-        self.norms = nn.ModuleList(nn.LayerNorm(layout.num_patches, eps=1e-5) for _ in range(norms))
+        self.num_prefix = num_prefix
+        self.norms = norms
 
     def forward(self) -> list[Tensor]:
-        """One (1, H, N, N) bias for each layer."""
-        biases = self.table().split(1)
-        if self.norms:
-            biases = [norm(bias_1HPP) for norm, bias_1HPP in zip(self.norms, biases, strict=True)]
+        """Compute one (1, H, N, N) bias for each layer."""
         prefix = (self.num_prefix, 0, self.num_prefix, 0)
-        return [F.pad(bias_1HPP, prefix) for bias_1HPP in biases]
+        biases = zip(self.norms, self.table().split(1), strict=True)
+        return [F.pad(norm(bias_1HPP), prefix) for norm, bias_1HPP in biases]
+
+
+def _as_it_is(layout: Layout) -> nn.ModuleList:
+    return nn.ModuleList(nn.Identity() for _ in range(layout.depth))
+
+
+def _over_keys(layout: Layout) -> nn.ModuleList:
+    """Make the norms of LaPE for relative biases: a weight for each key, shared by heads and queries; eps 1e-5."""
+    return nn.ModuleList(nn.LayerNorm(layout.num_patches, eps=1e-5) for _ in range(layout.depth))
 
 
 BIASES: dict[str, type[Relative2d] | type[Alibi2d] | None] = {
@@ -83,4 +94,4 @@ BIASES: dict[str, type[Relative2d] | type[Alibi2d] | None] = {
     "relative2d": Relative2d,
     "alibi2d": Alibi2d,
 }
-BIAS_JOINS: dict[str, bool] = {"basic": False, "lape": True}
+BIAS_JOINS: dict[str, Callable[[Layout], nn.ModuleList]] = {"basic": _as_it_is, "lape": _over_keys}

@@ -1,4 +1,4 @@
-"""Joins: where and how a token embedding w enters the blocks.
+"""Joins: where and how an absolute position embedding w enters the blocks.
 
 A join turns the table(s) w_TND into one `LayerPosition` for each layer. It runs once in a forward pass: w has
 no batch dimension, so its cost does not grow with the batch.
@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lape_ray.model.block import LayerPosition
-from lape_ray.model.position import Layout
+from lape_ray.model.position.absolute import AbsoluteKind
+from lape_ray.model.position.layout import LayerPosition, Layout
 
 
 class Join(nn.Module):
@@ -22,11 +22,12 @@ class Join(nn.Module):
 
     per_layer: ClassVar[bool] = False
 
-    def __init__(self, layout: Layout, *, eps: float, zero_rows: bool) -> None:
+    def __init__(self, layout: Layout, kind: AbsoluteKind, *, eps: float) -> None:
         super().__init__()
         self.depth = layout.depth
 
     def forward(self, w_TND: Tensor) -> list[LayerPosition]:
+        """Give each layer its share of w."""
         raise NotImplementedError
 
 
@@ -56,15 +57,15 @@ class Unshare(Join):
 class LapeShared(Join):
     """Attention reads LN_x(x) + LN_l(w), the same w in every layer (first version, arXiv 2212.05262v1)."""
 
-    def __init__(self, layout: Layout, *, eps: float, zero_rows: bool) -> None:
-        super().__init__(layout, eps=eps, zero_rows=zero_rows)
-        self.norms = nn.ModuleList(nn.LayerNorm(layout.embed_dim, eps=eps) for _ in range(layout.depth))
+    def __init__(self, layout: Layout, kind: AbsoluteKind, *, eps: float) -> None:
+        super().__init__(layout, kind, eps=eps)
+        self.norms = _norms(layout, eps)
 
     def forward(self, w_TND: Tensor) -> list[LayerPosition]:
         return [LayerPosition(attention_1ND=norm(w_TND)) for norm in self.norms]
 
 
-class Lape(LapeShared):
+class Lape(Join):
     """Attention reads LN_x(x) + w_l with w_l = LN_l(w_{l-1}) (LaPE paper, ICCV 2023, eq. 8-11).
 
     A row of zeros (the class token of sincos2d) needs care. LayerNorm's derivative at a constant row is
@@ -76,9 +77,10 @@ class Lape(LapeShared):
     of at least half a unit, so that no two large factors can follow each other.
     """
 
-    def __init__(self, layout: Layout, *, eps: float, zero_rows: bool) -> None:
-        super().__init__(layout, eps=eps, zero_rows=zero_rows)
-        self.zero_rows = zero_rows
+    def __init__(self, layout: Layout, kind: AbsoluteKind, *, eps: float) -> None:
+        super().__init__(layout, kind, eps=eps)
+        self.norms = _norms(layout, eps)
+        self.zero_rows = kind.zero_prefix and layout.num_prefix > 0
         self.eps = eps
 
     def forward(self, w_TND: Tensor) -> list[LayerPosition]:
@@ -91,6 +93,11 @@ class Lape(LapeShared):
     def _stop_degenerate_rows(self, w_TND: Tensor) -> Tensor:
         degenerate_TN1 = w_TND.detach().var(dim=-1, keepdim=True, correction=0) < self.eps
         return torch.where(degenerate_TN1, w_TND.detach(), w_TND)
+
+
+def _norms(layout: Layout, eps: float) -> nn.ModuleList:
+    """Make LN_w,l of every layer."""
+    return nn.ModuleList(nn.LayerNorm(layout.embed_dim, eps=eps) for _ in range(layout.depth))
 
 
 JOINS: dict[str, type[Join]] = {

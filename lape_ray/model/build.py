@@ -1,0 +1,93 @@
+"""From a `ModelConfig` to a network: names are looked up here, and modules handed in.
+
+Shapes: D width, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lape_ray.config import ModelConfig
+from lape_ray.model.block import Block
+from lape_ray.model.compact import ConvTokenizer, SequencePool
+from lape_ray.model.position import Layout, build_position
+from lape_ray.model.variants import VariantSpec, resolve
+from lape_ray.model.vit import PatchEmbed, VisionTransformer
+
+
+def build_model(config: ModelConfig) -> VisionTransformer:
+    """Build a freshly initialised network; draws from torch's global generator, in an order that seeds rest on.
+
+    Raises:
+        ValueError: the sizes or the position embeddings do not fit each other; says how to mend it.
+    """
+    spec = resolve(config)
+    width = spec.embed_dim
+    patch_embed = _patch_embed(spec)
+    pool = SequencePool(embed_dim=width) if spec.sequence_pool else None
+    tokens = [_prefix_token(width, spec.init_prefix_std) for _ in range(spec.num_prefix)]
+    cls_token, dist_token, *_ = [*tokens, None, None]
+    blocks = nn.ModuleList(_blocks(spec))
+    head = nn.Linear(width, spec.num_classes)
+    head_dist = None if dist_token is None else nn.Linear(width, spec.num_classes)
+    for module in (blocks, pool, head, head_dist):
+        if module is not None:
+            module.apply(_init_linear)
+    position = build_position(
+        Layout(patch_embed.grid, spec.num_prefix, spec.depth, spec.num_heads, width),
+        position=config.position,
+        join=config.join,
+        bias=config.bias,
+        bias_join=config.bias_join,
+        rotary=config.rotary,
+        eps=spec.eps,
+        std=spec.init_position_std,
+    )
+    return VisionTransformer(
+        patch_embed=patch_embed,
+        grid=patch_embed.grid,
+        blocks=blocks,
+        position=position,
+        norm=nn.LayerNorm(width, eps=spec.eps),
+        head=head,
+        cls_token=cls_token,
+        dist_token=dist_token,
+        head_dist=head_dist,
+        pool=pool,
+    )
+
+
+def _patch_embed(spec: VariantSpec) -> PatchEmbed | ConvTokenizer:
+    if spec.patch_size is None:
+        return ConvTokenizer(image_size=spec.image_size, layers=spec.conv_layers, embed_dim=spec.embed_dim)
+    return PatchEmbed(image_size=spec.image_size, patch_size=spec.patch_size, embed_dim=spec.embed_dim)
+
+
+def _prefix_token(width: int, std: float) -> nn.Parameter:
+    token_11D = torch.zeros(1, 1, width)
+    return nn.Parameter(nn.init.trunc_normal_(token_11D, std=std) if std > 0 else token_11D)
+
+
+def _blocks(spec: VariantSpec) -> list[Block]:
+    """Make the blocks; stochastic depth grows linearly from 0 to `spec.drop_path`."""
+    rates = [spec.drop_path * layer / max(spec.depth - 1, 1) for layer in range(spec.depth)]
+    return [
+        spec.block(
+            embed_dim=spec.embed_dim,
+            num_heads=spec.num_heads,
+            mlp_ratio=spec.mlp_ratio,
+            eps=spec.eps,
+            qkv_bias=spec.qkv_bias,
+            attention_dropout=spec.attention_dropout,
+            drop_path=rate,
+        )
+        for rate in rates
+    ]
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

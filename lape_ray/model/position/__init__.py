@@ -1,0 +1,45 @@
+"""Position embeddings: every kind, every join, and their names. Nothing outside this room knows one by name.
+
+    layout    what an embedding is made for (`Layout`), and what a block receives of it (`LayerPosition`)
+    absolute  tables that are added to tokens: none, learnable, sincos1d, sincos2d
+    join      where and how a table enters the blocks: basic, share, unshare, lape, lape_shared
+    relative  biases of attention's logits: none, relative2d, alibi2d; joined as they are (basic) or normalised (lape)
+    rotary    rotations of queries and keys: none, axial, mixed
+    build     from names to modules: `build_position`, and which joins are valid
+    resize    tables of another resolution
+
+A new embedding or join is a class (or a function that makes a table), an entry in the dict below it, and its name in
+the Literal of `lape_ray.config`.
+"""
+
+from lape_ray.model.position.absolute import ABSOLUTES, check_fixed_table
+from lape_ray.model.position.build import (
+    PositionEmbeddings,
+    build_position,
+    check_joins,
+    valid_bias_joins,
+    valid_joins,
+)
+from lape_ray.model.position.join import JOINS
+from lape_ray.model.position.layout import Grid, LayerPosition, Layout
+from lape_ray.model.position.relative import BIAS_JOINS, BIASES
+from lape_ray.model.position.resize import resizers
+from lape_ray.model.position.rotary import ROTARIES
+
+__all__ = [
+    "ABSOLUTES",
+    "BIASES",
+    "BIAS_JOINS",
+    "JOINS",
+    "ROTARIES",
+    "Grid",
+    "LayerPosition",
+    "Layout",
+    "PositionEmbeddings",
+    "build_position",
+    "check_fixed_table",
+    "check_joins",
+    "resizers",
+    "valid_bias_joins",
+    "valid_joins",
+]

@@ -1,0 +1,55 @@
+"""What position embeddings are made for, and what they give: a `Layout` in, a `LayerPosition` for each block out.
+
+Shapes: B images, N tokens = prefix tokens + P patches in row-major order, D width, H heads, E = D / H.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]
+"""Rows and columns of patches."""
+
+
+class Layout(NamedTuple):
+    """The sizes of blocks that see one grid of patches; a network of several stages has one for each stage."""
+
+    grid: Grid
+    num_prefix: int
+    """Tokens before the patches: class and distillation tokens."""
+    depth: int
+    num_heads: int
+    embed_dim: int
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix + self.num_patches
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    def patch_rows_columns(self) -> tuple[Tensor, Tensor]:
+        """Give the row and the column of every patch, each (P,)."""
+        height, width = self.grid
+        return torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+
+
+class LayerPosition(NamedTuple):
+    """What position contributes to one block. Every part is optional and none depends on the image."""
+
+    residual_1ND: Tensor | None = None
+    """Added to the residual stream before the block."""
+    attention_1ND: Tensor | None = None
+    """Added to the normalised tokens that attention reads; never enters the residual stream."""
+    logits_1HNN: Tensor | None = None
+    """Added to the attention logits."""
+    rotation: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines, each (H or 1, N, E/2), by which queries and keys are rotated."""
