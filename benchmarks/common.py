@@ -134,6 +134,9 @@ def _process(make: Callable[[Any], Candidate], argument: Any) -> Iterator[Connec
     there.close()
     try:
         yield here
+    except BaseException:
+        process.terminate()  # it may be in the middle of minutes of compilation
+        raise
     finally:
         here.close()  # which ends the process's loop
         process.join(timeout=10)

@@ -32,7 +32,7 @@ from common import Candidate, CannotRunError, Column, Record, Row
 from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from train_step import check_device
+from train_step import check_device, wait
 
 from lape_ray.acceleration import missing_compiler
 from lape_ray.config import DataConfig, replace_fields
@@ -323,15 +323,10 @@ def prepare(job: Job) -> Candidate:
 
     def work(number: int) -> int:
         images = sum(epoch(number))
-        _wait(job.device)
+        wait(job.device)
         return images
 
     return Candidate(work, facts)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 # ---- augmentation on the device
@@ -351,10 +346,10 @@ def prepare_augmentation(job: Job) -> Candidate:
     data, device, fused = recipe("deit_tiny_lape").data, torch.device(job.device), job.candidate == "fused"
     if fused and (missing := missing_compiler(device)):
         raise CannotRunError(f"{missing} is missing")
-    spec = AugmentSpec(
-        rand_augment=data.rand_augment, erase_prob=data.erase_prob, interpolation=data.interpolation
+    how = {name: getattr(data, name) for name in ("rand_augment", "erase_prob", "interpolation")}
+    make = partial(
+        build_augment, AugmentSpec(**how), image_size=job.side, mean=data.mean, std=data.std, seed=0
     )
-    make = partial(build_augment, spec, image_size=job.side, mean=data.mean, std=data.std, seed=0)
     augment = make(fused=fused)
     config = DataConfig(train=job.stored.betons["marked"])
     loader = build_loader(config, "train", image_size=job.side, batch_size=job.batch_size, device=device)
@@ -366,7 +361,7 @@ def prepare_augmentation(job: Job) -> Candidate:
     def work(number: int) -> int:
         for call in range(CALLS):
             augment(images_B3SS, epoch=0, positions=np.arange(job.batch_size) + call * job.batch_size)
-        _wait(job.device)
+        wait(job.device)
         return CALLS * job.batch_size
 
     facts: Row = {"batch_size": job.batch_size}
@@ -388,9 +383,7 @@ def refuse_other_images(fused: Augment, operators: Augment, images_B3SS: Tensor)
     one, other = (augment(images_B3SS, epoch=0, positions=positions_B) for augment in (fused, operators))
     share = ((one - other).abs() > LEVEL).float().mean().item()
     if not share <= MAY_DIFFER:
-        raise WrongPixelsError(
-            f"{share:.1%} of the pixels of the fused augmentation are not those of the operators"
-        )
+        raise WrongPixelsError(f"{share:.1%} of the pixels of the fused augmentation are not the operators'")
 
 
 # ---- training that is fed
@@ -404,13 +397,8 @@ def prepare_fed(job: Job) -> Candidate:
     They are those of DeiT's recipe with LaPE, without its repeats, which only change the order.
     """
     beton = job.stored.betons["marked"]
-    values = {
-        "data.train": beton,
-        "data.val": beton,
-        "data.batch_size": job.batch_size,
-        "data.threads": job.threads,
-    }
-    values["model.image_size"] = job.side
+    values = {"data.train": beton, "data.val": beton, "data.batch_size": job.batch_size,
+              "data.threads": job.threads, "model.image_size": job.side}  # fmt: skip
     config = replace_fields(recipe(f"{job.model}_lape"), values)
     state = build_state(config, torch.device(job.device))
     state.model.train()
@@ -424,7 +412,7 @@ def prepare_fed(job: Job) -> Candidate:
     def step(count: int) -> int:
         for _ in range(count):
             optimizer_step(state, ready, epoch=0, step=next(counter), lr=config.optim.lr)
-        _wait(job.device)
+        wait(job.device)
         return count * job.batch_size
 
     step(LEAD_STEPS)  # kernels are chosen and memory is taken
@@ -440,16 +428,10 @@ PARTS: dict[str, Callable[[Job], Candidate]] = {
 }
 PIXELS = (Column("input", "name"), Column("images", "images", ",.0f"), Column("mean error", "mean_error", ".4f"),
           Column("largest", "max_error", ".0f"))  # fmt: skip
-COLUMNS = (
-    Column("candidate", "name"),
-    Column("threads", "threads", ".0f"),
-    Column("CPU ms/image", "cpu_ms", ".3f"),
-    Column("images/s", "images_per_second", ",.0f"),
-    Column("device us/image", "device_us"),
-    Column("over", "over", ".2f"),
-    Column("of", "of"),
-    Column("first batch s", "first_batch_s", ".2f"),
-)
+COLUMNS = (Column("candidate", "name"), Column("threads", "threads", ".0f"),
+           Column("CPU ms/image", "cpu_ms", ".3f"), Column("images/s", "images_per_second", ",.0f"),
+           Column("device us/image", "device_us"), Column("over", "over", ".2f"), Column("of", "of"),
+           Column("first batch s", "first_batch_s", ".2f"))  # fmt: skip
 
 
 def measure(section: str, names: Sequence[str], job: Job, rounds: int, record: Record, **also: str) -> None:
@@ -492,9 +474,7 @@ def main() -> None:
         count = 10 if options.smoke else 200 if loaders else 32
         files, origin = read_images(options.images, count=count, split=options.split)
         record.content["images"] = origin
-        print(
-            f"{record.heading()}\n{origin}; crops of {options.size} pixels; median (lowest to highest round)"
-        )
+        print(f"{record.heading()}\n{origin}; crops of {options.size} px; median (lowest to highest round)")
         samples = 8 * options.batch_size * max(1, options.threads // 2)
         inputs = {"500px": shrunk(files), **({"original": files} if loaders and options.images else {})}
         jobs = {}
@@ -513,9 +493,8 @@ def main() -> None:
             names = ["operators", "fused"][: 2 if options.device == "cuda" else 1]
             measure("augmentation", names, job, options.rounds, record)
         if "training" in options.parts:
-            measure(
-                "training", ["one batch", "again", "fed"], job, options.rounds, record, model=options.model
-            )
+            names = ["one batch", "again", "fed"]
+            measure("training", names, job, options.rounds, record, model=options.model)
 
 
 if __name__ == "__main__":

@@ -173,15 +173,9 @@ def train_all(options: argparse.Namespace, record: Record) -> None:
             raise
 
 
-COLUMNS = (
-    Column("recipe", "recipe"),
-    Column("n", "n", ".0f"),
-    Column("top-1", "mean"),
-    Column("sd", "sd"),
-    Column("over basic", "gain", "+.2f"),
-    Column(f"{LEVEL:.0%} interval", "interval"),
-    Column("s a run", "seconds", ",.0f"),
-)
+COLUMNS = (Column("recipe", "recipe"), Column("n", "n", ".0f"), Column("top-1", "mean"), Column("sd", "sd"),
+           Column("over basic", "gain", "+.2f"), Column(f"{LEVEL:.0%} interval", "interval"),
+           Column("s a run", "seconds", ",.0f"))  # fmt: skip
 
 
 def summary(rows: list[Row]) -> list[Row]:

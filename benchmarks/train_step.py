@@ -386,7 +386,7 @@ def prepare(run: Run) -> Candidate:
         stepper = Stepper(run.state(device))
         clock = time.perf_counter()
         stepper.run(1)
-        _wait(device)
+        wait(device)
         facts["first_step_s"] = time.perf_counter() - clock
         stepper.run(WARM_UP if device.type == "cuda" else 1)
         stepper.state.optimizer.zero_grad(set_to_none=True)
@@ -397,26 +397,24 @@ def prepare(run: Run) -> Candidate:
         raise CannotRunError(str(error).splitlines()[0]) from None
     made = _graphs()
     if made != ((0, 0) if run.mode == "eager" else (1, 0)):
-        raise RuntimeError(
-            f"{run.name}: the compiler made {made[0]} graphs with {made[1]} breaks; one is expected"
-        )
+        raise RuntimeError(f"{run.name}: the compiler made {made[0]} graphs with {made[1]} breaks, not one")
 
     def work(number: int) -> int:
         stepper.run(run.steps)
-        _wait(device)
+        wait(device)
         if _graphs() != made:
             raise RuntimeError("the network was compiled again while it was timed")
         return run.steps * run.batch_size
 
     def lead() -> None:
         stepper.run(3 if device.type == "cuda" else 0)
-        _wait(device)
+        wait(device)
 
     return Candidate(work, facts, lead)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
+def wait(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
@@ -488,20 +486,12 @@ def matmul_flops(device: torch.device, side: int) -> float:
     return found
 
 
-COLUMNS = (
-    Column("candidate", "name"),
-    Column("images/s", "images_per_second", ",.1f"),
-    Column("CPU ms/image", "cpu_ms"),
-    Column("time over", "over", ".3f"),
-    Column("of", "of"),
-    Column("of matmul", "share", ".1%"),
-    Column("step's MB", "step_bytes", ",.0f", 1e-6),
-    Column("kernels", "kernels", ",.0f"),
-    Column("first step s", "first_step_s", ".1f"),
-    Column("logits apart", "logits", ".1e"),
-    Column("gradients apart", "gradient", ".1e"),
-    Column("replays apart", "from_plain", ".1e"),
-)
+COLUMNS = (Column("candidate", "name"), Column("images/s", "images_per_second", ",.1f"),
+           Column("CPU ms/image", "cpu_ms"), Column("time over", "over", ".3f"), Column("of", "of"),
+           Column("of matmul", "share", ".1%"), Column("step's MB", "step_bytes", ",.0f", 1e-6),
+           Column("kernels", "kernels", ",.0f"), Column("first step s", "first_step_s", ".1f"),
+           Column("logits apart", "logits", ".1e"), Column("gradients apart", "gradient", ".1e"),
+           Column("replays apart", "from_plain", ".1e"))  # fmt: skip
 
 
 def measure(runs: dict[str, Run], rounds: int, peak: float) -> list[Row]:
@@ -524,9 +514,7 @@ def parse_models(text: str) -> list[tuple[str, int]]:
     pairs = [part.partition(":")[::2] for part in text.split(",")]
     for name, size in pairs:
         if name not in MODELS or not size.isdecimal() or int(size) < 1:
-            raise ValueError(
-                f"--models {name}:{size}: write NAME:IMAGES, where a name is one of {', '.join(MODELS)}"
-            )
+            raise ValueError(f"--models {name}:{size}: write NAME:IMAGES, with a name of {', '.join(MODELS)}")
     return [(name, int(size)) for name, size in pairs]
 
 
@@ -552,7 +540,7 @@ def check_device(name: str) -> torch.device:
 def main() -> None:
     made = common.parser(__doc__, rounds=6)
     made.add_argument(
-        "--models", help="with batch sizes, such as deit_tiny:8,vit_lite:64; timed one after the other"
+        "--models", help="with batch sizes, such as deit_tiny:8,vit_lite:64; one after the other"
     )
     made.add_argument("--candidates", default=DEFAULT_CANDIDATES, help="NAME/MODE,... (default: %(default)s)")
     made.add_argument("--steps", type=int, help="of a round (default: 1, on a GPU 50)")

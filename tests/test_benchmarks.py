@@ -183,6 +183,15 @@ def test_replayed_steps_that_learn_something_else_are_refused(monkeypatch: pytes
         train_step.check_replays(toy_config(), CPU)
 
 
+def test_what_is_known_of_a_run_before_it_is_timed() -> None:
+    made = train_step.prepare(toy("lape"))
+    assert made.work(1) == 4
+    assert made.facts["candidate"] == "lape" and made.facts["precision"] == "fp32"
+    parameters = sum(p.numel() for p in build_model(toy_config().model).parameters())
+    assert made.facts["step_bytes"] > 4 * parameters  # the gradients
+    assert made.facts["train_flops"] > 6 * parameters and made.facts["first_step_s"] > 0
+
+
 def test_operations_are_those_of_deit_tiny() -> None:
     """7.46 G with all tokens in the last block, of which ours computes the class token's: 6 % less."""
     config = training_config("deit_tiny", join="basic", batch_size=1)
@@ -300,7 +309,7 @@ def test_augmentations_that_differ_are_refused() -> None:
 
     images = torch.arange(16 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(16, 3, 32, 32)
     loader.refuse_other_images(augment(0), augment(0), images)
-    with pytest.raises(WrongPixelsError, match="of the fused augmentation are not those of the operators"):
+    with pytest.raises(WrongPixelsError, match="of the fused augmentation are not the operators'"):
         loader.refuse_other_images(augment(0), augment(1), images)
 
 
@@ -385,6 +394,8 @@ def smoke(script: str, *words: str, path: Path) -> dict[str, Any]:
     return record
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_smoke_of_the_training_step(tmp_path: Path) -> None:
     record = smoke(
         "train_step.py", "--candidates=basic/eager,timm/eager,lape/compiled", path=tmp_path / "x.json"
