@@ -25,7 +25,10 @@ GRACE_S = 10  # for a part to end its processes when its time is over
 
 
 class Part(NamedTuple):
-    """A command of this folder, and about how many seconds it takes; after twice as many it is cut off."""
+    """A command of this folder, and about how many seconds it takes; after twice as many it is cut off.
+
+    Where there is another time than `MINUTES` for all parts, that is more or less in proportion.
+    """
 
     command: str
     expected_s: int
@@ -87,7 +90,7 @@ def run_parts(names: list[str], words: list[str], minutes: float, record: Record
     """
     end = time.monotonic() + 60 * minutes
     for name in names:
-        timeout_s = min(2 * PARTS[name].expected_s, end - time.monotonic() - GRACE_S)
+        timeout_s = min(2 * PARTS[name].expected_s * minutes / MINUTES, end - time.monotonic() - GRACE_S)
         print(f"\n== {name}, at most {timeout_s:.0f} s", flush=True)
         if timeout_s > 0:
             row = run_part(name, PARTS[name], words, timeout_s)

@@ -356,11 +356,9 @@ def test_each_part_is_written_as_soon_as_it_ends(tmp_path: Path, monkeypatch: py
         )
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "GRACE_S", 0.1)
-    parts = {
-        "fails": gpu.Part("fails.py", 1),
-        "slow": gpu.Part("slow.py", 1),
-        "right": gpu.Part("right.py", 58),
-    }
+    monkeypatch.setattr(gpu, "MINUTES", 1)
+    seconds = {"fails": 29, "slow": 4, "right": 29}
+    parts = {name: gpu.Part(f"{name}.py", expected_s) for name, expected_s in seconds.items()}
     monkeypatch.setattr(gpu, "PARTS", parts)
     record = Record("gpu", {}, path=whole)
     assert not gpu.run_parts(list(parts), ["--device", "cpu"], 1, record)
@@ -421,7 +419,7 @@ def test_smoke_of_the_loader(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_smoke_of_the_command_for_a_gpu(tmp_path: Path) -> None:
-    record = smoke("gpu.py", "--device=cpu", "--minutes=25", path=tmp_path / "x.json")
+    record = smoke("gpu.py", "--device=cpu", "--minutes=60", path=tmp_path / "x.json")
     rows = {row["name"]: row for row in record["sections"]["parts"]}
     assert list(rows) == list(gpu.PARTS)
     assert all("images_per_second" not in row for row in rows["checks"]["sections"]["train_step"])
