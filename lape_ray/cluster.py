@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import ray
@@ -165,57 +165,3 @@ def refuse_little_shared_memory() -> None:
 
 def _free_shared_memory() -> int:
     return shutil.disk_usage("/dev/shm").free
-
-
-def run_workers(
-    function: Callable[[Mapping[str, Any], Callable[[dict[str, float]], None]], T],
-    argument: Mapping[str, Any],
-    *,
-    workers: int,
-    threads: int,
-    use_gpu: bool = False,
-) -> T:
-    """`function(argument, report)` on every worker of a Ray Train run; what rank 0 returned.
-
-    Nothing is kept of the run but that. Each worker has `threads` CPUs and, with `use_gpu`, a GPU; `report` is
-    `ray.train.report`, which all workers must call equally often. The function must be importable on the nodes.
-
-    Raises:
-        ValueError: the cluster is too small; Ray Train would wait without a word.
-    """
-    import tempfile
-
-    import ray.train.torch  # seconds to import
-
-    need = {"CPU": workers * threads} | ({"GPU": workers} if use_gpu else {})
-    for kind, count in need.items():
-        have = ray.cluster_resources().get(kind, 0)
-        if have < count:
-            raise ValueError(
-                f"{workers} workers need {count} {kind}s, but the cluster has {have:g}; ask for fewer workers"
-            )
-
-    def train(payload: dict[str, Any]) -> T:
-        return function(payload, ray.train.report)
-
-    variables = {"OMP_NUM_THREADS": str(threads), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    if "PYTHONPATH" in os.environ:
-        variables["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    with tempfile.TemporaryDirectory(prefix="lape_ray-workers-") as folder:
-        result = ray.train.torch.TorchTrainer(
-            train,
-            train_loop_config=dict(argument),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=workers,
-                use_gpu=use_gpu,
-                resources_per_worker={"CPU": threads, **({"GPU": 1} if use_gpu else {})},
-            ),
-            run_config=ray.train.RunConfig(
-                name="workers",
-                storage_path=folder,
-                worker_runtime_env={"env_vars": variables},
-                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            ),
-        ).fit()
-    returned: T = result.return_value
-    return returned

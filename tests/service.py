@@ -16,8 +16,8 @@ import mlflow
 import pytest
 import ray
 import torch
+from seeds import Recorder
 
-from lape_ray.bench.seeds import Recorder
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.local_cluster import LocalCluster, executable, local_cluster
 from lape_ray.recipes import recipe

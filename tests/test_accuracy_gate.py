@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from seeds import Recorder
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
@@ -31,7 +32,6 @@ from torch import Tensor
 
 from lape_ray import state as state_module
 from lape_ray import train as train_module
-from lape_ray.bench.seeds import Recorder
 from lape_ray.config import DataConfig, TrainConfig, replace_fields
 from lape_ray.data.augment import AugmentSpec, build_augment
 from lape_ray.data.beton import Manifest, write_beton

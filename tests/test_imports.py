@@ -36,23 +36,23 @@ FLOORS = [
     {"subjects"},
     {"report", "export"},
     {"worker"},
-    {"controller", "bench"},
+    {"controller"},
     {"launch"},
     {"search"},
-    {"jobs"},
+    {"jobs", "benchmarks"},
 ]
 DOORS = {
     "ray": {"cluster", "controller", "gauges", "launch", "search", "supervision", "worker"},
     "mlflow": {"tracking"},
     "boto3": {"storage"},
-    "ffcv": {"data", "bench"},  # bench: as a peer
+    "ffcv": {"data", "benchmarks"},  # benchmarks: as a peer
 }
 
 
 def room_of(path: Path) -> str:
     if path.is_relative_to(PACKAGE):
         return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "jobs"
+    return path.relative_to(ROOT).parts[0]
 
 
 def imported(path: Path) -> set[str]:
@@ -65,7 +65,7 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "jobs").glob("*.py")])
+FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "jobs").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 

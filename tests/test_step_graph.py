@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from train_step import GATE_DISTANCE, Stepper, synthetic_state, training_config
 
 from lape_ray import checkpoint
-from lape_ray.bench.step import GATE_DISTANCE
-from lape_ray.bench.synthetic import Stepper, synthetic_state, training_config
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.optim import build_optimizer
 from lape_ray.recipes import recipe
