@@ -34,7 +34,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from train_step import check_device, wait
 
-from lape_ray.acceleration import missing_compiler
 from lape_ray.config import DataConfig, replace_fields
 from lape_ray.data import native
 from lape_ray.data.augment import Augment, AugmentSpec, build_augment
@@ -42,8 +41,9 @@ from lape_ray.data.beton import write_beton
 from lape_ray.data.loader import build_loader
 from lape_ray.data.sources import image_folder, open_source
 from lape_ray.recipes import recipe
-from lape_ray.state import build_state
-from lape_ray.step import augmented, optimizer_step
+from lape_ray.training.parallelize import missing_compiler
+from lape_ray.training.state import build_state
+from lape_ray.training.step import augmented, optimizer_step
 
 SEED = 5
 

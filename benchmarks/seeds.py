@@ -28,10 +28,10 @@ from lape_ray.cli import ConfigParser, at_least_one
 from lape_ray.config import TrainConfig, config_hash, replace_fields
 from lape_ray.data.beton import check_beton, write_beton
 from lape_ray.data.sources import open_source, select
-from lape_ray.estimate import LEVEL, Estimate
 from lape_ray.recipes import recipe
-from lape_ray.signals import News
-from lape_ray.train import Take, train
+from lape_ray.report.statistics import LEVEL, Estimate
+from lape_ray.training.flags import News
+from lape_ray.training.loop import Take, train
 
 FIRST_SEED = 121  # of the five that the paper's tables of CIFAR are means of
 FREE = ("at_once", "threads", "seeds", "recipes", "json")  # may change when a record is completed

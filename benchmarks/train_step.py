@@ -31,16 +31,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from lape_ray.acceleration import compiled
 from lape_ray.config import TrainConfig, replace_fields
-from lape_ray.distill import training_loss
 from lape_ray.model import VisionTransformer, build_model, resolve
-from lape_ray.optim import Ema, build_optimizer, lr_at
 from lape_ray.recipes import recipe
-from lape_ray.state import TrainState, autocast_for, build_state
-from lape_ray.step import augmented, optimizer_step
-from lape_ray.step_graph import WARM_UP
+from lape_ray.training.cuda_graph import WARM_UP
+from lape_ray.training.loss import training_loss
+from lape_ray.training.optim import Ema, build_optimizer, lr_at
+from lape_ray.training.parallelize import compiled
 from lape_ray.training.recompute import optimise_blocks
+from lape_ray.training.state import TrainState, autocast_for, build_state
+from lape_ray.training.step import augmented, optimizer_step
 
 BATCHES = 4  # distinct ones, in rotation: the same pixels again and again would flatter caches and power
 STEPS_PER_EPOCH = 1251  # of ImageNet in batches of 1024: the schedule's place is that of the first epoch

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from lape_ray.cli import run_job
-from lape_ray.local_cluster import executable, local_cluster
+from lape_ray.cluster.local import executable, local_cluster
 from lape_ray.redaction import refuse_secret, shared_variables
 
 PROJECT = Path(__file__).resolve().parent.parent

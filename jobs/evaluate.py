@@ -19,7 +19,7 @@ def main() -> None:
     )
     values = vars(parser.parse_args())
     checkpoint, recipe, ema = (values.pop(name) for name in ("checkpoint", "recipe", "ema"))
-    from lape_ray.evaluation import config_for, evaluate_checkpoint
+    from lape_ray.inference.evaluate import config_for, evaluate_checkpoint
     from lape_ray.storage import local
 
     checkpoint = str(local(checkpoint))

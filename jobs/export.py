@@ -33,7 +33,7 @@ def main() -> None:
         parser.error(f"--register {options['register']} needs --mlflow")
     if not (options["timm"] or options["onnx"] or options["mlflow"]):
         parser.error("nothing to do: give --timm, --onnx or --mlflow")
-    from lape_ray.export import export
+    from lape_ray.inference.export import export
 
     for line in export(overrides=values, **options):
         print(line)

@@ -5,7 +5,7 @@ from lape_ray.cli import parse, run_job
 
 def main() -> None:
     config = parse(None, description="Train a vision transformer on a Ray cluster.")
-    from lape_ray.launch import fit  # after parsing, so that --help needs no torch and no ray
+    from lape_ray.cluster.launch import fit  # after parsing, so that --help needs no torch and no ray
 
     print(fit(config).summary())
 

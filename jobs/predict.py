@@ -29,8 +29,8 @@ def main() -> int:
     subject, folder, file, top, batch, ema = (values.pop(name) for name in names)
     from tqdm import tqdm
 
-    from lape_ray.export import open_predictor
-    from lape_ray.predict import find_images, predict_files, with_csv
+    from lape_ray.inference.export import open_predictor
+    from lape_ray.inference.predict import find_images, predict_files, with_csv
     from lape_ray.storage import local
 
     paths = find_images(local(folder))

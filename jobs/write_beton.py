@@ -77,7 +77,7 @@ def main() -> None:
             file = stack.enter_context(written_beton(path))
             progress = stack.enter_context(progress_bar())
             if over_ray:
-                from lape_ray.cluster import ray_mapper
+                from lape_ray.cluster.connection import ray_mapper
 
                 options["mapper"] = stack.enter_context(ray_mapper())
             manifest = write_beton(source, file, progress=progress, **options)

@@ -1,7 +1,7 @@
 """What a run is: frozen, typed, checked when it is made. Standard library only, so that `--help` is instant.
 
 Four parts, one owner each: `ModelConfig` (lape_ray.model), `DataConfig` (lape_ray.data), `OptimConfig`
-(lape_ray.optim and the loop) and `RunConfig` (lape_ray.launch). Defaults are the simplest thing that works;
+(lape_ray.training) and `RunConfig` (lape_ray.cluster). Defaults are the simplest thing that works;
 the paper's numbers live in `lape_ray.recipes`. Vary one with `dataclasses.replace`.
 """
 

@@ -13,7 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: teams of threads that share cores wait for each other at length.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if TYPE_CHECKING:
-    from service import Service
+    from helpers.service import Service
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -29,7 +29,7 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A cluster, and what it takes to run the jobs on it; one for each module that asks for it."""
-    from service import running_service  # ray and mlflow take seconds, which most tests do not need
+    from helpers.service import running_service  # ray and mlflow take seconds, which most tests do not need
 
     with running_service(tmp_path_factory.mktemp("home")) as found:
         yield found

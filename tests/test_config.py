@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from lape_ray import config as config_module
-from lape_ray.checkpoint import differences
 from lape_ray.cli import parse
 from lape_ray.config import (
     DataConfig,
@@ -28,6 +27,7 @@ from lape_ray.config import (
     to_dict,
 )
 from lape_ray.recipes import RECIPES, recipe
+from lape_ray.training.checkpoint import differences
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes"
 ROOT = Path(__file__).parent.parent

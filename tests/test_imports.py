@@ -9,91 +9,91 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lape_ray"
-
-# A room may import rooms of a lower floor, and its own modules.
-FLOORS = [
-    {"redaction", "typed"},
-    {"config", "muon"},
-    {
-        "acceleration",
-        "estimate",
-        "recipes",
-        "storage",
-        "metrics",
-        "optim",
-        "model",
-        "local_cluster",
-        "runs_view",
-        "step_graph",
-    },
-    {"cli", "data", "checkpoint", "tracking", "training"},
-    {"distill", "predict"},
-    {"checkpoint_list", "signals", "supervision"},
-    {"state"},
-    {"run_record", "step", "preflight"},
-    {"train"},
-    {"cluster", "evaluation", "gauges", "samples", "served"},
-    {"subjects"},
-    {"report", "export"},
-    {"worker"},
-    {"controller"},
-    {"launch"},
-    {"search"},
-    {"jobs", "benchmarks"},
-]
+# A room may import rooms behind a later arrow, and its own files; those in braces do not know each other.
+ORDER = """
+    jobs, benchmarks -> search -> cluster -> report -> inference
+        -> {training, tracking, cli} -> {data, model, recipes} -> {config, storage} -> {redaction, typed}
+"""
 DOORS = {
-    "ray": {"cluster", "controller", "gauges", "launch", "search", "supervision", "worker"},
+    "ray": {"cluster", "search"},
     "mlflow": {"tracking"},
     "boto3": {"storage"},
-    "ffcv": {"data", "benchmarks"},  # benchmarks: as a peer
+    "ffcv": {"data.readers", "benchmarks"},
 }
 
+FLOORS = [set(floor.strip("{}").split(", ")) for floor in " ".join(ORDER.split()).split(" -> ")]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "jobs").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 
-def room_of(path: Path) -> str:
-    if path.is_relative_to(PACKAGE):
-        return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return path.relative_to(ROOT).parts[0]
+
+def module_of(path: Path) -> str:
+    """The name of a file's module, `training.loop`; "" for the package itself."""
+    parts = path.relative_to(PACKAGE if path.is_relative_to(PACKAGE) else ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES if module_of(path)}
 
 
 def imported(path: Path) -> set[str]:
+    """The absolute names that a file imports, wherever in it: modules, and what is taken from them."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "jobs").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+def imported_modules(path: Path) -> set[str]:
+    """The modules of the package among them."""
+    inside = {name.removeprefix("lape_ray.") for name in imported(path) if name.startswith("lape_ray.")}
+    return {name if name in MODULES else name.rpartition(".")[0] for name in inside} & MODULES.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path: Path) -> None:
-    room = room_of(path)
-    if room == "__init__":
-        return
-    assert room in FLOOR, f"{room} is a new room: give it a floor in this test and a line in the README's map"
-    for name in imported(path):
-        parts = name.split(".")
-        if parts[0] == "lape_ray" and len(parts) > 1 and parts[1] in FLOOR and parts[1] != room:
-            assert FLOOR[parts[1]] < FLOOR[room], (
-                f"{path.name} ({room}) imports {name}, which is not below it"
-            )
+def room_of(module: str) -> str:
+    return module.split(".")[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_each_service_has_one_door(path: Path) -> None:
-    for name in imported(path):
-        door = DOORS.get(name.split(".")[0])
-        assert door is None or room_of(path) in door, f"{path.name} imports {name}; its door is {door}"
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    room = room_of(module)
+    assert room in FLOOR, f"{room} is a new room: give it a place in ORDER and a line in the README's map"
+    for other in map(room_of, imported_modules(MODULES[module])):
+        below = FLOOR[room] < FLOOR[other]
+        assert other == room or below or {room, other} <= FLOORS[0], (
+            f"{module} imports {other}, which is not below it"
+        )
+
+
+def test_no_imports_go_in_circles() -> None:
+    """Removing modules that import none of those left removes all, except where some import each other."""
+    left = {module: imported_modules(path) for module, path in MODULES.items()}
+    while leaves := [module for module, others in left.items() if not others & left.keys()]:
+        for module in leaves:
+            del left[module]
+    assert not left, "these import each other, or stand above those that do"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_service_has_one_door(module: str) -> None:
+    for name in imported(MODULES[module]):
+        doors = DOORS.get(name.split(".")[0])
+        inside = doors is None or any(f"{module}.".startswith(f"{door}.") for door in doors)
+        assert inside, f"{module} imports {name}; its door is {doors}"
 
 
 def test_every_room_exists() -> None:
-    assert {room_of(path) for path in FILES} - {"__init__"} == set(FLOOR)
+    assert {room_of(module) for module in MODULES} == set(FLOOR)
+
+
+def test_the_readme_has_the_same_order() -> None:
+    assert " ".join(ORDER.split()) in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_in_a_search_two_modules_know_ray() -> None:
-    knowing = {path.name for path in FILES if room_of(path) == "search" and "ray" in imported(path)}
-    assert knowing == {"lanes.py", "worker.py"}
+    knowing = {
+        module for module in MODULES if room_of(module) == "search" and "ray" in imported(MODULES[module])
+    }
+    assert knowing == {"search.lanes", "search.worker"}

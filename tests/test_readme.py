@@ -40,11 +40,30 @@ def test_every_make_target_of_the_readme_exists() -> None:
     assert set(re.findall(r"`?make ([a-z-]+)`?", TEXT)) <= targets
 
 
-def test_the_map_names_every_module() -> None:
+def test_the_map_names_every_room() -> None:
     written = TEXT[TEXT.index("## Map") :]
-    for path in (ROOT / "lape_ray").iterdir():
-        if not path.name.startswith("__"):
-            assert path.name in written, f"{path.name} is missing from the README's map"
+    files = {path.name for path in (ROOT / "lape_ray").glob("*.py")} - {"__init__.py"}
+    for name in files | {f"{path.parent.name}/" for path in (ROOT / "lape_ray").glob("*/__init__.py")}:
+        assert re.search(rf"^ +{name} {{2,}}\S", written, re.MULTILINE), (
+            f"{name} is missing from the README's map"
+        )
+
+
+ROOMS = sorted(
+    path.parent
+    for path in (ROOT / "lape_ray").glob("*/**/__init__.py")
+    if len([*path.parent.glob("*.py")]) > 1 and path.parent.name not in {"search"}
+)
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_docstring_of_a_room_is_its_map(room: Path) -> None:
+    """A line for each file and folder, and no line for what is not there."""
+    text = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+    lines = re.findall(r"^ *(\w+/?(?:, \w+/?)*) {2,}\S", text, re.MULTILINE)
+    named = {name for line in lines for name in line.split(", ")}
+    files = {path.stem for path in room.glob("*.py")} - {"__init__"}
+    assert named == files | {f"{path.parent.name}/" for path in room.glob("*/__init__.py")}
 
 
 @pytest.mark.parametrize("room", ["model", "model/position", "training"])

@@ -11,6 +11,7 @@ import pytest
 
 from lape_ray import config, tracking
 from lape_ray.cli import parse, run_job
+from lape_ray.cluster.controller import variables
 from lape_ray.config import (
     DataConfig,
     OptimConfig,
@@ -20,7 +21,6 @@ from lape_ray.config import (
     replace_fields,
     to_dict,
 )
-from lape_ray.controller import variables
 from lape_ray.recipes import recipe
 from lape_ray.redaction import first_line, is_secret, redacted, refuse_secret
 from lape_ray.storage import listing

@@ -23,11 +23,11 @@ import torch
 
 from lape_ray.config import DataConfig
 from lape_ray.data.beton import set_files
-from lape_ray.data.facts import SplitFacts, reads_sources, source_facts, split_facts, split_path
-from lape_ray.data.order import rank_part, sample_index, train_keys, train_places
-from lape_ray.data.parallel import usable_cpus
+from lape_ray.data.processes import usable_cpus
 from lape_ray.data.remote import local_split
+from lape_ray.data.sampler import rank_part, sample_index, train_keys, train_places
 from lape_ray.data.sources import open_source
+from lape_ray.data.split import SplitFacts, reads_sources, source_facts, split_facts, split_path
 
 
 class Reader(Protocol):
@@ -233,19 +233,19 @@ def build_loader(
     sizes = {"image_size": image_size, "batch_size": batch_size, "threads": threads, "seed": seed}
     reader: Reader
     if data.backend == "torchvision":
-        from lape_ray.data.torchvision_reader import TorchvisionReader
+        from lape_ray.data.readers.torchvision import TorchvisionReader
 
         source = open_source(path)
         facts = source_facts(path, source) if reads_sources(data, path) else split_facts(data, split)
         reader = TorchvisionReader(source, data, split, **sizes)
     elif data.backend == "native":
         facts = split_facts(data, split)
-        from lape_ray.data.native_reader import NativeReader  # needs the compiled decoder
+        from lape_ray.data.readers.native import NativeReader  # needs the compiled decoder
 
         reader = NativeReader(path, data, split, **sizes, pin_memory=device.type == "cuda")
     elif data.backend == "resident":
         facts = split_facts(data, split)
-        from lape_ray.data.resident import ResidentReader
+        from lape_ray.data.readers.resident import ResidentReader
 
         reader = ResidentReader(path, data, split, **sizes, device=device)
     else:
@@ -277,7 +277,7 @@ def build_loader(
 def _import_pipeline() -> ModuleType:
     """Import ffcv; it would leave torch with one thread."""
     threads = torch.get_num_threads()
-    from lape_ray.data import ffcv_pipeline
+    from lape_ray.data.readers import ffcv
 
     torch.set_num_threads(threads)
-    return ffcv_pipeline
+    return ffcv

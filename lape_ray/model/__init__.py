@@ -7,7 +7,6 @@
     variants   families and sizes by name, and a config's overrides
     build      from a config to a network
     convert    checkpoints of other code and other sizes
-    normalize  uint8 pixels to what the network reads
 
 Everything here is the plain definition, as a paper writes it. `lape_ray.training` puts around it what makes it fast.
 """

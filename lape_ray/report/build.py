@@ -12,17 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from lape_ray import tracking
-from lape_ray.checkpoint import read_weights
 from lape_ray.config import TrainConfig
-from lape_ray.evaluation import choose_device
-from lape_ray.model.normalize import Normalize
-from lape_ray.predict import load_network
+from lape_ray.data.normalize import Normalize
+from lape_ray.inference.checkpoints import Subject, find_subjects
+from lape_ray.inference.evaluate import choose_device
+from lape_ray.inference.predict import load_network
+from lape_ray.inference.samples import folder_images, validation_images
 from lape_ray.report.position import PositionView, view
 from lape_ray.report.position_page import HTML, write_position_report
 from lape_ray.report.robustness import Robustness, measure_robustness
-from lape_ray.samples import folder_images, validation_images
 from lape_ray.storage import is_remote, join, written_folder
-from lape_ray.subjects import Subject, find_subjects
+from lape_ray.training.checkpoint import read_weights
 
 FIGURES = re.compile(r"(token|class_token|matrix|bias_\d+|rotation|strength|robustness)\.(png|svg)")
 

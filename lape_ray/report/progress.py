@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from lape_ray import storage
+from lape_ray.inference.samples import spread
 from lape_ray.report import figures
 from lape_ray.report.page import Page
 from lape_ray.report.position import PositionView
-from lape_ray.samples import spread
 from lape_ray.typed import from_json
 
 HTML = "training.html"

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from lape_ray.config import TrainConfig
 from lape_ray.data.loader import Loader, build_loader
+from lape_ray.data.normalize import Normalize
+from lape_ray.inference.samples import batches_at, spread
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
-from lape_ray.model.normalize import Normalize
 from lape_ray.model.variants import VariantSpec
 from lape_ray.report.figures import curves_figure
-from lape_ray.samples import batches_at, spread
-from lape_ray.state import autocast_for, available_cpus
-from lape_ray.train import evaluate
+from lape_ray.training.loop import evaluate
 from lape_ray.training.recompute import optimise_blocks
+from lape_ray.training.state import autocast_for, available_cpus
 
 SIZES_OF_224 = (160, 192, 224, 256, 288, 320, 352, 384)
 

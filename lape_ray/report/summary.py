@@ -16,19 +16,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from lape_ray.checkpoint import read_meta
 from lape_ray.config import TrainConfig, dump
 from lape_ray.data.loader import build_loader
-from lape_ray.evaluation import choose_device
+from lape_ray.data.normalize import Normalize
+from lape_ray.inference.evaluate import choose_device
+from lape_ray.inference.predict import load_network
+from lape_ray.inference.samples import images_at, spread
 from lape_ray.model import resolve
-from lape_ray.model.normalize import Normalize
-from lape_ray.predict import load_network
 from lape_ray.report import figures, outcome
 from lape_ray.report.outcome import ClassScore, Predictions, by_epoch
 from lape_ray.report.page import Page
-from lape_ray.samples import images_at, spread
-from lape_ray.state import autocast_for, available_cpus
 from lape_ray.tracking import RunFacts
+from lape_ray.training.checkpoint import read_meta
+from lape_ray.training.state import autocast_for, available_cpus
 
 HTML = "summary.html"
 METRICS = (

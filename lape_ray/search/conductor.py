@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lape_ray import tracking
+from lape_ray.cluster.launch import refuse_local_store
 from lape_ray.config import to_dict
-from lape_ray.launch import refuse_local_store
 from lape_ray.search import lanes as worker_groups
 from lape_ray.search.engine import Engine, Job
 from lape_ray.search.ledger import Ledger, Trial

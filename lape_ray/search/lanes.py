@@ -21,8 +21,8 @@ import ray.train
 import ray.train.torch
 
 from lape_ray import storage
+from lape_ray.cluster.controller import worker_variables
 from lape_ray.config import RunConfig
-from lape_ray.controller import worker_variables
 from lape_ray.search.desk import Desk, Question
 from lape_ray.search.worker import lane_worker
 

@@ -8,10 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from lape_ray.metrics import duration
 from lape_ray.search.ledger import Trial
 from lape_ray.search.plan import Plan
 from lape_ray.search.tables import first_line
+from lape_ray.training.metrics import duration
 
 DRAW_S = 0.5
 RECENT = 5  # epochs of a trial that tell how long the next will take

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lape_ray.metrics import duration
 from lape_ray.report.figures import save
 from lape_ray.report.page import Page
 from lape_ray.search.ledger import Trial
@@ -13,6 +12,7 @@ from lape_ray.search.pictures import MOST_CELLS, MOST_CURVES, cells_figure, curv
 from lape_ray.search.plan import Plan
 from lape_ray.search.statistics import Cell, in_words, unit_of
 from lape_ray.search.tables import cells_csv, first_line, markdown, table, trials_csv
+from lape_ray.training.metrics import duration
 
 HTML = "search.html"
 

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 
 from lape_ray import storage, tracking
-from lape_ray.cluster import connected
-from lape_ray.launch import prepared, uses_gpu
-from lape_ray.metrics import duration
+from lape_ray.cluster.connection import connected
+from lape_ray.cluster.launch import prepared, uses_gpu
 from lape_ray.model import build_model
-from lape_ray.preflight import check_before_start
 from lape_ray.search import lanes as worker_groups
 from lape_ray.search.cells import check_point
 from lape_ray.search.conductor import Conductor
@@ -28,6 +26,8 @@ from lape_ray.search.plan import Plan, check_plan, plan_differences
 from lape_ray.search.runs import Runs
 from lape_ray.search.statistics import Cell, cells, in_words
 from lape_ray.search.tables import command_line, plain
+from lape_ray.training.metrics import duration
+from lape_ray.training.preflight import check_before_start
 
 
 @dataclass(frozen=True, kw_only=True)

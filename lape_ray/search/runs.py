@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lape_ray import tracking
 from lape_ray.config import PORTS, TrainConfig
-from lape_ray.data.facts import split_facts
+from lape_ray.data.split import split_facts
 from lape_ray.search.ledger import Trial
 from lape_ray.search.plan import Plan
 from lape_ray.search.space import as_text

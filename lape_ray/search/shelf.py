@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lape_ray import storage
-from lape_ray.checkpoint import MARKER, DamagedError, described, differences, read_meta, verify
 from lape_ray.config import TrainConfig
+from lape_ray.training.checkpoint import MARKER, DamagedError, described, differences, read_meta, verify
 
 PREFIX = "checkpoint-"
 CLONED = "clone.json"

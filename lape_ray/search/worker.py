@@ -22,13 +22,13 @@ import ray.train.torch
 import torch
 
 from lape_ray import storage, tracking
-from lape_ray.checkpoint import Meta, read_meta
+from lape_ray.cluster.supervisor import LeavingNodes
 from lape_ray.config import TrainConfig, from_dict
 from lape_ray.search.shelf import Shelf
-from lape_ray.signals import News
-from lape_ray.state import World
-from lape_ray.supervision import LeavingNodes
-from lape_ray.train import DivergedError, EndedError, Take, train
+from lape_ray.training.checkpoint import Meta, read_meta
+from lape_ray.training.flags import News
+from lape_ray.training.loop import DivergedError, EndedError, Take, train
+from lape_ray.training.state import World
 
 HOPELESS = (ValueError, DivergedError, torch.OutOfMemoryError)
 """What would happen again; anything else is tried again from the newest checkpoint."""

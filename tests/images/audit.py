@@ -33,7 +33,7 @@ ALLOWED_CHECKS = {
 
 def checkov() -> int:
     """Of all rendered overlays, with Ray's pods taken out of the objects that it does not know."""
-    from manifests import K8S, pods, render
+    from helpers.manifests import K8S, pods, render
 
     with tempfile.TemporaryDirectory() as folder:
         for name in ("overlays/local", "overlays/gpu", "overlays/local/jobs", "overlays/gpu/jobs"):

@@ -90,7 +90,7 @@ def contents_of_the_gpu_image() -> str:
     """PyTorch with CUDA, Triton and the C compiler that it needs, and all that training imports."""
     script = (
         "import os, shutil, torch, torchvision, triton, ffcv, ray.train.torch, mlflow, _lape_ray_native\n"
-        "import lape_ray.launch\n"
+        "import lape_ray.cluster.launch\n"
         "assert os.getuid() == 1000 and shutil.which('gcc') and not shutil.which('g++')\n"
         "assert torch.version.cuda and 'sm_90' in torch.cuda.get_arch_list(), torch.cuda.get_arch_list()\n"
         "assert torch.distributed.is_nccl_available()\n"

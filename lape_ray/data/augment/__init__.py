@@ -10,6 +10,7 @@ fused          the same on a GPU, with kernels of our own
 color, hue, filters, geometry    the operations, equal to Pillow's
 draws          random numbers keyed by (seed, epoch, position, stream)
 transfer       many small arrays to a device in one copy
+crop           crops of small images of one size, resized and flipped on their device
 """
 
 from lape_ray.data.augment.pipeline import Augment, AugmentSpec, build_augment

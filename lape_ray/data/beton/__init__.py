@@ -6,19 +6,16 @@ encode    how one image is stored
 journal   a file that outlives the process which writes it
 writer    `write_beton`: a source to a file or a set of shards
 check     `check_beton`: whether a file is what its manifest says
-source    a .beton as a source, to write it anew
 """
 
 from lape_ray.data.beton.check import check_beton
 from lape_ray.data.beton.format import Contents, read_contents, set_files, shard_path
 from lape_ray.data.beton.manifest import Manifest, manifest_path
-from lape_ray.data.beton.source import beton_images
 from lape_ray.data.beton.writer import write_beton
 
 __all__ = [
     "Contents",
     "Manifest",
-    "beton_images",
     "check_beton",
     "manifest_path",
     "read_contents",

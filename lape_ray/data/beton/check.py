@@ -10,7 +10,7 @@ import numpy as np
 from lape_ray.data.beton.format import CHECKSUM_BYTES, RAW, lengths, read_tables, set_files, tables_sha256
 from lape_ray.data.beton.manifest import Manifest
 from lape_ray.data.native import crc32c
-from lape_ray.data.parallel import processes
+from lape_ray.data.processes import processes
 from lape_ray.data.sources import load_image
 
 PART_SAMPLES = 32  # samples that a process decodes at a time

@@ -45,7 +45,7 @@ from lape_ray.data.beton.format import (
 from lape_ray.data.beton.journal import Journal, open_journal
 from lape_ray.data.beton.manifest import MANIFEST_VERSION, Manifest
 from lape_ray.data.native import crc32c
-from lape_ray.data.parallel import Mapper, processes
+from lape_ray.data.processes import Mapper, processes
 from lape_ray.data.sources import Source
 from lape_ray.typed import Count, typed
 
@@ -89,7 +89,7 @@ def write_beton(
             JPEGs keep their bytes.
         shards: files of the set; more than one are named as train-00003-of-00016.beton for `path` train.beton.
         workers: encoding processes; None: one for each CPU there is; 1: none, all is done here.
-        mapper: who encodes instead (a cluster: `lape_ray.cluster.ray_mapper`); `workers` says nothing then.
+        mapper: who encodes instead (a cluster: `lape_ray.cluster.connection.ray_mapper`); `workers` says nothing then.
         on_error: a sample that cannot be decoded or stored ends the writing with a ValueError that names it
             (`stop`), or is left out and listed in the manifest (`skip`).
         fresh: leave unused what an interrupted call left, and write shards anew that are there already.

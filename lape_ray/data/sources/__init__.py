@@ -12,6 +12,7 @@ A source knows every label at once but opens an image only when asked. It pickle
     odd          `oddity`: what is unusual about an image that is read all the same
     subset       `select`: parts that are the same each time
     names        `named`: readable names of the classes
+    beton        a .beton as a source, to write it anew
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def open_source(where: str, split: str | None = None) -> Source:
         return digits(split)
     path = Path(where)
     if path.suffix == ".beton" or is_remote(where):
-        from lape_ray.data.beton.source import beton_images  # which is made of sources
         from lape_ray.data.remote import local_split
+        from lape_ray.data.sources.beton import beton_images  # which is made of sources
 
         if split:
             raise ValueError(f"{where} is one .beton, and has no split {split!r}; leave the split out")

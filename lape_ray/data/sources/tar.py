@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from lape_ray.data.parallel import processes
+from lape_ray.data.processes import processes
 from lape_ray.data.sources.base import EXTENSIONS
 from lape_ray.data.sources.shards import TAR_NAME, Shards, find_shards, numbered_classes
 

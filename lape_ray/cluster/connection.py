@@ -1,0 +1,167 @@
+"""A connection to Ray, and work spread over its nodes. Training is in `launch`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lape_ray.cluster.local import own_token
+from lape_ray.data.processes import Mapper
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+GONE_S = 20.0  # within which Ray ends what belonged to a driver that was killed
+SHARED_BYTES_OF_A_GPU = 64 * 2**20
+"""About what NCCL takes of a node's shared memory for each GPU, with its default buffers and some room."""
+
+# The controller polls workers at this interval; a checkpoint counts only once it has been polled.
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with the patch every printed line appears twice in the job's log
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page of training runs
+}
+
+
+@contextlib.contextmanager
+def connected(*, show_logs: bool = True) -> Iterator[None]:
+    """A connection to the cluster: the one that is there already, the one at RAY_ADDRESS, or a local one.
+
+    A local one has a token of its own, where no RAY_AUTH_MODE or RAY_AUTH_TOKEN says otherwise.
+    Without `show_logs`, what other processes print stays in their logs: a table on a terminal needs the room.
+    """
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    if ray.is_initialized():
+        yield
+        return
+    with contextlib.nullcontext() if _has_authentication() else _token_of_its_own():
+        ray.init(log_to_driver=show_logs, configure_logging=True)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _has_authentication() -> bool:
+    """Whether `ray.init` would connect to a cluster that exists, or start one whose access the user has settled."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if "://" in os.environ.get("RAY_ADDRESS", "") or canonicalize_bootstrap_address(None) is not None:
+        return True
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is None:
+        return not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}.isdisjoint(os.environ)
+    return mode.lower() != "token" or ray._raylet.AuthenticationTokenLoader.instance().has_token(True)
+
+
+@contextlib.contextmanager
+def _token_of_its_own() -> Iterator[None]:
+    """Give the Ray that is started in the context a token, which this process and those it starts alone know.
+
+    Ray itself would write one to ~/.ray/auth_token, where every user of the machine may read it.
+    """
+    variables = {name: value for name, value in own_token().items() if name not in os.environ}
+    os.environ.update(variables)
+    _read_authentication()
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
+        _read_authentication()
+
+
+def _read_authentication() -> None:
+    """Make Ray read its variables of authentication, as it does once by itself when it is imported."""
+    ray._raylet.Config.initialize("")
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def only_actor(cls: type, name: str, *arguments: Any, **options: Any) -> Any:
+    """Make an actor of `cls` that is the only one of its name on the connected cluster, and ends with this driver.
+
+    A driver that was killed leaves its actors to Ray for some seconds; they are waited for.
+
+    Raises:
+        ValueError: another driver has an actor of this name.
+    """
+    deadline = time.monotonic() + GONE_S
+    while True:
+        try:
+            actor = ray.remote(cls).options(name=name, namespace="lape_ray", num_cpus=0, **options)
+            return actor.remote(*arguments)
+        except ValueError as error:
+            if "already taken" not in str(error):
+                raise
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"another driver of this cluster is at work on {name}: wait for it, or choose another --run.name"
+                ) from None
+            time.sleep(1)
+
+
+@contextlib.contextmanager
+def ray_mapper() -> Iterator[Mapper]:
+    """Maps over all CPUs of the cluster, one task each; a task whose node is lost runs again elsewhere.
+
+    Functions must be importable on the nodes, and what they read must be readable there. Results travel back to
+    the caller: two for each CPU are held at a time, whatever the speed of either side.
+    """
+    with connected():
+
+        def ordered(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+            remote = ray.remote(num_cpus=1, max_retries=5)(function)
+            pending: deque[ray.ObjectRef] = deque()
+            try:
+                for task in tasks:
+                    pending.append(remote.remote(task))
+                    if len(pending) > 2 * max(1, int(ray.cluster_resources().get("CPU", 1))):
+                        yield ray.get(pending.popleft())
+                while pending:
+                    yield ray.get(pending.popleft())
+            except ray.exceptions.WorkerCrashedError as error:
+                raise OSError(
+                    "a Ray worker died again and again at the same task, most likely for want of memory"
+                ) from error
+            finally:
+                for reference in pending:
+                    ray.cancel(reference, force=False)
+
+        yield ordered
+
+
+def refuse_little_shared_memory() -> None:
+    """A ValueError where a node with GPUs has too little shared memory for what NCCL exchanges within a node.
+
+    A container has 64 MB unless it is told otherwise, and NCCL's own error does not say so.
+    """
+    free = ray.remote(num_cpus=0)(_free_shared_memory)
+    nodes = {
+        node["NodeID"]: node["Resources"]["GPU"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU", 0) > 1
+    }
+    found = {
+        name: free.options(scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=True)).remote()
+        for name in nodes
+    }
+    for name, reference in found.items():
+        have, need = ray.get(reference), int(nodes[name]) * SHARED_BYTES_OF_A_GPU
+        if have < need:
+            raise ValueError(
+                f"node {name[:12]} has {have / 2**20:.0f} MB of shared memory left, and its {nodes[name]:g} GPUs need "
+                f"{need / 2**20:.0f} MB to exchange gradients: give the container more (docker run --shm-size, or an "
+                "emptyDir of medium Memory at /dev/shm)"
+            )
+
+
+def _free_shared_memory() -> int:
+    return shutil.disk_usage("/dev/shm").free

@@ -1,0 +1,179 @@
+"""Ray Train's controller of a run: built, supervised, and started again where it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.train import FailureConfig, LoggingConfig, ScalingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lape_ray import storage
+from lape_ray.cluster.checkpoint_list import read_list
+from lape_ray.cluster.connection import only_actor
+from lape_ray.cluster.supervisor import FailureCount, Supervisor, until_stopped
+from lape_ray.cluster.worker import StorageError, run_worker
+from lape_ray.config import TrainConfig, to_dict
+from lape_ray.redaction import shared_variables
+from lape_ray.storage import Lease, LeaseLostError
+from lape_ray.training.loop import DivergedError, StoppedError
+
+PAUSE_S = 5.0  # before the controller is started again: what ended it may last
+CONTROLLER_FAILED = (ray.train.ControllerError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""Ray ends it where a node is out of memory, and it ends itself where storage is away as it writes."""
+
+
+class WorkersFailedError(RuntimeError):
+    """Workers failed again and again at the same place."""
+
+    exit_code = 1
+
+
+ENDS = {
+    "diverged": DivergedError,
+    "stopped": StoppedError,
+    "storage": StorageError,
+    "failures": WorkersFailedError,
+    "lost": LeaseLostError,
+}
+
+
+@contextlib.contextmanager
+def supervised(config: TrainConfig, folder: str) -> Iterator[Any]:
+    """The run's supervisor. A driver of this cluster that was killed may have left one, which is waited for."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    supervisor = only_actor(
+        Supervisor, folder, config.run.max_failures, max_concurrency=1000, scheduling_strategy=here
+    )
+    try:
+        yield supervisor
+    finally:
+        ray.kill(supervisor)
+
+
+def train_to_the_end(
+    config: TrainConfig, lease: Lease, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
+) -> dict[str, Any]:
+    """Train, or complete what was trained before; returns what rank 0 returned, or raises one of ENDS."""
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.run.outage_s + 600))
+    folder = storage.join(root, config.run.name or "")
+    failures = _Failures(folder)
+    lease.call_when_lost(lambda: supervisor.stop.remote())
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                trainer = _trainer(config, lease, root, uri, run_id, use_gpu, supervisor)
+                outcome: dict[str, Any] = until_stopped(trainer.fit, supervisor).return_value
+            except CONTROLLER_FAILED as error:
+                reason = _reason(error)
+                print(f"warning: Ray Train's controller failed, starting it again: {reason}", flush=True)
+                time.sleep(PAUSE_S)
+                _wait_for_storage(root, config.run.outage_s)
+                if failures.one_more() > config.run.max_failures:
+                    raise WorkersFailedError(
+                        f"Ray Train's controller failed {failures.count} times without a new checkpoint "
+                        f"(run.max_failures={config.run.max_failures}), the last time with: {reason}"
+                    ) from error
+                if not _lives(supervisor):
+                    ray.kill(supervisor)  # which frees its name, whatever is left of it
+                    supervisor = stack.enter_context(supervised(config, folder))
+                continue
+            if outcome["end"] in ENDS:
+                raise ENDS[outcome["end"]](outcome["reason"])
+            return outcome
+
+
+class _Failures:
+    """How often the controller of the run in `folder` failed since its last checkpoint."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder, self.count = folder, 0
+        self._reached = read_list(folder)
+
+    def one_more(self) -> int:
+        """The count with a failure that just happened."""
+        reached = read_list(self._folder)
+        self.count, self._reached = (self.count + 1 if reached == self._reached else 1), reached
+        return self.count
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip() and "controller error" not in line]
+    return lines[0].strip() if lines else type(error).__name__
+
+
+def _wait_for_storage(root: str, outage_s: float) -> None:
+    """Returns once `root` can be written; its own error after `outage_s`."""
+    deadline = time.monotonic() + outage_s
+    while True:
+        try:
+            storage.check_writable(root)
+            return
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(2)
+
+
+def _lives(actor: Any) -> bool:
+    try:
+        ray.get(actor.__ray_ready__.remote(), timeout=30)
+    except ray.exceptions.RayError:  # dead, ended for want of memory, or no answer
+        return False
+    return True
+
+
+def _trainer(
+    config: TrainConfig, lease: Lease, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
+) -> ray.train.torch.TorchTrainer:
+    run = config.run
+    low, high = run.workers
+    resources: dict[str, float] = {"CPU": run.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
+    return ray.train.torch.TorchTrainer(
+        run_worker,
+        train_loop_config={
+            "config": to_dict(config),
+            "folder": storage.join(root, run.name or ""),
+            "lease": lease.token,
+            "tracking_uri": uri,
+            "mlflow_run_id": run_id,
+            "supervisor": supervisor,
+        },
+        torch_config=ray.train.torch.TorchConfig(timeout_s=run.start_timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=ray.train.RunConfig(
+            name=run.name,
+            storage_path=root,
+            failure_config=FailureConfig(max_failures=-1),  # the supervisor counts
+            callbacks=[FailureCount(supervisor)],
+            worker_runtime_env={"env_vars": worker_variables()},
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+def variables() -> dict[str, str]:
+    """What of the driver's environment the other processes of a run need.
+
+    Secrets are not among them: Ray writes environments into its logs and shows them in its dashboard. Each node has
+    them in its own environment, or the job in its runtime environment.
+    """
+    return shared_variables()
+
+
+def worker_variables() -> dict[str, str]:
+    """What Ray Train's workers need of the driver's environment, and the address of its cluster.
+
+    Without that a clean-up actor of Ray Train looks for clusters on the host, and fails where there are two.
+    """
+    return {**variables(), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}

@@ -1,0 +1,267 @@
+"""One training run on a cluster, as its driver sees it.
+
+`fit` is what a job calls. It checks everything that can be checked before workers start, makes or continues
+the MLflow run, trains through Ray Train, and leaves every status right, whatever happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+
+from lape_ray import storage, tracking
+from lape_ray.cluster.checkpoint_list import best, recover
+from lape_ray.cluster.connection import connected, refuse_little_shared_memory
+from lape_ray.cluster.controller import supervised, train_to_the_end, variables
+from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
+from lape_ray.config import PORTS, TrainConfig, flatten, from_dict, replace_fields, to_dict
+from lape_ray.data.split import split_facts
+from lape_ray.recipes import recipe
+from lape_ray.storage import LEASE, LEASE_FILES, LeaseLostError, leased
+from lape_ray.training.checkpoint import read_meta
+from lape_ray.training.loop import StoppedError
+from lape_ray.training.preflight import check_before_start
+
+PAGES_LIMIT_S = 1800.0
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a finished run leaves behind."""
+
+    name: str
+    metrics: Mapping[str, float]
+    checkpoint: str
+    """Address of the best checkpoint."""
+    mlflow_run_id: str
+    tracking_uri: str
+    tracked: bool
+    """Whether MLflow has all of it."""
+
+    def summary(self) -> str:
+        scores = "  ".join(f"{key} {value:.2f}" for key, value in self.metrics.items() if "acc" in key)
+        return (
+            f"run {self.name} finished: {scores}\n"
+            f"best checkpoint: {self.checkpoint}\n"
+            f"MLflow run {self.mlflow_run_id}: {tracking.run_page(self.tracking_uri, self.mlflow_run_id)}"
+            + (
+                ""
+                if self.tracked
+                else "\nMLflow does not have all of it: submit the same command again to complete it"
+            )
+        )
+
+
+# --- driver ---------------------------------------------------------------------------------------------------
+
+
+def fit(config: TrainConfig) -> FitResult:
+    """Train `config` to its end, or continue the unfinished run of the same name.
+
+    Raises:
+        ValueError, OSError: bad input, before any worker starts.
+        StoppedError: SIGTERM ended it; there is a checkpoint, and the same name goes on from it.
+        StorageError: checkpoints cannot be stored any more; the one before the first of them is there.
+        DivergedError: the loss is no finite number.
+        WorkersFailedError: workers failed again and again at the same place.
+        LeaseHeldError: another driver is at work on this run.
+        LeaseLostError: another driver took the run over while this one could not be seen.
+    """
+    name = config.run.name or f"{_what_it_is(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    config, root = prepared(replace_fields(config, {"run.name": name}))
+    uri = tracking.tracking_uri(config)
+    folder = storage.join(root, name)
+    check_before_start(config, storage_root=root)
+    earlier_run(config, folder)  # a name that cannot be used is refused before anything waits
+    with contextlib.ExitStack() as stack:
+        lease = stack.enter_context(leased(folder, f"run {name}"))
+        earlier = earlier_run(config, folder)
+        if earlier is None:  # a run that goes on can wait for the server
+            tracking.check_reachable(uri)
+        else:
+            print(f"run {name} exists and is not finished: continuing it", flush=True)
+        stack.enter_context(connected())
+        use_gpu = uses_gpu(config)
+        _wait_for_resources(config, use_gpu)
+        refuse_local_store(uri)
+        supervisor = stack.enter_context(supervised(config, folder))
+        if use_gpu and config.run.workers.high > 1:
+            refuse_little_shared_memory()
+        lease.check()
+        if config.run.overwrite:
+            storage.empty_folder(folder, but=LEASE_FILES)
+        recover(
+            folder, lambda text: print(text, flush=True), before=storage.modified(storage.join(folder, LEASE))
+        )
+        run_id = _open_mlflow_run(config, uri, earlier)
+        write_run(folder, config, run_id, finished=False)
+        print(f"run {name}  storage {folder}", flush=True)
+        print(f"MLflow run {run_id}: {tracking.ui_command(uri)}", flush=True)
+        with _status_of(uri, run_id):
+            outcome = train_to_the_end(config, lease, root, uri, run_id, use_gpu, supervisor)
+            lease.check()
+            chosen = best(recover(folder, log.warning))
+            if chosen is None:
+                raise RuntimeError("the training ended without a checkpoint")
+            checkpoint = storage.join(folder, chosen.name)
+            tracked = outcome["unsent"] == 0
+            with storage.opened(checkpoint) as files:
+                metrics = read_meta(files).metrics
+                if tracked:
+                    tracked = tracking.log_model(uri, run_id, files, metrics)
+            if config.run.pages and tracked:
+                _log_pages(config, checkpoint, uri, run_id, use_gpu)
+        lease.check()
+        whole = tracked and config.run.stop_after_epochs is None
+        write_run(folder, config, run_id, finished=whole)
+        recover(folder, log.warning, before=storage.modified(storage.join(folder, RECORD)))
+    return FitResult(
+        name=name,
+        metrics=metrics,
+        checkpoint=checkpoint,
+        mlflow_run_id=run_id,
+        tracking_uri=uri,
+        tracked=tracked,
+    )
+
+
+def _what_it_is(config: TrainConfig) -> str:
+    """The recipe and what of the network is another than the recipe's, as in `deit_tiny_lape-join-basic`."""
+    if not config.recipe:
+        return "run"
+    of_recipe = recipe(config.recipe).model
+    other = [key for key in PORTS if getattr(config.model, key) != getattr(of_recipe, key)]
+    return "-".join([config.recipe, *(f"{key}-{getattr(config.model, key)}" for key in other)])
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Workers run in other directories, so that a relative path would mean another file there."""
+    flat = flatten(config)
+    names = ("data.train", "data.val", "run.storage", "run.init_from")
+    paths = {name: storage.absolute(flat[name]) for name in names if flat[name]}
+    if flat["optim.teacher"]:
+        kind, name, file = ["", "", *flat["optim.teacher"].split(":", 2)][
+            -3:
+        ]  # torchvision:NAME:FILE, or a path
+        paths["optim.teacher"] = ":".join(filter(None, (kind, name, storage.absolute(file))))
+    return replace_fields(config, paths)
+
+
+def uses_gpu(config: TrainConfig) -> bool:
+    """Whether workers of this config compute on GPUs of the connected cluster."""
+    if config.run.device == "auto":
+        return ray.cluster_resources().get("GPU", 0) > 0
+    return config.run.device == "gpu"
+
+
+def _wait_for_resources(config: TrainConfig, use_gpu: bool) -> None:
+    """Wait until the cluster could hold all workers; Ray Train itself would wait without a word."""
+    run = config.run
+    least = run.workers.low
+    need = {"CPU": least * run.cpus_per_worker} | ({"GPU": least} if use_gpu else {})
+    deadline = time.monotonic() + run.wait_s
+    told = False
+    while missing := {k: n for k, n in need.items() if ray.cluster_resources().get(k, 0) < n}:
+        have = ", ".join(f"{ray.cluster_resources().get(k, 0):g} {k}" for k in missing)
+        want = ", ".join(f"{n:g} {k}" for k, n in missing.items())
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"the run needs {want}, but the cluster has {have}: lower --run.num_workers or "
+                "--run.cpus_per_worker, add nodes, or wait longer for them with --run.wait_s"
+            )
+        if not told:
+            print(f"waiting up to {run.wait_s} s: the run needs {want}, the cluster has {have}", flush=True)
+        told = True
+        time.sleep(1)
+
+
+def refuse_local_store(uri: str) -> None:
+    """A ValueError where the MLflow store is a file that not all nodes of the connected cluster can reach."""
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1 and tracking.is_local(uri):
+        raise ValueError(
+            f"the MLflow store {uri!r} is a file on this machine, but the cluster has {nodes} nodes: "
+            "start an MLflow server and set MLFLOW_TRACKING_URI"
+        )
+
+
+def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None) -> str:
+    if earlier is not None and tracking.reopen_run(uri, earlier.mlflow_run_id):
+        return earlier.mlflow_run_id
+    command = shlex.join(["python", *sys.argv])
+    model = config.model
+    tags = {"recipe": config.recipe, "seed": str(config.run.seed), **tracking.source_tags(sys.argv[0])}
+    tags |= {key: getattr(model, key) for key in PORTS}
+    splits = {"train": split_facts(config.data, "train"), "val": split_facts(config.data, "val")}
+    datasets = {role: (facts.path, facts.sha256) for role, facts in splits.items() if facts.sha256}
+    return tracking.create_run(
+        config, name=config.run.name or "", command=command, tags=tags, datasets=datasets
+    )
+
+
+@contextlib.contextmanager
+def _status_of(uri: str, run_id: str) -> Iterator[None]:
+    """Close the MLflow run with the status that is true."""
+    try:
+        yield
+    except StoppedError:
+        tracking.finish_run(uri, run_id, "KILLED")
+        raise
+    except LeaseLostError:  # the run goes on elsewhere, and its status is for that driver to say
+        raise
+    except Exception:
+        tracking.finish_run(uri, run_id, "FAILED")
+        raise
+    except BaseException:  # Ctrl-C, or the SystemExit by which a stopped job's driver ends
+        tracking.finish_run(uri, run_id, "KILLED")
+        raise
+    tracking.finish_run(uri, run_id, "FINISHED")
+
+
+def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """`config` with paths that mean the same on every worker, and the storage that its runs lie in."""
+    config = _with_absolute_paths(config)
+    return config, config.run.storage or str(storage.home() / "runs")
+
+
+def _log_pages(config: TrainConfig, best: str, uri: str, run_id: str, use_gpu: bool) -> None:
+    """Make the run's pages where workers were: there are data and GPU. A failure is a warning, and not the run's."""
+    task = ray.remote(_make_pages).options(
+        num_cpus=config.run.cpus_per_worker, num_gpus=int(use_gpu), runtime_env={"env_vars": variables()}
+    )
+    made = task.remote(to_dict(config), best, uri, run_id)
+    try:
+        ray.get(made, timeout=PAGES_LIMIT_S)
+    except Exception as error:  # whatever goes wrong with pages, the run is trained
+        ray.cancel(made, force=True)
+        log.warning("the run's pages could not be made: %s", str(error).strip().splitlines()[-1])
+
+
+def _make_pages(config_values: dict[str, Any], best: str, uri: str, run_id: str) -> None:
+    from lape_ray.report.build import checkpoint_report  # only here: figures need a second to import
+    from lape_ray.report.summary import METRICS, write_run_summary
+
+    config = from_dict(TrainConfig, config_values)
+    torch.set_num_threads(config.run.cpus_per_worker)
+    facts = tracking.read_run(uri, run_id, METRICS)
+    with storage.opened(best) as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:
+        try:
+            drawn = Path(folder, "position_report")
+            if checkpoint_report(files, config, facts.name, drawn) is not None:
+                tracking.log_files(uri, run_id, drawn, "position_report")
+        finally:  # one page does not wait for the other to succeed
+            summary = write_run_summary(config, files, facts, Path(folder, "summary"))
+            tracking.log_files(uri, run_id, summary.parent, "summary")

@@ -1,0 +1,170 @@
+"""Batches of a .beton through our own decoder: no compilation at start, Pillow's pixels, keyed draws.
+
+Shape suffixes: N samples of a pass, B of a batch, S the side of a crop in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from lape_ray.config import DataConfig
+from lape_ray.data.augment.draws import Stream, uniform
+from lape_ray.data.beton import read_contents
+from lape_ray.data.native import FILTERS, Decoder, center_crops, check, flips, random_resized_crops
+from lape_ray.data.readers.buffers import Buffers
+from lape_ray.data.sampler import sample_index
+
+BATCHES_AHEAD = 2
+
+
+class NativeReader:
+    """Images of one .beton or set; a pass decodes ahead in a thread of its own, which ends with the pass.
+
+    The files are read by position, not mapped: they stay open, so that another file of that name does not matter,
+    and one that is cut short or changed in place is an error that names it.
+    """
+
+    reuses_buffers = False
+    on_device = False
+
+    def __init__(
+        self,
+        path: str,
+        data: DataConfig,
+        split: Literal["train", "val"],
+        *,
+        image_size: int,
+        batch_size: int,
+        threads: int,
+        seed: int,
+        pin_memory: bool,
+    ) -> None:
+        self.contents = read_contents(path)
+        self.data, self.split = data, split
+        self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
+        self.pin_memory = pin_memory
+        self.labels_N = self.contents.labels_N
+        self.files = [file.open("rb", buffering=0) for file in self.contents.files]
+        self.descriptors = np.array([file.fileno() for file in self.files], np.int32)
+        self.states = [_state(descriptor) for descriptor in self.descriptors]
+        self.decoder = Decoder(threads)
+        self.buffers = Buffers()
+
+    def batches(
+        self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
+    ) -> Generator[np.ndarray, None, None]:
+        """One pass over the samples of `keys_N` (index in the low 32 bits): uint8 (B, S, S, 3), the last batch short.
+
+        Args:
+            positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
+
+        Raises:
+            ValueError: images cannot be read, or a file was changed; names them.
+        """
+        pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        pending: deque[Future[np.ndarray]] = deque()
+        index_N = sample_index(keys_N)
+        side = self.image_size
+        try:
+            for start in range(0, len(index_N), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                pending.append(pool.submit(self._decode, index_N[part], positions_N[part], epoch, side))
+                if len(pending) > BATCHES_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _decode(self, index_B: np.ndarray, positions_B: np.ndarray, epoch: int, side: int) -> np.ndarray:
+        data, contents = self.data, self.contents
+        images_B = contents.images_N[index_B]
+        shape = (len(index_B), side, side, 3)
+        if self.pin_memory:  # torch keeps pinned memory for its next use by itself
+            out_BSS3 = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+        else:
+            out_BSS3 = self.buffers.take(shape)
+        widths_B, heights_B = images_B["width"], images_B["height"]
+        boxes_B4: np.ndarray
+        if self.split == "train":
+            boxes_B4, flips_B, cubic_B = train_draws(data, self.seed, epoch, positions_B, widths_B, heights_B)
+        else:
+            resize = max(side, math.floor(side / data.eval_crop))
+            boxes_B4 = center_crops(widths_B, heights_B, resize=resize, size=side)
+            flips_B = np.zeros(len(index_B), bool)
+            cubic_B = np.full(len(index_B), data.interpolation != "bilinear")
+        files_B = contents.file_N[index_B]
+        statuses_B = self.decoder.decode_batch(
+            self.descriptors[files_B],
+            images_B["data_ptr"],
+            contents.lengths_N[index_B],
+            images_B["mode"],
+            widths_B,
+            heights_B,
+            boxes_B4,
+            flips_B,
+            out_BSS3,
+            interpolation=np.where(cubic_B, FILTERS["bicubic"], FILTERS["bilinear"]),
+            crop_first=self.split == "train",
+            checksums=True,
+        )
+        self._refuse_changes(np.unique(files_B))
+        check(statuses_B, lambda i: contents.name(index_B[i]))
+        return out_BSS3
+
+    def _refuse_changes(self, files: np.ndarray) -> None:
+        """Checksums find changed bytes, but not whole images that changed places."""
+        for file in files:
+            if _state(self.descriptors[file]) != self.states[file]:
+                raise ValueError(
+                    f"{self.contents.files[file]} was changed while it was read; a file in use may be replaced "
+                    "by another of its name (as mv does), but not written in place: check it with "
+                    f"jobs/write_beton.py verify {Path(self.contents.files[file]).name}, and start again"
+                )
+
+
+class TrainDraws(NamedTuple):
+    """What is drawn for the crops of N training images.
+
+    Attributes:
+        boxes_N4: int32; x, y, width and height in pixels
+        flips_N: whether the crop is mirrored
+        cubic_N: whether it is resized bicubically, else bilinearly
+    """
+
+    boxes_N4: np.ndarray
+    flips_N: np.ndarray
+    cubic_N: np.ndarray
+
+
+def train_draws(
+    data: DataConfig,
+    seed: int,
+    epoch: int,
+    positions_N: np.ndarray,
+    widths_N: np.ndarray,
+    heights_N: np.ndarray,
+) -> TrainDraws:
+    """The draws for the images at `positions_N` of the epoch's order over all ranks, of these sizes in pixels."""
+    boxes_N4 = random_resized_crops(
+        seed, epoch, positions_N, widths_N, heights_N, scale=data.crop_scale, ratio=data.crop_ratio
+    )
+    if data.interpolation == "random":
+        cubic_N = uniform(seed, epoch, positions_N, Stream.INTERPOLATION, 1)[:, 0] < 0.5
+    else:
+        cubic_N = np.full(len(positions_N), data.interpolation == "bicubic")
+    return TrainDraws(boxes_N4, flips(seed, epoch, positions_N, data.flip), cubic_N)
+
+
+def _state(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns

@@ -1,0 +1,114 @@
+"""Batches of a split that lies on the training device as a whole: for small images, which decoding and copying cost
+more than training on them.
+
+Everything is decoded once, when the reader is made. From then on an epoch's draws are made and sent at its beginning,
+and a batch is a few kernels on the device: nothing is left to do for the host, whose threads end with the decoding.
+
+Shapes: N images of a pass, B of a batch, S the side of a delivered image in pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lape_ray.config import DataConfig
+from lape_ray.data.augment.crop import crop_and_resize
+from lape_ray.data.augment.transfer import to_device
+from lape_ray.data.readers.native import NativeReader, train_draws
+from lape_ray.data.sampler import sample_index
+
+_DECODED_AT_ONCE = 1024
+_CROPPED_PIXELS = 2**20
+"""Of several batches that are cropped in one go where they are small, which spares a GPU launches."""
+
+
+class ResidentReader:
+    """Images of one .beton or set, decoded into the memory of `device`: all of one square size, or for validation any.
+
+    The pixels are those of the native backend.
+
+    Raises:
+        ValueError: the training images are not all of one square size, or cannot be read; names the sizes or images.
+    """
+
+    reuses_buffers = False
+    on_device = True
+
+    def __init__(
+        self,
+        path: str,
+        data: DataConfig,
+        split: Literal["train", "val"],
+        *,
+        image_size: int,
+        batch_size: int,
+        threads: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.data, self.split, self.seed, self.device = data, split, seed, device
+        self.image_size, self.batch_size = image_size, batch_size
+        whole = dataclasses.replace(data, eval_crop=1.0) if split == "train" else data
+        native = NativeReader(
+            path, whole, "val",
+            image_size=image_size, batch_size=_DECODED_AT_ONCE, threads=threads, seed=seed, pin_memory=False,
+        )  # fmt: skip
+        if split == "train":
+            native.image_size = _square_side(native, path)
+        self.labels_N = native.labels_N
+        index_N = np.arange(len(self.labels_N))
+        self.images_N3SS = torch.cat(
+            [
+                torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+                for images in native.batches(index_N, index_N, 0)
+            ]
+        )
+
+    def batches(
+        self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
+    ) -> Generator[Tensor, None, None]:
+        """One pass over the samples of `keys_N` (index in the low 32 bits): uint8 (B, S, S, 3), the last batch short.
+
+        They are views of channels-first memory on the device, and no one else's.
+
+        Args:
+            positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
+        """
+        index_N = sample_index(keys_N)
+        if self.split == "val":
+            for index_B in to_device({"index": index_N}, self.device)["index"].split(self.batch_size):
+                yield self.images_N3SS[index_B].permute(0, 2, 3, 1)
+            return
+        side = self.images_N3SS.shape[2]
+        sides_N = np.full(len(index_N), side)
+        draws = train_draws(self.data, self.seed, epoch, positions_N, sides_N, sides_N)
+        sent = to_device(
+            {"index": index_N, "boxes": draws.boxes_N4, "flips": draws.flips_N, "cubic": draws.cubic_N},
+            self.device,
+        )
+        at_once = max(1, _CROPPED_PIXELS // (self.batch_size * self.image_size**2)) * self.batch_size
+        for start in range(0, len(index_N), at_once):
+            index_B, boxes_B4, flips_B, cubic_B = (sent[name][start : start + at_once] for name in sent)
+            cropped = crop_and_resize(self.images_N3SS[index_B], boxes_B4, flips_B, cubic_B, self.image_size)
+            for images_B3SS in cropped.split(self.batch_size):
+                yield images_B3SS.permute(0, 2, 3, 1)
+
+
+def _square_side(native: NativeReader, path: str) -> int:
+    images_N = native.contents.images_N
+    sizes = np.unique(np.stack([images_N["width"], images_N["height"]], 1), axis=0).tolist()
+    if len(sizes) > 1 or sizes[0][0] != sizes[0][1]:
+        shown = ", ".join(f"{width}x{height}" for width, height in sizes[:3]) + (
+            ", ..." if len(sizes) > 3 else ""
+        )
+        raise ValueError(
+            f"{path} holds images of {shown} pixels; data.backend=resident trains on squares of one size: "
+            "use data.backend=native"
+        )
+    return sizes[0][0]

@@ -1,0 +1,192 @@
+"""Batches of a source through Pillow and torchvision: slow and plain, the measure of the other decoders.
+
+Decoding is Pillow's, boxes are drawn by torchvision's own code, crops and resizes are `transforms.v2` on Pillow
+images. Draws are keyed by (seed, epoch, position) as those of our decoder, but are other numbers.
+
+Shape suffixes: N samples of a pass, B of a batch, S the side of a crop in pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.overrides import TorchFunctionMode
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import functional as v2
+
+from lape_ray.config import DataConfig
+from lape_ray.data.sampler import sample_index
+from lape_ray.data.sources import Source
+
+BATCHES_AHEAD = 2
+PART_IMAGES = 8  # that a thread works on at a time
+
+
+class Draw(NamedTuple):
+    """What is done to one training image; the box is in pixels of the image."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    flip: bool
+    interpolation: InterpolationMode
+
+
+class TorchvisionReader:
+    """The images of a source; a pass decodes ahead in threads of its own, which end with the pass.
+
+    Images are read in the order of the epoch: a source that decodes its neighbours with an image (parquet) is slow
+    here unless its row groups are small.
+
+    Attributes:
+        batch_size: images of a batch
+        image_size: side of the square that is delivered, in pixels; may be set between passes
+        labels_N: int64, of the whole source
+    """
+
+    reuses_buffers = False
+    on_device = False
+
+    def __init__(
+        self,
+        source: Source,
+        data: DataConfig,
+        split: Literal["train", "val"],
+        *,
+        image_size: int,
+        batch_size: int,
+        threads: int,
+        seed: int,
+    ) -> None:
+        self.source, self.data, self.split = source, data, split
+        self.image_size, self.batch_size, self.threads, self.seed = image_size, batch_size, threads, seed
+        self.labels_N = source.labels_N
+
+    def batches(
+        self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
+    ) -> Generator[np.ndarray, None, None]:
+        """One pass over the samples of `keys_N` (index in the low 32 bits): uint8 (B, S, S, 3), the last batch short.
+
+        Args:
+            positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
+
+        Raises:
+            ValueError: an image cannot be read; names it.
+        """
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="torchvision")
+        pending: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
+        index_N = sample_index(keys_N).tolist()
+        places_N = positions_N.tolist()
+        side = self.image_size
+        try:
+            for start in range(0, len(index_N), self.batch_size):
+                index_B = index_N[start : start + self.batch_size]
+                places_B = places_N[start : start + self.batch_size]
+                out_BSS3 = np.empty((len(index_B), side, side, 3), np.uint8)
+                parts = [slice(i, i + PART_IMAGES) for i in range(0, len(index_B), PART_IMAGES)]
+                work = [
+                    pool.submit(self._fill, out_BSS3[part], index_B[part], places_B[part], epoch)
+                    for part in parts
+                ]
+                pending.append((out_BSS3, work))
+                if len(pending) > BATCHES_AHEAD:
+                    yield _finished(*pending.popleft())
+            while pending:
+                yield _finished(*pending.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def draw(self, image: Image.Image, epoch: int, position: int) -> Draw:
+        """What the image at `position` of the epoch's order undergoes: a function of these, the seed and its size."""
+        generator = torch.Generator().manual_seed(_draw_seed(self.seed, epoch, position))
+        with _RandomFrom(generator):
+            top, left, height, width = RandomResizedCrop.get_params(
+                image, list(self.data.crop_scale), list(self.data.crop_ratio)
+            )
+        flip, second_filter = torch.rand(2, generator=generator).tolist()
+        interpolation = _filter(self.data.interpolation)
+        if self.data.interpolation == "random" and second_filter < 0.5:
+            interpolation = InterpolationMode.BILINEAR
+        return Draw(left, top, width, height, flip < self.data.flip, interpolation)
+
+    def _fill(self, out_PSS3: np.ndarray, index_P: list[int], positions_P: list[int], epoch: int) -> None:
+        """Read, crop and resize some images (P) of a batch into their place."""
+        for out_SS3, index, position in zip(out_PSS3, index_P, positions_P, strict=True):
+            image = self.source.read(index)
+            if self.split == "train":
+                draw = self.draw(image, epoch, position)
+                square = resized_crop(image, draw, len(out_SS3))
+            else:
+                square = center_crop(
+                    image, len(out_SS3), self.data.eval_crop, _filter(self.data.interpolation)
+                )
+            out_SS3[:] = np.asarray(square)
+
+
+def resized_crop(image: Image.Image, draw: Draw, side: int) -> Image.Image:
+    """The box of an image, `side` x `side` pixels, perhaps mirrored: torchvision's RandomResizedCrop and flip."""
+    square = v2.resized_crop(
+        image,
+        draw.top,
+        draw.left,
+        draw.height,
+        draw.width,
+        [side, side],
+        interpolation=draw.interpolation,
+        antialias=True,
+    )
+    return v2.horizontal_flip(square) if draw.flip else square
+
+
+def center_crop(image: Image.Image, side: int, share: float, interpolation: InterpolationMode) -> Image.Image:
+    """torchvision's Resize of the shorter side to side / share, and CenterCrop to `side` x `side` pixels."""
+    resized = v2.resize(
+        image, [max(side, math.floor(side / share))], interpolation=interpolation, antialias=True
+    )
+    return v2.center_crop(resized, [side, side])
+
+
+def _filter(interpolation: str) -> InterpolationMode:
+    return InterpolationMode.BILINEAR if interpolation == "bilinear" else InterpolationMode.BICUBIC
+
+
+def _finished(out_BSS3: np.ndarray, work: list[Future[None]]) -> np.ndarray:
+    for future in work:
+        future.result()
+    return out_BSS3
+
+
+def _draw_seed(seed: int, epoch: int, position: int) -> int:
+    digest = hashlib.blake2b(f"torchvision,{seed},{epoch},{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+class _RandomFrom(TorchFunctionMode):
+    """Within it, on this thread alone, torch draws from `generator` where the code names none.
+
+    torchvision's get_params takes no generator. Seeding the global one instead would change what the rest of the
+    process draws, and what other threads draw here.
+    """
+
+    DRAWS = frozenset({torch.Tensor.uniform_, torch.randint, torch.rand})
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self.DRAWS:
+            kwargs.setdefault("generator", self.generator)
+        return func(*args, **kwargs)

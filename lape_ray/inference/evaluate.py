@@ -1,0 +1,55 @@
+"""Exact accuracy of a checkpoint of any origin, on this machine's device. Knows no Ray and no tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.data.loader import build_loader
+from lape_ray.data.normalize import Normalize
+from lape_ray.inference.predict import load_network
+from lape_ray.model import resolve
+from lape_ray.recipes import recipe
+from lape_ray.training.checkpoint import read_meta
+from lape_ray.training.loop import evaluate
+from lape_ray.training.preflight import check_split
+from lape_ray.training.state import autocast_for, available_cpus
+
+
+def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """What a checkpoint is evaluated as: the named recipe, else its own config, else the defaults; then `overrides`."""
+    if recipe_name is not None:
+        base = recipe(recipe_name)
+    elif Path(checkpoint).is_dir():
+        base = read_meta(Path(checkpoint)).config
+    else:
+        base = TrainConfig()
+    return replace_fields(base, overrides)
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """This machine's GPU where the config asks for it, or leaves it open and there is one."""
+    gpu = config.run.device == "gpu" or (config.run.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def evaluate_checkpoint(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> dict[str, float]:
+    """`images`, `loss`, `acc1` and `acc5` (percent) of `config.model` with the checkpoint's weights on `data.val`."""
+    spec, device = resolve(config.model), choose_device(config)
+    network = load_network(checkpoint, config, ema=ema)
+    check_split(config, "val")
+    loader = build_loader(
+        config.data,
+        "val",
+        image_size=spec.image_size,
+        batch_size=config.data.eval_batch_size,
+        device=device,
+        threads=available_cpus(),
+    )
+    return evaluate(
+        network.to(device), loader, Normalize(config.data).to(device), autocast_for(config, device), device
+    )

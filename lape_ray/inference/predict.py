@@ -1,0 +1,201 @@
+"""A checkpoint as a classifier of image files: what evaluation does to an image, for one image at a time.
+
+Needs torch, Pillow and safetensors, and neither Ray nor FFCV nor a tracker, so that an exported model stays small.
+
+Shapes: B images, K classes, S side of the model's input in pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lape_ray.config import DataConfig, TrainConfig
+from lape_ray.data.normalize import Normalize
+from lape_ray.data.sources import EXTENSIONS, load_image, to_rgb
+from lape_ray.model import VisionTransformer, build_model, resolve
+from lape_ray.model.convert import load_weights
+from lape_ray.storage import write_rows, written_path
+from lape_ray.training.checkpoint import read_weights
+from lape_ray.training.recompute import optimise_blocks
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All image files below `folder`, sorted; a ValueError where there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give a folder of images")
+    found = [
+        Path(place, name)
+        for place, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(EXTENSIONS)
+    ]
+    if not found:
+        raise ValueError(f"{folder} holds no image; known endings are {', '.join(EXTENSIONS)}")
+    return sorted(found)
+
+
+def read_image(path: Path) -> Image.Image:
+    """The RGB image in a file; a ValueError or OSError names one that cannot be read."""
+    return to_rgb(load_image(path.read_bytes(), str(path)), str(path))
+
+
+def center_crop(image: Image.Image, *, size: int, data: DataConfig) -> Image.Image:
+    """Return the RGB square (S, S) that evaluation sees: shorter side to S / eval_crop, then the centre of S pixels.
+
+    Only the square is resized: the whole of a strip of 1 x 60,000 pixels would become 256 x 15,360,000.
+    """
+    resize = max(size, math.floor(size / data.eval_crop))
+    width, height = image.size
+    short = min(width, height)
+    new_width, new_height = resize * width // short, resize * height // short
+    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+    box = (
+        left * width / new_width,
+        top * height / new_height,
+        (left + size) * width / new_width,
+        (top + size) * height / new_height,
+    )
+    kind = Image.Resampling.BILINEAR if data.interpolation == "bilinear" else Image.Resampling.BICUBIC
+    return image.resize((size, size), kind, box=box)
+
+
+def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
+    """RGB squares of one size, as images or as uint8 (S, S, 3), as uint8 (B, 3, S, S)."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+
+
+class Pixels(nn.Module):
+    """uint8 images (B, 3, S, S) to logits (B, K) of `network`: the normalisation belongs to the model."""
+
+    def __init__(self, network: nn.Module, data: DataConfig) -> None:
+        super().__init__()
+        self.normalize = Normalize(data)
+        self.network = network
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.network(self.normalize(images_BCHW))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """A network in evaluation mode with its names of classes."""
+
+    model: Pixels
+    config: TrainConfig
+    classes: tuple[str, ...]
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        return resolve(self.config.model).image_size
+
+    def probabilities(self, images: Iterable[Image.Image]) -> np.ndarray:
+        """(B, K) float32 probabilities of images of any size and mode; each row sums to 1.
+
+        Of each image only its square is kept, so that an iterator that decodes them holds one whole image at a time.
+        """
+        squares = [
+            np.asarray(center_crop(to_rgb(image, f"image {i}"), size=self.size, data=self.config.data))
+            for i, image in enumerate(images)
+        ]
+        with torch.inference_mode():
+            logits_BK = self.model(to_tensor(squares).to(self.device))
+        return np.asarray(logits_BK.float().softmax(-1).cpu())
+
+
+def load_network(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> VisionTransformer:
+    """Build `config.model` with the weights of a checkpoint of any origin, on the CPU; computes no token in vain."""
+    network = build_model(config.model)
+    weights, _ = read_weights(checkpoint, ema=ema)
+    load_weights(network, weights)
+    return optimise_blocks(network)
+
+
+def make_predictor(
+    checkpoint: str,
+    config: TrainConfig,
+    *,
+    classes: Sequence[str] | None = None,
+    ema: bool = False,
+    device: torch.device | None = None,
+) -> Predictor:
+    """A predictor of `config.model` with the checkpoint's weights.
+
+    Without `classes` they are named by their number. Raises a ValueError where their number is not the model's.
+    """
+    network = load_network(checkpoint, config, ema=ema)
+    outputs = resolve(config.model).num_classes
+    names = tuple(classes) if classes is not None else tuple(str(index) for index in range(outputs))
+    if len(names) != outputs:
+        raise ValueError(f"{len(names)} names of classes were given, but {checkpoint} has {outputs} classes")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = Pixels(network, config.data).eval().to(device)
+    return Predictor(model=model, config=config, classes=names, device=device)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's best classes, best first; or the reason why it could not be read."""
+
+    path: Path
+    top: tuple[tuple[str, float], ...] = ()
+    error: str | None = None
+
+
+def predict_files(
+    predictor: Predictor, paths: Sequence[Path], *, top: int = 5, batch_size: int = 32
+) -> Iterator[Prediction]:
+    """Predictions in the order of `paths`; an image that cannot be read becomes one with `error`."""
+    for start in range(0, len(paths), batch_size):
+        part = paths[start : start + batch_size]
+        loaded: dict[Path, Image.Image] = {}
+        errors: dict[Path, str] = {}
+        for path in part:
+            try:
+                loaded[path] = read_image(path)
+            except (ValueError, OSError) as error:
+                errors[path] = str(error)
+        best = _best(predictor, list(loaded.values()), top) if loaded else []
+        found = dict(zip(loaded, best, strict=True))
+        for path in part:
+            yield Prediction(path, error=errors[path]) if path in errors else Prediction(path, found[path])
+
+
+def _best(
+    predictor: Predictor, images: Sequence[Image.Image], top: int
+) -> list[tuple[tuple[str, float], ...]]:
+    probabilities_BK = predictor.probabilities(images)
+    order_BK = np.argsort(-probabilities_BK, axis=1, kind="stable")[:, :top]
+    return [
+        tuple((predictor.classes[k], float(row_K[k])) for k in order_K)
+        for row_K, order_K in zip(probabilities_BK, order_BK, strict=True)
+    ]
+
+
+def with_csv(predictions: Iterable[Prediction], address: str | Path, *, top: int) -> Iterator[Prediction]:
+    """The same predictions, each with a row in a CSV: path, class and probability of `top` ranks, error.
+
+    The row of an image that could not be read has nothing but path and error. A local file holds the row of every
+    prediction that was handed on, whatever ends the process; an s3:// address gets the file at the end. Text that a
+    spreadsheet would run as a formula has an apostrophe in front (see `storage.csv_rows.inert`).
+    """
+    ranks = [f"{what}_{rank + 1}" for rank in range(top) for what in ("class", "probability")]
+    with (
+        written_path(address) as path,
+        # each line is written at once, and any file name as it is
+        path.open("w", newline="", buffering=1, encoding="utf-8", errors="surrogateescape") as stream,
+    ):
+        write_rows(stream, [["image", *ranks, "error"]])
+        for one in predictions:
+            pairs = [value for name, p in one.top for value in (name, f"{p:.6f}")] or [""] * len(ranks)
+            write_rows(stream, [[str(one.path), *pairs, one.error or ""]])
+            yield one

@@ -1,0 +1,71 @@
+"""What can be checked before any worker starts, so that bad input costs seconds and one clear line."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from lape_ray import storage
+from lape_ray.config import TrainConfig
+from lape_ray.data.split import SplitFacts, split_facts
+from lape_ray.model import build_model, resolve
+from lape_ray.model.convert import load_weights
+from lape_ray.training.checkpoint import read_weights
+
+
+def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
+    """Data, model, initial weights and storage: an OSError or ValueError says what is wrong."""
+    with torch.device("meta"):
+        model = build_model(config.model)
+    check_data(config)
+    if config.run.init_from is not None:
+        weights, _ = read_weights(config.run.init_from)
+        load_weights(build_model(config.model), weights, new_head=True)
+    storage.check_writable(storage_root)
+    check_space(config, storage_root, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def check_space(config: TrainConfig, storage_root: str, parameters: int) -> None:
+    """The checkpoints that are kept fit into the storage, with one that is being written and one about to go."""
+    free = storage.free_bytes(storage_root)
+    each = 4 * parameters * (4 if config.optim.ema_decay else 3)  # weights, their average, Adam's two moments
+    need = each * (config.run.keep_checkpoints + 2)
+    if free is not None and free < need:
+        raise ValueError(
+            f"storage {storage_root!r} has {free / 1e9:.1f} GB left, but {config.run.keep_checkpoints} checkpoints of "
+            f"{each / 1e6:,.0f} MB, and two more while one is replaced, need {need / 1e9:.1f} GB: free space, choose "
+            "another --run.storage, or lower --run.keep_checkpoints"
+        )
+
+
+def check_data(config: TrainConfig) -> None:
+    """Both files are whole, agree with each other and with the model, and fill at least one step."""
+    train, val = check_split(config, "train"), check_split(config, "val")
+    if train.classes != val.classes:
+        raise ValueError(
+            f"{config.data.train} and {config.data.val} do not have the same classes; write both from the same source, "
+            "and with the same --class-names"
+        )
+    if train.num_samples < config.data.batch_size:
+        raise ValueError(
+            f"{config.data.train} holds {train.num_samples} images, less than one step of "
+            f"data.batch_size={config.data.batch_size}; lower it"
+        )
+
+
+def check_split(config: TrainConfig, split: Literal["train", "val"]) -> SplitFacts:
+    """One split is whole and fits the model's classes and image size."""
+    facts, spec = split_facts(config.data, split), resolve(config.model)
+    if len(facts.classes) != spec.num_classes:
+        raise ValueError(
+            f"{facts.path} has {len(facts.classes)} classes, the model {spec.num_classes}: "
+            f"set --model.num_classes {len(facts.classes)}"
+        )
+    largest = facts.largest_side
+    if largest is not None and largest < spec.image_size and not config.data.upscale:
+        raise ValueError(
+            f"{facts.path} has images of at most {largest} px, but the model reads {spec.image_size}: "
+            f"set --model.image_size {largest}, or --data.upscale true to enlarge them"
+        )
+    return facts

@@ -1,0 +1,145 @@
+"""What the tests of faults share: strikes at a chosen moment, and the table of what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import psutil
+
+from helpers.service import ROOT, Service
+from lape_ray.training.checkpoint import DamagedError, verify
+
+# 20 epochs of 5 steps, each a log step; checkpoints after the third step and the last. Long enough for a fault within.
+LONG: dict[str, object] = {
+    "optim__epochs": 20,
+    "run__eval_epochs": 20,
+    "run__checkpoint_steps": 3,
+    "run__log_steps": 1,
+}
+
+
+@dataclass
+class Strike:
+    """Something that happens in a thread, once `when` is true."""
+
+    when: Callable[[], bool]
+    action: Callable[[], object]
+    at: float = 0.0
+    """When, in seconds since 1970; 0: not yet."""
+
+    def run(self) -> None:
+        while not self.when():
+            time.sleep(0.01)
+        self.at = time.time()
+        self.action()
+
+    @contextmanager
+    def armed(self) -> Iterator[Strike]:
+        thread = threading.Thread(target=self.run, daemon=True)
+        thread.start()
+        yield self
+        thread.join(30)
+        assert self.at, "the run ended before anything could happen to it"
+
+
+def stored(run: Path, steps: int) -> Callable[[], bool]:
+    """Whether a checkpoint of a LONG run after so many steps, or a later one, is in its folder.
+
+    Which of those within an epoch there are depends on how long storing takes.
+    """
+
+    def found() -> bool:
+        reached = [0]
+        for path in run.glob("checkpoint-*"):
+            kind, number = path.name.split("-")[1:3]
+            reached.append(int(number) * (5 if kind == "epoch" else 1))
+        return max(reached) >= steps
+
+    return found
+
+
+def whole(run: Path) -> set[str]:
+    """The checkpoints of a run whose files all have their checksums."""
+    found = set()
+    for path in run.glob("checkpoint-*"):
+        with contextlib.suppress(DamagedError, OSError):
+            verify(path)
+            found.add(path.name)
+    return found
+
+
+def job(service: Service, name: str, *words: str, own_ray: bool = False) -> subprocess.Popen[str]:
+    """The driver of a LONG run as a process of its own, and as its terminal's first; its output is one stream.
+
+    With `own_ray` it starts a Ray of its own instead of using the service's.
+    """
+    changes = [f"--{key.replace('__', '.')}={value}" for key, value in LONG.items()]
+    command = [sys.executable, "-u", str(ROOT / "jobs/imagenet_deit.py"), "smoke", f"--run.name={name}"]
+    command += [*service.data(), *changes, "--run.pages=false", *words]
+    environment = dict(os.environ)
+    if own_ray:
+        for variable in service.cluster.environment:
+            environment.pop(variable, None)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def workers(service: Service) -> list[psutil.Process]:
+    """The training processes of the cluster, in the order in which they started."""
+    found = [
+        process
+        for process in psutil.Process(service.cluster.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def add_row(fault: str, recovery_s: float | None, steps_repeated: int | None) -> None:
+    """Add what a fault cost to the table at $LAPE_RAY_FAULT_TABLE, if there is one."""
+    row = {"fault": fault, "recovery_s": recovery_s, "steps_repeated": steps_repeated}
+    print(row)
+    if table := os.environ.get("LAPE_RAY_FAULT_TABLE"):
+        with Path(table).open("a") as opened:
+            opened.write(json.dumps(row) + "\n")
+
+
+def longest_pause(points: Sequence[tuple[int, float]], struck: float) -> tuple[float | None, int]:
+    """Of (step, seconds since 1970): the longest time without a new step from `struck` on, and the step before it."""
+    reached, last, found = 0, struck, (0.0, 0)
+    for step, when in sorted(points, key=lambda point: point[1]):
+        if step <= reached:  # computed again
+            continue
+        if when > struck:
+            found = max(found, (when - last, reached))
+        reached, last = step, max(when, struck)
+    return (found[0] or None, found[1])
+
+
+def note_cost(service: Service, run_id: str, fault: str, struck: float, output: str = "") -> None:
+    """Note for how long a run came no further, and how many steps it computed again, as its output tells."""
+    history = mlflow.MlflowClient(service.uri).get_metric_history(run_id, "train/loss")
+    pause, before = longest_pause([(point.step, point.timestamp / 1000) for point in history], struck)
+    resumed = re.findall(r"continuing after epoch (\d+) of \d+(?: and step (\d+) of (\d+))?", output)
+    repeated = None
+    if resumed:
+        epoch, step, _ = resumed[-1]
+        repeated = max(0, before - (5 * int(epoch) + int(step or 0)))
+    add_row(fault, None if pause is None else round(pause, 1), repeated)

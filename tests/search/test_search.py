@@ -1,0 +1,572 @@
+"""Searches without a cluster: spaces, strategies, the engine that is killed and continued, statistics, reports."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import random
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lape_ray.cli import parse
+from lape_ray.config import what_is_learned
+from lape_ray.recipes import recipe
+from lape_ray.report.statistics import Estimate
+from lape_ray.search.cells import SPACES, build_space
+from lape_ray.search.command import listing, plan_of
+from lape_ray.search.engine import Engine, Job
+from lape_ray.search.lanes import Group, places
+from lape_ray.search.ledger import Ledger, Trial
+from lape_ray.search.live import Display
+from lape_ray.search.page import write_report
+from lape_ray.search.plan import Plan
+from lape_ray.search.schedules import HyperBand
+from lape_ray.search.space import Choice, Range, parse_axes
+from lape_ray.search.statistics import cells, in_words
+from lape_ray.search.tables import cells_csv, command_line, markdown, trials_csv
+
+LR = "optim.lr=loguniform(1e-4,1e-2)"
+
+# --- spaces ---------------------------------------------------------------------------------------------------
+
+
+def test_axes_are_read_with_the_types_of_the_config() -> None:
+    texts = [LR, "data.mixup=uniform(0,0.8)", "model.depth=randint(2,6)", "model.join=choice(basic,lape)",
+             "data.crop_scale=choice((0.08,1),(0.5,1))", "data.rand_augment=choice(none,rand-m9-mstd0.5-inc1)",
+             "optim.clip_norm=choice(none,1)"]  # fmt: skip
+    axes = parse_axes(texts, recipe("demo"))
+    assert axes == {
+        "optim.lr": Range(1e-4, 1e-2, log=True),
+        "data.mixup": Range(0, 0.8),
+        "model.depth": Range(2, 6, whole=True),
+        "model.join": Choice(("basic", "lape")),
+        "data.crop_scale": Choice(((0.08, 1.0), (0.5, 1.0))),
+        "data.rand_augment": Choice((None, "rand-m9-mstd0.5-inc1")),
+        "optim.clip_norm": Choice((None, 1.0)),
+    }
+    assert [f"{name}={axis}" for name, axis in axes.items()][:3] == [
+        "optim.lr=loguniform(0.0001,0.01)", "data.mixup=uniform(0,0.8)", "model.depth=randint(2,6)",
+    ]  # fmt: skip
+
+
+def test_a_range_is_covered_evenly() -> None:
+    log = Range(1e-4, 1e-2, log=True)
+    assert [log.at(share) for share in (0, 0.5, 1)] == pytest.approx([1e-4, 1e-3, 1e-2])
+    whole = Range(2, 6, whole=True)
+    assert Counter(whole.at(n / 1000) for n in range(1000)) == dict.fromkeys((2, 3, 4, 5, 6), 200)
+    assert [log.moved(1e-3, 0.1), log.moved(1e-3, 0.9), log.moved(1e-2, 0.9)] == [8e-4, 1.2e-3, 1e-2]
+    some = Choice(("a", "b", "c"))
+    assert [some.moved("b", 0.1), some.moved("b", 0.9), some.moved("c", 0.9)] == ["a", "c", "c"]
+
+
+BAD_AXES = [
+    ("optim.lrr=uniform(0,1)", "no such field; did you mean optim.lr"),
+    ("optim.lr=0.1", "is not understood; write optim.lr= and one of choice(a,b,...)"),
+    ("optim.lr=normal(0,1)", "normal(...) is no kind of axis"),
+    ("optim.lr=uniform(1,0)", "is empty: 1 is not below 0; exchange them"),
+    ("optim.lr=loguniform(0,1)", "must begin above 0; use uniform to include 0"),
+    ("optim.lr=uniform(0,a)", "'a' must be a number"),
+    ("optim.lr=choice()", "has no values"),
+    ("optim.lr=choice(1e-3,0.001)", "holds a value twice"),
+    ("optim.lr=uniform(0,5000)", "lr=5000.0 is out of range; it must be from 0 to 1000"),
+    ("model.depth=uniform(2,4)", "does not fit the field's type; use randint(low,high)"),
+    ("model.join=uniform(0,1)", "does not fit the field's type; use choice(a,b,...)"),
+    ("model.join=choice(lape,glue)", "'glue' is not one of basic, share"),
+    ("optim.epochs=choice(1,2)", "optim.epochs is the length of every trial"),
+    ("run.seed=choice(1,2)", "run.seed is no axis: --seeds N repeats"),
+    ("run.num_workers=choice(1,2)", "does not change what is learned, so there is nothing to search; give --run.num"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_AXES, ids=[text for text, _ in BAD_AXES])
+def test_a_bad_axis_is_refused_with_the_fix(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_axes([text], recipe("demo"))
+
+
+def test_named_spaces_hold_what_they_say() -> None:
+    base = recipe("demo")
+    assert len(SPACES["positions"](base).cells) == 210
+    assert [cell["model.join"] for cell in SPACES["joins"](base).cells] == [
+        "basic", "share", "unshare", "lape", "lape_shared",
+    ]  # fmt: skip
+    assert len(SPACES["paper_table7"](base).cells) == 14
+    fixed = build_space("positions", base, {}, ("model.bias", "model.rotary"))
+    assert len(fixed.cells) == 14  # 1 without position, 5 of learnable, 4 of each fixed table
+    assert {cell["model.bias"] for cell in fixed.cells} == {"none"}
+
+
+BAD_PLANS: list[tuple[dict[str, object], str]] = [
+    ({"space": "everything"}, "space 'everything' is not known; known spaces are positions"),
+    ({"space": "free"}, "a single cell, so there is nothing to search: fix fewer fields, or add an axis such as"),
+    ({"space": "joins", "overrides": {"model.position": "none"}}, "a single cell"),
+    ({"overrides": {"optim.lr": 1e-3}}, "both fixed by --optim.lr and searched by --space optim.lr; leave out one"),
+    ({"space": "joins", "axes": ["model.join=choice(basic,lape)"]}, "goes over model.join itself; leave out --space"),
+    ({"axes": ["model.position=choice(none,learnable)", "model.join=choice(basic,lape)"]},
+     "contradiction at model.position=none, model.join=lape: position=none has nothing to join"),
+    ({"sample": "grid"}, "optim.lr is a range: write optim.lr=choice(...)"),
+    ({"schedule": "bohb"}, "Use --schedule hyperband --sample tpe"),
+    ({"trials": 0}, "at least one trial"),
+    ({"seeds": 0}, "--seeds 0 trains nothing"),
+    ({"eta": 1}, "--eta 1 keeps every trial"),
+    ({"schedule": "asha", "grace": 25}, "no epoch to decide at: --grace 25 is all of a trial"),
+    ({"metric": "val/acc9"}, "--metric 'val/acc9' is not known; choose one of val/acc1"),
+    ({"metric": "val_ema/acc1"}, "needs a moving average: set --optim.ema_decay"),
+    ({"schedule": "asha", "overrides": {"run.eval_epochs": 5}}, "set --run.eval_epochs 1"),
+    ({"schedule": "pbt", "trials": 4}, "give --seeds 1 and --trials 6 or more"),
+    ({"schedule": "pbt", "axes": ["model.depth=randint(2,4)"]}, "pbt cannot change model.depth while a run goes on"),
+    ({"schedule": "pbt", "space": "joins", "axes": []}, "use the space `free` with axes such as"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_PLANS, ids=[message[:30] for _, message in BAD_PLANS])
+def test_a_bad_plan_is_refused_with_the_fix(changes: dict[str, object], message: str) -> None:
+    given = {"space": "free", "recipe": "demo", "axes": [LR]}
+    if changes.get("space") == "free":
+        given["axes"] = []
+    if changes.get("space") in ("joins", "everything"):
+        given["axes"] = []
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan_of(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def test_the_listing_shows_every_point() -> None:
+    text = listing(
+        plan_of(space="positions", recipe="demo", overrides={"model.bias": "none", "model.rotary": "none"})
+    )
+    assert "14 points x 1 seeds of 25 epochs, points by grid" in text
+    assert "  no position\n" in text
+    assert "  learnable lape_shared\n" in text
+
+
+# --- strategies -----------------------------------------------------------------------------------------------
+
+
+def small(**given: object) -> Plan:
+    values = {"space": "free", "recipe": "demo", "axes": [LR], "trials": 9, "overrides": {"optim.epochs": 9}}
+    return plan_of(**{**values, **given})  # type: ignore[arg-type]
+
+
+def accuracy(trial: Trial, epoch: int) -> float:
+    """A made-up run: better near lr 1e-3, better with epochs, the seed's noise on top; what PBT inherits counts."""
+    gained = 0.0
+    for at in range(1, epoch + 1):
+        lr = trial.values_before(at)["optim.lr"]
+        gained += 6 - 2 * abs(math.log10(lr) + 3)
+    return 30 + gained + random.Random(f"{trial.seed}").random()
+
+
+class KilledError(Exception):
+    pass
+
+
+def simulate(
+    plan: Plan,
+    folder: Path,
+    *,
+    lanes: int = 1,
+    order: int = 0,
+    kill_after: int | None = None,
+    fails: Callable[[Trial], str] = lambda trial: "",
+) -> Engine:
+    """Drive the engine as worker groups would, one epoch at a time in a random order; killed after some reports."""
+    engine, draw = Engine(plan, Ledger(str(folder))), random.Random(order)
+    working: dict[int, Job] = {}
+    reports = 0
+    while True:
+        for lane in range(lanes):
+            if lane not in working and isinstance(job := engine.next_job(), Job):
+                working[lane] = job
+        if not working:
+            assert engine.over, "nobody works, but trials are left"
+            return engine
+        lane = draw.choice(sorted(working))
+        trial = working[lane].trial
+        if message := fails(trial):
+            engine.failed(trial.number, message)
+            del working[lane]
+            continue
+        epoch = trial.done + 1
+        decision = engine.report(
+            trial.number, epoch, {"val/acc1": accuracy(trial, epoch)}, seconds=1.0, checkpoint=f"at-{epoch}"
+        )
+        reports += 1
+        if reports == kill_after:
+            raise KilledError
+        if decision != "go" or epoch == plan.epochs:
+            engine.left(trial.number)
+            del working[lane]
+
+
+STRATEGIES: dict[str, dict[str, object]] = {
+    "grid": {"axes": ["optim.lr=choice(1e-4,3e-4,1e-3)"], "trials": None, "seeds": 2},
+    "random": {"sample": "random", "trials": 6},
+    "tpe": {"sample": "tpe", "trials": 8},
+    "asha": {"schedule": "asha"},
+    "tpe asha": {"schedule": "asha", "sample": "tpe"},
+    "hyperband": {"schedule": "hyperband", "trials": None},
+    "pbt": {"schedule": "pbt", "grace": 3},
+}
+
+
+def record(engine: Engine) -> list[str]:
+    return [trial.to_json() for trial in engine.trials]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_killed_anywhere_and_continued_equals_undisturbed(name: str, tmp_path: Path) -> None:
+    plan = small(**STRATEGIES[name])
+    undisturbed = simulate(plan, tmp_path / "whole")
+    reports = sum(trial.done for trial in undisturbed.trials)
+    assert undisturbed.over
+    for kill_after in range(1, reports, max(1, reports // 9)):
+        folder = tmp_path / f"killed-{kill_after}"
+        with pytest.raises(KilledError):
+            simulate(plan, folder, kill_after=kill_after)
+        assert record(simulate(plan, folder)) == record(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["grid", "random", "hyperband", "pbt"])
+def test_the_speed_of_workers_changes_nothing(name: str, tmp_path: Path) -> None:
+    """ASHA and TPE decide by what is there, so that theirs may; these wait for what they compare."""
+    plan = small(**STRATEGIES[name])
+    alone = simulate(plan, tmp_path / "alone")
+    for order in range(3):
+        assert record(simulate(plan, tmp_path / f"{order}", lanes=4, order=order)) == record(alone)
+
+
+def test_asha_stops_losers_and_saves_most_of_the_work(tmp_path: Path) -> None:
+    plan = small(schedule="asha", trials=27)
+    engine = simulate(plan, tmp_path, lanes=3)
+    states = Counter(trial.state for trial in engine.trials)
+    assert states["finished"] + states["stopped"] == 27
+    assert states["stopped"] > 14
+    assert {trial.done for trial in engine.trials if trial.state == "stopped"} <= {1, 3}
+    best = max(engine.trials, key=lambda trial: accuracy(trial, 9))
+    assert best.state == "finished"
+    assert sum(trial.done for trial in engine.trials) < 0.5 * 27 * 9
+
+
+def test_asha_follows_the_metric_whose_less_is_better(tmp_path: Path) -> None:
+    plan = small(schedule="asha", metric="val/loss", eta=2, grace=3, trials=2)
+    engine = Engine(plan, Ledger(str(tmp_path)))
+    for number, losses in enumerate(((2.0, 1.9, 1.0), (2.0, 1.9, 1.5))):
+        assert isinstance(engine.next_job(), Job)
+        decisions = [
+            engine.report(number, epoch, {"val/loss": loss}, seconds=1, checkpoint="")
+            for epoch, loss in enumerate(losses, 1)
+        ]
+        assert decisions == ["go", "go", "go" if number == 0 else "stop"]
+
+
+def test_a_metric_that_is_no_number_loses(tmp_path: Path) -> None:
+    engine = Engine(small(schedule="asha", eta=2), Ledger(str(tmp_path)))
+    for value, decision in ((50.0, "go"), (math.nan, "stop")):
+        job = engine.next_job()
+        assert isinstance(job, Job)
+        assert engine.report(job.trial.number, 1, {"val/acc1": value}, seconds=1, checkpoint="") == decision
+
+
+def test_hyperband_has_the_brackets_of_the_paper() -> None:
+    """Li et al., 2018, table 1, with R = 81 and eta = 3."""
+    brackets = HyperBand(small(schedule="hyperband", trials=None, overrides={"optim.epochs": 81})).brackets()
+    assert brackets == [
+        [(81, 1), (27, 3), (9, 9), (3, 27), (1, 81)],
+        [(34, 3), (11, 9), (3, 27), (1, 81)],
+        [(15, 9), (5, 27), (1, 81)],
+        [(8, 27), (2, 81)],
+        [(5, 81)],
+    ]
+
+
+def test_hyperband_keeps_the_best_of_each_rung(tmp_path: Path) -> None:
+    plan = small(schedule="hyperband", trials=None)
+    engine = simulate(plan, tmp_path, lanes=2)
+    brackets = HyperBand(plan).brackets()
+    assert brackets == [[(9, 1), (3, 3), (1, 9)], [(5, 3), (1, 9)], [(3, 9)]]
+    assert Counter(trial.done for trial in engine.trials) == {1: 6, 3: 6, 9: 5}
+    first = engine.trials[:9]
+    kept = {trial.number for trial in first if trial.done >= 3}
+    best = sorted(first, key=lambda trial: -accuracy(trial, 1))[:3]
+    assert kept == {trial.number for trial in best}
+
+
+def test_pbt_replaces_the_worst_by_moved_copies_of_the_best(tmp_path: Path) -> None:
+    plan = small(schedule="pbt", grace=3, trials=9)
+    engine = simulate(plan, tmp_path, lanes=2)
+    assert all(trial.state == "finished" for trial in engine.trials)
+    for epoch in (3, 6):
+        ranked = sorted(engine.trials, key=lambda trial: -(trial.at(epoch, "val/acc1") or 0))
+        clones = {t.number: c for t in engine.trials for c in t.lineage if c.epoch == epoch}
+        assert set(clones) == {trial.number for trial in ranked[-3:]}
+        for clone in clones.values():
+            assert clone.source in {trial.number for trial in ranked[:3]}
+            source = engine.trials[clone.source].values_before(epoch)["optim.lr"]
+            assert clone.values["optim.lr"] / source in (
+                pytest.approx(0.8, rel=1e-3),
+                pytest.approx(1.2, rel=1e-3),
+            )
+
+
+def test_tpe_learns_where_random_does_not(tmp_path: Path) -> None:
+    def far(sample: str) -> float:
+        engine = simulate(small(sample=sample, trials=40, overrides={"optim.epochs": 2}), tmp_path / sample)
+        late = engine.trials[20:]
+        return sum(abs(math.log10(trial.values["optim.lr"]) + 3) for trial in late) / len(late)
+
+    assert far("tpe") < 0.75 * far("random")
+
+
+def test_a_failing_trial_does_not_end_the_search(tmp_path: Path) -> None:
+    for name in ("grid", "asha", "hyperband", "pbt"):
+        plan = small(**STRATEGIES[name])
+        engine = simulate(
+            plan,
+            tmp_path / name,
+            lanes=2,
+            fails=lambda t: "ValueError: no" if t.number == 1 and t.done else "",
+        )
+        assert engine.trials[1].state == "failed"
+        assert engine.trials[1].error == "ValueError: no"
+        assert engine.over
+        assert sum(trial.state == "finished" for trial in engine.trials) >= 1
+
+
+def test_a_trial_whose_workers_die_is_tried_again_and_then_fails(tmp_path: Path) -> None:
+    engine = Engine(small(overrides={"run.max_failures": 2, "optim.epochs": 2}), Ledger(str(tmp_path)))
+    for attempt in range(3):
+        job = engine.next_job()
+        assert isinstance(job, Job)
+        assert job.trial.number == 0
+        assert engine.crashed(0, "its workers died") == (attempt < 2)
+    assert engine.trials[0].error == "its workers died, 3 times; --run.max_failures allows 2"
+    job = engine.next_job()
+    assert isinstance(job, Job)
+    assert job.trial.number == 1
+
+
+def test_a_sampled_contradiction_fails_alone(tmp_path: Path) -> None:
+    plan = small(axes=[LR, "data.batch_size=randint(32,64)"], trials=20)  # for two workers
+    engine = simulate(plan, tmp_path)
+    failed = [trial for trial in engine.trials if trial.values["data.batch_size"] % 2]
+    assert failed
+    assert all("does not divide by run.num_workers=2" in trial.error for trial in failed)
+    assert {trial.state for trial in engine.trials if trial not in failed} == {"finished"}
+    assert engine.over
+
+
+# --- what the cluster has room for ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nodes", "group", "expected"),
+    [
+        ([{"CPU": 2}], Group(workers=1, cpus=1, gpus=0), 2),
+        ([{"CPU": 2}], Group(workers=2, cpus=1, gpus=0), 1),
+        ([{"CPU": 3}, {"CPU": 3}], Group(workers=1, cpus=2, gpus=0), 2),  # 6 CPUs, but no node has 4
+        ([{"CPU": 16, "GPU": 2}], Group(workers=1, cpus=1, gpus=0.25), 8),
+        ([{"CPU": 16, "GPU": 2}], Group(workers=1, cpus=1, gpus=0.4), 4),  # two on each GPU, none across both
+        ([{"CPU": 2, "GPU": 8}], Group(workers=1, cpus=1, gpus=1), 2),
+        ([{"CPU": 8}], Group(workers=1, cpus=1, gpus=1), 0),
+    ],
+)  # fmt: skip
+def test_places_on_nodes(nodes: list[dict[str, float]], group: Group, expected: int) -> None:
+    assert places(nodes, group) == expected
+
+
+def test_a_share_of_a_gpu_is_for_single_workers() -> None:
+    run = recipe("demo").run  # two workers
+    with pytest.raises(ValueError, match=r"NCCL refuses: set --run\.num_workers 1"):
+        Group.of(run, use_gpu=True, gpus_per_worker=0.5)
+    with pytest.raises(ValueError, match="trials run on CPUs; leave it out"):
+        Group.of(run, use_gpu=False, gpus_per_worker=0.5)
+    assert Group.of(run, use_gpu=True, gpus_per_worker=None).need == {"CPU": 1, "GPU": 1.0}
+
+
+# --- statistics and reports -----------------------------------------------------------------------------------
+
+
+def test_estimates_are_those_of_the_textbook() -> None:
+    found = Estimate.of([1.0, 2.0, 4.0])
+    assert (found.n, found.mean) == (3, pytest.approx(7 / 3))
+    assert found.sd == pytest.approx(math.sqrt(7 / 3))
+    assert found.interval is not None
+    half = 4.302653 * math.sqrt(7 / 3) / math.sqrt(3)  # Student's t of 2 degrees of freedom
+    assert found.interval == pytest.approx((7 / 3 - half, 7 / 3 + half), rel=1e-6)
+    assert Estimate.of([5.0]) == Estimate(1, 5.0, None, None)
+
+
+def finished(plan: Plan, tmp_path: Path, values: dict[str, list[float]]) -> Engine:
+    """A grid whose cells came to the given values, by seed."""
+    engine = Engine(plan, Ledger(str(tmp_path)))
+    while isinstance(job := engine.next_job(), Job):
+        trial = job.trial
+        for epoch in range(1, plan.epochs + 1):
+            value = values[trial.label][trial.seed] - (plan.epochs - epoch)
+            engine.report(trial.number, epoch, {"val/acc1": value}, seconds=2.0, checkpoint="somewhere")
+        engine.left(trial.number)
+    return engine
+
+
+JOINS = {
+    "basic": [80.0, 82.0, 81.0],
+    "share": [80.5, 81.0, 82.5],
+    "unshare": [70.1, 72.0, 71.1],
+    "lape": [84.0, 86.1, 84.9],
+    "lape_shared": [83.0, 80.0, 85.0],
+}
+
+
+@pytest.fixture
+def result(tmp_path: Path) -> tuple[Plan, Engine]:
+    plan = plan_of(space="joins", recipe="demo", seeds=3, overrides={"optim.epochs": 3})
+    return plan, finished(plan, tmp_path / "search", JOINS)
+
+
+def test_differences_are_paired_by_seed_and_said_in_words(result: tuple[Plan, Engine]) -> None:
+    plan, engine = result
+    found = cells(plan, engine.trials)
+    assert [cell.label for cell in found] == ["lape", "lape_shared", "share", "basic", "unshare"]
+    lape = found[0].difference
+    assert lape is not None
+    assert lape.estimate == Estimate.of([4.0, 82.0 * 0 + 86.1 - 82.0, 84.9 - 81.0])
+    assert [cell.difference.clear if cell.difference else None for cell in found] == [
+        True,
+        False,
+        False,
+        None,
+        True,
+    ]
+    words = in_words(plan, found)
+    assert words[0].startswith(
+        "lape came out best: 85.00 % over 3 seeds. Its lead over the next, lape_shared, is not"
+    )
+    assert words[1].startswith(
+        "lape: better than basic by more than the noise, +4.00 points (95% interval +3.75"
+    )
+    assert words[3].startswith("share: cannot be told from basic, as the noise is larger, +0.33 points")
+    assert words[4].startswith("unshare: worse than basic by more than the noise, -9.93 points")
+    assert words[5].startswith("4 differences were looked at: where there is none at all, about 0.2")
+
+
+def test_one_seed_says_nothing_of_noise(tmp_path: Path) -> None:
+    plan = plan_of(space="joins", recipe="demo", overrides={"optim.epochs": 3})
+    words = in_words(plan, cells(plan, finished(plan, tmp_path, JOINS).trials))
+    assert "With one seed nothing says how much of its lead over lape_shared is noise." in words[0]
+    assert (
+        words[1] == "lape: +4.00 points against basic, from one seed; nothing says how much of that is noise."
+    )
+
+
+def test_the_tables_hold_every_number(result: tuple[Plan, Engine]) -> None:
+    plan, engine = result
+    found = cells(plan, engine.trials)
+    assert "| lape | 3 | 85.00 | 1.05 | +4.00 | +3.75 to +4.25 | 3 | 0:00:18 | finished |" in markdown(
+        plan, found
+    )
+    table = list(csv.DictReader(io.StringIO(cells_csv(plan, found))))
+    assert [row["cell"] for row in table] == [cell.label for cell in found]
+    assert float(table[0]["mean"]) == pytest.approx(85.0)
+    assert float(table[0]["difference_low95"]) == pytest.approx(3.7516, abs=1e-3)
+    lines = list(csv.DictReader(io.StringIO(trials_csv(plan, found))))
+    assert [int(line["trial"]) for line in lines] == list(range(15))
+    assert (lines[5]["cell"], lines[5]["seed"], lines[5]["last val/acc1"]) == ("basic", "1", "82.0")
+
+
+def test_no_cell_of_the_tables_is_a_formula(tmp_path: Path) -> None:
+    plan = plan_of(space="joins", recipe="demo", overrides={"optim.epochs": 3})
+    trials = finished(plan, tmp_path, JOINS).trials
+    for trial in trials:
+        trial.label, trial.error = f"=1+{trial.number}", "@SUM(A1)\rx,=2\nmore"
+    found = cells(plan, trials)
+    labels = [f"'=1+{trial.number}" for trial in trials]
+    rows = list(csv.DictReader(io.StringIO(cells_csv(plan, found), newline=""), strict=True))
+    assert sorted(row["cell"] for row in rows) == sorted(labels)
+    assert any(float(row["difference"]) < 0 for row in rows if row["difference"]), "numbers stay"
+    rows = list(csv.DictReader(io.StringIO(trials_csv(plan, found), newline=""), strict=True))
+    assert [(row["cell"], row["error"]) for row in rows] == [(label, "'@SUM(A1)") for label in labels]
+
+
+def test_the_best_command_trains_the_best_config(result: tuple[Plan, Engine]) -> None:
+    _, engine = result
+    wild = plan_of(
+        space="free", recipe="demo",
+        axes=["data.rand_augment=choice(rand-m9-mstd0.5-inc1)", "data.crop_scale=choice((0.3,1),(0.5,1))",
+              "optim.clip_norm=choice(none,2)", "optim.lr=choice(1.23456e-3,1)", "data.upscale=choice(true,false)"],
+    )  # fmt: skip
+    for config in (engine.config(engine.trials[3]), Engine(wild, Ledger("unused")).config(
+        Trial(number=0, point=0, seed=3, label="", first=wild.space.points()[0])
+    )):  # fmt: skip
+        words = shlex.split(command_line(config))
+        assert words[:2] == ["python", "jobs/imagenet_deit.py"]
+        assert what_is_learned(parse(words[2:], description="")) == what_is_learned(config)
+
+
+def test_the_page_stands_alone_and_shows_failures(result: tuple[Plan, Engine], tmp_path: Path) -> None:
+    plan, engine = result
+    engine.trials[7].state, engine.trials[7].error = "failed", "RuntimeError: <b>broken</b>\nwhere it broke"
+    found = cells(plan, engine.trials)
+    page = write_report(
+        plan,
+        found,
+        tmp_path / "report",
+        command="python jobs/x.py",
+        best_command="python jobs/y.py",
+        cost="it took",
+    )
+    text = page.read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", text)
+    assert "<script" not in text
+    assert "lape came out best" in text
+    assert "RuntimeError: &lt;b&gt;broken&lt;/b&gt;" in text
+    assert "where it broke" in text
+    names = {path.name for path in page.parent.iterdir()}
+    assert names == {
+        "search.html", "table.md", "cells.csv", "trials.csv", "cells.svg", "cells.png", "curves.svg", "curves.png",
+    }  # fmt: skip
+
+
+def test_hyper_parameters_are_drawn_side_by_side(tmp_path: Path) -> None:
+    plan = small(axes=[LR, "data.mixup=uniform(0,0.8)", "model.depth=choice(2,4)"], schedule="asha")
+    engine = simulate(plan, tmp_path / "search")
+    write_report(plan, cells(plan, engine.trials), tmp_path, command="", best_command="", cost="")
+    drawing = (tmp_path / "parallel.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawing for name in ("lr", "mixup", "depth", "val/acc1"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_table_on_a_terminal_and_lines_in_a_log(
+    result: tuple[Plan, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, engine = result
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("LINES", "30")
+    engine.trials[2].state, engine.trials[2].error = "failed", "ValueError: no\ntrace"
+    terminal, log = Terminal(), io.StringIO()
+    for out in (terminal, log):
+        display = Display(plan, out)
+        display.draw(engine.trials, {0: 14})
+        display.reported(engine.trials[14], engine.trials, "go", lanes=2)
+        display.ended(engine.trials[2], engine.trials)
+        display.ended(engine.trials[14], engine.trials)
+    assert log.getvalue().splitlines() == [
+        "trial 0014  lape_shared seed 2  epoch 3/3  val/acc1 85.00  ETA 0:00:00",
+        "trial 0002  unshare seed 0  FAILED: ValueError: no",
+        "trial 0014  lape_shared seed 2  finished after 0:00:06: val/acc1 85.00  (15 of 15 trials)",
+    ]
+    drawn = terminal.getvalue()
+    assert "\x1b[" in drawn
+    assert "   14  lape_shared     2        3/3         85.00   0:00:06  training" in drawn
+    assert "failed: ValueError: no" in drawn
+    assert all(len(line) < 100 for line in display.table(engine.trials, {}, 100, 12))
+    assert len(display.table(engine.trials, {}, 100, 12)) <= 12
