@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lape_ray.cli import run_job
 from lape_ray.cluster.local import executable, local_cluster
-from lape_ray.redaction import refuse_secret, shared_variables
+from lape_ray.values.redaction import refuse_secret, shared_variables
 
 PROJECT = Path(__file__).resolve().parent.parent
 # Half as wide as the demo's network and half as long, one worker a trial: 28 trials in minutes.

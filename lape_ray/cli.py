@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from lape_ray.config import SECTIONS, TrainConfig, dump, parse_value, replace_fields, type_name
 from lape_ray.recipes import RECIPES, recipe
-from lape_ray.redaction import redacted
+from lape_ray.values.redaction import redacted
 
 
 def _value_type(kind: Any) -> Callable[[str], Any]:

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from lape_ray.redaction import redacted, refuse_secret
-from lape_ray.typed import typed
+from lape_ray.values.redaction import redacted, refuse_secret
+from lape_ray.values.typed import typed
 
 Position = Literal["none", "learnable", "sincos1d", "sincos2d"]
 Join = Literal["basic", "share", "unshare", "lape", "lape_shared"]

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "lape_ray"
 # A room may import rooms behind a later arrow, and its own files; those in braces do not know each other.
 ORDER = """
     jobs, benchmarks -> search -> cluster -> report -> inference
-        -> {training, tracking, cli} -> {data, model, recipes} -> {config, storage} -> {redaction, typed}
+        -> {training, tracking, cli} -> {data, model, recipes} -> {config, storage} -> values
 """
 DOORS = {
     "ray": {"cluster", "search"},

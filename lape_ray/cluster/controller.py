@@ -20,9 +20,9 @@ from lape_ray.cluster.connection import only_actor
 from lape_ray.cluster.supervisor import FailureCount, Supervisor, until_stopped
 from lape_ray.cluster.worker import StorageError, run_worker
 from lape_ray.config import TrainConfig, to_dict
-from lape_ray.redaction import shared_variables
 from lape_ray.storage import Lease, LeaseLostError
 from lape_ray.training.loop import DivergedError, StoppedError
+from lape_ray.values.redaction import shared_variables
 
 PAUSE_S = 5.0  # before the controller is started again: what ended it may last
 CONTROLLER_FAILED = (ray.train.ControllerError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)

@@ -30,7 +30,7 @@ from lape_ray.training.checkpoint import MARKER, DamagedError, read_meta, verify
 from lape_ray.training.flags import News
 from lape_ray.training.loop import DivergedError, StoppedError, Take, train
 from lape_ray.training.state import World
-from lape_ray.typed import typed
+from lape_ray.values.typed import typed
 
 End = Literal["done", "diverged", "stopped", "storage", "failures", "lost"]
 

@@ -19,7 +19,7 @@ from lape_ray.inference.samples import spread
 from lape_ray.report import figures
 from lape_ray.report.page import Page
 from lape_ray.report.position import PositionView
-from lape_ray.typed import from_json
+from lape_ray.values.typed import from_json
 
 HTML = "training.html"
 MAPS = "position_maps"

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from lape_ray.redaction import refuse_secret
+from lape_ray.values.redaction import refuse_secret
 
 LONGEST_NAME = 240  # bytes of one part of a path: most file systems take 255, and .NAME.parts is longer
 # What `copies` and `transfer` write beside copies.

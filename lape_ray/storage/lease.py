@@ -34,7 +34,7 @@ from lape_ray.storage import objects
 from lape_ray.storage.address import absolute, is_remote, join
 from lape_ray.storage.files import read_text, write_text
 from lape_ray.storage.s3 import HASTE_S
-from lape_ray.typed import from_json
+from lape_ray.values.typed import from_json
 
 LEASE = "lease.json"
 LEASE_FILES = (LEASE, f".{LEASE}.lock")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lape_ray.storage.files import read_text, write_text
-from lape_ray.typed import from_json
+from lape_ray.values.typed import from_json
 
 
 def write_record(address: str, values: Mapping[str, Any]) -> None:

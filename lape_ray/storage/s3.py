@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lape_ray.redaction import first_line, refuse_secret
+from lape_ray.values.redaction import first_line, refuse_secret
 
 if TYPE_CHECKING:
     from botocore import exceptions

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lape_ray.config import TrainConfig, dump, flatten
 from lape_ray.recipes import RECIPES
-from lape_ray.redaction import redacted, refuse_secret
 from lape_ray.storage import home
 from lape_ray.tracking import ui_view
+from lape_ray.values.redaction import redacted, refuse_secret
 
 if TYPE_CHECKING:
     import mlflow

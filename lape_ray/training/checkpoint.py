@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_is_learned
 from lape_ray.storage import local, safe_relative
-from lape_ray.typed import Count, from_json, typed
+from lape_ray.values.typed import Count, from_json, typed
 
 FORMAT = 3
 MARKER = "meta.json"

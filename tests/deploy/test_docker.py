@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lape_ray.cluster.prometheus import GAUGES
-from lape_ray.redaction import is_secret
+from lape_ray.values.redaction import is_secret
 
 ROOT = Path(__file__).parent.parent.parent
 DOCKER = ROOT / "docker"

@@ -19,7 +19,7 @@ from helpers.manifests import K8S, ROOT, Resource, operator_errors, pod_errors, 
 
 from lape_ray.config import TrainConfig
 from lape_ray.recipes import recipe
-from lape_ray.redaction import is_secret
+from lape_ray.values.redaction import is_secret
 
 FOLDERS = ("base", "overlays/local", "overlays/gpu", "jobs", "overlays/local/jobs", "overlays/gpu/jobs")
 JOB_FOLDERS = FOLDERS[3:]

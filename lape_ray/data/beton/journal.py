@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lape_ray.typed import typed
+from lape_ray.values.typed import typed
 
 COMMIT_SECONDS = 5.0
 

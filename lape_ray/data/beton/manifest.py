@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lape_ray.typed import Count, Sha256, from_json, typed
+from lape_ray.values.typed import Count, Sha256, from_json, typed
 
 MANIFEST_VERSION = 2
 Content = str | bytes

@@ -47,7 +47,7 @@ from lape_ray.data.beton.manifest import MANIFEST_VERSION, Manifest
 from lape_ray.data.native import crc32c
 from lape_ray.data.processes import Mapper, processes
 from lape_ray.data.sources import Source
-from lape_ray.typed import Count, typed
+from lape_ray.values.typed import Count, typed
 
 PART_SAMPLES = 32  # samples that a process encodes at a time, and an entry of the journal
 KINDS = ("original_jpeg", "jpeg", "raw")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lape_ray.data.sources.shards import Shards, find_shards, numbered_classes
-from lape_ray.typed import from_json, typed
+from lape_ray.values.typed import from_json, typed
 
 HUB = b"huggingface"  # the entry of a schema's metadata by which the hub's library describes columns
 IMAGE_COLUMNS = ("image", "img")

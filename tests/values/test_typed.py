@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from lape_ray.config import Span
-from lape_ray.typed import Count, Sha256, from_json, typed
+from lape_ray.values.typed import Count, Sha256, from_json, typed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,10 @@ from lape_ray.config import (
     to_dict,
 )
 from lape_ray.recipes import recipe
-from lape_ray.redaction import first_line, is_secret, redacted, refuse_secret
 from lape_ray.storage import listing
+from lape_ray.values.redaction import first_line, is_secret, redacted, refuse_secret
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SECRET = "hunter2"
 WITH_SECRET = [
     (f"http://ann:{SECRET}@host:5000/x", "http://host:5000/x"),
