@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+import lape_ray
 from lape_ray.config import ModelConfig, Variant
 from lape_ray.model import build_model
 from lape_ray.model.block import Attention, Block, rotate
@@ -105,6 +107,23 @@ def test_names_in_the_config_are_the_names_in_the_code() -> None:
     ]
     for literal, known in pairs:
         assert typing.get_args(literal) == tuple(known)
+
+
+def test_no_other_code_of_a_network_knows_an_embedding_by_name() -> None:
+    names = {*ABSOLUTES, *JOINS, *BIASES, *ROTARIES, "table_LRH", "frequencies_L2HF"}
+    package = Path(lape_ray.__file__).parent
+    files = [*(package / "model").glob("*.py"), *(package / "training").glob("*.py")]
+    files = [
+        path for path in files if path.name != "convert.py"
+    ]  # which tells what others' weights are called here
+    assert len(files) > 7
+    for path in files:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        found = {
+            node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        found |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        assert not found & names, path.name
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=cell_id)

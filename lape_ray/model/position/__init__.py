@@ -1,4 +1,4 @@
-"""Position embeddings: every kind, every join, and their names. Nothing outside this room knows one by name.
+"""Position embeddings: every kind, every join, and their names, which no other code of a network knows.
 
     layout    what an embedding is made for (`Layout`), and what a block receives of it (`LayerPosition`)
     absolute  tables that are added to tokens: none, learnable, sincos1d, sincos2d
