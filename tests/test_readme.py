@@ -64,13 +64,3 @@ def test_the_docstring_of_a_room_is_its_map(room: Path) -> None:
     named = {name for line in lines for name in line.split(", ")}
     files = {path.stem for path in room.glob("*.py")} - {"__init__"}
     assert named == files | {f"{path.parent.name}/" for path in room.glob("*/__init__.py")}
-
-
-@pytest.mark.parametrize("room", ["model", "model/position", "training"])
-def test_the_map_of_a_room_names_every_file(room: str) -> None:
-    """A line for each, in the docstring of the room's `__init__`."""
-    folder = ROOT / "lape_ray" / room
-    tree = ast.parse((folder / "__init__.py").read_text())
-    written = ast.get_docstring(tree, clean=False) or ""
-    names = {line.split()[0].rstrip("/") for line in written.splitlines() if line.startswith("    ")}
-    assert names == {path.stem for path in folder.iterdir() if not path.name.startswith("__")}
