@@ -28,8 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from lape_ray.storage import objects
 from lape_ray.storage.address import absolute, is_remote, join
 from lape_ray.storage.files import read_text, write_text
@@ -236,7 +234,7 @@ def _free(found: _Found, address: str) -> bool:
     pid = values.get("pid")
     if not isinstance(pid, int) or not 0 < pid < 2**31:
         return False
-    return not psutil.pid_exists(pid) or _started(pid) != values.get("process_started")
+    return not _exists(pid) or _started(pid) != values.get("process_started")
 
 
 def _identity() -> dict[str, Any]:
@@ -247,11 +245,19 @@ def _identity() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "process_started": _started(os.getpid()),
-        "boot": boot.read_text().strip()
-        if boot.exists()
-        else f"{socket.gethostname()} {psutil.boot_time():.0f}",
+        "boot": boot.read_text().strip() if boot.exists() else socket.gethostname(),
         "pid_namespace": str(namespace.readlink()) if namespace.exists() else "",
     }
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # asks only
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _started(pid: int) -> str | None:
