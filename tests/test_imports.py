@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +99,16 @@ def test_in_a_search_two_modules_know_ray() -> None:
         module for module in MODULES if room_of(module) == "search" and "ray" in imported(MODULES[module])
     }
     assert knowing == {"search.lanes", "search.worker"}
+
+
+def test_the_loop_needs_torch_alone() -> None:
+    """A GPU machine may have neither Ray nor what the data path wants."""
+    code = (
+        "import sys\n"
+        "for name in ('ray', 'mlflow', 'ffcv', 'boto3', 'joblib', 'pyarrow', 'psutil', 'numba', 'sklearn'):\n"
+        "    sys.modules[name] = None\n"
+        "sys.path.insert(0, 'benchmarks')\n"
+        "import lape_ray.training.loop, lape_ray.training.muon, train_step, loader, seeds, gpu\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
