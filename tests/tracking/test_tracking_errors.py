@@ -172,7 +172,7 @@ def test_a_worker_begins_while_the_database_is_locked(
 
 
 def test_an_error_without_words_is_named_by_its_kind(caplog: pytest.LogCaptureFixture) -> None:
-    with tracking._never_raise("closing the run"):
+    with tracking.mlflow._never_raise("closing the run"):
         raise TimeoutError
     assert caplog.messages == ["MLflow: closing the run failed: TimeoutError"]
     assert caplog.records[0].levelno == logging.WARNING

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from lape_ray.bench.synthetic import synthetic_state, training_config
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from train_step import synthetic_state, training_config
 
 from lape_ray.config import ModelConfig, TrainConfig
 from lape_ray.inference.predict import load_network
