@@ -84,6 +84,9 @@ def publish(folder: Path, address: str, *, last: str = "") -> None:
         upload_folder(folder, address, last=last)
         return
     target = Path(absolute(address))
+    for file in filter(Path.is_file, folder.rglob("*")):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
     sync_folder(folder)
     folder.replace(target)
     sync_folder(target.parent)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import pickle
 import reprlib
 from collections.abc import Mapping
@@ -193,7 +192,7 @@ def _on_host(value: Any) -> Any:
 
 
 def save(folder: Path, state: Snapshot, meta: Meta) -> None:
-    """Write a checkpoint into an existing, empty folder and bring it to the disk.
+    """Write a checkpoint into an existing, empty folder; `storage.publish` brings it to the disk.
 
     meta.json comes last, so that it marks a whole one.
     """
@@ -202,10 +201,7 @@ def save(folder: Path, state: Snapshot, meta: Meta) -> None:
         save_file(dict(state.ema), folder / "ema.safetensors")
     torch.save(dict(state.optimizer), folder / "optimizer.pt")
     files = described(folder)
-    (folder / "meta.json").write_text(meta.to_json(files))
-    for file in folder.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
+    (folder / MARKER).write_text(meta.to_json(files))
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
