@@ -26,6 +26,7 @@ from lape_ray.search.ledger import Ledger, Trial
 from lape_ray.search.plan import Plan
 from lape_ray.search.run import search
 from lape_ray.search.shelf import Shelf
+from lape_ray.storage import LeaseHeldError, leased
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.cluster]
 
@@ -76,6 +77,18 @@ def assert_nothing_is_left(service: Service) -> None:
     wait_for(lambda: ray.available_resources().get("CPU") == 2, "both CPUs")
     groups = ray.util.placement_group_table().values()
     assert {group["state"] for group in groups} <= {"REMOVED"}
+
+
+def test_a_second_driver_is_refused(service: Service) -> None:
+    """Before it has touched anything, also where it was told to overwrite."""
+    folder = service.home / "runs/taken"
+    with leased(str(folder), "search taken"):
+        before = {path.name for path in folder.iterdir()}
+        for overwrite in (False, True):
+            words = {"run.name": "taken", "run.overwrite": overwrite}
+            with pytest.raises(LeaseHeldError, match="runs/taken belongs to process"):
+                search(plan(service, axes=["optim.lr=choice(1e-3)"], overrides=words))
+        assert {path.name for path in folder.iterdir()} == before
 
 
 # --- killed and continued -------------------------------------------------------------------------------------
