@@ -2,7 +2,7 @@
 
 Each function returns a `TrainConfig` without paths; give those on the command line (`--data.train`,
 `--data.val`). "Paper" is LaPE (ICCV 2023), whose figures are top-1 in percent; its ImageNet rows are one run
-each, its CIFAR rows means of the seeds 121 to 125. Figures of this code stand in the README, not here.
+each, its CIFAR rows means of the seeds 121 to 125. Figures of this code stand in docs/results.md, not here.
 """
 
 from __future__ import annotations

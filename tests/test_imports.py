@@ -90,8 +90,9 @@ def test_every_room_exists() -> None:
     assert {room_of(module) for module in MODULES} == set(FLOOR)
 
 
-def test_the_readme_has_the_same_order() -> None:
-    assert " ".join(ORDER.split()) in " ".join((ROOT / "README.md").read_text().split())
+@pytest.mark.parametrize("text", ["README.md", "CONTRIBUTING.md"])
+def test_the_texts_have_the_same_order(text: str) -> None:
+    assert " ".join(ORDER.split()) in " ".join((ROOT / text).read_text().split())
 
 
 def test_in_a_search_two_modules_know_ray() -> None:
