@@ -18,7 +18,7 @@ WARM_UP = 3  # steps: what is compiled, chosen by measurement or allocated once 
 
 
 class Recorder(Protocol):
-    """What turns work on a device into something that is launched again and again."""
+    """A way to turn work on a device into something that is launched again and again."""
 
     def warm_up(self, work: Callable[[], Tensor]) -> Tensor:
         """Do the work as it is, as a capture will need it to have been done."""
@@ -74,7 +74,7 @@ class StepGraph:
         self._captured: tuple[tuple[Tensor, Tensor], Tensor, Callable[[], None]] | None = None
 
     def __call__(self, work: Work, images_BCHW: Tensor, targets_BK: Tensor) -> Tensor:
-        """The work's result on these inputs, in memory that the next call writes again."""
+        """Return the work's result on these inputs, in memory that the next call writes again."""
         if self._warm_ups_left:
             self._warm_ups_left -= 1
             return self._recorder.warm_up(lambda: work(images_BCHW, targets_BK))

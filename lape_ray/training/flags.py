@@ -1,4 +1,4 @@
-"""What the workers of a run tell each other at every step, without waiting for it.
+"""The flags that the workers of a run exchange at every step, without waiting for them.
 
 A step must not wait for the network, and not for the GPU. So the flags of a step travel while the next one is computed,
 over a process group of their own on the CPUs, and every worker reads them one step later: all at the same step.
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 class News(enum.Flag):
-    """What one worker knows and all must act upon together."""
+    """The news that one worker has and all must act upon together."""
 
     NONE = 0
     SAVE = enum.auto()
