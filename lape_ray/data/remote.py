@@ -15,7 +15,7 @@ from lape_ray.data.beton.manifest import Manifest, manifest_path
 
 
 def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifest]]:
-    """(file, manifest object, manifest) of each file of the set, all checked by their sizes."""
+    """List (file, manifest object, manifest) of each file of the set, all checked by their sizes."""
     place, _, name = address.rpartition("/")
     if not name.endswith(".beton"):
         raise ValueError(
@@ -45,7 +45,7 @@ def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifes
 
 
 def remote_manifest(address: str) -> Manifest:
-    """The manifest of what lies at the address, if the sizes there agree with it; the images are not fetched.
+    """Read the manifest of what lies at the address, if the sizes agree with it; the images are not fetched.
 
     Raises:
         FileNotFoundError, ValueError: something is missing or of another size.
@@ -55,7 +55,7 @@ def remote_manifest(address: str) -> Manifest:
 
 
 def local_split(path: str) -> str:
-    """`path` itself, or the copy of the .beton at an s3:// address, fetched now if this machine has none.
+    """Return `path` itself, or the copy of the .beton at an s3:// address, fetched now if this machine has none.
 
     Its size and sha256 are those of the manifest. See `storage.stage` for what is raised.
     """
@@ -76,9 +76,10 @@ def stage_data(data: DataConfig) -> None:
 
 @contextlib.contextmanager
 def written_beton(path: str) -> Iterator[str]:
-    """A path to write a .beton, or a set, at; for an s3:// address it is uploaded when the block ends without error.
+    """Give a path to write a .beton, or a set, at.
 
-    What an interrupted writer leaves stays on this machine, and the same address finds it again.
+    For an s3:// address it is uploaded when the block ends without error. What an interrupted writer leaves stays on
+    this machine, and the same address finds it again.
     """
     if not storage.is_remote(path):
         yield path

@@ -28,7 +28,7 @@ _CPU_CHUNK_PIXELS = 2**18
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentSpec:
-    """Which augmentations a recipe has, in the order in which they act; the default is none.
+    """The augmentations of a recipe, in the order in which they act; the default is none.
 
     Attributes:
         rand_augment: RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`; none: without.
@@ -101,7 +101,7 @@ class Augment:
     def __call__(
         self, images_BCHW: Tensor, *, epoch: int, positions: np.ndarray | Sequence[int] | Tensor
     ) -> Tensor:
-        """Augmented images, (x / 255 - mean) / std, as float32 in channels_last memory.
+        """Augment images; returns (x / 255 - mean) / std, as float32 in channels_last memory.
 
         Args:
             images_BCHW: uint8 (B, 3, H, W) of the augment's image size, on any device, with any strides; not
@@ -131,7 +131,7 @@ class Augment:
         return x_BCHW
 
     def _plan(self, layers: Sequence[Layer], images_BCHW: Tensor) -> tuple[dict[str, np.ndarray], _Run]:
-        """The arrays that the layers need on the device, and what runs them there."""
+        """Plan the layers; returns the arrays that they need on the device, and what runs them there."""
         if self.fused:
             # Only here: it needs Triton, which comes with GPUs.
             from lape_ray.data.augment.fused import plan_fused, run_fused
@@ -164,7 +164,7 @@ def build_augment(
     seed: int,
     fused: bool = False,
 ) -> Augment:
-    """The augmentation of a training run.
+    """Build the augmentation of a training run.
 
     Args:
         spec: which augmentations.

@@ -23,7 +23,7 @@ class ThreeAugment:
         self.seed = seed
 
     def draw(self, epoch: int, positions: np.ndarray) -> list[Layer]:
-        """One layer for the images at `positions`, (B,), of the epoch's order."""
+        """Draw one layer for the images at `positions`, (B,), of the epoch's order."""
         choice_u, radius_u = uniform(self.seed, epoch, positions, Stream.THREE_AUGMENT, 2).T
         choice_B = (choice_u * 3).astype(np.int64)
         layer = Layer(len(positions))

@@ -114,7 +114,7 @@ def write_beton(
 
 
 def _refuse_two_sets(path: Path, shards: int) -> None:
-    """A name is one file or one set; both, or sets of two sizes, could not be told apart by a reader."""
+    """Refuse a name that would be both a file and a set, or two sets: a reader could not tell them apart."""
     wanted = {path} if shards == 1 else {shard_path(path, shard, shards) for shard in range(shards)}
     others = [
         file
@@ -165,7 +165,7 @@ def _write_set(
 
 
 def _fingerprint(source: Source, encoding: Encoding) -> str:
-    """Of everything that decides a file's bytes, but for the pixels themselves."""
+    """Hash everything that decides a file's bytes, but for the pixels themselves."""
     digest = hashlib.sha256()
     items = source.items_N
     for part in (
@@ -180,7 +180,7 @@ def _fingerprint(source: Source, encoding: Encoding) -> str:
 
 
 def _finished(file: Path, fingerprint: str) -> Manifest | None:
-    """The manifest of a shard that an earlier call finished; None if it has to be written."""
+    """Return the manifest of a shard that an earlier call finished; None if it has to be written."""
     try:
         manifest = Manifest.load(file)
         whole = file.stat().st_size == manifest.bytes
@@ -224,7 +224,7 @@ def _write_file(
 
 
 def encode_part(task: tuple[Source, Encoding, int]) -> list[Encoded | Rejected]:
-    """The samples of a small source that starts at the given place of the whole one."""
+    """Encode the samples of a small source that starts at the given place of the whole one."""
     source, encoding, start = task
     results: list[Encoded | Rejected] = []
     for index in range(len(source)):
@@ -237,7 +237,7 @@ def encode_part(task: tuple[Source, Encoding, int]) -> list[Encoded | Rejected]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """What became of the samples of a part, as the journal keeps it.
+    """The outcome of a part's samples, as the journal keeps it.
 
     Attributes:
         stored: an array of STORED, in base64

@@ -78,12 +78,12 @@ class SeededCrop(SimpleRGBImageDecoder):
 
 
 def random_crop(side: int, scale: tuple[float, float], ratio: tuple[float, float], flip: float) -> SeededCrop:
-    """A random resized crop and a horizontal flip with probability `flip`."""
+    """Make a random resized crop and a horizontal flip with probability `flip`."""
     return SeededCrop(side, get_random_crop, np.array(scale), np.array(ratio), flip)
 
 
 def center_crop(side: int, share: float) -> SeededCrop:
-    """The centre square that keeps `share` of the shorter side."""
+    """Make the crop of the centre square that keeps `share` of the shorter side."""
     return SeededCrop(side, get_center_crop, None, share, 0.0)
 
 
@@ -156,7 +156,7 @@ class BatchIterator(EpochIterator):
         self.join()
 
     def __del__(self) -> None:
-        """Nothing: the base class closes here, but a running thread is never collected."""
+        """Do nothing: the base class closes here, but a running thread is never collected."""
 
 
 class BatchLoader(Loader):
@@ -193,7 +193,7 @@ class BatchLoader(Loader):
         self._decoder.side = side
 
     def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> BatchIterator:
-        """One pass over the samples of `keys_N` (int64; see SEED_BIT), the last batch short.
+        """Make one pass over the samples of `keys_N` (int64; see SEED_BIT), the last batch short.
 
         The keys hold the seeds of the draws, so that positions and epoch add nothing here.
         """
