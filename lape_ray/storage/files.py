@@ -21,7 +21,7 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
 def exists(address: str) -> bool:
-    """Whether a file or folder is there."""
+    """Tell whether a file or folder exists."""
     if is_remote(address):
         return objects.exists(address)
     return Path(absolute(address)).exists()
@@ -104,7 +104,7 @@ def empty_folder(address: str, *, but: Container[str]) -> None:
 
 
 def names(address: str) -> list[str]:
-    """The names of the files and folders in a folder; none where it does not exist."""
+    """List the names of the files and folders in a folder; none where it does not exist."""
     if is_remote(address):
         below = f"{address.rstrip('/')}/"
         return sorted({one.address.removeprefix(below).partition("/")[0] for one in objects.listing(below)})
@@ -121,14 +121,14 @@ class Stored:
 
 
 def modified(address: str) -> float:
-    """When a file was written, by the clock of its storage, in seconds since 1970."""
+    """Return when a file was written, by the clock of its storage, in seconds since 1970."""
     if is_remote(address):
         return objects.modified(address)
     return Path(absolute(address)).stat().st_mtime
 
 
 def files_of_folders(address: str) -> dict[str, dict[str, Stored]]:
-    """The files below each folder of a folder, by their names relative to it; nothing where it does not exist."""
+    """List the files below each folder of a folder, by their names relative to it; nothing where it does not exist."""
     found: dict[str, dict[str, Stored]] = {}
     if is_remote(address):
         below = f"{address.rstrip('/')}/"
@@ -167,7 +167,7 @@ def check_writable(address: str) -> None:
 
 @contextlib.contextmanager
 def written_path(address: str | Path) -> Iterator[Path]:
-    """A path to write one file at; a remote address gets the file when the block ends without an error."""
+    """Give a path to write one file at; a remote address gets the file when the block ends without an error."""
     if not is_remote(address):
         yield Path(address)
         return
@@ -179,7 +179,7 @@ def written_path(address: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written_folder(address: str | Path) -> Iterator[Path]:
-    """A folder to write into; a remote address gets its files when the block ends without an error."""
+    """Give a folder to write into; a remote address gets its files when the block ends without an error."""
     if not is_remote(address):
         yield Path(address)
         return

@@ -138,7 +138,10 @@ class Lease:
                 return
 
     def _regain(self) -> None:
-        """Another text than this process's last is there: its own, by an answer that was lost, or somebody else's."""
+        """Look at the file, which is not the one that this process wrote last, and find its owner.
+
+        It is this process's own, where an answer was lost, or another process's; without a file this one writes it again.
+        """
         found = self._storage.read()
         if found is None:  # the folder was deleted; what comes next to be committed makes it anew
             self._write(None)
@@ -178,7 +181,7 @@ class Lease:
 
 @contextlib.contextmanager
 def leased(folder: str, what: str) -> Iterator[Lease]:
-    """Own `folder` while the block runs; `what` tells other people what is at work there.
+    """Own `folder` while the block runs; `what` tells other people what is at work in it.
 
     Raises:
         LeaseHeldError: another process is at work in it.
@@ -210,7 +213,7 @@ def check_lease(folder: str, token: str) -> None:
 
 
 def _values(found: _Found, address: str) -> dict[str, Any]:
-    """What a lease says; nothing where it is damaged: such a one is watched until it is stale."""
+    """Read a lease's values; nothing where it is damaged: such a one is watched until it is stale."""
     try:
         values: dict[str, Any] = from_json(dict[str, Any], found.text, address, "")
         return values
@@ -219,7 +222,7 @@ def _values(found: _Found, address: str) -> dict[str, Any]:
 
 
 def _free(found: _Found, address: str) -> bool:
-    """Whether nobody needs to be waited for: it was given back, or its owner is known to be dead."""
+    """Tell whether nobody needs to be waited for: it was given back, or its owner is known to be dead."""
     values = _values(found, address)
     if values.get("released") is True:
         return True
@@ -238,7 +241,7 @@ def _free(found: _Found, address: str) -> bool:
 
 
 def _identity() -> dict[str, Any]:
-    """Which process this is, among those of all machines, boots and containers."""
+    """Identify this process among those of all machines, boots and containers."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = Path("/proc/self/ns/pid")
     return {
@@ -261,7 +264,10 @@ def _exists(pid: int) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in clock ticks since the boot, which no setting of the clock changes; None: not known."""
+    """Return when a process started, in clock ticks since the boot; None: not known.
+
+    No setting of the clock changes them.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
