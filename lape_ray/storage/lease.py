@@ -138,9 +138,9 @@ class Lease:
                 return
 
     def _regain(self) -> None:
-        """Look at the file, which is not the one that this process wrote last, and find its owner.
+        """Look whose text the file holds, where it is not this process's last.
 
-        It is this process's own, where an answer was lost, or another process's; without a file this one writes it again.
+        It is its own, where an answer was lost, or another process's. Without a file this process writes it again.
         """
         found = self._storage.read()
         if found is None:  # the folder was deleted; what comes next to be committed makes it anew
