@@ -1,4 +1,4 @@
-"""Which checkpoints of a run count: its list, its folders, and what may be deleted.
+"""The checkpoints of a run that count: its list, its folders, and what may be deleted.
 
     checkpoints.json        the list, oldest first: name, steps done and score of each
     checkpoints.copy.json   the same once more, from before or after the last change
@@ -159,7 +159,7 @@ def _read_meta(folder: str, name: str) -> tuple[Meta, Mapping[str, Any]]:
 
 
 def _checkpoint_folders(folder: str) -> dict[str, dict[str, storage.Stored]]:
-    """The files of each checkpoint's folder, staged ones included."""
+    """List the files of each checkpoint's folder, staged ones included."""
     found = storage.files_of_folders(folder)
     return {name: files for name, files in found.items() if name.startswith((CHECKPOINT, STAGED))}
 

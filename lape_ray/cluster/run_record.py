@@ -24,7 +24,7 @@ NOTHING_YET = (
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What `run.json` holds; `config` as `to_dict` made it."""
+    """The contents of `run.json`; `config` as `to_dict` made it."""
 
     finished: bool
     mlflow_run_id: str
