@@ -43,12 +43,12 @@ Row = dict[str, Any]
 
 
 class CannotRunError(RuntimeError):
-    """What is to be timed is installed but cannot do its job on this machine; says why."""
+    """The candidate is installed but cannot do its job on this machine; says why."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one process times.
+    """The work that one process times.
 
     Attributes:
         work: runs the round of that number and returns its images; waits for the device

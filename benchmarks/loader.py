@@ -148,7 +148,7 @@ MEAN_LIMIT, MAX_LIMIT = 0.05, 4  # of 255 levels: libjpeg-turbo and Pillow's cop
 
 
 class WrongPixelsError(ValueError):
-    """What we deliver is not what Pillow delivers: times would mean nothing."""
+    """Our pixels are not those that Pillow delivers: times would mean nothing."""
 
 
 def check_pixels(stored: Stored, side: int, batch_size: int, where: str) -> Row:
@@ -195,7 +195,7 @@ Epoch = Callable[[int], Generator[int, None, None]]
 
 @dataclass(frozen=True)
 class Job:
-    """What a candidate has to do: deliver `stored` as squares of `side` pixels to `device`, or train on that.
+    """The work of a candidate: deliver `stored` as squares of `side` pixels to `device`, or train on that.
 
     Attributes:
         model, steps: that are trained, and so many steps in a round

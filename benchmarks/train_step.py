@@ -144,7 +144,7 @@ def torchvision_name(name: str) -> str:
 
 
 class Synthetic:
-    """Stands in for a loader: random uint8 images, channels last in memory as a loader gives them, and labels."""
+    """A stand-in for a loader: random uint8 images, channels last in memory as a loader gives them, and labels."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         draws, spec, size = torch.Generator().manual_seed(0), resolve(config.model), config.micro_batch_size
@@ -181,7 +181,7 @@ def synthetic_state(config: TrainConfig, device: torch.device) -> TrainState:
 
 
 class Stepper:
-    """Runs optimizer steps of a state, one after the other."""
+    """Run optimizer steps of a state, one after the other."""
 
     def __init__(self, state: TrainState) -> None:
         self.state = state
@@ -209,7 +209,7 @@ class Stepper:
 
 @dataclass(frozen=True)
 class Run:
-    """What one process times: a network of `CANDIDATES` in one of `MODES`, in rounds of `steps` steps."""
+    """The run that one process times: a network of `CANDIDATES` in one of `MODES`, in rounds of `steps` steps."""
 
     model: str
     batch_size: int

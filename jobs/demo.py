@@ -1,4 +1,4 @@
-"""The whole service on this machine: digits -> .beton -> a private Ray -> a submitted job -> MLflow.
+"""Run the whole service on this machine: digits -> .beton -> a private Ray -> a submitted job -> MLflow.
 
 `make demo` trains one network, `make demo-tune` (--tune) compares position embeddings and joins. Everything it keeps
 lies in --home; the Ray it starts is gone when it ends. That Ray and the job have this process's environment, secrets
