@@ -51,7 +51,7 @@ SEED = 5
 
 
 def read_images(where: str | None, *, count: int, split: str | None = None) -> tuple[list[bytes], str]:
-    """Read `count` JPEGs of three channels, evenly spread over a source, or draw them where there is none.
+    """Read `count` JPEGs of three channels, evenly spread over a source, or draw them without a source.
 
     Returns:
         The files, and where they come from, for the record; other images become JPEGs of quality 95.
@@ -313,7 +313,7 @@ REFERENCES = {**dict.fromkeys(CANDIDATES, "ours"), "raw, ffcv": "raw, ours"}
 
 
 def prepare(job: Job) -> Candidate:
-    """Make a loader in a process of its own; its facts say how soon its first batch was there."""
+    """Make a loader in a separate process; its facts say how soon its first batch came."""
     started = time.perf_counter()
     epoch = CANDIDATES[job.candidate](job)
     with contextlib.closing(epoch(0)) as batches:
@@ -336,7 +336,7 @@ CALLS = 20  # of a round
 
 
 def prepare_augmentation(job: Job) -> Candidate:
-    """Make the augmentation of DeiT's recipe with kernels of our own (`fused`) or with PyTorch's operators.
+    """Make the augmentation of DeiT's recipe with our kernels (`fused`) or with PyTorch's operators.
 
     `device_us` of its facts is the time of an image in kernels on a GPU, where what it takes to launch them is hidden.
 

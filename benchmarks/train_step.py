@@ -366,7 +366,7 @@ def check_replays(config: TrainConfig, device: torch.device) -> float:
 
 
 def prepare(run: Run) -> Candidate:
-    """Check a run, then build and warm up what is timed; called in a process of its own.
+    """Check a run, then build and warm up what is timed; called in a separate process.
 
     Raises:
         WrongMathsError: it computes something else.
@@ -498,7 +498,7 @@ COLUMNS = (Column("candidate", "name"), Column("images/s", "images_per_second", 
 def measure(runs: dict[str, Run], rounds: int, peak: float) -> list[Row]:
     """Time runs of one model against each other; rows as `interleaved` returns them, with ratios and shares of `peak`.
 
-    On a CPU a ratio is of CPU time where there is one thread: that is not disturbed by what else the machine does.
+    On a CPU with one thread a ratio is of CPU time: that is not disturbed by what else the machine does.
     """
     rows = common.interleaved({name: (prepare, run) for name, run in runs.items()}, rounds, common.note)
     first = next(iter(runs.values()))

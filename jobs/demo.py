@@ -54,7 +54,7 @@ def main() -> int:
                 split,
             ]
             subprocess.run(write, check=True)
-    # A name of its own for every training, so that each can be compared with the others in MLflow.
+    # A separate name for every training, so that each can be compared with the others in MLflow.
     job = ["python", "jobs/imagenet_deit.py", "demo", f"--run.num_workers={options.workers}"]
     if options.tune:
         job = ["python", "jobs/tune_position.py", "positions", "demo", *SEARCH]

@@ -81,7 +81,7 @@ def _require(ok: bool, message: str) -> None:
 
 
 def _check_choices(config: Any) -> None:
-    """Refuse a value outside its Literal, and say which values there are."""
+    """Refuse a value outside its Literal, and list the values that it has."""
     for name, kind in typing.get_type_hints(type(config)).items():
         if typing.get_origin(kind) is Literal:
             value, known = getattr(config, name), typing.get_args(kind)

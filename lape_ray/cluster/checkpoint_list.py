@@ -26,7 +26,7 @@ RAYS_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's own list, of runs from before this one existed. Ray would go on from it."""
 log = logging.getLogger(__name__)
 CHECKPOINT, STAGED = "checkpoint-", ".checkpoint-"
-"""How the names of folders begin: of checkpoints, and of those that are being written."""
+"""The beginnings of folders' names: of checkpoints, and of those that are being written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class _List:
 
 
 def read_list(folder: str, name: str = LIST) -> tuple[Listed, ...] | None:
-    """Read the list of the run in `folder`, or its copy; None where there is none, or it is damaged."""
+    """Read the list of the run in `folder`, or its copy; None where it does not exist or is damaged."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         found: _List = storage.read_record(_List, storage.join(folder, name), way_out="")
         return found.checkpoints

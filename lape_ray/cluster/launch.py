@@ -49,7 +49,7 @@ class FitResult:
     mlflow_run_id: str
     tracking_uri: str
     tracked: bool
-    """Whether MLflow has all of it."""
+    """True where MLflow has all of it."""
 
     def summary(self) -> str:
         scores = "  ".join(f"{key} {value:.2f}" for key, value in self.metrics.items() if "acc" in key)
@@ -73,8 +73,8 @@ def fit(config: TrainConfig) -> FitResult:
 
     Raises:
         ValueError, OSError: bad input, before any worker starts.
-        StoppedError: SIGTERM ended it; there is a checkpoint, and the same name goes on from it.
-        StorageError: checkpoints cannot be stored any more; the one before the first of them is there.
+        StoppedError: SIGTERM ended it; it left a checkpoint, and the same name goes on from it.
+        StorageError: checkpoints cannot be stored any more; the one before the first of them is whole.
         DivergedError: the loss is no finite number.
         WorkersFailedError: workers failed again and again at the same place.
         LeaseHeldError: another driver is at work on this run.

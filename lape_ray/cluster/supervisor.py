@@ -20,7 +20,7 @@ T = TypeVar("T")
 MEMORY = "OutOfMemoryError"  # torch's; it would come again at the same place
 ENDING = (signal.SIGTERM, signal.SIGINT)
 LEAVE_GROUP_S = 5
-"""For workers to leave their process group after a failure; half a minute by Ray Train's default."""
+"""The time that workers have to leave their process group after a failure; Ray Train's default is half a minute."""
 
 
 class Supervisor:

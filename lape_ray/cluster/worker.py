@@ -175,7 +175,7 @@ class RayReporter:
     lease: str
     """Token of the owner of the run's folder; without it nothing is stored there."""
     first: bool
-    """Whether this is rank 0."""
+    """True on rank 0."""
     tracker: tracking.Tracker | None = None
     nodes: LeavingNodes = field(default_factory=LeavingNodes)
     storing: _Storing | None = None
@@ -188,7 +188,7 @@ class RayReporter:
     """Names of folders that rank 0 must not write over."""
     wish: StopRequest | None = None
     looked: float = 0.0
-    """When rank 0 last looked for a wish to end, on the monotonic clock."""
+    """The time at which rank 0 last looked for a wish to end, on the monotonic clock."""
 
     # --- before and after ---------------------------------------------------------------------------------------
 

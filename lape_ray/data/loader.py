@@ -139,7 +139,7 @@ class Loader:
         self.reader.image_size = image_size or self.reader.image_size
         rest = slice(start * self.reader.batch_size, None)
         keys_N, positions_N = keys_N[rest], positions_N[rest]
-        if len(keys_N) == 0:  # nothing is left, or there are more ranks than images
+        if len(keys_N) == 0:  # nothing is left, or the ranks are more than the images
             return
         labels_N = torch.from_numpy(self.labels_N[sample_index(keys_N)])
         if self.reader.on_device:

@@ -69,7 +69,7 @@ def mix_labels(labels_B: torch.Tensor, num_classes: int, mix: Mix, label_smoothi
 
 
 class Mixer:
-    """Mixes batches as `data` says (mixup, cutmix, mix_prob, mix_switch_prob, mix_off_epoch)."""
+    """Mix batches as `data` says (mixup, cutmix, mix_prob, mix_switch_prob, mix_off_epoch)."""
 
     def __init__(self, data: DataConfig, num_classes: int, label_smoothing: float = 0.0) -> None:
         self.data, self.num_classes, self.label_smoothing = data, num_classes, label_smoothing

@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 class Mapper(Protocol):
-    """Maps like `map`: results in the order of the tasks, with a bounded number of them in memory.
+    """A map like `map`: results in the order of the tasks, with a bounded number of them in memory.
 
     An exception of the function is raised here; OSError if a process died.
     """

@@ -89,6 +89,6 @@ def written_beton(path: str) -> Iterator[str]:
     folder = storage.cache() / "written" / hashlib.sha256(path.encode()).hexdigest()[:16]
     yield str(folder / name)
     files = set_files(folder / name)
-    for file in (*files, *map(manifest_path, files)):  # a manifest says that its file is there
+    for file in (*files, *map(manifest_path, files)):  # a manifest says that its file exists
         storage.upload(file, f"{path.rpartition('/')[0]}/{file.name}")
     shutil.rmtree(folder)

@@ -111,7 +111,7 @@ def checkpoint_report(
 ) -> PositionView | None:
     """Write the report of one checkpoint folder of ours into `out`, strength measured on `count` images.
 
-    Returns what was seen; None, and no report, where there is no position.
+    Returns what was seen; None, and no report, where the network has no position.
     """
     notes: list[str] = []
     one = Subject(label=label, checkpoint=str(checkpoint), config=config)

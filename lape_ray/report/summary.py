@@ -48,7 +48,7 @@ class Results:
     facts: RunFacts
     predictions: Predictions
     epoch: int
-    """After which the best checkpoint was made."""
+    """The epoch after which the best checkpoint was made."""
     classes: Sequence[str]
     samples: Sequence[tuple[int, Tensor]]
     """Index in the validation set and uint8 picture (3, S, S)."""

@@ -16,7 +16,7 @@ OURS = re.compile(r"\.lock|\.complete(\..*)?|\..*\.parts?", re.DOTALL)
 def home() -> Path:
     """Return the folder of everything this package keeps by default: $LAPE_RAY_HOME, else ~/lape_ray.
 
-    A job that `ray job submit` runs has no folder of its own to come back to, so the current directory is no
+    A job that `ray job submit` runs has no folder to come back to, so the current directory is no
     place to keep anything.
     """
     return Path(os.environ.get("LAPE_RAY_HOME") or Path.home() / "lape_ray").expanduser().absolute()
@@ -42,7 +42,7 @@ def bucket_and_key(address: str) -> tuple[str, str]:
     """Split `s3://bucket/some/key` into ("bucket", "some/key"); the key of a whole bucket is empty.
 
     Raises:
-        ValueError: it is no such address; says which kinds there are.
+        ValueError: it is no such address; says which kinds are known.
     """
     scheme, _, rest = address.partition("://")
     bucket, _, key = rest.partition("/")

@@ -23,7 +23,7 @@ from lape_ray.storage.objects import Object, listing
 from lape_ray.storage.transfer import download
 
 SPARE_BYTES = 1 << 30
-"""What must stay free on the disk of the cache."""
+"""The space that must stay free on the disk of the cache."""
 COMPLETE = ".complete"
 
 

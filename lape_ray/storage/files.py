@@ -28,7 +28,7 @@ def exists(address: str) -> bool:
 
 
 def read_text(address: str) -> str:
-    """Read the text of a file; FileNotFoundError where there is none. Bytes that are no text become U+FFFD."""
+    """Read the text of a file; FileNotFoundError where it does not exist. Bytes that are no text become U+FFFD."""
     if is_remote(address):
         return objects.get_text(address)
     return Path(absolute(address)).read_text(encoding="utf-8", errors="replace")
@@ -72,7 +72,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def delete_file(address: str) -> None:
-    """Delete one file; nothing happens where there is none."""
+    """Delete one file; nothing happens where it does not exist."""
     if is_remote(address):
         objects.delete(address)
     else:
@@ -80,7 +80,7 @@ def delete_file(address: str) -> None:
 
 
 def delete_folder(address: str, *, first: str = "") -> None:
-    """Delete a folder and all in it; nothing happens where there is none.
+    """Delete a folder and all in it; nothing happens where it does not exist.
 
     Args:
         first: a file that marks the folder as whole. It goes first, so that what an interrupted call leaves behind is
@@ -95,7 +95,7 @@ def delete_folder(address: str, *, first: str = "") -> None:
 
 
 def empty_folder(address: str, *, but: Container[str]) -> None:
-    """Delete all that is in a folder, except what has one of the names `but`; nothing happens where there is none."""
+    """Delete all that is in a folder, except what has one of the names `but`, if the folder exists."""
     for name in names(address):
         if name not in but:
             entry = join(address, name)

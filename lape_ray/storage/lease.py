@@ -1,9 +1,9 @@
 """The right to write into a folder, which one process has at a time: on a disk, on a shared disk or on S3.
 
 The folder's `lease.json` names its owner, whose heartbeat replaces the file every `BEAT_S` seconds. On S3 it is
-replaced by conditional puts, on a disk under a lock of the kernel. Who wants the folder watches the file:
+replaced by conditional puts, on a disk under a lock of the kernel. A process that wants the folder watches the file:
 
-    there is none, or its owner gave it back        take it
+    it is absent, or its owner gave it back         take it
     its owner is known to be dead                   take it (a process of this machine that is gone)
     it beats                                        refused
     it has not changed for `STALE_S` seconds        take it, by no clock but the watcher's own
@@ -41,7 +41,7 @@ STALE_S = 60.0
 ANCIENT_S = 900.0
 """A heartbeat that is as old by this machine's clock is stale without watching: no clocks differ that much."""
 SETTLE_S = 3.0
-"""Where the storage has neither conditions nor locks: after which the last writer has won."""
+"""The time after which the last writer has won, where the storage has neither conditions nor locks."""
 _OWN: set[str] = set()
 """Tokens of the leases that this process holds."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -143,7 +143,7 @@ class Lease:
         It is its own, where an answer was lost, or another process's. Without a file this process writes it again.
         """
         found = self._storage.read()
-        if found is None:  # the folder was deleted; what comes next to be committed makes it anew
+        if found is None:  # the folder was deleted; what comes next to be committed makes it again
             self._write(None)
         elif self._is_ours(found):
             self._tag = found.tag
@@ -151,7 +151,7 @@ class Lease:
             self._lost = f"{self._owner(found)}, which took it over; this process ends without writing more"
 
     def _write(self, tag: str | None, *, settle: bool = False) -> bool:
-        """Replace the file that `tag` names by this owner's; False where another one is there."""
+        """Replace the file that `tag` names by this owner's; False where another one has its place."""
         self._values |= {"beat": int(self._values["beat"]) + 1, "beat_at": time.time()}
         text = json.dumps(self._values, indent=1)
         new = self._storage.replace(text, tag)
@@ -321,7 +321,7 @@ class _Bucket:
         self._conditions: bool | None = None
 
     def is_exclusive(self) -> bool:
-        """Find out once whether the server knows conditional puts: it refuses to make what is there."""
+        """Find out once whether the server knows conditional puts: it refuses to make what exists."""
         if self._conditions is None:
             probe = join(self.address.rpartition("/")[0], f".{LEASE}.probe")
             objects.put(probe, b"probe", patience_s=HASTE_S)

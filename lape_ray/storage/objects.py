@@ -114,7 +114,7 @@ def modified(address: str) -> float:
 
 
 def put_if(address: str, content: bytes, *, tag: str | None, patience_s: float = PATIENCE_S) -> str | None:
-    """Make an object where there is none (`tag` None), or replace the one with this ETag; returns the new ETag.
+    """Make an object that does not exist (`tag` None), or replace the one with this ETag; returns the new ETag.
 
     None means that another writer was faster. Not every server knows the conditions (If-None-Match, If-Match): one
     that does not writes always.
@@ -152,7 +152,7 @@ def put(address: str, content: bytes, *, patience_s: float = PATIENCE_S, **optio
 
 
 def delete(address: str, *, patience_s: float = PATIENCE_S) -> None:
-    """Delete one object; nothing happens where there is none."""
+    """Delete one object; nothing happens where it does not exist."""
     bucket, key = bucket_and_key(address)
     attempt(
         lambda: client().delete_object(Bucket=bucket, Key=key), address, "deleting", patience_s=patience_s

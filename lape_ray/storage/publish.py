@@ -72,7 +72,7 @@ def publish(folder: Path, address: str, *, last: str = "") -> None:
     succeeded, and nothing is left to do.
 
     Raises:
-        FileExistsError: another whole folder is there.
+        FileExistsError: another whole folder has this address.
         OSError: it could not be stored.
     """
     if last and exists(mark := join(address, last)):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATIENCE_S = 120.0
-"""How long a server may be away before a transfer gives up."""
+"""The time that a server may be away before a transfer gives up."""
 HASTE_S = 5.0
 """The same for checks before a run, which should not keep a person waiting."""
 CONNECTIONS = 32

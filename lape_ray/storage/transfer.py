@@ -104,7 +104,7 @@ class _Journal:
         os.write(self._descriptor, json.dumps(self.head).encode() + b"\n")
 
     def add(self, part: int) -> None:
-        os.write(self._descriptor, b"%d\n" % part)  # one call, so that a line is there whole or not at all
+        os.write(self._descriptor, b"%d\n" % part)  # one call, so that a line is written whole or not at all
         self.done.add(part)
 
     def forget(self) -> None:

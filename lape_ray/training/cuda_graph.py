@@ -47,7 +47,7 @@ class CudaRecorder:
         results: list[Tensor] = []
         failures: list[Exception] = []
         try:
-            # Threads of loaders and checkpoints go on with copies of their own, which the capture must not forbid.
+            # Threads of loaders and checkpoints go on with their own copies, which the capture must not forbid.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 try:
                     results.append(work())
@@ -62,7 +62,7 @@ class CudaRecorder:
 
 
 class StepGraph:
-    """Runs a step's work as it is for some steps, then captures it, and from then on replays it.
+    """Run a step's work as it is for some steps, then capture it, and from then on replay it.
 
     Every call does the work once, on its own images and targets. The work may hold no other input that changes, except
     tensors that are changed in place; those that it changes (weights, moments) must stay where they are.

@@ -25,7 +25,7 @@ from lape_ray.training.step import augmented, optimizer_step
 
 NOTHING_DONE = checkpoint.Progress()
 Take = Callable[[Mapping[str, Any]], Callable[[Path], None]]
-"""Copies the state as it is now, with notes of whoever keeps it; what is returned writes the copy into a folder."""
+"""Copies the state as it is now, with its keeper's notes; what is returned writes the copy into a folder."""
 
 
 class EndedError(RuntimeError):
@@ -57,7 +57,7 @@ class Reporter(Protocol):
         """Begin to store a checkpoint that is due within an epoch. Nothing was evaluated, and nothing waits."""
 
     def stored(self) -> None:
-        """Wait until the last checkpoint is stored, and make it the one to go on from; nothing where there is none."""
+        """Wait until the last checkpoint is stored, and make it the one to go on from; do nothing without one."""
 
     def leaving(self) -> bool:
         """Tell whether a machine of this run is about to go, so that a checkpoint is due; asked on log steps of all."""

@@ -103,7 +103,7 @@ def _attention_branch(
 
 
 def _norm_with_position(norm: nn.LayerNorm, position: LayerPosition) -> Cheap:
-    """Give x -> LN(x) + w, with beta joined to w."""
+    """Compute x -> LN(x) + w, with beta joined to w."""
     if position.attention_1ND is None:
         return norm
     shift_1ND = position.attention_1ND + norm.bias

@@ -84,7 +84,7 @@ class TrainState:
     signals: Signals
     network: VisionTransformer
     model: nn.Module
-    """The network as the training step calls it: compiled, and data parallel where there are several workers."""
+    """The network as the training step calls it: compiled, and data parallel where the run has several workers."""
     ema: Ema | None
     optimizer: torch.optim.Optimizer
     train_loader: Batches
@@ -99,7 +99,7 @@ class TrainState:
     classes: tuple[str, ...] | None = None
     """Name of each label, where the loaders are those of the config's data."""
     notes: tuple[str, ...] = ()
-    """What a person should know of how this state was built."""
+    """Notes for people on how this state was built."""
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -53,7 +53,7 @@ class Boxes:
 
 
 class RandomErasing:
-    """Draws and fills the boxes.
+    """Draw and fill the boxes.
 
     Args:
         probability: that an image gets a box.
@@ -98,7 +98,7 @@ def erase(x_BCHW: Tensor, images: slice, boxes: Boxes, arrays: Mapping[str, Tens
     Args:
         x_BCHW: floating point, normalised, in channels_last memory.
         images: which of the batch, from start to stop.
-        boxes: on the host, so that the device need not be asked how many pixels there are.
+        boxes: on the host, so that the device need not be asked for the number of pixels.
         arrays: `boxes.arrays` on the device of x.
     """
     part = slice(*np.searchsorted(boxes.image_E, (images.start, images.stop)).tolist())

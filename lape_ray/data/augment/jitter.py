@@ -36,7 +36,7 @@ _PROPERTIES = (_brightness, _amount(Kind.CONTRAST), _amount(Kind.COLOR), _hue)
 
 
 class ColorJitter:
-    """Draws one layer for each jittered property.
+    """Draw one layer for each jittered property.
 
     Args:
         strength: one number s for brightness, contrast and saturation; or three; or four, with the hue's last.

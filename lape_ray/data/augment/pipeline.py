@@ -68,7 +68,7 @@ class _Policy(Protocol):
 
 
 class Augment:
-    """Augments and normalises batches; made by `build_augment`.
+    """Augment and normalise batches; made by `build_augment`.
 
     Calling it draws everything on the host, sends it to the images' device in one copy and queues the kernels; it
     never waits for the device. An image's result depends on its pixels, the seed, the epoch and its position
@@ -171,7 +171,7 @@ def build_augment(
         image_size: side of the square images, or (height, width), in pixels; at least 8.
         mean, std: of the three channels, for values in 0..1.
         seed: of the run, from 0 to 2^64 - 1.
-        fused: with kernels of our own, which want a GPU and Triton, in place of PyTorch's operators.
+        fused: with our kernels, which want a GPU and Triton, in place of PyTorch's operators.
 
     Raises:
         ValueError: for a spec, size, mean or std that cannot be used.

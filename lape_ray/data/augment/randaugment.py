@@ -202,7 +202,7 @@ _TABLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class RandAugment:
-    """Draws the layers of RandAugment for batches of images of one size."""
+    """Draw the layers of RandAugment for batches of images of one size."""
 
     def __init__(
         self,

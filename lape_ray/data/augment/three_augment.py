@@ -17,7 +17,7 @@ _SOLARIZE_THRESHOLD = 128
 
 
 class ThreeAugment:
-    """Draws the layer of 3-Augment."""
+    """Draw the layer of 3-Augment."""
 
     def __init__(self, *, seed: int) -> None:
         self.seed = seed

@@ -1,9 +1,9 @@
-"""Writes a source as a .beton or as a set of shards.
+"""Write a source as a .beton or as a set of shards.
 
 FFCV's own writer waits for ever when one of its processes dies, and stores whatever label it is given. This
 one writes the same format without ffcv: processes encode, the caller writes in order, so the same source and
-options give the same bytes whoever encodes and however often the writing was interrupted; every image is decoded
-and every label checked first; and the file appears under its name only when it is whole, with its manifest.
+options give the same bytes, whichever process encodes and however often the writing was interrupted; every image
+is decoded and every label checked first; and the file appears under its name only when it is whole, with its manifest.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def write_beton(
             that a crop is decoded without what lies around it; their metadata is left out. 0: none, and original
             JPEGs keep their bytes.
         shards: files of the set; more than one are named as train-00003-of-00016.beton for `path` train.beton.
-        workers: encoding processes; None: one for each CPU there is; 1: none, all is done here.
+        workers: encoding processes; None: one for each CPU; 1: none, all is done here.
         mapper: who encodes instead (a cluster: `lape_ray.cluster.connection.ray_mapper`); `workers` says nothing then.
         on_error: a sample that cannot be decoded or stored ends the writing with a ValueError that names it
             (`stop`), or is left out and listed in the manifest (`skip`).
-        fresh: leave unused what an interrupted call left, and write shards anew that are there already.
+        fresh: leave unused what an interrupted call left, and write shards again that exist already.
         progress: called with the samples done and their total.
 
     Raises:
@@ -216,7 +216,7 @@ def _write_file(
             file.append(part, start)
             progress(start + len(part))
         manifest = file.close(source, encoding, fingerprint)
-        # The file comes after its manifest: whoever is killed in between finds all parts written, and the old
+        # The file comes after its manifest: a writer that is killed in between finds all parts written, and the old
         # file, which its new neighbour does not describe, is refused by every reader until then.
         manifest.save(path)
         journal.finish()

@@ -119,7 +119,7 @@ class Decoder:
         """Decode, crop, resize with antialiasing and flip: fills `out_BHW3` and returns the statuses (B,) int32.
 
         Nothing that a file holds can do worse than a status: sizes, offsets and boxes are not trusted. But JPEGs
-        have no checksum of their own, and damage that still reads as valid code goes unseen without `checksums`.
+        have no checksum, and damage that still reads as valid code goes unseen without `checksums`.
         Python's lock is released; one batch is decoded at a time.
 
         Args:

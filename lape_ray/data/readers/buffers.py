@@ -1,4 +1,4 @@
-"""Memory for batches that is used again, which saves the kernel from clearing each page of each batch anew."""
+"""Memory for batches that is used again, which saves the kernel from clearing each page of each batch."""
 
 from __future__ import annotations
 

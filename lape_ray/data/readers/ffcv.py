@@ -88,7 +88,7 @@ def center_crop(side: int, share: float) -> SeededCrop:
 
 
 class PageCache(OSCacheManager):
-    """Maps the file; all processes of a machine share the pages.
+    """A map of the file; all processes of a machine share the pages.
 
     The base class builds dicts of sets from samples to pages for FFCV's own cache: 0.7 GB and seconds for
     ImageNet. Its `state_type` changes numba's type object of uint8 arrays in place, and with it the type's
@@ -118,7 +118,7 @@ class BatchIterator(EpochIterator):
     """Batches of one pass: (B, S, S, 3) uint8 arrays that are overwritten once later batches are asked for.
 
     FFCV's thread dies of an error without a word while the caller waits for ever, and outlives a caller that
-    stops early, with its buffers. Whoever makes one must `close` it.
+    stops early, with its buffers. The maker of one must `close` it.
     """
 
     def run(self) -> None:
@@ -185,7 +185,7 @@ class BatchLoader(Loader):
 
     @property
     def image_size(self) -> int:
-        """Side of the delivered square in pixels; the next pass asks for it, without compiling anew."""
+        """Side of the delivered square in pixels; the next pass asks for it, without compiling again."""
         return self._decoder.side
 
     @image_size.setter
@@ -197,7 +197,7 @@ class BatchLoader(Loader):
 
         The keys hold the seeds of the draws, so that positions and epoch add nothing here.
         """
-        return BatchIterator(self, np.ascontiguousarray(keys_N))  # numba compiles anew for a strided array
+        return BatchIterator(self, np.ascontiguousarray(keys_N))  # numba compiles again for a strided array
 
 
 loader_module.OSCacheManager = PageCache  # Loader makes it by this name

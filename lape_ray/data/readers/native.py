@@ -27,7 +27,7 @@ BATCHES_AHEAD = 2
 
 
 class NativeReader:
-    """Images of one .beton or set; a pass decodes ahead in a thread of its own, which ends with the pass.
+    """Images of one .beton or set; a pass decodes ahead in a separate thread, which ends with the pass.
 
     The files are read by position, not mapped: they stay open, so that another file of that name does not matter,
     and one that is cut short or changed in place is an error that names it.

@@ -42,7 +42,7 @@ class Draw(NamedTuple):
 
 
 class TorchvisionReader:
-    """The images of a source; a pass decodes ahead in threads of its own, which end with the pass.
+    """The images of a source; a pass decodes ahead in separate threads, which end with the pass.
 
     Images are read in the order of the epoch: a source that decodes its neighbours with an image (parquet) is slow
     here unless its row groups are small.
@@ -173,7 +173,7 @@ def _draw_seed(seed: int, epoch: int, position: int) -> int:
 
 
 class _RandomFrom(TorchFunctionMode):
-    """Within it, on this thread alone, torch draws from `generator` where the code names none.
+    """A context in which torch, on this thread alone, draws from `generator` where the code names none.
 
     torchvision's get_params takes no generator. Seeding the global one instead would change what the rest of the
     process draws, and what other threads draw here.

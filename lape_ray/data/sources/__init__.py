@@ -12,7 +12,7 @@ A source knows every label at once but opens an image only when asked. It pickle
     odd          `oddity`: what is unusual about an image that is read all the same
     subset       `select`: parts that are the same each time
     names        `named`: readable names of the classes
-    beton        a .beton as a source, to write it anew
+    beton        a .beton as a source, to write it again
 """
 
 from __future__ import annotations

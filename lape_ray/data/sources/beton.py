@@ -1,4 +1,4 @@
-"""A .beton as a source: to write it anew, or to read it as any other source is read."""
+"""A .beton as a source: to write it again, or to read it as any other source is read."""
 
 from __future__ import annotations
 

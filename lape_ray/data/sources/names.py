@@ -18,7 +18,7 @@ def named(source: Source, file: str) -> Source:
             classes have gets the source's behind it.
 
     Raises:
-        ValueError: a class has no name or two, or there are not as many names as classes; says which.
+        ValueError: a class has no name or two, or the names are more or fewer than the classes; says which.
         OSError: the file cannot be read.
     """
     try:
