@@ -127,7 +127,7 @@ def lengths(file: Path, records_N: np.ndarray, allocations_N: np.ndarray) -> np.
 
 
 def tables_sha256(records_N: np.ndarray, allocations_N: np.ndarray) -> str:
-    """Hash labels, sizes and places; with it and the images' checksums nothing in a file goes unchecked."""
+    """Hash labels, sizes and places; with this and the images' checksums nothing in a file goes unchecked."""
     digest = hashlib.sha256(records_N.tobytes())
     digest.update(allocations_N.tobytes())
     return digest.hexdigest()
