@@ -112,7 +112,7 @@ def best(entries: Sequence[Listed]) -> Listed | None:
 
 
 def recover(folder: str, tell: Callable[[str], None], *, before: float | None = None) -> tuple[Listed, ...]:
-    """Hold the list against the folders, mend it, and return it; `tell` hears in one line of what was found.
+    """Compare the list with the folders, mend it, and return it; `tell` hears in one line of what was found.
 
     Whole folders that are newer than what is listed are added, entries without a whole folder are left out. Where the
     list cannot be read, its copy serves, or else all whole folders are listed; and no whole folder is deleted.

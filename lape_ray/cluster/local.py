@@ -1,4 +1,4 @@
-"""A Ray cluster of this machine's own: on free ports, beside any other, and gone when its block ends.
+"""A Ray cluster of this machine alone: on free ports, beside any other, and gone when its block ends.
 
 It is the `ray` command run as a child process. `ray stop` would stop every Ray on the host, so what was
 started is stopped by its process ids.

@@ -1,4 +1,4 @@
-"""Share between a run's driver and its workers, while it goes on: the wish to end it, and how often it failed."""
+"""The state that a run's driver and its workers share: the wish to end the run, and how often it failed."""
 
 from __future__ import annotations
 

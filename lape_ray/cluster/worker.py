@@ -83,7 +83,7 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stage(config: TrainConfig, device: torch.device) -> None:
-    """Have data that lies on S3 on this worker's node.
+    """Fetch data that lies on S3 to this worker's node.
 
     Nodes are ready at different times, and some perhaps after hours. All ask each other now and then whether they are,
     so that no time limit of a collective runs out, and all end when one of them fails.

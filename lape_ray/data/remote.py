@@ -69,7 +69,7 @@ def local_split(path: str) -> str:
 
 
 def stage_data(data: DataConfig) -> None:
-    """Have the copies of both splits on this machine, before anyone waits for batches."""
+    """Fetch the copies of both splits to this machine, before anyone waits for batches."""
     for path in (data.train, data.val):
         local_split(path)
 

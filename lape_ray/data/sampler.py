@@ -14,10 +14,9 @@ ORDER_STREAM = 1  # first word of the seed, which keeps these draws apart from m
 def train_keys(num_samples: int, *, step_samples: int, seed: int, epoch: int, repeats: int = 1) -> np.ndarray:
     """Draw the keys (N,) of a training epoch over all ranks, in a random order.
 
-    N is the largest multiple of `step_samples`.
-
-    With `repeats` above 1 each sample stands that often in a row and the epoch keeps its length, so that neighbours,
-    which go to different ranks, are differently augmented copies (repeated augmentation, arXiv 1901.09335).
+    N is the largest multiple of `step_samples`. With `repeats` above 1 each sample stands that often in a row and the
+    epoch keeps its length, so that neighbours, which go to different ranks, are differently augmented copies (repeated
+    augmentation, arXiv 1901.09335).
 
     A key is a sample's index in its low 32 bits and the seed of its augmentation above (int64). The samples
     that are left over differ from epoch to epoch.

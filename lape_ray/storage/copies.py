@@ -59,10 +59,10 @@ def local(address: str | Path) -> Path:
 
 @contextlib.contextmanager
 def opened(address: str) -> Iterator[Path]:
-    """Have the folder that an address means on this machine; a copy goes with the last process that has it open.
+    """Open the folder that an address means, on this machine; a copy goes with the last process that has it open.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: nothing exists at the address.
         ValueError, OSError: see `local`.
     """
     if not is_remote(address):

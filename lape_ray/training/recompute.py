@@ -40,7 +40,7 @@ def optimise_blocks(network: VisionTransformer) -> VisionTransformer:
 
 
 class RecomputingBlock(Block):
-    """`Block` for less.
+    """A `Block` that takes less memory and fewer operations.
 
     Args:
         block: whose parts this takes over.
@@ -60,7 +60,7 @@ class RecomputingBlock(Block):
 
 
 class RecomputingResidualNormBlock(ResidualNormBlock):
-    """`ResidualNormBlock` for less; arguments as of `RecomputingBlock`."""
+    """A `ResidualNormBlock` that takes less memory and fewer operations; arguments as of `RecomputingBlock`."""
 
     def __init__(self, block: Block, num_queries: int | None) -> None:
         nn.Module.__init__(self)
@@ -132,7 +132,7 @@ def _products_are_kept() -> Any:
 
 
 def _recomputed_by_hooks(product: Callable[[Tensor], Tensor], cheap: Cheap, x: Tensor) -> Tensor:
-    """Do so in eager mode, where a second pass of torch.utils.checkpoint costs 3 % of a step of DeiT-Ti on a CPU."""
+    """Recompute in eager mode, where a second pass of torch.utils.checkpoint costs 3 % of a DeiT-Ti step on a CPU."""
     device = x.device.type
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     given = cheap(x)

@@ -108,7 +108,8 @@ def read_tables(file: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def lengths(file: Path, records_N: np.ndarray, allocations_N: np.ndarray) -> np.ndarray:
     """Look up the bytes (N,) of each image. The allocation table may be in any order.
 
-    A ValueError says that an image lies outside it or the file.
+    Raises:
+        ValueError: an image lies outside the table or the file, or has no pixels.
     """
     pointers_N = records_N["image"]["data_ptr"]
     order = np.argsort(allocations_N["ptr"])

@@ -34,7 +34,7 @@ SEED_BIT = 32  # a key is the sample's index in the low bits and the seed of its
 
 
 class SeededCrop(SimpleRGBImageDecoder):
-    """Decodes, crops, resizes (area) and flips: uint8 (B, S, S, 3) for B keys.
+    """Decode, crop, resize (area) and flip: uint8 (B, S, S, 3) for B keys.
 
     FFCV's decoders draw from a generator of each thread, so that pixels change from run to run. Here each
     sample seeds it first. Random crops and flips are distributed as FFCV's (and torchvision's) are.
