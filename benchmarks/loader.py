@@ -1,4 +1,4 @@
-"""Time the input pipeline beside its peers: whole loaders, augmentation on the device, training fed by the loader.
+"""Time the input pipeline beside its peers: whole loaders, augmentation on the device, training fed by them.
 
     python benchmarks/loader.py --images imagenet/train --json loader.json
     python benchmarks/loader.py --device cuda --parts augmentation,training

@@ -281,7 +281,7 @@ class WrongMathsError(ValueError):
 
 
 def check_parity(run: Run, device: torch.device) -> Row:
-    """Compare logits and every gradient with those of our network in float64, whose attention is PyTorch's plain path.
+    """Compare logits and every gradient with our network's in float64, whose attention is PyTorch's plain path.
 
     Stochastic depth is off: its draws differ between eager and compiled code.
 
@@ -496,9 +496,12 @@ COLUMNS = (Column("candidate", "name"), Column("images/s", "images_per_second", 
 
 
 def measure(runs: dict[str, Run], rounds: int, peak: float) -> list[Row]:
-    """Time runs of one model against each other; rows as `interleaved` returns them, with ratios and shares of `peak`.
+    """Time runs of one model against each other.
 
     On a CPU with one thread a ratio is of CPU time: that is not disturbed by what else the machine does.
+
+    Returns:
+        Rows as `interleaved` returns them, with ratios and shares of `peak`.
     """
     rows = common.interleaved({name: (prepare, run) for name, run in runs.items()}, rounds, common.note)
     first = next(iter(runs.values()))

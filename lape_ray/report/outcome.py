@@ -1,4 +1,4 @@
-"""The outcome of a finished run, in numbers: predictions on the validation set, worst classes, hours. No figures.
+"""The outcome of a finished run in numbers: predictions on the validation set, worst classes, hours. No figures.
 
 Shapes: N validation images in the file's order, B images of a batch, K classes.
 """

@@ -1,4 +1,6 @@
-"""The position embedding of a network as attention sees it, layer by layer. Pure functions of weights and images.
+"""The position embedding of a network as attention sees it, layer by layer.
+
+The functions are pure: of weights and images.
 
 The chain of embeddings is the network's own (`VisionTransformer.layer_positions`); nothing is computed a second way.
 

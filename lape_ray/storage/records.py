@@ -1,4 +1,4 @@
-"""Small records: JSON files that are whole whatever ends their writer, and readers that say which file is damaged."""
+"""Small records: JSON files that are whole, whatever ends their writer, and readers that name a damaged one."""
 
 from __future__ import annotations
 

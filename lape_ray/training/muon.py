@@ -1,4 +1,4 @@
-"""Muon: momentum whose singular values are made alike, for the matrices of the blocks; AdamW for everything else.
+"""Muon: momentum whose singular values are made alike, for the blocks' matrices; AdamW for everything else.
 
 K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), with the scale of "Muon is Scalable
 for LLM Training" (arXiv 2502.16982, section 2.2): an update has the root mean square of AdamW's, so that learning

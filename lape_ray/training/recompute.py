@@ -1,4 +1,4 @@
-"""Blocks that compute what `Block` computes with less memory and fewer operations, put into a network from outside.
+"""Blocks that compute what `Block` does with less memory and fewer operations, put into a network from outside.
 
 - Outputs of norms and of GELU are not kept for the backward pass but computed again: they cost no matrix product.
 - LN(x) + w = gamma * x_hat + (beta + w): beta joins w, which has no batch dimension, so that the sum of beta's gradient

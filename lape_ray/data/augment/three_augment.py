@@ -1,4 +1,4 @@
-"""3-Augment of DeiT III (Touvron et al., arXiv 2204.07118): grey, solarized or blurred, one of them for each image.
+"""3-Augment of DeiT III (Touvron et al., arXiv 2204.07118): each image is made grey, solarized or blurred.
 
 Shapes: B images.
 """

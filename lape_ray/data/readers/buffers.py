@@ -21,7 +21,7 @@ class _Lease:
 
 
 class Buffers:
-    """Arrays of bytes whose memory comes back when nothing refers to them any more: not the array, no view or tensor.
+    """Arrays of bytes whose memory comes back when nothing refers to them any more: no array, view or tensor.
 
     Fresh memory of a batch costs a page fault for every 4 kB, which for a crop of 224 pixels is a fifth of the time it
     takes to decode.

@@ -30,7 +30,7 @@ _CROPPED_PIXELS = 2**20
 
 
 class ResidentReader:
-    """Images of one .beton or set, decoded into the memory of `device`: all of one square size, or for validation any.
+    """Images of one .beton or set, decoded into the memory of `device`: all of one square size, for validation any.
 
     The pixels are those of the native backend.
 

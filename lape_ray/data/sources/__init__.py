@@ -5,7 +5,7 @@ A source knows every label at once but opens an image only when asked. It pickle
 
     base         `Source`, and how an image file becomes RGB
     folder       class folders, as torchvision's ImageFolder
-    shards       what parquet and tar have in common
+    shards       the common part of parquet and tar
     parquet      rows of parquet files, as dataset hubs have them
     tar          WebDataset shards
     handwritten  the digits

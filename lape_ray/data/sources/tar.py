@@ -52,7 +52,7 @@ class TarShards(Shards):
 
 
 def tar_shards(where: str, split: str | None = None, *, workers: int | None = None) -> TarShards:
-    """Open the samples of the shards that `where` and `split` name (`find_shards`), in the order of their beginnings.
+    """Open the samples of the shards of `where` and `split` (`find_shards`), in the order in which they begin.
 
     As in WebDataset, a sample is the members of one folder and name up to its first dot, wherever in the shard they
     are. It has one image (`.jpg`, ... as in `EXTENSIONS`) and a label: whole-number text in `.cls`, or else the
