@@ -62,6 +62,6 @@ def _stratified_order(labels_N: np.ndarray) -> np.ndarray:
     shuffled_N = rng.permutation(len(labels_N))
     mixed_N = labels_N[shuffled_N]
     counts = np.bincount(labels_N)
-    # A class of c samples is spread evenly over [0, 1) at steps of 1/c, from a random start.
+    # A class of c samples is spread evenly over [0, 1) at steps of 1/c, from its class's random start.
     spread_N = (_rank_in_class(mixed_N) + rng.random(len(counts))[mixed_N]) / counts[mixed_N]
     return shuffled_N[np.argsort(spread_N, kind="stable")]
