@@ -1,4 +1,4 @@
-"""Share what the benchmarks need: candidates in processes of their own, rounds there and back, a record, a table.
+"""Share what the benchmarks need: candidates in separate processes, rounds there and back, a record, a table.
 
 In one process candidates would get in each other's way: FFCV sets the threads of numba and torch for all, DataLoader
 forks, and neither memory nor CPU time could be told apart. Rounds are interleaved, so that what drifts (clocks, heat,
@@ -43,12 +43,12 @@ Row = dict[str, Any]
 
 
 class CannotRunError(RuntimeError):
-    """What is to be timed is installed but cannot do its job on this machine; says why."""
+    """The candidate is installed but cannot do its job on this machine; says why."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one process times.
+    """The work that one process times.
 
     Attributes:
         work: runs the round of that number and returns its images; waits for the device
@@ -74,7 +74,7 @@ def interleaved(
     rounds: int,
     note: Callable[[str], None],
 ) -> list[Row]:
-    """Run interleaved rounds of candidates, each in a process of its own.
+    """Run interleaved rounds of candidates, each in a separate process.
 
     Nothing is timed before every candidate is made and has run once: one that refuses (a wrong result, say) stops all.
 
@@ -251,7 +251,7 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        """Write the file, if there is one; a value that JSON has no word for (NaN) is a ValueError."""
+        """Write the file, if one was asked for; a value that JSON has no word for (NaN) is a ValueError."""
         self.content["ended"] = _now()
         self.content["load_average"]["end"] = list(os.getloadavg())
         text = json.dumps(self.content, indent=1, allow_nan=False) + "\n"

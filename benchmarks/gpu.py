@@ -1,9 +1,9 @@
-"""Measure on a GPU in one go, within nine minutes: what is compared first, then the figures, the most valuable first.
+"""Measure on a GPU in one go, within nine minutes: comparisons first, then figures, the most valuable first.
 
     PYTHONPATH=. python benchmarks/gpu.py --json results/gpu.json
 
 It needs torch, torchvision, timm, Triton and the compiled decoder; no Ray, FFCV or MLflow. Each part is a command in a
-process of its own. The record is written after each part, and the part's tables are printed then: what is cut off or
+separate process. The record is written after each part, and the part's tables are printed then: what is cut off or
 fails costs nothing that was measured before.
 """
 
@@ -27,7 +27,7 @@ GRACE_S = 10  # for a part to end its processes when its time is over
 class Part(NamedTuple):
     """A command of this folder, and about how many seconds it takes; after twice as many it is cut off.
 
-    Where there is another time than `MINUTES` for all parts, that is more or less in proportion.
+    Where all parts have another time than `MINUTES`, that is more or less in proportion.
     """
 
     command: str

@@ -1,4 +1,4 @@
-"""Time the input pipeline beside its peers: whole loaders, augmentation on the device, training fed by the loader.
+"""Time the input pipeline beside its peers: whole loaders, augmentation on the device, training fed by them.
 
     python benchmarks/loader.py --images imagenet/train --json loader.json
     python benchmarks/loader.py --device cuda --parts augmentation,training
@@ -51,7 +51,7 @@ SEED = 5
 
 
 def read_images(where: str | None, *, count: int, split: str | None = None) -> tuple[list[bytes], str]:
-    """Read `count` JPEGs of three channels, evenly spread over a source, or draw them where there is none.
+    """Read `count` JPEGs of three channels, evenly spread over a source, or draw them without a source.
 
     Returns:
         The files, and where they come from, for the record; other images become JPEGs of quality 95.
@@ -148,7 +148,7 @@ MEAN_LIMIT, MAX_LIMIT = 0.05, 4  # of 255 levels: libjpeg-turbo and Pillow's cop
 
 
 class WrongPixelsError(ValueError):
-    """What we deliver is not what Pillow delivers: times would mean nothing."""
+    """Our pixels are not those that Pillow delivers: times would mean nothing."""
 
 
 def check_pixels(stored: Stored, side: int, batch_size: int, where: str) -> Row:
@@ -195,7 +195,7 @@ Epoch = Callable[[int], Generator[int, None, None]]
 
 @dataclass(frozen=True)
 class Job:
-    """What a candidate has to do: deliver `stored` as squares of `side` pixels to `device`, or train on that.
+    """The work of a candidate: deliver `stored` as squares of `side` pixels to `device`, or train on that.
 
     Attributes:
         model, steps: that are trained, and so many steps in a round
@@ -313,7 +313,7 @@ REFERENCES = {**dict.fromkeys(CANDIDATES, "ours"), "raw, ffcv": "raw, ours"}
 
 
 def prepare(job: Job) -> Candidate:
-    """Make a loader in a process of its own; its facts say how soon its first batch was there."""
+    """Make a loader in a separate process; its facts say how soon its first batch came."""
     started = time.perf_counter()
     epoch = CANDIDATES[job.candidate](job)
     with contextlib.closing(epoch(0)) as batches:
@@ -336,7 +336,7 @@ CALLS = 20  # of a round
 
 
 def prepare_augmentation(job: Job) -> Candidate:
-    """Make the augmentation of DeiT's recipe with kernels of our own (`fused`) or with PyTorch's operators.
+    """Make the augmentation of DeiT's recipe with our kernels (`fused`) or with PyTorch's operators.
 
     `device_us` of its facts is the time of an image in kernels on a GPU, where what it takes to launch them is hidden.
 

@@ -3,7 +3,7 @@
     python benchmarks/seeds.py cifar10 --device cuda --at-once 2 --json seeds.json
     python benchmarks/seeds.py cifar10 --device cuda --recipes vit_lite_fast --holdout 5000 --json fast.json
 
-Each training is a process of its own, and is written down when it ends: a record that was cut off is completed by the
+Each training is a separate process, and is written down when it ends: a record that was cut off is completed by the
 same command. With --holdout, for any choice, training images are evaluated that are not trained on; the test set is
 for the end. On a cluster the same comparison is a search: `tune_position.py paper_table2`.
 """

@@ -144,7 +144,7 @@ def torchvision_name(name: str) -> str:
 
 
 class Synthetic:
-    """Stands in for a loader: random uint8 images, channels last in memory as a loader gives them, and labels."""
+    """A stand-in for a loader: random uint8 images, channels last in memory as a loader gives them, and labels."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         draws, spec, size = torch.Generator().manual_seed(0), resolve(config.model), config.micro_batch_size
@@ -181,7 +181,7 @@ def synthetic_state(config: TrainConfig, device: torch.device) -> TrainState:
 
 
 class Stepper:
-    """Runs optimizer steps of a state, one after the other."""
+    """Run optimizer steps of a state, one after the other."""
 
     def __init__(self, state: TrainState) -> None:
         self.state = state
@@ -209,7 +209,7 @@ class Stepper:
 
 @dataclass(frozen=True)
 class Run:
-    """What one process times: a network of `CANDIDATES` in one of `MODES`, in rounds of `steps` steps."""
+    """The run that one process times: a network of `CANDIDATES` in one of `MODES`, in rounds of `steps` steps."""
 
     model: str
     batch_size: int
@@ -281,7 +281,7 @@ class WrongMathsError(ValueError):
 
 
 def check_parity(run: Run, device: torch.device) -> Row:
-    """Compare logits and every gradient with those of our network in float64, whose attention is PyTorch's plain path.
+    """Compare logits and every gradient with our network's in float64, whose attention is PyTorch's plain path.
 
     Stochastic depth is off: its draws differ between eager and compiled code.
 
@@ -366,7 +366,7 @@ def check_replays(config: TrainConfig, device: torch.device) -> float:
 
 
 def prepare(run: Run) -> Candidate:
-    """Check a run, then build and warm up what is timed; called in a process of its own.
+    """Check a run, then build and warm up what is timed; called in a separate process.
 
     Raises:
         WrongMathsError: it computes something else.
@@ -496,9 +496,12 @@ COLUMNS = (Column("candidate", "name"), Column("images/s", "images_per_second", 
 
 
 def measure(runs: dict[str, Run], rounds: int, peak: float) -> list[Row]:
-    """Time runs of one model against each other; rows as `interleaved` returns them, with ratios and shares of `peak`.
+    """Time runs of one model against each other.
 
-    On a CPU a ratio is of CPU time where there is one thread: that is not disturbed by what else the machine does.
+    On a CPU with one thread a ratio is of CPU time: that is not disturbed by what else the machine does.
+
+    Returns:
+        Rows as `interleaved` returns them, with ratios and shares of `peak`.
     """
     rows = common.interleaved({name: (prepare, run) for name, run in runs.items()}, rounds, common.note)
     first = next(iter(runs.values()))

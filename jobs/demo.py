@@ -1,4 +1,4 @@
-"""The whole service on this machine: digits -> .beton -> a private Ray -> a submitted job -> MLflow.
+"""Run the whole service on this machine: digits -> .beton -> a private Ray -> a submitted job -> MLflow.
 
 `make demo` trains one network, `make demo-tune` (--tune) compares position embeddings and joins. Everything it keeps
 lies in --home; the Ray it starts is gone when it ends. That Ray and the job have this process's environment, secrets
@@ -54,7 +54,7 @@ def main() -> int:
                 split,
             ]
             subprocess.run(write, check=True)
-    # A name of its own for every training, so that each can be compared with the others in MLflow.
+    # A separate name for every training, so that each can be compared with the others in MLflow.
     job = ["python", "jobs/imagenet_deit.py", "demo", f"--run.num_workers={options.workers}"]
     if options.tune:
         job = ["python", "jobs/tune_position.py", "positions", "demo", *SEARCH]

@@ -1,4 +1,4 @@
-"""Exact top-1 and top-5 of a checkpoint: evaluate.py CHECKPOINT --data.val FILE.beton [--section.field VALUE ...].
+"""Evaluate a checkpoint's exact top-1 and top-5: evaluate.py CHECKPOINT --data.val FILE.beton [options].
 
 CHECKPOINT is a checkpoint folder of ours, which knows its network, or a .pth or .safetensors file of the
 official LaPE code, DeiT or timm, whose network is told by --recipe or by --model.* options; or the

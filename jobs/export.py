@@ -1,4 +1,4 @@
-"""A checkpoint in other tools' formats: export.py CHECKPOINT|RUN [--timm FOLDER] [--onnx FILE] [--mlflow].
+"""Export a checkpoint to other formats: export.py CHECKPOINT|RUN [--timm FOLDER] [--onnx FILE] [--mlflow].
 
 CHECKPOINT is PATH[@RECIPE]: a checkpoint folder of ours, which knows its network, or a .pth or .safetensors file of
 the official LaPE code, DeiT or timm, whose network is told by @RECIPE and --model.* options. It, FOLDER and FILE may be

@@ -1,4 +1,4 @@
-"""What each layer's position embedding looks like to attention: position_report.py CHECKPOINT|RUN ... --out FOLDER.
+"""Show position as each layer's attention sees it: position_report.py CHECKPOINT|RUN ... --out FOLDER.
 
 Each CHECKPOINT is [LABEL=]PATH[@RECIPE[,FIELD=VALUE...]]: a checkpoint folder of ours, which knows its network, or a
 .pth or .safetensors file of the official LaPE code, DeiT or timm, whose network is told by @RECIPE, by fields of the

@@ -1,4 +1,4 @@
-"""Which position embedding, join and hyper-parameters are best here: tune_position.py SPACE RECIPE [options].
+"""Find the best position embedding, join and hyper-parameters: tune_position.py SPACE RECIPE [options].
 
 Any --section.field option fixes that field, also one that the space goes over. The same command continues a search
 that was interrupted, and shows the results of one that is finished.

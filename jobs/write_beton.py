@@ -90,7 +90,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time that is left; a line now and then where the output is no terminal."""
+    """Show a bar with the time that is left; a line now and then where the output is no terminal."""
     from tqdm import tqdm
 
     bars: list[tqdm] = []

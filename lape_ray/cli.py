@@ -27,7 +27,7 @@ def _value_type(kind: Any) -> Callable[[str], Any]:
 
 
 def at_least_one(text: str) -> int:
-    """The whole number that `text` is, of one or more; for an option's `type`."""
+    """Parse `text` as a whole number of one or more; for an option's `type`."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
@@ -70,7 +70,7 @@ class ConfigParser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None, *, description: str) -> TrainConfig:
-    """The config that a command line asks for: `RECIPE [--section.field VALUE ...]`.
+    """Parse a command line to the config that it asks for: `RECIPE [--section.field VALUE ...]`.
 
     `--dump` prints it and exits. Bad input ends the process with one line and exit code 2.
     """

@@ -1,4 +1,4 @@
-"""What a run is: frozen, typed, checked when it is made. Standard library only, so that `--help` is instant.
+"""The config of a run: frozen, typed, checked when it is made. Standard library only: `--help` is instant.
 
 Four parts, one owner each: `ModelConfig` (lape_ray.model), `DataConfig` (lape_ray.data), `OptimConfig`
 (lape_ray.training) and `RunConfig` (lape_ray.cluster). Defaults are the simplest thing that works;
@@ -49,7 +49,7 @@ class Span(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Span:
-        """`2:8` as a span; a ValueError where it is none."""
+        """Parse `2:8` as a span; a ValueError where it is none."""
         low, colon, high = text.partition(":")
         if not (colon and low.isdecimal() and high.isdecimal()):
             raise ValueError(f"{text!r} must be LOW:HIGH")
@@ -60,7 +60,7 @@ class Span(NamedTuple):
 
 
 def option(default: Any, help: str) -> Any:
-    """A field with its default and the one line that `--help` prints for it."""
+    """Make a field with its default and the one line that `--help` prints for it."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -81,7 +81,7 @@ def _require(ok: bool, message: str) -> None:
 
 
 def _check_choices(config: Any) -> None:
-    """Refuse a value outside its Literal, and say which values there are."""
+    """Refuse a value outside its Literal, and list the values that it has."""
     for name, kind in typing.get_type_hints(type(config)).items():
         if typing.get_origin(kind) is Literal:
             value, known = getattr(config, name), typing.get_args(kind)
@@ -106,7 +106,7 @@ def _check_range(config: Any, low: float, high: float, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which network, and how position enters it. `None` means the variant's own value."""
+    """The network, and how position enters it. `None` means the variant's own value."""
 
     variant: Variant = option("deit_tiny", "network family and size")
     num_classes: int | None = option(None, "outputs of the classifier")
@@ -137,7 +137,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, and what is done to them before the model reads them."""
+    """The images, and what is done to them before the model reads them."""
 
     train: str = option("", "path or s3:// address of the training .beton")
     val: str = option("", "path or s3:// address of the validation .beton")
@@ -245,7 +245,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where and how the run is executed; nothing here changes what is learned but `seed` and `precision`."""
+    """The place and manner of execution; nothing here changes what is learned but `seed` and `precision`."""
 
     name: str | None = option(None, "name of the run; the same name resumes it; none: recipe and time")
     storage: str | None = option(None, "folder or s3:// address for checkpoints; none: $LAPE_RAY_HOME/runs")
@@ -375,7 +375,7 @@ SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": 
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
-    """`section.field` -> value, in the order of the fields: for the tracker, for diffs and for the dump."""
+    """Flatten to `section.field` -> value, in the order of the fields: for the tracker, for diffs and for the dump."""
     flat: dict[str, Any] = {"recipe": config.recipe}
     for section in SECTIONS:
         for field in dataclasses.fields(getattr(config, section)):
@@ -384,7 +384,7 @@ def flatten(config: TrainConfig) -> dict[str, Any]:
 
 
 def replace_fields(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """A copy with `section.field` (or `recipe`) set to new values, checked as a whole."""
+    """Return a copy with `section.field` (or `recipe`) set to new values, checked as a whole."""
     sections: dict[str, dict[str, Any]] = {}
     top: dict[str, Any] = {}
     for name, value in values.items():
@@ -398,12 +398,12 @@ def replace_fields(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfi
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
+    """Convert a config to plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls: type[C], values: Any, place: str = "") -> C:
-    """The inverse of `to_dict`; fields that are absent have their defaults.
+    """Make a config from what `to_dict` returned; fields that are absent have their defaults.
 
     Raises:
         ValueError: a field is unknown, of another type or out of its range; names it, below `place`.
@@ -420,7 +420,7 @@ def _without_passwords(value: Any) -> Any:
 
 
 def dump(config: TrainConfig) -> str:
-    """The config as text, one `section.field = value` a line; stable, so that two can be compared with diff."""
+    """Write the config as text, one `section.field = value` a line; stable, so that diff can compare two."""
     return "".join(f"{name} = {value!r}\n" for name, value in flatten(config).items())
 
 
@@ -440,18 +440,18 @@ _PLACE = frozenset(
 
 
 def what_is_learned(config: TrainConfig) -> dict[str, Any]:
-    """The part of a config that a resumed run must share with the run it continues."""
+    """Return the part of a config that a resumed run must share with the run it continues."""
     return {name: value for name, value in flatten(config).items() if name not in _PLACE}
 
 
 def config_hash(config: TrainConfig) -> str:
-    """Twelve hexadecimal digits that are equal for two configs that learn the same thing."""
+    """Compute twelve hexadecimal digits that are equal for two configs that learn the same thing."""
     text = json.dumps(what_is_learned(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def parse_value(kind: Any, text: str) -> Any:
-    """`text` as a value of the annotated type `kind`; a ValueError says what was expected."""
+    """Parse `text` as a value of the annotated type `kind`; a ValueError says what was expected."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         if type(None) in args and text.lower() in ("none", "null"):
@@ -476,7 +476,7 @@ def parse_value(kind: Any, text: str) -> Any:
 
 
 def type_name(kind: Any) -> str:
-    """The annotated type in the words of `--help`."""
+    """Name the annotated type in the words of `--help`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Span:
         return "LOW:HIGH"

@@ -25,7 +25,7 @@ CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 
 def _deit(variant: Variant, join: Join) -> TrainConfig:
-    """DeiT's recipe (arXiv 2012.12877, table 9) as the LaPE paper uses it, with a schedule by step.
+    """Make DeiT's recipe (arXiv 2012.12877, table 9) as the LaPE paper uses it, with a schedule by step.
 
     1024 images a step on 4 to 16 workers, AdamW 1e-3, cosine to 1e-5 over 300 epochs after 5 of warm-up,
     weight decay 0.05, stochastic depth 0.1, RandAugment, random erasing 0.25, three copies of an image (repeated
@@ -109,7 +109,7 @@ def deit_base_distilled_lape() -> TrainConfig:
 
 
 def _cifar10(variant: Variant, join: Join) -> TrainConfig:
-    """Compact Transformers' CIFAR-10 recipe of 300 epochs (cct_7-3x1_cifar10_300epochs.yml).
+    """Make Compact Transformers' CIFAR-10 recipe of 300 epochs (cct_7-3x1_cifar10_300epochs.yml).
 
     Batch 128 on one worker, AdamW 5.5e-4 with position decayed too, weight decay 0.06, 10 epochs of warm-up and 10
     of cool-down, crops of at least 0.8, RandAugment, mixup and cutmix until epoch 175, label smoothing 0.1.
@@ -142,7 +142,10 @@ def _cifar10(variant: Variant, join: Join) -> TrainConfig:
 
 
 def _cifar100(variant: Variant, join: Join) -> TrainConfig:
-    """Compact Transformers' CIFAR-100 recipe of 300 epochs: CIFAR-10's, lr 6e-4, erasing 0.25, mixing to the end."""
+    """Make Compact Transformers' CIFAR-100 recipe of 300 epochs.
+
+    It is CIFAR-10's, with lr 6e-4, erasing 0.25 and mixing to the end.
+    """
     base = _cifar10(variant, join)
     return replace_fields(
         base,
@@ -189,7 +192,7 @@ def cct_7_3x1_lape() -> TrainConfig:
 
 
 def vit_lite_fast() -> TrainConfig:
-    """ViT-Lite-7/4 with LaPE on CIFAR-10 in a third of the epochs: Muon, batches of 512. Not measured at full length.
+    """ViT-Lite-7/4 with LaPE on CIFAR-10 in a third of the epochs: Muon, batches of 512. Not measured in full.
 
     The same network, and the augmentation of Compact Transformers' recipe. What it has to reach is the paper's 94.290
     of 300 epochs.
@@ -240,7 +243,7 @@ def cct_7_3x1_lape_c100() -> TrainConfig:
 
 
 def demo() -> TrainConfig:
-    """A small LaPE vision transformer on scikit-learn's handwritten digits: above 95 % in minutes on 2 CPU cores."""
+    """Small LaPE vision transformer on scikit-learn's handwritten digits: above 95 % in minutes on 2 CPU cores."""
     return TrainConfig(
         model=ModelConfig(
             variant="deit_tiny", join="lape", embed_dim=128, depth=4, num_heads=4, mlp_ratio=2.0, image_size=32,
@@ -283,7 +286,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {function.__name__: function for
 
 
 def recipe(name: str) -> TrainConfig:
-    """The named recipe; an unknown name is a ValueError that lists the known ones."""
+    """Look up the named recipe; an unknown name is a ValueError that lists the known ones."""
     if name not in RECIPES:
         raise ValueError(f"recipe {name!r} is not known; known recipes are {', '.join(RECIPES)}")
     return replace_fields(RECIPES[name](), {"recipe": name})

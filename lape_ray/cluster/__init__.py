@@ -8,5 +8,5 @@ connection       a connection to Ray, and work spread over its nodes
 local            a Ray of this machine, for the demo and the tests
 prometheus       the gauges of a run
 run_record       `run.json`: a run's config, its MLflow run, and whether it is finished
-checkpoint_list  which checkpoints of a run count, and what may be deleted
+checkpoint_list  the checkpoints of a run that count, and what may be deleted
 """

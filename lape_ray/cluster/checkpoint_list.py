@@ -1,4 +1,4 @@
-"""Which checkpoints of a run count: its list, its folders, and what may be deleted.
+"""The checkpoints of a run that count: its list, its folders, and what may be deleted.
 
     checkpoints.json        the list, oldest first: name, steps done and score of each
     checkpoints.copy.json   the same once more, from before or after the last change
@@ -26,7 +26,7 @@ RAYS_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's own list, of runs from before this one existed. Ray would go on from it."""
 log = logging.getLogger(__name__)
 CHECKPOINT, STAGED = "checkpoint-", ".checkpoint-"
-"""How the names of folders begin: of checkpoints, and of those that are being written."""
+"""The beginnings of folders' names: of checkpoints, and of those that are being written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class _List:
 
 
 def read_list(folder: str, name: str = LIST) -> tuple[Listed, ...] | None:
-    """Read the list of the run in `folder`, or its copy; None where there is none, or it is damaged."""
+    """Read the list of the run in `folder`, or its copy; None where it does not exist or is damaged."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         found: _List = storage.read_record(_List, storage.join(folder, name), way_out="")
         return found.checkpoints
@@ -112,7 +112,7 @@ def best(entries: Sequence[Listed]) -> Listed | None:
 
 
 def recover(folder: str, tell: Callable[[str], None], *, before: float | None = None) -> tuple[Listed, ...]:
-    """Hold the list against the folders, mend it, and return it; `tell` hears in one line of what was found.
+    """Compare the list with the folders, mend it, and return it; `tell` hears in one line of what was found.
 
     Whole folders that are newer than what is listed are added, entries without a whole folder are left out. Where the
     list cannot be read, its copy serves, or else all whole folders are listed; and no whole folder is deleted.
@@ -159,7 +159,7 @@ def _read_meta(folder: str, name: str) -> tuple[Meta, Mapping[str, Any]]:
 
 
 def _checkpoint_folders(folder: str) -> dict[str, dict[str, storage.Stored]]:
-    """The files of each checkpoint's folder, staged ones included."""
+    """List the files of each checkpoint's folder, staged ones included."""
     found = storage.files_of_folders(folder)
     return {name: files for name, files in found.items() if name.startswith((CHECKPOINT, STAGED))}
 

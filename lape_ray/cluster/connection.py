@@ -33,9 +33,9 @@ _ENVIRONMENT = {
 
 @contextlib.contextmanager
 def connected(*, show_logs: bool = True) -> Iterator[None]:
-    """A connection to the cluster: the one that is there already, the one at RAY_ADDRESS, or a local one.
+    """Connect to the cluster: the connection that exists, the cluster at RAY_ADDRESS, or a local one.
 
-    A local one has a token of its own, where no RAY_AUTH_MODE or RAY_AUTH_TOKEN says otherwise.
+    A local one gets a token, where no RAY_AUTH_MODE or RAY_AUTH_TOKEN says otherwise.
     Without `show_logs`, what other processes print stays in their logs: a table on a terminal needs the room.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
@@ -51,7 +51,7 @@ def connected(*, show_logs: bool = True) -> Iterator[None]:
 
 
 def _has_authentication() -> bool:
-    """Whether `ray.init` would connect to a cluster that exists, or start one whose access the user has settled."""
+    """Tell whether `ray.init` would find a cluster, or start one whose access the user has settled."""
     from ray._private.services import canonicalize_bootstrap_address
 
     if "://" in os.environ.get("RAY_ADDRESS", "") or canonicalize_bootstrap_address(None) is not None:
@@ -110,7 +110,7 @@ def only_actor(cls: type, name: str, *arguments: Any, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def ray_mapper() -> Iterator[Mapper]:
-    """Maps over all CPUs of the cluster, one task each; a task whose node is lost runs again elsewhere.
+    """Map over all CPUs of the cluster, one task each; a task whose node is lost runs again elsewhere.
 
     Functions must be importable on the nodes, and what they read must be readable there. Results travel back to
     the caller: two for each CPU are held at a time, whatever the speed of either side.
@@ -139,7 +139,7 @@ def ray_mapper() -> Iterator[Mapper]:
 
 
 def refuse_little_shared_memory() -> None:
-    """A ValueError where a node with GPUs has too little shared memory for what NCCL exchanges within a node.
+    """Raise a ValueError where a node with GPUs has too little shared memory for what NCCL exchanges within it.
 
     A container has 64 MB unless it is told otherwise, and NCCL's own error does not say so.
     """

@@ -46,7 +46,10 @@ ENDS = {
 
 @contextlib.contextmanager
 def supervised(config: TrainConfig, folder: str) -> Iterator[Any]:
-    """The run's supervisor. A driver of this cluster that was killed may have left one, which is waited for."""
+    """Start the run's supervisor.
+
+    A driver of this cluster that was killed may have left one, which is waited for.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     supervisor = only_actor(
         Supervisor, folder, config.run.max_failures, max_concurrency=1000, scheduling_strategy=here
@@ -90,14 +93,14 @@ def train_to_the_end(
 
 
 class _Failures:
-    """How often the controller of the run in `folder` failed since its last checkpoint."""
+    """The count of failures of the controller of the run in `folder` since its last checkpoint."""
 
     def __init__(self, folder: str) -> None:
         self._folder, self.count = folder, 0
         self._reached = read_list(folder)
 
     def one_more(self) -> int:
-        """The count with a failure that just happened."""
+        """Count a failure that just happened; returns the count."""
         reached = read_list(self._folder)
         self.count, self._reached = (self.count + 1 if reached == self._reached else 1), reached
         return self.count
@@ -109,7 +112,7 @@ def _reason(error: Exception) -> str:
 
 
 def _wait_for_storage(root: str, outage_s: float) -> None:
-    """Returns once `root` can be written; its own error after `outage_s`."""
+    """Wait until `root` can be written; raises its error after `outage_s`."""
     deadline = time.monotonic() + outage_s
     while True:
         try:
@@ -163,7 +166,7 @@ def _trainer(
 
 
 def variables() -> dict[str, str]:
-    """What of the driver's environment the other processes of a run need.
+    """Return those of the driver's environment variables that the other processes of a run need.
 
     Secrets are not among them: Ray writes environments into its logs and shows them in its dashboard. Each node has
     them in its own environment, or the job in its runtime environment.
@@ -172,8 +175,8 @@ def variables() -> dict[str, str]:
 
 
 def worker_variables() -> dict[str, str]:
-    """What Ray Train's workers need of the driver's environment, and the address of its cluster.
+    """Return the environment variables of Ray Train's workers: the driver's, and the address of its cluster.
 
-    Without that a clean-up actor of Ray Train looks for clusters on the host, and fails where there are two.
+    Without that address a clean-up actor of Ray Train looks for clusters on the host, and fails where it finds two.
     """
     return {**variables(), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}

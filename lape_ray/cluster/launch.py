@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class FitResult:
-    """What a finished run leaves behind."""
+    """The result of a finished run."""
 
     name: str
     metrics: Mapping[str, float]
@@ -49,7 +49,7 @@ class FitResult:
     mlflow_run_id: str
     tracking_uri: str
     tracked: bool
-    """Whether MLflow has all of it."""
+    """True where MLflow has all of it."""
 
     def summary(self) -> str:
         scores = "  ".join(f"{key} {value:.2f}" for key, value in self.metrics.items() if "acc" in key)
@@ -73,8 +73,8 @@ def fit(config: TrainConfig) -> FitResult:
 
     Raises:
         ValueError, OSError: bad input, before any worker starts.
-        StoppedError: SIGTERM ended it; there is a checkpoint, and the same name goes on from it.
-        StorageError: checkpoints cannot be stored any more; the one before the first of them is there.
+        StoppedError: SIGTERM ended it; it left a checkpoint, and the same name goes on from it.
+        StorageError: checkpoints cannot be stored any more; the one before the first of them is whole.
         DivergedError: the loss is no finite number.
         WorkersFailedError: workers failed again and again at the same place.
         LeaseHeldError: another driver is at work on this run.
@@ -139,7 +139,7 @@ def fit(config: TrainConfig) -> FitResult:
 
 
 def _what_it_is(config: TrainConfig) -> str:
-    """The recipe and what of the network is another than the recipe's, as in `deit_tiny_lape-join-basic`."""
+    """Name the recipe and what of the network is not the recipe's, as in `deit_tiny_lape-join-basic`."""
     if not config.recipe:
         return "run"
     of_recipe = recipe(config.recipe).model
@@ -148,7 +148,10 @@ def _what_it_is(config: TrainConfig) -> str:
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Workers run in other directories, so that a relative path would mean another file there."""
+    """Make paths absolute.
+
+    Workers run in other directories, so that a relative path would mean another file there.
+    """
     flat = flatten(config)
     names = ("data.train", "data.val", "run.storage", "run.init_from")
     paths = {name: storage.absolute(flat[name]) for name in names if flat[name]}
@@ -161,7 +164,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def uses_gpu(config: TrainConfig) -> bool:
-    """Whether workers of this config compute on GPUs of the connected cluster."""
+    """Tell whether workers of this config compute on GPUs of the connected cluster."""
     if config.run.device == "auto":
         return ray.cluster_resources().get("GPU", 0) > 0
     return config.run.device == "gpu"
@@ -189,7 +192,7 @@ def _wait_for_resources(config: TrainConfig, use_gpu: bool) -> None:
 
 
 def refuse_local_store(uri: str) -> None:
-    """A ValueError where the MLflow store is a file that not all nodes of the connected cluster can reach."""
+    """Raise a ValueError where the MLflow store is a file that not all nodes of the connected cluster can reach."""
     nodes = sum(node["Alive"] for node in ray.nodes())
     if nodes > 1 and tracking.is_local(uri):
         raise ValueError(
@@ -232,13 +235,13 @@ def _status_of(uri: str, run_id: str) -> Iterator[None]:
 
 
 def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
-    """`config` with paths that mean the same on every worker, and the storage that its runs lie in."""
+    """Prepare `config`: paths that mean the same on every worker, and the storage that its runs lie in."""
     config = _with_absolute_paths(config)
     return config, config.run.storage or str(storage.home() / "runs")
 
 
 def _log_pages(config: TrainConfig, best: str, uri: str, run_id: str, use_gpu: bool) -> None:
-    """Make the run's pages where workers were: there are data and GPU. A failure is a warning, and not the run's."""
+    """Make the run's pages on a worker's node, which has data and GPU. A failure is a warning, and not the run's."""
     task = ray.remote(_make_pages).options(
         num_cpus=config.run.cpus_per_worker, num_gpus=int(use_gpu), runtime_env={"env_vars": variables()}
     )

@@ -1,4 +1,4 @@
-"""A Ray cluster of this machine's own: on free ports, beside any other, and gone when its block ends.
+"""A Ray cluster of this machine alone: on free ports, beside any other, and gone when its block ends.
 
 It is the `ray` command run as a child process. `ray stop` would stop every Ray on the host, so what was
 started is stopped by its process ids.
@@ -27,20 +27,20 @@ import psutil
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """Where a running cluster answers."""
+    """The addresses of a running cluster."""
 
     address: str
-    """Of the control service, for RAY_ADDRESS."""
+    """The control service's, for RAY_ADDRESS."""
     dashboard: str
-    """Of the dashboard and the job server: http://host:port."""
+    """The dashboard's and the job server's: http://host:port."""
     environment: dict[str, str] = field(repr=False)
-    """What a process needs in its environment to connect: address, access token, and no proxy in between."""
+    """The variables that a process needs to connect: address, access token, and no proxy in between."""
     pid: int
-    """Of the process that all others of the cluster descend from."""
+    """The process that all others of the cluster descend from."""
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment, all different."""
+    """Find ports that nobody listens on at this moment, all different."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -52,21 +52,21 @@ def free_ports(count: int) -> list[int]:
 
 
 def own_token() -> dict[str, str]:
-    """Variables that give a Ray a token which nobody else knows; Ray keeps it in no file.
+    """Return variables that give a Ray a token which nobody else knows; Ray keeps it in no file.
 
-    Whoever reaches a Ray without a token can run code as its owner, also over the loopback device.
+    A person who reaches a Ray without a token can run code as its owner, also over the loopback device.
     """
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
 
 
 def _past_proxies() -> dict[str, str]:
-    """Variables by which requests to this machine go to no proxy, which would see the token."""
+    """Return variables by which requests to this machine go to no proxy, which would see the token."""
     known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
     return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{known},127.0.0.1" if known else "127.0.0.1")
 
 
 def executable(name: str) -> str:
-    """A command of the environment that runs this code."""
+    """Return the path of a command of the environment that runs this code."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.exists() else name
 

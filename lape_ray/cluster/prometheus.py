@@ -1,4 +1,4 @@
-"""What a run shows to Prometheus while it trains, beside Ray's own metrics, by each of its workers.
+"""The metrics that each worker of a run shows to Prometheus while it trains, beside Ray's own.
 
 Ray adds `ray_` to the names and its node and session to the labels; ours are `run` and `rank`. The dashboard in
 docker/monitoring draws them.

@@ -19,12 +19,12 @@ NOTHING_YET = (
     "checkpoint_manager_snapshot.json",
     ".validate_storage_marker",
 )
-"""How the names of files begin that a run may leave in its folder before its record."""
+"""The beginnings of the names of files that a run may leave in its folder before its record."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What `run.json` holds; `config` as `to_dict` made it."""
+    """The contents of `run.json`; `config` as `to_dict` made it."""
 
     finished: bool
     mlflow_run_id: str

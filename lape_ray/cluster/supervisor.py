@@ -1,4 +1,4 @@
-"""Share between a run's driver and its workers, while it goes on: the wish to end it, and how often it failed."""
+"""The state that a run's driver and its workers share: the wish to end the run, and how often it failed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 MEMORY = "OutOfMemoryError"  # torch's; it would come again at the same place
 ENDING = (signal.SIGTERM, signal.SIGINT)
 LEAVE_GROUP_S = 5
-"""For workers to leave their process group after a failure; half a minute by Ray Train's default."""
+"""The time that workers have to leave their process group after a failure; Ray Train's default is half a minute."""
 
 
 class Supervisor:
@@ -42,11 +42,11 @@ class Supervisor:
         self._stop.set()
 
     async def until_stop(self) -> None:
-        """Returns when the workers are asked to end."""
+        """Wait until the workers are asked to end."""
         await self._stop.wait()
 
     async def failed(self, reason: str) -> None:
-        """Workers failed."""
+        """Note that workers failed."""
         self._failures.append(reason)
         if MEMORY in reason:
             self._hopeless = (
@@ -55,7 +55,7 @@ class Supervisor:
             )
 
     async def started(self, checkpoint: str | None) -> str:
-        """Workers start from `checkpoint`; returns why they had better not, or nothing."""
+        """Note that workers start from `checkpoint`; returns why they should not, or nothing."""
         if self._hopeless:
             return self._hopeless
         if checkpoint != self._checkpoint:
@@ -69,7 +69,7 @@ class Supervisor:
 
 
 class FailureCount(UserCallback):
-    """Tells the supervisor of every failure that Ray Train's controller sees."""
+    """Tell the supervisor of every failure that Ray Train's controller sees."""
 
     def __init__(self, supervisor: Any) -> None:
         self.supervisor = supervisor
@@ -96,13 +96,13 @@ class StopRequest:
 
 
 class LeavingNodes:
-    """What Ray tells of nodes that are about to go; all workers must ask equally often."""
+    """The news from Ray of nodes that are about to go; all workers must ask equally often."""
 
     def __init__(self) -> None:
         self._told: object = None
 
     def news(self) -> bool:
-        """True once for each time that Ray tells of such a node."""
+        """Return true once for each time that Ray tells of such a node."""
         info = ray.train.get_preemption_info()
         new = info is not None and info != self._told
         self._told = info

@@ -83,7 +83,7 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stage(config: TrainConfig, device: torch.device) -> None:
-    """Have data that lies on S3 on this worker's node.
+    """Fetch data that lies on S3 to this worker's node.
 
     Nodes are ready at different times, and some perhaps after hours. All ask each other now and then whether they are,
     so that no time limit of a collective runs out, and all end when one of them fails.
@@ -109,10 +109,10 @@ def _stage(config: TrainConfig, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _whole_checkpoint(reporter: RayReporter, device: torch.device) -> Iterator[Path | None]:
-    """The newest checkpoint of this run that every worker finds whole; None: there is none yet.
+    """Open the newest checkpoint of this run that every worker finds whole; None: the run has none yet.
 
     Raises:
-        DamagedError: there are checkpoints, and each is damaged.
+        DamagedError: the run has checkpoints, and each is damaged.
     """
     if not reporter.listed:
         yield None
@@ -155,14 +155,14 @@ class _Storing:
 
     metrics: dict[str, float]
     where: str
-    """What a person reads of it."""
+    """The place in the training, in words for people."""
     done: Future[str] | None
-    """Rank 0's, with the folder's name; the others only know that there is one."""
+    """On rank 0 the storing, which returns the folder's name; the other ranks have none."""
 
 
 @dataclass
 class RayReporter:
-    """Carries what the loop reports to Ray Train, and from rank 0 to storage, MLflow and the job's log.
+    """Carry what the loop reports to Ray Train, and from rank 0 to storage, MLflow and the job's log.
 
     A checkpoint is written, stored and listed by a thread of rank 0 while the training goes on; from then on it is the
     one that a restart begins with. Ray Train hears of its metrics and not of the checkpoint: its own list is written in
@@ -175,7 +175,7 @@ class RayReporter:
     lease: str
     """Token of the owner of the run's folder; without it nothing is stored there."""
     first: bool
-    """Whether this is rank 0."""
+    """True on rank 0."""
     tracker: tracking.Tracker | None = None
     nodes: LeavingNodes = field(default_factory=LeavingNodes)
     storing: _Storing | None = None
@@ -188,7 +188,7 @@ class RayReporter:
     """Names of folders that rank 0 must not write over."""
     wish: StopRequest | None = None
     looked: float = 0.0
-    """When rank 0 last looked for a wish to end, on the monotonic clock."""
+    """The time at which rank 0 last looked for a wish to end, on the monotonic clock."""
 
     # --- before and after ---------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class RayReporter:
             self._position_report(range(every, number + 1, every))
 
     def _workers(self) -> dict[str, float]:
-        """How many there are, where that changes."""
+        """Return the number of workers, where that changes."""
         if isinstance(self.config.run.num_workers, int):
             return {}
         return {"train/workers": ray.train.get_context().get_world_size()}
@@ -351,7 +351,7 @@ class RayReporter:
         return new.name
 
     def _position_report(self, epochs: range) -> None:
-        """Rank 0 draws, in its own thread: what it draws from must not meet the draws of a training step."""
+        """Draw the report on rank 0, in the loop's thread: its random draws must not meet those of a training step."""
         storing = self.storing
         self.stored()
         if self.tracker is not None and storing is not None and storing.done is not None:
@@ -366,7 +366,7 @@ class RayReporter:
         ray.train.collective.barrier()  # here, because a collective of the training has less patience
 
     def _draw_position(self, epochs: range, checkpoint: Path, drawn: Path, tracker: tracking.Tracker) -> None:
-        """A report of the last of these epochs, and one page that follows the run through them."""
+        """Draw a report of the last of these epochs, and one page that follows the run through them."""
         from lape_ray.report import progress  # only here: figures need a second to import
         from lape_ray.report.build import checkpoint_report
 
@@ -383,7 +383,7 @@ class RayReporter:
 
 
 def _unused(name: str, used: set[str]) -> str:
-    """`name`, with a number where a checkpoint has it that was damaged and is trained again."""
+    """Return `name`, with a number where a checkpoint has it that was damaged and is trained again."""
     number, free = 2, name
     while free in used:
         free, number = f"{name}-{number}", number + 1

@@ -2,14 +2,14 @@
 
     sources/   class folders, parquet and tar shards and the bundled digits, as one kind of thing
     beton/     writes a source as an FFCV file with a manifest beside it, and checks such a file
-    sampler    which sample is trained on where: functions of the seed and the epoch alone
+    sampler    the orders of samples: functions of the seed and the epoch alone
     loader     `build_loader`: batches of a .beton on the device, in an order known beforehand
     processes  `map` over processes, in order
     augment/   what follows the crop, batched on the device: RandAugment, 3-Augment, jitter, erasing
     mixup      `Mixer`: mixup and CutMix of a batch, on its device
     readers/   a pass over a split, by backend: native, resident, ffcv, torchvision
     native/    our decoder, in C++
-    split      what is known of a split before an image is read
+    split      the facts of a split that are known before an image is read
     remote     .beton files on S3, and their copies on this machine
     normalize  pixels as the network reads them
 

@@ -31,7 +31,7 @@ from lape_ray.data.split import SplitFacts, reads_sources, source_facts, split_f
 
 
 class Reader(Protocol):
-    """What a backend is: passes over one file's or set's images, in orders that the caller gives.
+    """The interface of a backend: passes over one file's or set's images, in orders that the caller gives.
 
     Attributes:
         labels_N: int64, of every image
@@ -48,7 +48,7 @@ class Reader(Protocol):
     on_device: bool
 
     def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> Batches:
-        """A pass over the samples of `keys_N`, the last batch short.
+        """Yield the batches of a pass over the samples of `keys_N`, the last batch short.
 
         `positions_N`, each sample's place in the epoch's order over all ranks, or the keys' high bits say
         what is drawn for it. ValueError names images that cannot be read.
@@ -97,7 +97,7 @@ class Loader:
         self._length = -(-len(self.part(0)[0]) // reader.batch_size)
 
     def part(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's samples as they are delivered: keys (N,), and places (N,) in the order of all ranks."""
+        """Return this rank's samples as they are delivered: keys (N,), and places (N,) in the order of all ranks."""
         if self.split == "val":
             places_N = rank_part(np.arange(self.num_samples), self.rank, self.world_size)
             return places_N, places_N
@@ -118,13 +118,13 @@ class Loader:
         return keys_N[places_N], places_N
 
     def __len__(self) -> int:
-        """Batches of an epoch on this rank. Evaluation: ranks may differ by one, and the last batch is short."""
+        """Return the batches of an epoch on this rank. Evaluation: ranks may differ by one; the last batch is short."""
         return self._length
 
     def epoch(
         self, epoch: int, *, start: int = 0, image_size: int | None = None
     ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-        """The batches of one epoch: images uint8 (B, 3, H, W), in memory channels last, and labels int64 (B,).
+        """Yield the batches of one epoch: images uint8 (B, 3, H, W), channels last in memory, and labels int64 (B,).
 
         They are the caller's to keep. What goes wrong in the loader's thread is raised here, and the thread
         ends with the loop, however that ends (close the generator if it is not in a `for`).
@@ -139,7 +139,7 @@ class Loader:
         self.reader.image_size = image_size or self.reader.image_size
         rest = slice(start * self.reader.batch_size, None)
         keys_N, positions_N = keys_N[rest], positions_N[rest]
-        if len(keys_N) == 0:  # nothing is left, or there are more ranks than images
+        if len(keys_N) == 0:  # nothing is left, or the ranks are more than the images
             return
         labels_N = torch.from_numpy(self.labels_N[sample_index(keys_N)])
         if self.reader.on_device:
@@ -160,9 +160,9 @@ class Loader:
 def to_gpu(
     host: Iterator[tuple[torch.Tensor, torch.Tensor]], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Copies of the pairs of `host` on `device`; each is made while the caller works on the one before.
+    """Copy the pairs of `host` to `device`; each copy is made while the caller works on the one before.
 
-    The copies run on a stream of their own, so that they overlap with the caller's kernels, which wait for theirs.
+    The copies run on a separate stream, so that they overlap with the caller's kernels, which wait for theirs.
     The next pair is taken from `host`, which may then write over the memory of the one before, only when that has
     been copied. Images must be in pinned memory.
     """
@@ -209,9 +209,9 @@ def build_loader(
     device: torch.device | str = "cpu",
     threads: int | None = None,
 ) -> Loader:
-    """A loader of `data.train` or `data.val`, over a copy of what lies on S3.
+    """Build a loader of `data.train` or `data.val`, over a copy of what lies on S3.
 
-    Make it once for a run, each costs seconds of compilation.
+    Make it once for a run: each costs seconds of compilation.
 
     Args:
         split: `train`: random resized crops and flips, whole optimizer steps only. `val`: the centre crop, every

@@ -21,7 +21,7 @@ MIX_STREAM = 2  # first word of the seed, which keeps these draws apart from the
 
 
 class Mix(NamedTuple):
-    """What is done to a batch: an image keeps the share `lam`, its partner gives the rest.
+    """The mixing of a batch: an image keeps the share `lam`, its partner gives the rest.
 
     `box` is (top, bottom, left, right) in pixels where CutMix pastes the partner; None: the images are blended.
     """
@@ -61,7 +61,7 @@ def mix_images(images_BCHW: torch.Tensor, mix: Mix) -> torch.Tensor:
 
 
 def mix_labels(labels_B: torch.Tensor, num_classes: int, mix: Mix, label_smoothing: float) -> torch.Tensor:
-    """Targets (B, K) in float32, each row of sum 1; smoothing spreads its share evenly over all classes."""
+    """Mix targets (B, K) in float32, each row of sum 1; smoothing spreads its share evenly over all classes."""
     off = label_smoothing / num_classes
     targets_BK = torch.full((len(labels_B), num_classes), off, device=labels_B.device)
     targets_BK.scatter_(1, labels_B[:, None], 1 - label_smoothing + off)
@@ -69,7 +69,7 @@ def mix_labels(labels_B: torch.Tensor, num_classes: int, mix: Mix, label_smoothi
 
 
 class Mixer:
-    """Mixes batches as `data` says (mixup, cutmix, mix_prob, mix_switch_prob, mix_off_epoch)."""
+    """Mix batches as `data` says (mixup, cutmix, mix_prob, mix_switch_prob, mix_off_epoch)."""
 
     def __init__(self, data: DataConfig, num_classes: int, label_smoothing: float = 0.0) -> None:
         self.data, self.num_classes, self.label_smoothing = data, num_classes, label_smoothing
@@ -77,7 +77,7 @@ class Mixer:
     def __call__(
         self, images_BCHW: torch.Tensor, labels_B: torch.Tensor, *, generator_key: tuple[int, int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images of the same shape, and targets (B, K) in float32; without mixing, the smoothed labels.
+        """Mix images, which keep their shape, and targets (B, K) in float32; without mixing, the smoothed labels.
 
         Runs on the tensors' device and never waits for it.
 

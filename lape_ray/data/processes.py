@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 class Mapper(Protocol):
-    """Maps like `map`: results in the order of the tasks, with a bounded number of them in memory.
+    """A map like `map`: results in the order of the tasks, with a bounded number of them in memory.
 
     An exception of the function is raised here; OSError if a process died.
     """
@@ -24,7 +24,10 @@ class Mapper(Protocol):
 
 
 def usable_cpus() -> int:
-    """CPUs that this process may use: those it is pinned to, and no more than its cgroup (container) pays for."""
+    """Count the CPUs that this process may use.
+
+    They are those it is pinned to, and no more than its cgroup (container) pays for.
+    """
     from joblib import cpu_count  # here, so that training steps can be run where torch alone is installed
 
     return int(cpu_count())
@@ -32,7 +35,7 @@ def usable_cpus() -> int:
 
 @contextlib.contextmanager
 def processes(workers: int | None = None) -> Iterator[Mapper]:
-    """Processes of this machine; None: one for each CPU; 1: none, the caller works itself."""
+    """Start processes of this machine; None: one for each CPU; 1: none, the caller works itself."""
     workers = workers or usable_cpus()
     if workers == 1:
         yield lambda function, tasks: map(function, tasks)

@@ -15,7 +15,7 @@ from lape_ray.data.beton.manifest import Manifest, manifest_path
 
 
 def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifest]]:
-    """(file, manifest object, manifest) of each file of the set, all checked by their sizes."""
+    """List (file, manifest object, manifest) of each file of the set, all checked by their sizes."""
     place, _, name = address.rpartition("/")
     if not name.endswith(".beton"):
         raise ValueError(
@@ -45,7 +45,7 @@ def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifes
 
 
 def remote_manifest(address: str) -> Manifest:
-    """The manifest of what lies at the address, if the sizes there agree with it; the images are not fetched.
+    """Read the manifest of what lies at the address, if the sizes agree with it; the images are not fetched.
 
     Raises:
         FileNotFoundError, ValueError: something is missing or of another size.
@@ -55,7 +55,7 @@ def remote_manifest(address: str) -> Manifest:
 
 
 def local_split(path: str) -> str:
-    """`path` itself, or the copy of the .beton at an s3:// address, fetched now if this machine has none.
+    """Return `path` itself, or the copy of the .beton at an s3:// address, fetched now if this machine has none.
 
     Its size and sha256 are those of the manifest. See `storage.stage` for what is raised.
     """
@@ -69,16 +69,17 @@ def local_split(path: str) -> str:
 
 
 def stage_data(data: DataConfig) -> None:
-    """Have the copies of both splits on this machine, before anyone waits for batches."""
+    """Fetch the copies of both splits to this machine, before anyone waits for batches."""
     for path in (data.train, data.val):
         local_split(path)
 
 
 @contextlib.contextmanager
 def written_beton(path: str) -> Iterator[str]:
-    """A path to write a .beton, or a set, at; for an s3:// address it is uploaded when the block ends without error.
+    """Give a path to write a .beton, or a set, at.
 
-    What an interrupted writer leaves stays on this machine, and the same address finds it again.
+    For an s3:// address it is uploaded when the block ends without error. What an interrupted writer leaves stays on
+    this machine, and the same address finds it again.
     """
     if not storage.is_remote(path):
         yield path
@@ -88,6 +89,6 @@ def written_beton(path: str) -> Iterator[str]:
     folder = storage.cache() / "written" / hashlib.sha256(path.encode()).hexdigest()[:16]
     yield str(folder / name)
     files = set_files(folder / name)
-    for file in (*files, *map(manifest_path, files)):  # a manifest says that its file is there
+    for file in (*files, *map(manifest_path, files)):  # a manifest says that its file exists
         storage.upload(file, f"{path.rpartition('/')[0]}/{file.name}")
     shutil.rmtree(folder)

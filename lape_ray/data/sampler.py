@@ -1,4 +1,4 @@
-"""Which sample is trained on where: orders that are functions of the seed and the epoch, and no matter of ranks.
+"""Orders in which samples are trained on: functions of the seed and the epoch, whatever the number of ranks.
 
 Shape suffixes: N samples of a pass, S steps, M micro-batches of a step, B samples of a batch.
 """
@@ -12,10 +12,11 @@ ORDER_STREAM = 1  # first word of the seed, which keeps these draws apart from m
 
 
 def train_keys(num_samples: int, *, step_samples: int, seed: int, epoch: int, repeats: int = 1) -> np.ndarray:
-    """The keys (N,) of a training epoch over all ranks: a random order, N the largest multiple of `step_samples`.
+    """Draw the keys (N,) of a training epoch over all ranks, in a random order.
 
-    With `repeats` above 1 each sample stands that often in a row and the epoch keeps its length, so that neighbours,
-    which go to different ranks, are differently augmented copies (repeated augmentation, arXiv 1901.09335).
+    N is the largest multiple of `step_samples`. With `repeats` above 1 each sample stands that often in a row and the
+    epoch keeps its length, so that neighbours, which go to different ranks, are differently augmented copies (repeated
+    augmentation, arXiv 1901.09335).
 
     A key is a sample's index in its low 32 bits and the seed of its augmentation above (int64). The samples
     that are left over differ from epoch to epoch.
@@ -31,19 +32,19 @@ def train_keys(num_samples: int, *, step_samples: int, seed: int, epoch: int, re
 
 
 def sample_index(keys_N: np.ndarray) -> np.ndarray:
-    """Which samples of the split the keys stand for (int64)."""
+    """Return the samples' indices in the split that the keys stand for (int64)."""
     return keys_N & _INDEX_MASK
 
 
 def rank_part(keys_N: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """What one rank reads. The union over the ranks is `keys_N`, each key once, whatever the world size."""
+    """Take the part that one rank reads. The union over the ranks is `keys_N`, each key once."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} is not from 0 to world_size - 1 = {world_size - 1}")
     return keys_N[rank::world_size]
 
 
 def train_places(size: int, *, batch_size: int, micro_batches: int, rank: int, world_size: int) -> np.ndarray:
-    """The places (N,), in an epoch of `size` samples, of what one rank trains on, in the order in which it does.
+    """Compute the places (N,), in an epoch of `size` samples, of what one rank trains on, in its order.
 
     Micro-batch m of a step holds every M-th of its samples, from the m-th on; rank r has the micro-batches r,
     r + world_size and so on of every step, which can be one more than others have.

@@ -1,4 +1,4 @@
-"""What is known of a split before any of its images is read."""
+"""The facts of a split that are known before any of its images is read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class SplitFacts:
 
 
 def split_path(data: DataConfig, split: Literal["train", "val"]) -> str:
-    """Where the split is; ValueError if the config does not say."""
+    """Return the path of the split; ValueError if the config does not say."""
     path = data.train if split == "train" else data.val
     if not path:
         raise ValueError(
@@ -42,7 +42,7 @@ def split_path(data: DataConfig, split: Literal["train", "val"]) -> str:
 
 
 def split_facts(data: DataConfig, split: Literal["train", "val"]) -> SplitFacts:
-    """The facts, of files that agree with their manifests; those on S3 are not fetched for it.
+    """Read the facts, of files that agree with their manifests; those on S3 are not fetched for it.
 
     Raises:
         FileNotFoundError, ValueError: the data is missing or damaged; says what and how to mend it.
@@ -61,12 +61,12 @@ def split_facts(data: DataConfig, split: Literal["train", "val"]) -> SplitFacts:
 
 
 def reads_sources(data: DataConfig, path: str) -> bool:
-    """Whether the split is read as a source, image files and all, and not as a .beton."""
+    """Tell whether the split is read as a source, image files and all, and not as a .beton."""
     return data.backend == "torchvision" and not path.endswith(".beton") and not is_remote(path)
 
 
 def source_facts(path: str, source: Source) -> SplitFacts:
-    """Of a source that is open already."""
+    """Return the facts of a source that is open already."""
     return SplitFacts(
         path=path, num_samples=len(source), classes=source.classes, largest_side=None, sha256=None
     )

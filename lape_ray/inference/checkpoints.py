@@ -1,4 +1,4 @@
-"""Which networks a job is about: checkpoints of any origin and MLflow runs, by what a person types."""
+"""The networks that a job is about: checkpoints of any origin and MLflow runs, by what a person types."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def find_subjects(
 
 
 def _fields(written: str, text: str) -> dict[str, Any]:
-    """`,position=none,depth=3` as overrides."""
+    """Parse `,position=none,depth=3` to overrides."""
     found = {}
     for name, value in (pair.split("=") for pair in written.split(",")[1:]):
         if name not in KINDS:

@@ -21,7 +21,10 @@ from lape_ray.training.state import autocast_for, available_cpus
 
 
 def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
-    """What a checkpoint is evaluated as: the named recipe, else its own config, else the defaults; then `overrides`."""
+    """Choose the config by which a checkpoint is evaluated.
+
+    It is the named recipe, else the checkpoint's own config, else the defaults; then come the `overrides`.
+    """
     if recipe_name is not None:
         base = recipe(recipe_name)
     elif Path(checkpoint).is_dir():
@@ -32,13 +35,17 @@ def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str,
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """This machine's GPU where the config asks for it, or leaves it open and there is one."""
+    """Choose this machine's GPU where the config asks for it, or leaves it open and the machine has one."""
     gpu = config.run.device == "gpu" or (config.run.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if gpu else "cpu")
 
 
 def evaluate_checkpoint(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> dict[str, float]:
-    """`images`, `loss`, `acc1` and `acc5` (percent) of `config.model` with the checkpoint's weights on `data.val`."""
+    """Evaluate `config.model` with the checkpoint's weights on `data.val`.
+
+    Returns:
+        `images`, `loss`, `acc1` and `acc5` (percent).
+    """
     spec, device = resolve(config.model), choose_device(config)
     network = load_network(checkpoint, config, ema=ema)
     check_split(config, "val")

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 
 def class_names(config: TrainConfig) -> tuple[str, ...] | None:
-    """The names of classes in the manifest of `data.val`, else of `data.train`; None where neither is there."""
+    """Read the names of classes in the manifest of `data.val`, else of `data.train`; None where neither exists."""
     for path in (config.data.val, config.data.train):
         if path:
             with contextlib.suppress(FileNotFoundError):
@@ -67,7 +67,7 @@ def _manifest(path: str) -> Manifest:
 
 
 def not_for_timm(config: TrainConfig) -> str | None:
-    """Why timm has no model of this kind; None where it has."""
+    """Say why timm has no model of this kind; None where it has."""
     model = config.model
     if model.variant not in TIMM_NAMES:
         return f"timm has no {model.variant}"
@@ -145,7 +145,7 @@ def _timm_arguments(spec: VariantSpec) -> dict[str, Any]:
 
 
 def _onnx_packages() -> list[ModuleType]:
-    """The packages that write and run ONNX; a ValueError names all that are missing."""
+    """Import the packages that write and run ONNX; a ValueError names all that are missing."""
     found, missing = [], []
     for name in ONNX_PACKAGES:
         try:
@@ -202,7 +202,7 @@ def export_onnx(predictor: Predictor, file: Path, images_BCHW: Tensor) -> float:
 
 
 def compare_onnx(predictor: Predictor, file: Path, images_BCHW: Tensor) -> float:
-    """The largest difference of a logit between onnxruntime and PyTorch, on the same uint8 images (B, 3, S, S)."""
+    """Compute the largest difference of a logit between onnxruntime and PyTorch, on the same uint8 (B, 3, S, S)."""
     onnxruntime = _onnx_packages()[-1]
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (theirs_BK,) = session.run(["logits"], {"images": images_BCHW.numpy()})
@@ -252,7 +252,7 @@ def log_to_mlflow(
 def open_predictor(
     written: str, overrides: Mapping[str, Any], *, ema: bool = False
 ) -> tuple[Predictor, str | None]:
-    """The predictor of what a person types (see `find_subjects`), and the MLflow run that it comes from, if any.
+    """Open the predictor of what a person types (see `find_subjects`), and name its MLflow run, if any.
 
     Its classes have the names that the checkpoint holds, else those of `class_names`; else a warning says that they are
     numbers.

@@ -29,7 +29,7 @@ from lape_ray.training.recompute import optimise_blocks
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files below `folder`, sorted; a ValueError where there is none."""
+    """Find all image files below `folder`, sorted; a ValueError where it has none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give a folder of images")
     found = [
@@ -44,7 +44,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """The RGB image in a file; a ValueError or OSError names one that cannot be read."""
+    """Read the RGB image in a file; a ValueError or OSError names one that cannot be read."""
     return to_rgb(load_image(path.read_bytes(), str(path)), str(path))
 
 
@@ -69,7 +69,7 @@ def center_crop(image: Image.Image, *, size: int, data: DataConfig) -> Image.Ima
 
 
 def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
-    """RGB squares of one size, as images or as uint8 (S, S, 3), as uint8 (B, 3, S, S)."""
+    """Stack RGB squares of one size, as images or as uint8 (S, S, 3), to uint8 (B, 3, S, S)."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 
@@ -99,7 +99,7 @@ class Predictor:
         return resolve(self.config.model).image_size
 
     def probabilities(self, images: Iterable[Image.Image]) -> np.ndarray:
-        """(B, K) float32 probabilities of images of any size and mode; each row sums to 1.
+        """Compute (B, K) float32 probabilities of images of any size and mode; each row sums to 1.
 
         Of each image only its square is kept, so that an iterator that decodes them holds one whole image at a time.
         """
@@ -128,7 +128,7 @@ def make_predictor(
     ema: bool = False,
     device: torch.device | None = None,
 ) -> Predictor:
-    """A predictor of `config.model` with the checkpoint's weights.
+    """Make a predictor of `config.model` with the checkpoint's weights.
 
     Without `classes` they are named by their number. Raises a ValueError where their number is not the model's.
     """
@@ -154,7 +154,7 @@ class Prediction:
 def predict_files(
     predictor: Predictor, paths: Sequence[Path], *, top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction]:
-    """Predictions in the order of `paths`; an image that cannot be read becomes one with `error`."""
+    """Yield predictions in the order of `paths`; an image that cannot be read becomes one with `error`."""
     for start in range(0, len(paths), batch_size):
         part = paths[start : start + batch_size]
         loaded: dict[Path, Image.Image] = {}
@@ -182,7 +182,7 @@ def _best(
 
 
 def with_csv(predictions: Iterable[Prediction], address: str | Path, *, top: int) -> Iterator[Prediction]:
-    """The same predictions, each with a row in a CSV: path, class and probability of `top` ranks, error.
+    """Yield the same predictions, and write a CSV row of each: path, class and probability of `top` ranks, error.
 
     The row of an image that could not be read has nothing but path and error. A local file holds the row of every
     prediction that was handed on, whatever ends the process; an s3:// address gets the file at the end. Text that a

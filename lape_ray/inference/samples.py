@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 
 def spread(total: int, count: int) -> np.ndarray:
-    """At most `count` indices spread evenly over `total` things, so that every class of a sorted file has its share."""
+    """Spread at most `count` indices evenly over `total` things, so that each class of a sorted file has its share."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
 
 
 def folder_images(folder: Path, config: TrainConfig, count: int) -> Tensor:
-    """At most `count` of a folder's images as evaluation sees them: uint8 (B, 3, S, S).
+    """Read at most `count` of a folder's images as evaluation sees them: uint8 (B, 3, S, S).
 
     One that cannot be read is left out, with a warning; a ValueError where that leaves none.
     """
@@ -52,10 +52,10 @@ def folder_images(folder: Path, config: TrainConfig, count: int) -> Tensor:
 
 
 def images_at(config: TrainConfig, index_B: np.ndarray) -> Tensor:
-    """The images of `data.val` at these places of the file, as evaluation sees them: uint8 (B, 3, S, S).
+    """Read the images of `data.val` at these places of the file, as evaluation sees them: uint8 (B, 3, S, S).
 
     Raises:
-        FileNotFoundError, ValueError: there is no such file, or it is damaged.
+        FileNotFoundError, ValueError: the file does not exist, or is damaged.
     """
     side = resolve(config.model).image_size
     if len(index_B) == 0:
@@ -64,7 +64,7 @@ def images_at(config: TrainConfig, index_B: np.ndarray) -> Tensor:
 
 
 def validation_images(config: TrainConfig, count: int) -> Tensor:
-    """At most `count` images of `data.val`, spread over the file; see `images_at`."""
+    """Read at most `count` images of `data.val`, spread over the file; see `images_at`."""
     loader = build_loader(config.data, "val", image_size=resolve(config.model).image_size, batch_size=count)
     return _read(loader, spread(loader.num_samples, count))
 
@@ -75,7 +75,10 @@ def _read(loader: Loader, index_B: np.ndarray) -> Tensor:
 
 
 def batches_at(loader: Loader, index_N: np.ndarray) -> Generator[Tensor, None, None]:
-    """The images of a validation loader at these places of the file: uint8 (B, 3, S, S) of its batch size, to keep."""
+    """Yield the images of a validation loader at these places of the file, to keep.
+
+    They are uint8 (B, 3, S, S) of its batch size.
+    """
     with contextlib.closing(loader.reader.batches(index_N, np.arange(len(index_N)), 0)) as batches:
         for images_BHWC in batches:
             yield torch.as_tensor(images_BHWC).clone().permute(0, 3, 1, 2)

@@ -1,5 +1,6 @@
-"""The model that MLflow serves: images in, classes and probabilities out. MLflow calls `_load_pyfunc`; this module
-needs mlflow only to refuse a request.
+"""The model that MLflow serves: images in, classes and probabilities out.
+
+MLflow calls `_load_pyfunc`; this module needs mlflow only to refuse a request.
 
 A request is a table with the column `image`, of IMAGES rows at most. A cell is text, and holds an image file's bytes in
 base64 (a `data:...;base64,` address, or bare), or names a file: `file:birds/jay.png`. Base64 has no colon, so that no
@@ -114,7 +115,7 @@ def _open(encoded: bytes) -> Image.Image:
 
 
 class RefusedError(ValueError):
-    """What is wrong with a request, in words for whoever sent it."""
+    """The fault of a request, in words for the person who sent it."""
 
 
 class Served:

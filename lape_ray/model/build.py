@@ -1,4 +1,4 @@
-"""From a `ModelConfig` to a network: names are looked up here, and modules handed in.
+"""Build a network from a `ModelConfig`: names are looked up here, and modules handed in.
 
 Shapes: D width, K classes.
 """

@@ -1,4 +1,4 @@
-"""The network families and sizes by name, and what a `ModelConfig` comes to with its overrides."""
+"""The network families and sizes by name, and a `ModelConfig`'s overrides applied to them."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT and DeiT (arXiv 2010.11929, 2012.12877), and, with `pool`, Compact Transformers; with LaPE by its position.
+    """ViT and DeiT (arXiv 2010.11929, 2012.12877); with `pool` Compact Transformers, and with LaPE by `position`.
 
     Args:
         patch_embed: images (B, C, H, W) to patch tokens (B, P, D).

@@ -1,4 +1,4 @@
-"""From what a person types to a position report: the steps behind jobs/position_report.py."""
+"""Make a position report from what a person types: the steps behind jobs/position_report.py."""
 
 from __future__ import annotations
 
@@ -86,7 +86,10 @@ def build_position_report(
 
 
 def _artifact_folder(labels: Sequence[str]) -> str:
-    """Where a run keeps a report: its own one, or one of a comparison, by who is compared."""
+    """Name the folder in which a run keeps a report.
+
+    It is that of its own report, or that of a comparison, which has the names of the compared.
+    """
     if len(labels) == 1:
         return "position_report"
     return "position_report/" + re.sub(r"[^\w.+-]+", "_", "_and_".join(labels))[:100]
@@ -108,7 +111,7 @@ def checkpoint_report(
 ) -> PositionView | None:
     """Write the report of one checkpoint folder of ours into `out`, strength measured on `count` images.
 
-    Returns what was seen; None, and no report, where there is no position.
+    Returns what was seen; None, and no report, where the network has no position.
     """
     notes: list[str] = []
     one = Subject(label=label, checkpoint=str(checkpoint), config=config)
@@ -120,7 +123,7 @@ def checkpoint_report(
 
 
 def parse_token(text: str) -> tuple[int, int]:
-    """`ROW,COLUMN` as two numbers."""
+    """Parse `ROW,COLUMN` as two numbers."""
     try:
         row, column = (int(part) for part in text.split(","))
     except ValueError:
@@ -131,7 +134,7 @@ def parse_token(text: str) -> tuple[int, int]:
 
 
 def _images(one: Subject, folder: Path | None, count: int, notes: list[str]) -> Tensor | None:
-    """Images (B, 3, S, S) to measure with; None, and a note that says why, where there are none."""
+    """Read images (B, 3, S, S) to measure with; None, and a note that says why, where none can be read."""
     if folder is not None:
         return folder_images(folder, one.config, count)
     try:

@@ -30,7 +30,7 @@ CORRELATION = "cosine similarity (grey: a row of zeros)"
 
 
 def svg(figure: Figure) -> bytes:
-    """The figure as SVG, equal for equal figures: no date, no random names."""
+    """Write the figure as SVG, equal for equal figures: no date, no random names."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "lape_ray"}):
         figure.savefig(buffer, format="svg", dpi=MAP_DPI, metadata={"Date": None, "Creator": None})
@@ -62,7 +62,7 @@ def _show(axis: Axes, image: Tensor, low: float, high: float) -> Any:
 
 
 def _ticks(axis: Axes, rows: int, columns: int, *, left: bool, bottom: bool) -> None:
-    """First and last index on the outer axes only."""
+    """Set ticks at the first and last index, on the outer axes only."""
     axis.set_xticks([0, columns - 1] if bottom else [])
     axis.set_yticks([0, rows - 1] if left else [])
 
@@ -78,7 +78,7 @@ def maps_figure(
     marks: Sequence[tuple[int, int] | None] = (),
     columns: Sequence[str] | None = None,
 ) -> Figure:
-    """A row of maps (L, rows, columns) for each name, a column for each layer, all on one colour scale.
+    """Draw a row of maps (L, rows, columns) for each name, a column for each layer, all on one colour scale.
 
     The scale is symmetric: -limit to limit, or the largest absolute value of all maps where `limit` is None.
     `marks` are the (row, column) to frame in each name's maps.
@@ -114,7 +114,7 @@ def maps_figure(
 
 
 def token_figure(views: Sequence[PositionView], token: tuple[int, int] | None) -> Figure | None:
-    """The correlation of one patch's embedding with every patch's; None where no view has a token embedding."""
+    """Draw the correlation of one patch's embedding with every patch's; None where no view has a token embedding."""
     named, marks = [], []
     for one in views:
         patch = one.patch(token)
@@ -128,7 +128,10 @@ def token_figure(views: Sequence[PositionView], token: tuple[int, int] | None) -
 
 
 def class_figure(views: Sequence[PositionView]) -> Figure | None:
-    """The correlation of the class token's embedding (and the distillation token's) with every patch's, if any."""
+    """Draw the correlation of the class token's embedding with every patch's, if any.
+
+    With a distillation token its correlation is drawn too.
+    """
     named = [
         (one.label if one.num_prefix == 1 else f"{one.label}\n{name}", maps_LYX)
         for one in views
@@ -141,7 +144,7 @@ def class_figure(views: Sequence[PositionView]) -> Figure | None:
 
 
 def matrix_figure(views: Sequence[PositionView]) -> Figure | None:
-    """The correlation of all tokens with all tokens; None where no view has a token embedding."""
+    """Draw the correlation of all tokens with all tokens; None where no view has a token embedding."""
     named = [(one.label, one.correlation_LNN) for one in views if one.correlation_LNN is not None]
     title = (
         "Position embedding of every token against every token, as attention sees it (prefix tokens first)"
@@ -150,7 +153,10 @@ def matrix_figure(views: Sequence[PositionView]) -> Figure | None:
 
 
 def bias_figure(one: PositionView, token: tuple[int, int] | None) -> Figure | None:
-    """What is added to one query patch's logits for every key patch: a row for each head, a column for each layer."""
+    """Draw what is added to one query patch's logits for every key patch; None where nothing is.
+
+    It has a row for each head and a column for each layer.
+    """
     if one.bias_LHPP is None:
         return None
     patch = one.patch(token)
@@ -166,7 +172,7 @@ def bias_figure(one: PositionView, token: tuple[int, int] | None) -> Figure | No
 
 
 def rotation_figure(views: Sequence[PositionView], token: tuple[int, int] | None) -> Figure | None:
-    """How far a rotation turns every key against one query; None where no view rotates."""
+    """Draw how far a rotation turns every key against one query; None where no view rotates."""
     named, marks = [], []
     for one in views:
         if one.rotation_LPP is not None:
@@ -190,7 +196,7 @@ def _lines(axis: Axes, title: str, x: str, y: str) -> None:
 
 
 def strength_figure(views: Sequence[PositionView]) -> Figure | None:
-    """Two panels over layers: length of position over length of token, and the attention that position moves."""
+    """Draw two panels over layers: length of position over length of token, and the attention that position moves."""
     measured = [(one, one.strength) for one in views if one.strength is not None]
     if not measured:
         return None
@@ -228,7 +234,7 @@ def strength_figure(views: Sequence[PositionView]) -> Figure | None:
 def curves_figure(
     panels: Sequence[tuple[str, str, str, Sequence[tuple[str, Sequence[float], Sequence[float]]]]],
 ) -> Figure:
-    """Panels side by side, each (title, x, y, [(name, xs, ys), ...])."""
+    """Draw panels side by side, each (title, x, y, [(name, xs, ys), ...])."""
     figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
     for axis, (title, x, y, lines) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
@@ -242,9 +248,10 @@ def curves_figure(
 
 
 def confusion_figure(counts_CC: np.ndarray, images_C: np.ndarray, names: Sequence[str]) -> Figure:
-    """Share of each class's images (row) that is taken for each class (column), in percent, as colour and number.
+    """Draw the share of each class's images (row) that is taken for each class (column), as colour and number.
 
-    `images_C` counts all images of a class, also those that are taken for classes which are not shown.
+    Shares are in percent. `images_C` counts all images of a class, also those that are taken for classes which are not
+    shown.
     """
     share_CC = 100 * counts_CC / np.maximum(images_C, 1)[:, None]
     size = 2.2 + 0.42 * len(names)

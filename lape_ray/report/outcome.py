@@ -1,4 +1,4 @@
-"""What a finished run comes to, in numbers: predictions on the validation set, worst classes, hours. No figures.
+"""The outcome of a finished run in numbers: predictions on the validation set, worst classes, hours. No figures.
 
 Shapes: N validation images in the file's order, B images of a batch, K classes.
 """
@@ -39,7 +39,7 @@ def predict_all(
     normalize: nn.Module,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Predictions:
-    """One pass over the loader's validation set, on the network's device."""
+    """Predict the loader's validation set in one pass, on the network's device."""
     network.eval()
     labels, best, probability = [], [], []
     with torch.inference_mode(), contextlib.closing(loader.epoch(0)) as batches:
@@ -73,13 +73,13 @@ class ClassScore:
 
 
 def confusion(predictions: Predictions, num_classes: int) -> np.ndarray:
-    """(K, K) counts of images by truth (row) and best class (column)."""
+    """Count images (K, K) by truth (row) and best class (column)."""
     cells = predictions.labels_N * num_classes + predictions.best_N
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def worst_classes(confusion_KK: np.ndarray, count: int) -> list[ClassScore]:
-    """The classes of lowest accuracy among those that have images, worst first; ties by number."""
+    """Find the classes of lowest accuracy among those that have images, worst first; ties by number."""
     scores = []
     for label, row_K in enumerate(confusion_KK):
         if row_K.sum() == 0:
@@ -95,13 +95,13 @@ def worst_classes(confusion_KK: np.ndarray, count: int) -> list[ClassScore]:
 
 
 def by_epoch(history: Mapping[str, Sequence[tuple[int, float]]], name: str) -> Points:
-    """(epoch, value) of a metric that is logged once an epoch; empty where it was not logged."""
+    """List (epoch, value) of a metric that is logged once an epoch; empty where it was not logged."""
     epoch_of = dict(history.get("epoch", ()))
     return [(epoch_of[step], value) for step, value in history.get(name, ()) if step in epoch_of]
 
 
 def worker_hours(history: Mapping[str, Sequence[tuple[int, float]]], batch_size: int, workers: int) -> float:
-    """Hours in which workers trained, all added up, whatever stopped the run and continued it.
+    """Add up the hours in which workers trained, whatever stopped the run and continued it.
 
     Each epoch's are its images over its images/s, times its workers: those that were logged, else `workers`. Neither
     evaluation nor start-up is in it.

@@ -37,12 +37,12 @@ def _escape(text: object) -> str:
 
 
 def data_uri(data: bytes, mime: str) -> str:
-    """`data` as an address that holds it."""
+    """Encode `data` as an address that holds it."""
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
 class Page:
-    """Collects the parts of a page in their order; `html` is the whole."""
+    """The parts of a page, collected in their order; `html` is the whole."""
 
     def __init__(self, title: str, subtitle: str = "") -> None:
         self.title = title
@@ -63,7 +63,7 @@ class Page:
         self._parts.append(f"<pre>{_escape(text)}</pre>")
 
     def figure(self, svg: bytes, caption: str) -> None:
-        """An SVG picture, kept apart from the page's own elements, so that names inside it meet no others.
+        """Add an SVG picture, kept apart from the page's own elements, so that names inside it meet no others.
 
         A narrow window scrolls a wide one, whose text would become too small to read.
         """
@@ -76,7 +76,10 @@ class Page:
         )
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Columns of nothing but numbers stand to the right; give numbers as text where they need rounding."""
+        """Add a table.
+
+        Columns of nothing but numbers stand to the right; give numbers as text where they need rounding.
+        """
         cells = [[str(value) for value in row] for row in rows]
         numbers = [
             any(filled := [row[column] for row in cells if row[column]])
@@ -93,14 +96,14 @@ class Page:
         self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def facts(self, values: Iterable[tuple[str, str]]) -> None:
-        """A row of cards: a name and a large value."""
+        """Add a row of cards: a name and a large value."""
         cards = "".join(
             f'<div class="card">{_escape(name)}<b>{_escape(value)}</b></div>' for name, value in values
         )
         self._parts.append(f'<div class="cards">{cards}</div>')
 
     def pictures(self, cards: Iterable[tuple[bytes, str, bool]]) -> None:
-        """A wall of PNG pictures, each with a line of text and whether it is right."""
+        """Add a wall of PNG pictures, each with a line of text and whether it is right."""
         parts = [
             f'<div class="card {"right" if right else "wrong"}"><img src="{data_uri(png, "image/png")}" '
             f'alt="{_escape(text)}"><div class="small">{_escape(text)}</div></div>'

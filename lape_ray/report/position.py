@@ -1,4 +1,6 @@
-"""What a network's position embedding looks like to attention, layer by layer. Pure functions of weights and images.
+"""The position embedding of a network as attention sees it, layer by layer.
+
+The functions are pure: of weights and images.
 
 The chain of embeddings is the network's own (`VisionTransformer.layer_positions`); nothing is computed a second way.
 
@@ -22,14 +24,14 @@ from lape_ray.model.position import LayerPosition
 
 
 def cosine(rows_ND: Tensor) -> Tensor:
-    """(N, N) cosine similarity of every pair of rows (LaPE paper, eq. 12); NaN where a row is all zeros."""
+    """Compute the (N, N) cosine similarity of every pair of rows (LaPE paper, eq. 12); NaN where a row is all zeros."""
     norm_N1 = rows_ND.norm(dim=-1, keepdim=True)
     unit_ND = torch.where(norm_N1 > 0, rows_ND / norm_N1, torch.nan)
     return (unit_ND @ unit_ND.T).clamp(-1, 1)
 
 
 def seen_by_attention(network: VisionTransformer) -> Tensor | None:
-    """(L, N, D) position embedding as each layer's attention reads it; None without a token embedding.
+    """Compute the (L, N, D) position embedding as each layer's attention reads it; None without a token embedding.
 
     A join that gives attention its own summand (LaPE) is read as it is: LN_w,l(w_{l-1}). A join that adds to the
     residual stream passes the layer's common LayerNorm, where its share is l2 * LN_l(w) (eq. 6-7); w is all that was
@@ -61,9 +63,10 @@ def seen_by_attention(network: VisionTransformer) -> Tensor | None:
 
 
 def _past_norm2(block: Block, carried_BND: Tensor, scale: Tensor | float) -> Tensor:
-    """What the block leaves in the stream of a summand: all of it, or its share where a norm sits on the stream.
+    """Return what the block leaves of a summand in the stream.
 
-    `scale` is the stream's standard deviation before that norm.
+    That is all of it, or its share where a norm sits on the stream. `scale` is the stream's standard deviation before
+    that norm.
     """
     if not isinstance(block, ResidualNormBlock):
         return carried_BND
@@ -71,13 +74,13 @@ def _past_norm2(block: Block, carried_BND: Tensor, scale: Tensor | float) -> Ten
 
 
 def correlations(network: VisionTransformer) -> Tensor | None:
-    """(L, N, N) cosine similarity of the position embedding's rows as each layer sees them."""
+    """Compute the (L, N, N) cosine similarity of the position embedding's rows as each layer sees them."""
     seen_LND = seen_by_attention(network)
     return None if seen_LND is None else torch.stack([cosine(rows_ND.float()) for rows_ND in seen_LND])
 
 
 def biases(network: VisionTransformer) -> Tensor | None:
-    """(L, H, P, P) what is added to attention's logits for each query (row) and key (column) patch."""
+    """Compute the (L, H, P, P) that are added to attention's logits for each query (row) and key (column) patch."""
     prefix = network.num_prefix
     with torch.no_grad():
         layers = [layer.logits_1HNN for layer in network.layer_positions()]
@@ -86,7 +89,10 @@ def biases(network: VisionTransformer) -> Tensor | None:
 
 
 def rotations(network: VisionTransformer) -> Tensor | None:
-    """(L, P, P) mean over heads and channel pairs of cos(angle of query - angle of key), 1 where both turn alike."""
+    """Compute the (L, P, P) mean over heads and channel pairs of cos(angle of query - angle of key).
+
+    It is 1 where both turn alike.
+    """
     prefix = network.num_prefix
     found = []
     with torch.no_grad():
@@ -100,7 +106,7 @@ def rotations(network: VisionTransformer) -> Tensor | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Strength:
-    """How strongly each layer uses position, for each query token, as means over images (and heads)."""
+    """The strength with which each layer uses position, for each query token, as means over images (and heads)."""
 
     norm_ratio_LN: Tensor | None
     """Length of attention's input that is position over length that is token: |l2 LN(w)| / |l1 LN(x)| of eq. 7, or
@@ -138,7 +144,7 @@ class _Carried:
 
 
 class _Probe:
-    """What is seen of one layer."""
+    """The measurements of one layer."""
 
     norm_ratio_N: Tensor | None = None
     moved_N: Tensor
@@ -176,12 +182,12 @@ def _on_norm2(carried: _Carried, block: Block) -> Any:
 
 
 def _deviation(x_BND: Tensor, eps: float) -> Tensor:
-    """What a LayerNorm divides by."""
+    """Compute what a LayerNorm divides by."""
     return (x_BND.var(-1, keepdim=True, correction=0) + eps).sqrt()
 
 
 def split_common_norm(norm: nn.LayerNorm, x_BND: Tensor, w_BND: Tensor) -> tuple[Tensor, Tensor]:
-    """The shares l2 * LN(w) and l1 * LN(x - w) of LN(x), whose rest is l3 * beta (LaPE paper, eq. 6-7)."""
+    """Compute the shares l2 * LN(w) and l1 * LN(x - w) of LN(x), whose rest is l3 * beta (LaPE paper, eq. 6-7)."""
     tokens_BND = x_BND - w_BND
     whole = _deviation(x_BND, norm.eps)
     l1, l2 = _deviation(tokens_BND, norm.eps) / whole, _deviation(w_BND, norm.eps) / whole
@@ -207,7 +213,7 @@ class PositionView:
         return max((len(part) for part in found if part is not None), default=0)
 
     def patch(self, token: tuple[int, int] | None) -> int:
-        """The index among the patches of the chosen (row, column), by default the centre's."""
+        """Return the index among the patches of the chosen (row, column), by default the centre's."""
         row, column = token or (self.grid[0] // 2, self.grid[1] // 2)
         if not (0 <= row < self.grid[0] and 0 <= column < self.grid[1]):
             raise ValueError(
@@ -217,22 +223,25 @@ class PositionView:
         return row * self.grid[1] + column
 
     def patch_maps(self, matrix_LPP: Tensor, patch: int) -> Tensor:
-        """(L, rows, columns) of what one patch has with every patch."""
+        """Return the maps (L, rows, columns) of what one patch has with every patch."""
         return matrix_LPP[:, patch].unflatten(-1, self.grid)
 
     def correlation_maps(self, patch: int) -> Tensor | None:
-        """(L, rows, columns) correlation of one patch with every patch."""
+        """Return the correlation (L, rows, columns) of one patch with every patch; None without token embedding."""
         if self.correlation_LNN is None:
             return None
         return self.patch_maps(self.correlation_LNN[:, self.num_prefix :, self.num_prefix :], patch)
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """What the tokens before the patches are."""
+        """The kinds of the tokens before the patches."""
         return ("class token", "distillation token")[: self.num_prefix]
 
     def prefix_maps(self) -> dict[str, Tensor]:
-        """(L, rows, columns) correlation of each token of `prefix` with every patch; none without token embedding."""
+        """Return the correlation (L, rows, columns) of each token of `prefix` with every patch.
+
+        It is empty without a token embedding.
+        """
         if self.correlation_LNN is None:
             return {}
         return {
@@ -244,7 +253,7 @@ class PositionView:
 def view(
     network: VisionTransformer, *, label: str, description: str = "", images_BCHW: Tensor | None = None
 ) -> PositionView:
-    """Everything there is to see of `network`; how strongly position is used only where images are given."""
+    """Compute all that a report shows of `network`; how strongly position is used only where images are given."""
     return PositionView(
         label=label,
         description=description,

@@ -1,6 +1,7 @@
-"""How a network's position maps change while it trains: a row for each epoch that was looked at, a column a layer.
+"""The change of a network's position maps while it trains: a row for each epoch, a column for each layer.
 
-The maps of earlier epochs lie beside the run's checkpoints, so that a run that was continued still has them.
+An epoch has a row where it was looked at. The maps of earlier epochs lie beside the run's checkpoints, so that a run
+that was continued still has them.
 
 Shapes: L layers, Y rows and X columns of the patch grid.
 """
@@ -30,9 +31,9 @@ ROWS = 12  # of a figure; of more epochs those that are spread evenly over them
 
 
 def training_maps(view: PositionView) -> tuple[str, Tensor]:
-    """What is followed, in words, and (L, Y, X) for the centre patch: correlation, or what there is in its place.
+    """Return what is followed, in words, and the maps (L, Y, X) of the centre patch.
 
-    The view must have some position (`view.depth`).
+    They are its correlation, or without one its bias or rotation. The view must have some position (`view.depth`).
     """
     patch = view.patch(None)
     if (maps_LYX := view.correlation_maps(patch)) is not None:
@@ -52,7 +53,7 @@ def remember(run: str, epoch: int, maps_LYX: Tensor) -> None:
 
 
 def recall(run: str, epochs: Iterable[int]) -> dict[int, Tensor]:
-    """The maps of those of `epochs` that are kept; a ValueError names a file that holds none."""
+    """Read the maps of those of `epochs` that are kept; a ValueError names a file that holds none."""
     places = {epoch: _place(run, epoch) for epoch in epochs}
     return {epoch: _maps_in(place) for epoch, place in places.items() if storage.exists(place)}
 
@@ -71,7 +72,7 @@ def _place(run: str, epoch: int) -> str:
 
 
 def write_training_page(name: str, what: str, maps: Mapping[int, Tensor], folder: Path) -> Path:
-    """The figure and page of a run's maps (L, Y, X) by epoch; returns the page."""
+    """Write the figure and page of a run's maps (L, Y, X) by epoch; returns the page."""
     epochs = sorted(maps)
     chosen = [epochs[index] for index in spread(len(epochs), ROWS)]
     figure = figures.maps_figure(

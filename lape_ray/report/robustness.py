@@ -1,4 +1,4 @@
-"""How accuracy holds where positions change: other resolutions, and cyclic shifts of the image.
+"""Accuracy where positions change: other resolutions, and cyclic shifts of the image.
 
 Shapes: B images, H x W pixels.
 """
@@ -31,7 +31,7 @@ SIZES_OF_224 = (160, 192, 224, 256, 288, 320, 352, 384)
 
 
 class Batches(Protocol):
-    """What `evaluate` reads."""
+    """The loader that `evaluate` reads."""
 
     def epoch(self, epoch: int) -> Generator[tuple[Tensor, Tensor], None, None]: ...
 
@@ -78,19 +78,22 @@ class Robustness:
 
 
 def token_stride(spec: VariantSpec) -> int:
-    """Pixels from one token to the next."""
+    """Return the pixels from one token to the next."""
     return spec.patch_size or 2**spec.conv_layers
 
 
 def sizes_for(spec: VariantSpec) -> list[int]:
-    """160 to 384 px for a network of 224 px; the same shares of another size, in whole tokens. Ascending."""
+    """List image sizes in pixels, ascending: 160 to 384 for a network of 224.
+
+    For another size they are the same shares of it, in whole tokens.
+    """
     stride = token_stride(spec)
     sizes = {max(2, round(size / 224 * spec.image_size / stride)) * stride for size in SIZES_OF_224}
     return sorted(sizes | {spec.image_size})
 
 
 def shifts_for(spec: VariantSpec) -> list[int]:
-    """0 to half the image, at whole and half tokens, nine at most. Ascending."""
+    """List shifts in pixels, ascending: 0 to half the image, at whole and half tokens, nine at most."""
     stride = token_stride(spec)
     step = max(1, stride // 2)
     steps = spec.image_size // 2 // step
@@ -107,7 +110,7 @@ def measure_robustness(
     images: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Robustness:
-    """Top-1 on `images` of `data.val` (None: all) for each size of `sizes_for` and each shift of `shifts_for`.
+    """Measure top-1 on `images` of `data.val` (None: all) for each size of `sizes_for` and shift of `shifts_for`.
 
     Images smaller than a size are enlarged to it, as `data.upscale` does.
     """
@@ -150,7 +153,7 @@ def measure_robustness(
 
 
 def robustness_figure(results: Sequence[Robustness]) -> Figure:
-    """Two panels: top-1 over image size, and over shift."""
+    """Draw two panels: top-1 over image size, and over shift."""
     sizes = [(one.label, list(one.sizes), list(one.sizes.values())) for one in results]
     shifts = [(one.label, list(one.shifts), list(one.shifts.values())) for one in results]
     return curves_figure(
@@ -162,7 +165,7 @@ def robustness_figure(results: Sequence[Robustness]) -> Figure:
 
 
 def robustness_tables(results: Sequence[Robustness]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    """Header and rows of both tables; a network that was not measured at a value has a dash there."""
+    """Make header and rows of both tables; a network that was not measured at a value has a dash there."""
     tables = []
     for what, field in (("px", "sizes"), ("px shift", "shifts")):
         values: list[Mapping[int, float]] = [getattr(result, field) for result in results]

@@ -1,4 +1,4 @@
-"""What repeated measurements say of a mean, and how sure that is."""
+"""The mean of repeated measurements, and how sure it is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """Of at least one value."""
+        """Estimate the mean of at least one value."""
         n, mean = len(values), statistics.fmean(values)
         if n < 2:
             return cls(n, mean, None, None)

@@ -48,12 +48,12 @@ class Results:
     facts: RunFacts
     predictions: Predictions
     epoch: int
-    """After which the best checkpoint was made."""
+    """The epoch after which the best checkpoint was made."""
     classes: Sequence[str]
     samples: Sequence[tuple[int, Tensor]]
     """Index in the validation set and uint8 picture (3, S, S)."""
     unit: str
-    """What a worker computes on: GPU or CPU."""
+    """The kind of device that a worker computes on: GPU or CPU."""
     per_worker: int
     """Units of a worker."""
 
@@ -90,7 +90,7 @@ def write_run_summary(config: TrainConfig, checkpoint: Path, facts: RunFacts, fo
 
 
 def _chosen(predictions: Predictions) -> np.ndarray:
-    """Images to show: some spread over all, and some spread over the wrong ones."""
+    """Choose images to show: some spread over all, and some spread over the wrong ones."""
     some_N = spread(len(predictions.labels_N), SAMPLES)
     wrong_N = predictions.wrong
     wrong_N = wrong_N[spread(len(wrong_N), SAMPLES)] if len(wrong_N) else wrong_N
@@ -98,7 +98,7 @@ def _chosen(predictions: Predictions) -> np.ndarray:
 
 
 def write_page(results: Results, folder: Path) -> Path:
-    """The page and its figures of results that are there; returns the page."""
+    """Write the page and its figures of the results; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     config, facts = results.config, results.facts
     model = config.model
@@ -204,7 +204,7 @@ def _classes(page: Page, results: Results, folder: Path) -> None:
 
 
 def _confused(worst: Sequence[ClassScore]) -> list[int]:
-    """The worst classes and the class that each is taken for most often, in order of number."""
+    """List the worst classes and the class that each is taken for most often, in order of number."""
     return sorted(
         {score.label for score in worst} | {score.taken_for[0][0] for score in worst if score.taken_for}
     )

@@ -53,7 +53,10 @@ def positions(base: TrainConfig) -> Space:
 
 
 def paper_table7(base: TrainConfig) -> Space:
-    """The 14 rows of the LaPE paper's table 7 (ICCV 2023): three embeddings by join, and relative position bias."""
+    """Make the 14 rows of the LaPE paper's table 7 (ICCV 2023).
+
+    They are three embeddings by join, and relative position bias.
+    """
     joins = {
         "learnable": ("basic", "share", "unshare", "lape_shared", "lape"),
         "sincos1d": ("basic", "share", "lape_shared", "lape"),
@@ -66,7 +69,9 @@ def paper_table7(base: TrainConfig) -> Space:
 
 
 def paper_table2(base: TrainConfig) -> Space:
-    """The rows of the LaPE paper's table 2 for the recipe's data: ViT-Lite, CVT and CCT, each under basic and lape.
+    """Make the rows of the LaPE paper's table 2 for the recipe's data.
+
+    They are ViT-Lite, CVT and CCT, each under basic and lape.
 
     With --seeds 5 and a CIFAR recipe, whose first seed is 121, these are the paper's trainings.
     """
@@ -117,7 +122,7 @@ SPACES: dict[str, Callable[[TrainConfig], Space]] = {
 
 
 def build_space(name: str, base: TrainConfig, axes: Mapping[str, Axis], fixed: Sequence[str] = ()) -> Space:
-    """The named space of `base` and the given axes; a field in `fixed` keeps the value that `base` has.
+    """Build the named space of `base` and the given axes; a field in `fixed` keeps the value that `base` has.
 
     Raises:
         ValueError: the space is unknown, empty or contradictory; says how to mend it.
@@ -161,7 +166,7 @@ def _corners(space: Space) -> list[dict[str, Any]]:
 
 
 def check_point(base: TrainConfig, point: Cell) -> TrainConfig:
-    """The config of a point; a ValueError names the point and the fix where its settings contradict each other."""
+    """Make the config of a point; a ValueError names the point and the fix where its settings contradict each other."""
     try:
         config = replace_fields(base, point)
         model = config.model
@@ -176,7 +181,7 @@ def check_point(base: TrainConfig, point: Cell) -> TrainConfig:
 
 
 def label(point: Cell, fields: Sequence[str]) -> str:
-    """A short name: the values of `fields`, with ports that are not used and plain joins left out."""
+    """Make a short name: the values of `fields`, with ports that are not used and plain joins left out."""
     parts = []
     for each in fields:
         value = point.get(each)
@@ -189,7 +194,7 @@ def label(point: Cell, fields: Sequence[str]) -> str:
 
 
 def labels(points: Sequence[Cell]) -> list[str]:
-    """The name of each point, by the fields in which they differ."""
+    """Name each point by the fields in which they differ."""
     fields = differing(points) or list(points[0])
     return [label(point, fields) for point in points]
 

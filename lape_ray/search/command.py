@@ -30,7 +30,7 @@ def plan_of(
     eta: int = 3,
     overrides: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """The plan of a command line, checked.
+    """Make the plan of a command line, checked.
 
     Raises:
         ValueError: what was given is unknown, empty or contradictory; says what to give instead.
@@ -86,7 +86,7 @@ def _with_points(plan: Plan, trials: int | None) -> Plan:
 
 
 def listing(plan: Plan) -> str:
-    """The plan in words: its points, or what they are drawn from."""
+    """Describe the plan in words: its points, or what they are drawn from."""
     head = (
         f"{plan.name}: {plan.points} points x {len(plan.seeds)} seeds of {plan.epochs} epochs, "
         f"points by {plan.sample}, schedule {plan.schedule}"

@@ -36,7 +36,7 @@ class Conductor:
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
-        """The search's own record and MLflow run, closed with the status that is true."""
+        """Open the search's own record and MLflow run, and close them with the status that is true."""
         self.record["mlflow_run_id"] = self.runs.open_parent(self.record["mlflow_run_id"])
         self.ledger.write_search(self.record)
         known = len(self.engine.trials)

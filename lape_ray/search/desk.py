@@ -19,7 +19,7 @@ class Desk:
         self._tickets = 0
 
     async def ask(self, lane: int, message: dict[str, Any]) -> tuple[int, Any]:
-        """Called by workers: waits for the answer; returns the ticket and it."""
+        """Wait, as a worker, for the answer; returns the ticket and it."""
         self._tickets += 1
         ticket = self._tickets
         self._answers[ticket] = asyncio.get_running_loop().create_future()
@@ -30,7 +30,7 @@ class Desk:
             del self._answers[ticket]
 
     async def fetch(self, timeout_s: float) -> list[Question]:
-        """Called by the search: all questions that wait, or none after `timeout_s`."""
+        """Return, to the search, all questions that wait, or none after `timeout_s`."""
         try:
             found = [await asyncio.wait_for(self._questions.get(), timeout_s)]
         except TimeoutError:
@@ -40,12 +40,15 @@ class Desk:
         return found
 
     async def answer(self, ticket: int, value: Any, keep: bool = False) -> None:
-        """Called by the search. What is kept can be read by the asker's companions; an asker that died gets nothing."""
+        """Answer a question, as the search.
+
+        What is kept can be read by the asker's companions; an asker that died gets nothing.
+        """
         if keep:
             self._kept[ticket] = value
         if ticket in self._answers and not self._answers[ticket].done():
             self._answers[ticket].set_result(value)
 
     async def kept(self, ticket: int) -> Any:
-        """An answer that was kept."""
+        """Return an answer that was kept."""
         return self._kept[ticket]

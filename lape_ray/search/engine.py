@@ -50,7 +50,7 @@ class Engine:
         return sum(not trial.over for trial in self.trials) + self.plan.trials - len(self.trials)
 
     def next_job(self) -> Job | Literal["wait", "over"]:
-        """What a free worker group does next."""
+        """Return what a free worker group does next."""
         while (trial := self._next_trial()) is not None:
             trial.state = "running"
             try:
@@ -91,14 +91,17 @@ class Engine:
         return trial
 
     def config(self, trial: Trial) -> TrainConfig:
-        """The whole config of a trial as it is now."""
+        """Make the whole config of a trial as it is now."""
         name = f"{self.plan.name}-{trial.id}"
         return replace_fields(self.plan.base, {**trial.values, "run.seed": trial.seed, "run.name": name})
 
     def report(
         self, number: int, epoch: int, metrics: Mapping[str, float], *, seconds: float, checkpoint: str
     ) -> Decision:
-        """An epoch is done, and saved; what the trial does now. One that is known already changes nothing."""
+        """Note that an epoch is done, and saved; returns what the trial does now.
+
+        An epoch that is known already changes nothing.
+        """
         trial = self.trials[number]
         trial.checkpoint = checkpoint
         if epoch <= trial.done:
@@ -115,16 +118,16 @@ class Engine:
         return decision
 
     def left(self, number: int) -> None:
-        """A worker group has let go of a trial."""
+        """Note that a worker group has let go of a trial."""
         self._training.discard(number)
 
     def loaded(self, number: int, what: Mapping[str, object]) -> None:
-        """A clone has taken over another trial's weights."""
+        """Note that a clone has taken over another trial's weights."""
         self.trials[number].loaded.append(dict(what))
         self.ledger.save(self.trials[number])
 
     def failed(self, number: int, error: str) -> None:
-        """A trial cannot go on; the search does."""
+        """Note that a trial cannot go on; the search does."""
         trial = self.trials[number]
         self._training.discard(number)
         if not trial.over:
@@ -132,7 +135,7 @@ class Engine:
         self.ledger.save(trial)
 
     def crashed(self, number: int, reason: str) -> bool:
-        """The workers of a trial died; returns whether it is tried again, from its newest checkpoint."""
+        """Note that a trial's workers died; returns whether it is tried again, from its newest checkpoint."""
         trial = self.trials[number]
         self._training.discard(number)
         trial.crashes += 1
@@ -148,6 +151,6 @@ class Engine:
 
 
 def _sampled_label(number: int, values: Mapping[str, object], plan: Plan) -> str:
-    """Number and settings of a sampled point."""
+    """Join the number and the settings of a sampled point."""
     fields = [*(differing(plan.space.cells) if len(plan.space.cells) > 1 else ()), *plan.space.axes]
     return f"#{number:03} {label(values, fields)}"

@@ -87,7 +87,9 @@ def places(nodes: list[dict[str, float]], group: Group) -> int:
 
 
 def concurrency(group: Group, *, asked: int | None, wait_s: float) -> int:
-    """Groups to start: as many as are free now, `asked` at most; at least one, for which it waits.
+    """Choose how many groups to start: as many as are free now, `asked` at most.
+
+    It is at least one, for which it waits.
 
     Raises:
         ValueError: not even one, or not `asked`, will ever fit.
@@ -143,7 +145,7 @@ class Lanes:
         return len(self._threads)
 
     def questions(self, timeout_s: float) -> list[Question]:
-        """What groups ask, waiting `timeout_s` at most for the first."""
+        """Return what groups ask, waiting `timeout_s` at most for the first."""
         found: list[Question] = ray.get(self._desk.fetch.remote(timeout_s))
         self._heard.update(lane for _, lane, _ in found)
         return found
@@ -153,7 +155,7 @@ class Lanes:
         self._desk.answer.remote(ticket, value, to_all)
 
     def ended(self) -> list[tuple[int, str]]:
-        """Groups that have ended since the last call, each with why: "" where the search let it go."""
+        """List groups that have ended since the last call, each with why: "" where the search let it go."""
         found = []
         with contextlib.suppress(queue.Empty):
             while True:

@@ -72,7 +72,7 @@ class Trial:
         return self.values_before(None)
 
     def values_before(self, epoch: int | None) -> dict[str, Any]:
-        """The values with which it came to the end of `epoch`, before it was cloned there; None: the latest."""
+        """Return the values with which it came to the end of `epoch`, before it was cloned there; None: the latest."""
         found = dict(self.first)
         for clone in self.lineage:
             if epoch is None or clone.epoch < epoch:
@@ -98,18 +98,18 @@ class Trial:
         return self.state in OVER
 
     def at(self, epoch: int, metric: str) -> float | None:
-        """The metric after `epoch`; None where it was not reported."""
+        """Return the metric after `epoch`; None where it was not reported."""
         for one in self.epochs:
             if one.epoch == epoch:
                 return one.metrics.get(metric)
         return None
 
     def last(self, metric: str) -> float | None:
-        """The metric of the last epoch that has it."""
+        """Return the metric of the last epoch that has it."""
         return next((one.metrics[metric] for one in reversed(self.epochs) if metric in one.metrics), None)
 
     def best(self, metric: str, sign: int) -> float | None:
-        """The best value of any epoch."""
+        """Return the best value of any epoch."""
         values = [one.metrics[metric] for one in self.epochs if metric in one.metrics]
         return max(values, key=lambda value: sign * value) if values else None
 

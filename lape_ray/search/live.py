@@ -32,12 +32,12 @@ class Display:
         self._next = 0.0
 
     def line(self, text: str) -> None:
-        """A line that stays, above the table."""
+        """Print a line that stays, above the table."""
         self._wipe()
         print(text, file=self._out, flush=True)
 
     def reported(self, trial: Trial, trials: Sequence[Trial], decision: str, *, lanes: int) -> None:
-        """A trial has reported an epoch; `lanes` train at the moment."""
+        """Show that a trial has reported an epoch; `lanes` train at the moment."""
         if not self.draws:
             words = {"go": "", "pause": "  pauses"}.get(decision, "  stopped: among the worse of its rung")
             value = trial.last(self._plan.metric)
@@ -47,7 +47,7 @@ class Display:
             self.line(f"trial {trial.id}  {trial.label} seed {trial.seed}  {place}{shown}{words}  ETA {left}")
 
     def ended(self, trial: Trial, trials: Sequence[Trial]) -> None:
-        """A trial is over, or pauses."""
+        """Show that a trial is over, or pauses."""
         if trial.state == "failed":
             self.line(f"trial {trial.id}  {trial.label} seed {trial.seed}  FAILED: {first_line(trial)}")
         elif trial.over:
@@ -80,7 +80,7 @@ class Display:
         self._drawn = len(lines)
 
     def table(self, trials: Sequence[Trial], lanes: Mapping[int, int], width: int, height: int) -> list[str]:
-        """The table's lines: a head, then trials that train, then the latest of the others, as many as fit."""
+        """List the table's lines: a head, then trials that train, then the latest of the others, as many as fit."""
         plan = self._plan
         over = sum(trial.over for trial in trials)
         left = self.eta(trials, len(lanes))

@@ -64,7 +64,7 @@ def _cut(label: str) -> str:
 
 
 def curves_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
-    """The metric by epoch: means of the best cells in colour, all other trials in grey."""
+    """Draw the metric by epoch: means of the best cells in colour, all other trials in grey."""
     first, others = found[:MOST_CURVES], found[MOST_CURVES:]
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axis = figure.subplots()
@@ -108,7 +108,10 @@ def _mean_curve(cell: Cell, metric: str) -> tuple[list[int], list[float]]:
 
 
 def parallel_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
-    """A line for each trial through its searched values to its metric, coloured by it; None without axes to show."""
+    """Draw a line for each trial through its searched values to its metric, coloured by it.
+
+    Without axes to show it is None.
+    """
     axes = plan.space.axes
     trials = [trial for cell in found for trial in cell.trials if trial.last(plan.metric) is not None]
     if not axes or len(trials) < 2:

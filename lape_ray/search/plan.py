@@ -81,7 +81,7 @@ class Plan:
 
 
 def plan_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`what: old -> new` for whatever two definitions do not share."""
+    """List `what: old -> new` for whatever two definitions do not share."""
     changed = []
     for key in new:
         before, after = old.get(key), new[key]

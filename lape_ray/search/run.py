@@ -166,7 +166,7 @@ def _conclude(conductor: Conductor, command: str) -> SearchResult:
 
 
 def _best_command(engine: Engine, found: Sequence[Cell]) -> str:
-    """The command that trains the best cell, as a run of its own."""
+    """Write the command that trains the best cell, as a separate run."""
     best = found[0].trials[0]
     if best.last(engine.plan.metric) is None:
         return "no trial came so far as to be evaluated; see the errors of the trials"
@@ -175,7 +175,7 @@ def _best_command(engine: Engine, found: Sequence[Cell]) -> str:
 
 
 def _cost(conductor: Conductor) -> str:
-    """What the search took, beside the sum of its trials' training."""
+    """Say what the search took, beside the sum of its trials' training."""
     trials, sessions = conductor.engine.trials, conductor.record["sessions"]
     trained = sum(trial.seconds for trial in trials)
     text = f"{len(trials)} trials trained for {duration(trained)} in sum"

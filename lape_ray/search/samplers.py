@@ -19,7 +19,7 @@ CELL = "cell"
 
 
 def share(*key: object) -> float:
-    """A number from [0, 1) that depends on nothing but its key."""
+    """Draw a number from [0, 1) that depends on nothing but its key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
     return int.from_bytes(digest, "little") / 2**56
 
@@ -89,7 +89,7 @@ def _distributions(space: Space, optuna: Any) -> dict[str, Any]:
 
 
 def _parameters(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A point in Optuna's terms: choices and cells by their number."""
+    """Translate a point to Optuna's terms: choices and cells by their number."""
     found = {
         name: axis.values.index(values[name]) if isinstance(axis, Choice) else values[name]
         for name, axis in space.axes.items()

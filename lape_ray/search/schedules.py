@@ -28,10 +28,10 @@ class Scheduler(ABC):
 
     @abstractmethod
     def after(self, trial: Trial, trials: Sequence[Trial]) -> Decision:
-        """What becomes of a trial that has just reported an epoch other than its last."""
+        """Decide what becomes of a trial that has just reported an epoch other than its last."""
 
     def settle(self, trials: Sequence[Trial]) -> list[Trial]:
-        """The paused trials that can go on now, in order; those that lost are set to `stopped`."""
+        """Return the paused trials that can go on now, in order; those that lost are set to `stopped`."""
         return []
 
     def _score(self, trial: Trial, epoch: int) -> float:
@@ -40,7 +40,7 @@ class Scheduler(ABC):
         return -math.inf if value is None or value != value else self.plan.sign * value
 
     def _ranked(self, trials: Sequence[Trial], epoch: int) -> list[Trial]:
-        """The best first; of equals the one that was begun first."""
+        """Sort the best first; of equals the one that was begun first."""
         return sorted(trials, key=lambda one: (-self._score(one, epoch), one.number))
 
 

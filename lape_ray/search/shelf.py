@@ -30,7 +30,7 @@ class Shelf:
         return storage.join(self.folder, name)
 
     def names(self) -> list[str]:
-        """The checkpoints, newest first."""
+        """List the checkpoints, newest first."""
         found = (name for name in storage.folders(self.folder) if name.startswith(PREFIX))
         return sorted(found, reverse=True)
 
@@ -48,7 +48,7 @@ class Shelf:
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[Path]:
-        """A checkpoint as a local folder."""
+        """Open a checkpoint as a local folder."""
         with storage.opened(self.address(name)) as folder:
             yield folder
 
@@ -58,7 +58,10 @@ class Shelf:
                 storage.delete_folder(self.address(name), first=MARKER)
 
     def newest_whole(self, config: TrainConfig, clone: Mapping[str, Any] | None) -> str | None:
-        """The newest checkpoint that is whole and of `config`; after a clone, only what came from it. None: none."""
+        """Find the newest checkpoint that is whole and of `config`; None: none.
+
+        After a clone, only what came from it counts.
+        """
         for name in self.names():
             with contextlib.suppress(DamagedError, OSError), self.opened(name) as folder:
                 verify(folder)
@@ -103,7 +106,7 @@ def _is_clone(folder: Path, clone: Mapping[str, Any]) -> bool:
 
 
 def _rewrite(source: Path, target: Path, config: TrainConfig, clone: Mapping[str, Any]) -> None:
-    """A copy of a checkpoint under another config; the optimizer's weight decay is the new one."""
+    """Copy a checkpoint under another config; the optimizer's weight decay is the new one."""
     for file in source.iterdir():
         if file.name not in ("meta.json", CLONED, "optimizer.pt"):
             shutil.copy(file, target)

@@ -23,11 +23,11 @@ class Choice:
     values: tuple[Any, ...]
 
     def at(self, share: float) -> Any:
-        """The value at `share`, from 0 up to but not including 1, of the way through."""
+        """Return the value at `share`, from 0 up to but not including 1, of the way through."""
         return self.values[int(share * len(self.values))]
 
     def moved(self, value: Any, share: float) -> Any:
-        """A neighbour of `value`: the one before for a `share` below one half, else the one after; ends stay."""
+        """Return a neighbour of `value`: the one before for a `share` below one half, else the one after; ends stay."""
         index = self.values.index(value) + (1 if share >= 0.5 else -1)
         return self.values[min(max(index, 0), len(self.values) - 1)]
 
@@ -45,7 +45,7 @@ class Range:
     whole: bool = False
 
     def at(self, share: float) -> float:
-        """The value at `share` of the way through."""
+        """Return the value at `share` of the way through."""
         if self.whole:
             return min(int(self.low) + int(share * (self.high - self.low + 1)), int(self.high))
         if self.log:
@@ -69,7 +69,7 @@ Axis = Choice | Range
 
 
 def as_text(value: Any) -> str:
-    """A field's value as the command line takes it."""
+    """Write a field's value as the command line takes it."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -83,7 +83,7 @@ _LENGTH = ("optim.epochs", "optim.cooldown_epochs")
 
 
 def searchable(config: TrainConfig) -> list[str]:
-    """The fields that an axis may go over: those that change what is learned, but seed and length."""
+    """List the fields that an axis may go over: those that change what is learned, but seed and length."""
     return [name for name in what_is_learned(config) if not name.startswith("run.") and name not in _LENGTH]
 
 
@@ -167,7 +167,7 @@ def _value(field: str, kind: Any, text: str) -> Any:
 
 
 def field_type(field: str) -> Any:
-    """The annotated type of `section.field`."""
+    """Return the annotated type of `section.field`."""
     section, _, name = field.partition(".")
     return typing.get_type_hints(SECTIONS[section])[name]
 
@@ -189,6 +189,6 @@ def check_axis(field: str, axis: Axis, base: TrainConfig) -> None:
 
 
 def differing(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fields whose values are not the same in all cells, in their order."""
+    """List the fields whose values are not the same in all cells, in their order."""
     fields = list(dict.fromkeys(field for cell in cells for field in cell))
     return [field for field in fields if len({str(cell.get(field)) for cell in cells}) > 1]

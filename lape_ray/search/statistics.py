@@ -105,7 +105,7 @@ def _difference(
 
 
 def in_words(plan: Plan, found: Sequence[Cell]) -> list[str]:
-    """What may be said of the differences, a sentence each; the first is about the best cell."""
+    """Say what may be said of the differences, a sentence each; the first is about the best cell."""
     compared = [cell for cell in found if cell.difference is not None]
     lines = []
     if found and found[0].estimate is not None:
@@ -148,7 +148,7 @@ def _best_in_words(plan: Plan, found: Sequence[Cell]) -> str:
 
 
 def verdict(plan: Plan, cell: Cell) -> str:
-    """The cell's difference to `basic` in words."""
+    """Put the cell's difference to `basic` in words."""
     assert cell.difference is not None
     estimate, reference = cell.difference.estimate, cell.difference.reference
     amount = f"{estimate.mean:+.2f}{_points(plan.metric)}"
@@ -173,7 +173,7 @@ def _seeds(n: int) -> str:
 
 
 def unit_of(metric: str) -> str:
-    """What stands behind a value of the metric."""
+    """Return what stands behind a value of the metric."""
     return " %" if "acc" in metric else ""
 
 

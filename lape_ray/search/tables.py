@@ -23,7 +23,10 @@ PAIRED = ("against basic", "95 % interval")
 
 
 def table(plan: Plan, found: Sequence[Cell]) -> list[tuple[str, ...]]:
-    """The head, and a row of text for each point in the order of `found`; differences only where there are any."""
+    """Make the head, and a row of text for each point in the order of `found`.
+
+    Differences have columns only where any are known.
+    """
     whole = [HEADER, *((cell.label, *_numbers(plan, cell), *_state(cell)) for cell in found)]
     if any(cell.difference is not None for cell in found):
         return whole
@@ -55,7 +58,7 @@ def _state(cell: Cell) -> tuple[str, ...]:
 
 
 def markdown(plan: Plan, found: Sequence[Cell]) -> str:
-    """The table in Markdown; a value in brackets is that of a trial which did not train to the end."""
+    """Write the table in Markdown; a value in brackets is that of a trial which did not train to the end."""
     head, *body = table(plan, found)
     lines = [f"| {' | '.join(text.replace('|', '/') for text in row)} |" for row in (head, *body)]
     lines.insert(1, "|" + "---|" * len(head))
@@ -63,7 +66,7 @@ def markdown(plan: Plan, found: Sequence[Cell]) -> str:
 
 
 def plain(plan: Plan, found: Sequence[Cell]) -> str:
-    """The table in columns, for a terminal or a job's log."""
+    """Write the table in columns, for a terminal or a job's log."""
     whole = table(plan, found)
     widths = [max(len(text) for text in column) for column in zip(*whole, strict=True)]
     lines = []
@@ -77,7 +80,7 @@ def plain(plan: Plan, found: Sequence[Cell]) -> str:
 
 
 def cells_csv(plan: Plan, found: Sequence[Cell]) -> str:
-    """A line for each point, numbers with all their digits."""
+    """Write a line for each point, numbers with all their digits."""
     header = ["rank", "cell", "n", "failed", "mean", "sd", "low95", "high95", "reference", "difference",
               "difference_low95", "difference_high95", "epochs", *_fields(found)]  # fmt: skip
     lines = []
@@ -96,7 +99,7 @@ def cells_csv(plan: Plan, found: Sequence[Cell]) -> str:
 
 
 def trials_csv(plan: Plan, found: Sequence[Cell]) -> str:
-    """A line for each trial, by its number."""
+    """Write a line for each trial, by its number."""
     header = ["trial", "cell", "seed", "state", "epochs", f"last {plan.metric}", f"best {plan.metric}", "seconds",
               "crashes", "error", "mlflow_run_id", "checkpoint", *_fields(found)]  # fmt: skip
     trials = sorted((trial for cell in found for trial in cell.trials), key=lambda trial: trial.number)
@@ -118,7 +121,7 @@ def _blank(value: Any) -> Any:
 
 
 def first_line(trial: Trial) -> str:
-    """What went wrong with a trial, in one line; "" where nothing did."""
+    """Say what went wrong with a trial, in one line; "" where nothing did."""
     return trial.error.splitlines()[0] if trial.error else ""
 
 
@@ -129,7 +132,7 @@ def _csv(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
 
 
 def command_line(config: TrainConfig) -> str:
-    """The command that trains `config`: its recipe, and every option in which it differs from that."""
+    """Write the command that trains `config`: its recipe, and every option in which it differs from that."""
     known = config.recipe if config.recipe in RECIPES else "smoke"
     plain_config, wanted = flatten(recipe(known)), flatten(config)
     options = [

@@ -46,7 +46,7 @@ class Channel:
     lane: int
 
     def ask(self, **message: Any) -> tuple[int, Any]:
-        """The ticket and the answer. LeaveError: the search is gone."""
+        """Ask the search; returns the ticket and the answer. LeaveError: the search is gone."""
         try:
             ticket, answer = ray.get(self.desk.ask.remote(self.lane, message))
         except ray.exceptions.RayActorError:
@@ -59,7 +59,7 @@ class Channel:
             self.ask(**message)
 
     def order(self, rank: int) -> dict[str, Any]:
-        """The group's next order, which all ranks receive. LeaveError, on all of them: the search is gone."""
+        """Receive the group's next order, on all ranks. LeaveError, on all of them: the search is gone."""
         ticket: int | None = None
         if rank == 0:
             with contextlib.suppress(LeaveError):
@@ -106,7 +106,7 @@ def _train_one(order: Mapping[str, Any], channel: Channel, rank: int, device: to
 
 
 def _in_words(error: Exception) -> str:
-    """The error's message for a table, then where it came from."""
+    """Put in words the error's message for a table, then where it came from."""
     words = f"{type(error).__name__}: {error}"
     if isinstance(error, torch.OutOfMemoryError):
         words = f"{words.splitlines()[0]}; lower --data.batch_size, or raise --optim.accumulate"

@@ -1,6 +1,6 @@
-"""Where runs, data and exports are kept: a folder or an s3:// address, through one small set of functions.
+"""The storage of runs, data and exports: a folder or an s3:// address, through one small set of functions.
 
-    address    what an address is, and the parts of one
+    address    addresses and their parts
     s3         the connection: who we are, what is tried again, and errors that say the fix
     objects    listing, small texts and deletion
     transfer   large files, in parallel parts, with checksums

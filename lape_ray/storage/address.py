@@ -1,4 +1,4 @@
-"""What an address is: a folder or file of this machine, or `s3://bucket/key`."""
+"""Addresses: a folder or file of this machine, or `s3://bucket/key`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ OURS = re.compile(r"\.lock|\.complete(\..*)?|\..*\.parts?", re.DOTALL)
 
 
 def home() -> Path:
-    """The folder of everything this package keeps by default: $LAPE_RAY_HOME, else ~/lape_ray.
+    """Return the folder of everything this package keeps by default: $LAPE_RAY_HOME, else ~/lape_ray.
 
-    A job that `ray job submit` runs has no folder of its own to come back to, so the current directory is no
+    A job that `ray job submit` runs has no folder to come back to, so the current directory is no
     place to keep anything.
     """
     return Path(os.environ.get("LAPE_RAY_HOME") or Path.home() / "lape_ray").expanduser().absolute()
@@ -27,22 +27,22 @@ def is_remote(address: str | Path) -> bool:
 
 
 def absolute(address: str) -> str:
-    """An address that means the same in every process: remote ones as they are, local ones absolute."""
+    """Return an address that means the same in every process: remote ones as they are, local ones absolute."""
     if is_remote(address):
         return address.rstrip("/")
     return str(Path(address.removeprefix("file://")).expanduser().absolute())
 
 
 def join(address: str, *parts: str) -> str:
-    """`address/part/...`."""
+    """Join parts to an address: `address/part/...`."""
     return "/".join([address.rstrip("/"), *parts])
 
 
 def bucket_and_key(address: str) -> tuple[str, str]:
-    """`s3://bucket/some/key` -> ("bucket", "some/key"); the key of a whole bucket is empty.
+    """Split `s3://bucket/some/key` into ("bucket", "some/key"); the key of a whole bucket is empty.
 
     Raises:
-        ValueError: it is no such address; says which kinds there are.
+        ValueError: it is no such address; says which kinds are known.
     """
     scheme, _, rest = address.partition("://")
     bucket, _, key = rest.partition("/")
@@ -72,7 +72,7 @@ def safe_relative(name: str, what: str, fix: str) -> str:
 
 
 def _unsafe(part: str) -> str:
-    """Why a part of a path is refused; empty: it is not."""
+    """Say why a part of a path is refused; empty: it is not."""
     if part in ("", ".", ".."):
         return f"has the part {part!r}"
     if any(character < " " or character in "\\\x7f" for character in part):

@@ -23,20 +23,25 @@ from lape_ray.storage.objects import Object, listing
 from lape_ray.storage.transfer import download
 
 SPARE_BYTES = 1 << 30
-"""What must stay free on the disk of the cache."""
+"""The space that must stay free on the disk of the cache."""
 COMPLETE = ".complete"
 
 
 def cache() -> Path:
-    """Where copies are kept: $LAPE_RAY_CACHE, else $LAPE_RAY_HOME/cache. It belongs on a disk of the machine's own."""
+    """Return the folder of the copies: $LAPE_RAY_CACHE, else $LAPE_RAY_HOME/cache.
+
+    It belongs on a disk of this machine.
+    """
     return Path(os.environ.get("LAPE_RAY_CACHE") or home() / "cache").expanduser().absolute()
 
 
 def local(address: str | Path) -> Path:
-    """The file or folder that an address means, on this machine: a copy of what lies on S3, else the path itself.
+    """Return the file or folder that an address means, on this machine.
+
+    It is a copy of what lies on S3, else the path itself.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: nothing exists at the address.
         ValueError, OSError: see `s3.attempt` and `stage`.
     """
     if not is_remote(address):
@@ -54,10 +59,10 @@ def local(address: str | Path) -> Path:
 
 @contextlib.contextmanager
 def opened(address: str) -> Iterator[Path]:
-    """Have the folder that an address means on this machine; a copy goes with the last process that has it open.
+    """Open the folder that an address means, on this machine; a copy goes with the last process that has it open.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: nothing exists at the address.
         ValueError, OSError: see `local`.
     """
     if not is_remote(address):
@@ -79,9 +84,9 @@ def opened(address: str) -> Iterator[Path]:
 
 
 def stage(objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | None = None) -> Path:
-    """A folder with copies of the objects, under their names below the address `below`.
+    """Make a folder with copies of the objects, under their names below the address `below`.
 
-    Whoever comes first fetches them; others wait for it. One that died leaves what it had for the next.
+    The first process fetches them; others wait for it. One that died leaves what it had for the next.
 
     Args:
         sha256: of objects, by address; what is fetched is compared with it. Others by what was stored with them.
@@ -125,7 +130,10 @@ def stage(objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | 
 
 
 def _names(objects: Sequence[Object], below: str) -> dict[str, str]:
-    """The name of each object's copy in the folder, by address: whoever writes to a bucket chooses no file outside."""
+    """Name each object's copy in the folder, by address.
+
+    A person who writes to the bucket must not be able to choose a file outside.
+    """
     fix = "rename or delete that object"
     names = {
         one.address: safe_relative(one.address.removeprefix(f"{below}/"), f"the object {one.address!r}", fix)

@@ -21,14 +21,14 @@ TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 
 
 def exists(address: str) -> bool:
-    """Whether a file or folder is there."""
+    """Tell whether a file or folder exists."""
     if is_remote(address):
         return objects.exists(address)
     return Path(absolute(address)).exists()
 
 
 def read_text(address: str) -> str:
-    """Read the text of a file; FileNotFoundError where there is none. Bytes that are no text become U+FFFD."""
+    """Read the text of a file; FileNotFoundError where it does not exist. Bytes that are no text become U+FFFD."""
     if is_remote(address):
         return objects.get_text(address)
     return Path(absolute(address)).read_text(encoding="utf-8", errors="replace")
@@ -72,7 +72,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def delete_file(address: str) -> None:
-    """Delete one file; nothing happens where there is none."""
+    """Delete one file; nothing happens where it does not exist."""
     if is_remote(address):
         objects.delete(address)
     else:
@@ -80,7 +80,7 @@ def delete_file(address: str) -> None:
 
 
 def delete_folder(address: str, *, first: str = "") -> None:
-    """Delete a folder and all in it; nothing happens where there is none.
+    """Delete a folder and all in it; nothing happens where it does not exist.
 
     Args:
         first: a file that marks the folder as whole. It goes first, so that what an interrupted call leaves behind is
@@ -95,7 +95,7 @@ def delete_folder(address: str, *, first: str = "") -> None:
 
 
 def empty_folder(address: str, *, but: Container[str]) -> None:
-    """Delete all that is in a folder, except what has one of the names `but`; nothing happens where there is none."""
+    """Delete all that is in a folder, except what has one of the names `but`, if the folder exists."""
     for name in names(address):
         if name not in but:
             entry = join(address, name)
@@ -104,7 +104,7 @@ def empty_folder(address: str, *, but: Container[str]) -> None:
 
 
 def names(address: str) -> list[str]:
-    """The names of the files and folders in a folder; none where it does not exist."""
+    """List the names of the files and folders in a folder; none where it does not exist."""
     if is_remote(address):
         below = f"{address.rstrip('/')}/"
         return sorted({one.address.removeprefix(below).partition("/")[0] for one in objects.listing(below)})
@@ -121,14 +121,14 @@ class Stored:
 
 
 def modified(address: str) -> float:
-    """When a file was written, by the clock of its storage, in seconds since 1970."""
+    """Return when a file was written, by the clock of its storage, in seconds since 1970."""
     if is_remote(address):
         return objects.modified(address)
     return Path(absolute(address)).stat().st_mtime
 
 
 def files_of_folders(address: str) -> dict[str, dict[str, Stored]]:
-    """The files below each folder of a folder, by their names relative to it; nothing where it does not exist."""
+    """List the files below each folder of a folder, by their names relative to it; nothing where it does not exist."""
     found: dict[str, dict[str, Stored]] = {}
     if is_remote(address):
         below = f"{address.rstrip('/')}/"
@@ -167,7 +167,7 @@ def check_writable(address: str) -> None:
 
 @contextlib.contextmanager
 def written_path(address: str | Path) -> Iterator[Path]:
-    """A path to write one file at; a remote address gets the file when the block ends without an error."""
+    """Give a path to write one file at; a remote address gets the file when the block ends without an error."""
     if not is_remote(address):
         yield Path(address)
         return
@@ -179,7 +179,7 @@ def written_path(address: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written_folder(address: str | Path) -> Iterator[Path]:
-    """A folder to write into; a remote address gets its files when the block ends without an error."""
+    """Give a folder to write into; a remote address gets its files when the block ends without an error."""
     if not is_remote(address):
         yield Path(address)
         return

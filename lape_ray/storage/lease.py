@@ -1,9 +1,9 @@
 """The right to write into a folder, which one process has at a time: on a disk, on a shared disk or on S3.
 
 The folder's `lease.json` names its owner, whose heartbeat replaces the file every `BEAT_S` seconds. On S3 it is
-replaced by conditional puts, on a disk under a lock of the kernel. Who wants the folder watches the file:
+replaced by conditional puts, on a disk under a lock of the kernel. A process that wants the folder watches the file:
 
-    there is none, or its owner gave it back        take it
+    it is absent, or its owner gave it back         take it
     its owner is known to be dead                   take it (a process of this machine that is gone)
     it beats                                        refused
     it has not changed for `STALE_S` seconds        take it, by no clock but the watcher's own
@@ -41,7 +41,7 @@ STALE_S = 60.0
 ANCIENT_S = 900.0
 """A heartbeat that is as old by this machine's clock is stale without watching: no clocks differ that much."""
 SETTLE_S = 3.0
-"""Where the storage has neither conditions nor locks: after which the last writer has won."""
+"""The time after which the last writer has won, where the storage has neither conditions nor locks."""
 _OWN: set[str] = set()
 """Tokens of the leases that this process holds."""
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
@@ -138,9 +138,12 @@ class Lease:
                 return
 
     def _regain(self) -> None:
-        """Another text than this process's last is there: its own, by an answer that was lost, or somebody else's."""
+        """Look whose text the file holds, where it is not this process's last.
+
+        It is its own, where an answer was lost, or another process's. Without a file this process writes it again.
+        """
         found = self._storage.read()
-        if found is None:  # the folder was deleted; what comes next to be committed makes it anew
+        if found is None:  # the folder was deleted; what comes next to be committed makes it again
             self._write(None)
         elif self._is_ours(found):
             self._tag = found.tag
@@ -148,7 +151,7 @@ class Lease:
             self._lost = f"{self._owner(found)}, which took it over; this process ends without writing more"
 
     def _write(self, tag: str | None, *, settle: bool = False) -> bool:
-        """Replace the file that `tag` names by this owner's; False where another one is there."""
+        """Replace the file that `tag` names by this owner's; False where another one has its place."""
         self._values |= {"beat": int(self._values["beat"]) + 1, "beat_at": time.time()}
         text = json.dumps(self._values, indent=1)
         new = self._storage.replace(text, tag)
@@ -178,7 +181,7 @@ class Lease:
 
 @contextlib.contextmanager
 def leased(folder: str, what: str) -> Iterator[Lease]:
-    """Own `folder` while the block runs; `what` tells other people what is at work there.
+    """Own `folder` while the block runs; `what` tells other people what is at work in it.
 
     Raises:
         LeaseHeldError: another process is at work in it.
@@ -210,7 +213,7 @@ def check_lease(folder: str, token: str) -> None:
 
 
 def _values(found: _Found, address: str) -> dict[str, Any]:
-    """What a lease says; nothing where it is damaged: such a one is watched until it is stale."""
+    """Read a lease's values; nothing where it is damaged: such a one is watched until it is stale."""
     try:
         values: dict[str, Any] = from_json(dict[str, Any], found.text, address, "")
         return values
@@ -219,7 +222,7 @@ def _values(found: _Found, address: str) -> dict[str, Any]:
 
 
 def _free(found: _Found, address: str) -> bool:
-    """Whether nobody needs to be waited for: it was given back, or its owner is known to be dead."""
+    """Tell whether nobody needs to be waited for: it was given back, or its owner is known to be dead."""
     values = _values(found, address)
     if values.get("released") is True:
         return True
@@ -238,7 +241,7 @@ def _free(found: _Found, address: str) -> bool:
 
 
 def _identity() -> dict[str, Any]:
-    """Which process this is, among those of all machines, boots and containers."""
+    """Identify this process among those of all machines, boots and containers."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = Path("/proc/self/ns/pid")
     return {
@@ -261,7 +264,10 @@ def _exists(pid: int) -> bool:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in clock ticks since the boot, which no setting of the clock changes; None: not known."""
+    """Return when a process started, in clock ticks since the boot; None: not known.
+
+    No setting of the clock changes them.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -315,7 +321,7 @@ class _Bucket:
         self._conditions: bool | None = None
 
     def is_exclusive(self) -> bool:
-        """Find out once whether the server knows conditional puts: it refuses to make what is there."""
+        """Find out once whether the server knows conditional puts: it refuses to make what exists."""
         if self._conditions is None:
             probe = join(self.address.rpartition("/")[0], f".{LEASE}.probe")
             objects.put(probe, b"probe", patience_s=HASTE_S)

@@ -1,4 +1,4 @@
-"""What lies in a bucket: listing, small texts and deletion."""
+"""The objects of a bucket: listing, small texts and deletion."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Object:
 
 
 def listing(prefix: str, *, patience_s: float = PATIENCE_S) -> list[Object]:
-    """All objects whose address begins with `prefix`, in the order of their keys.
+    """List all objects whose address begins with `prefix`, in the order of their keys.
 
     The empty objects by which some servers and tools mark folders are left out.
     """
@@ -71,7 +71,7 @@ def _everything(prefix: str, patience_s: float = PATIENCE_S) -> list[Object]:
 
 
 def exists(address: str, *, patience_s: float = PATIENCE_S) -> bool:
-    """Whether there is an object of this address, or objects below it."""
+    """Tell whether an object of this address exists, or objects below it."""
     bucket, key = bucket_and_key(address)
     for prefix in (key, f"{key}/"):
         request = functools.partial(client().list_objects_v2, Bucket=bucket, MaxKeys=2, Prefix=prefix)
@@ -83,7 +83,7 @@ def exists(address: str, *, patience_s: float = PATIENCE_S) -> bool:
 
 
 def get_text(address: str) -> str:
-    """The text of an object; FileNotFoundError where there is none, ValueError where it is no text."""
+    """Read the text of an object; FileNotFoundError where it does not exist, ValueError where it is no text."""
     bucket, key = bucket_and_key(address)
     content: bytes = attempt(
         lambda: client().get_object(Bucket=bucket, Key=key)["Body"].read(), address, "reading"
@@ -95,7 +95,7 @@ def get_text(address: str) -> str:
 
 
 def get_tagged(address: str, *, patience_s: float = PATIENCE_S) -> tuple[str, str]:
-    """The text of an object and its ETag; FileNotFoundError where there is none."""
+    """Read the text of an object and its ETag; FileNotFoundError where it does not exist."""
     bucket, key = bucket_and_key(address)
 
     def get() -> tuple[bytes, str]:
@@ -107,14 +107,14 @@ def get_tagged(address: str, *, patience_s: float = PATIENCE_S) -> tuple[str, st
 
 
 def modified(address: str) -> float:
-    """When an object was written, in seconds since 1970 by the server's clock."""
+    """Return when an object was written, in seconds since 1970 by the server's clock."""
     bucket, key = bucket_and_key(address)
     head = attempt(lambda: client().head_object(Bucket=bucket, Key=key), address, "reading")
     return float(head["LastModified"].timestamp())
 
 
 def put_if(address: str, content: bytes, *, tag: str | None, patience_s: float = PATIENCE_S) -> str | None:
-    """Make an object where there is none (`tag` None), or replace the one with this ETag; returns the new ETag.
+    """Make an object that does not exist (`tag` None), or replace the one with this ETag; returns the new ETag.
 
     None means that another writer was faster. Not every server knows the conditions (If-None-Match, If-Match): one
     that does not writes always.
@@ -152,7 +152,7 @@ def put(address: str, content: bytes, *, patience_s: float = PATIENCE_S, **optio
 
 
 def delete(address: str, *, patience_s: float = PATIENCE_S) -> None:
-    """Delete one object; nothing happens where there is none."""
+    """Delete one object; nothing happens where it does not exist."""
     bucket, key = bucket_and_key(address)
     attempt(
         lambda: client().delete_object(Bucket=bucket, Key=key), address, "deleting", patience_s=patience_s
@@ -176,7 +176,7 @@ def delete_below(address: str) -> None:
 
 
 def check_region(address: str, *, patience_s: float = PATIENCE_S) -> None:
-    """Whether the bucket is where the environment says; an OSError names its region.
+    """Check that the bucket is where the environment says; an OSError names its region.
 
     boto3 finds the right region by itself, but Ray Train's upload of checkpoints, through another library, does not.
     """

@@ -18,14 +18,14 @@ from lape_ray.storage.objects import listing
 from lape_ray.storage.transfer import upload_folder
 
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST)
-"""What waiting does not mend: no space, no permission, a name that is taken."""
+"""Errors that waiting does not mend: no space, no permission, a name that is taken."""
 STAGED = "lape-staging-"
 JUST_MADE_S = 60.0  # a folder as young may not be locked yet
 
 
 @contextlib.contextmanager
 def staging(address: str) -> Iterator[Path]:
-    """An empty folder of this machine for what `publish` will bring to `address`; it is gone at the end."""
+    """Make an empty folder of this machine for what `publish` will bring to `address`; it is gone at the end."""
     if is_remote(address):
         _sweep_staged()
         with tempfile.TemporaryDirectory(prefix=STAGED) as temporary, _locked(temporary):
@@ -72,7 +72,7 @@ def publish(folder: Path, address: str, *, last: str = "") -> None:
     succeeded, and nothing is left to do.
 
     Raises:
-        FileExistsError: another whole folder is there.
+        FileExistsError: another whole folder has this address.
         OSError: it could not be stored.
     """
     if last and exists(mark := join(address, last)):
@@ -113,7 +113,7 @@ def patiently(work: Callable[[], None], seconds: float, tell: Callable[[str], No
 
 
 def folders(address: str) -> list[str]:
-    """Names of the folders in a folder; none where it does not exist."""
+    """List the names of the folders in a folder; none where it does not exist."""
     if is_remote(address):
         below = f"{address.rstrip('/')}/"
         rest = (one.address.removeprefix(below) for one in listing(below))
@@ -123,7 +123,7 @@ def folders(address: str) -> list[str]:
 
 
 def free_bytes(address: str) -> int | None:
-    """Space left where `address` lies or will lie; None: that is not known, as for s3://."""
+    """Return the space left where `address` lies or will lie; None: that is not known, as for s3://."""
     if is_remote(address):
         return None
     folder = Path(absolute(address))

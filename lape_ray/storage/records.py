@@ -1,4 +1,4 @@
-"""Small records: JSON files that are whole whatever ends their writer, and readers that say which file is damaged."""
+"""Small records: JSON files that are whole, whatever ends their writer, and readers that name a damaged one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_record(kind: Any, address: str, *, way_out: str) -> Any:
         way_out: what a person can do about a damaged one.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
         ValueError: it is damaged; names the file, the place in it and `way_out`.
     """
     return from_json(kind, read_text(address), address, way_out)

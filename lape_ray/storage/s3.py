@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PATIENCE_S = 120.0
-"""How long a server may be away before a transfer gives up."""
+"""The time that a server may be away before a transfer gives up."""
 HASTE_S = 5.0
 """The same for checks before a run, which should not keep a person waiting."""
 CONNECTIONS = 32
@@ -45,7 +45,10 @@ _WRONG_REGION = frozenset(
 
 
 def client() -> Any:
-    """A client of the S3 that the environment names; one for each process and environment, safe for threads."""
+    """Return a client of the S3 that the environment names.
+
+    It is one for each process and environment, and safe for threads.
+    """
     names = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
     return _client(os.getpid(), names)
 
@@ -82,26 +85,26 @@ def _client(_process: int, _environment: tuple[tuple[str, str], ...]) -> Any:
 
 
 def content_md5(content: bytes) -> str:
-    """As the header of that name has it: against errors on the way, not against people."""
+    """Compute the value of the header Content-MD5: against errors on the way, not against people."""
     return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
 
 
 def _add_md5(request: Any, **_: Any) -> None:
-    """The one request whose body must have a checksum; the newer ones are not known to every server."""
+    """Add the checksum to the one request whose body must have it; the newer ones are not known to every server."""
     request.headers["Content-MD5"] = content_md5(request.body)
 
 
 def attempt(call: Callable[[], T], address: str, doing: str, *, patience_s: float = PATIENCE_S) -> T:
-    """What `call` returns; it is called again, with growing pauses, while the server is away or overloaded.
+    """Return what `call` returns; call it again, with growing pauses, while the server is away or overloaded.
 
     Args:
         doing: what it does, as the error says it, such as "reading"
 
     Raises:
-        FileNotFoundError: there is no such bucket or object.
+        FileNotFoundError: the bucket or object does not exist.
         PermissionError: no, wrong or expired credentials, or they do not allow it.
         ConnectionError: the server did not answer properly for `patience_s` seconds.
-        OSError: region or clock are wrong, or the server refuses for a reason of its own, which is said.
+        OSError: region or clock are wrong, or the server refuses for another reason, which is said.
     """
     from botocore import exceptions
 
@@ -123,7 +126,7 @@ def attempt(call: Callable[[], T], address: str, doing: str, *, patience_s: floa
 
 
 def endpoint() -> str:
-    """Where requests go."""
+    """Return the endpoint that requests go to."""
     try:
         return str(client().meta.endpoint_url)
     except OSError:
@@ -159,7 +162,7 @@ def _first_line(error: Exception) -> str:
 
 
 def explained(error: Exception, address: str, doing: str) -> OSError:
-    """The same error as one of Python's, which says how to mend it."""
+    """Translate the error to one of Python's, which says how to mend it."""
     from botocore import exceptions
 
     nobody = (

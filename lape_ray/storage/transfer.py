@@ -30,7 +30,7 @@ class _StoppedError(Exception):
 
 
 class DownloadError(ValueError):
-    """What came is not what was expected, however often it is fetched."""
+    """The bytes that came are not those that were expected, however often they are fetched."""
 
 
 def download(source: Object, target: Path, *, sha256: str | None, threads: int = THREADS) -> None:
@@ -78,7 +78,7 @@ def _told_sha256(source: Object) -> str | None:
 
 
 class _Journal:
-    """Which parts of an object are on the disk: a line for each, behind one that says of which object."""
+    """The parts of an object that are on the disk: a line for each, behind one that says of which object."""
 
     def __init__(self, path: Path, source: Object) -> None:
         self.path = path
@@ -98,13 +98,13 @@ class _Journal:
         os.close(self._descriptor)
 
     def begin(self) -> None:
-        """Nothing is there yet."""
+        """Begin the journal of an object of which no part is on the disk."""
         self.done.clear()
         os.ftruncate(self._descriptor, 0)
         os.write(self._descriptor, json.dumps(self.head).encode() + b"\n")
 
     def add(self, part: int) -> None:
-        os.write(self._descriptor, b"%d\n" % part)  # one call, so that a line is there whole or not at all
+        os.write(self._descriptor, b"%d\n" % part)  # one call, so that a line is written whole or not at all
         self.done.add(part)
 
     def forget(self) -> None:
@@ -147,7 +147,7 @@ def _fetch(source: Object, partial: Path, journal: _Journal, threads: int) -> st
 
 
 def _first_failure(futures: Iterable[Future[None]]) -> BaseException:
-    """Why the others were stopped."""
+    """Find the error for which the others were stopped."""
     errors = (one.exception() for one in futures if one.done() and not one.cancelled())
     return next(error for error in errors if error is not None and not isinstance(error, _StoppedError))
 

@@ -1,7 +1,7 @@
 """Track runs in MLflow, which nothing else imports.
 
     mlflow   runs, metrics, files and models
-    ui_view  how MLflow's list of runs opens
+    ui_view  the opening view of MLflow's list of runs
 
 The names of `mlflow` are handed on here. mlflow itself takes seconds to import, and is imported where a
 connection is made.

@@ -87,14 +87,14 @@ def _metrics(values: Mapping[str, float], step: int) -> list[mlflow.entities.Met
 
 
 def _tags(values: Mapping[str, str]) -> list[mlflow.entities.RunTag]:
-    """Tags of a run. Commands and errors are among them, in which an address may stand that was in no config."""
+    """Make the tags of a run. Commands and errors may hold an address that was in no config."""
     from mlflow.entities import RunTag
 
     return [RunTag(key, redacted(value)) for key, value in values.items()]
 
 
 def tracking_uri(config: TrainConfig) -> str:
-    """The configured server, $MLFLOW_TRACKING_URI, or a sqlite file in this package's home.
+    """Return the configured server, $MLFLOW_TRACKING_URI, or a sqlite file in this package's home.
 
     Raises:
         ValueError: the variable's address holds a password; says which variables to use instead.
@@ -107,19 +107,19 @@ def tracking_uri(config: TrainConfig) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """Whether only processes of this machine can reach the store."""
+    """Tell whether only processes of this machine can reach the store."""
     return not uri.startswith(("http://", "https://", "databricks", "postgresql", "mysql", "mssql"))
 
 
 def ui_command(uri: str) -> str:
-    """What to type, or open, to look at the runs."""
+    """Return what to type, or open, to look at the runs."""
     if uri.startswith("http"):
         return uri
     return f"mlflow ui --backend-store-uri {uri}"
 
 
 def run_page(uri: str, run_id: str) -> str:
-    """Where to look at a run: its page on a server; else the command, and the page of charts that it then serves."""
+    """Say where to look at a run: its page on a server; else the command, and the page of charts that it serves."""
     with _never_raise("looking for the run's page"), _impatient():
         experiment = _client(uri).get_run(run_id).info.experiment_id
         runs = f"#/experiments/{experiment}/runs"
@@ -132,7 +132,7 @@ def run_page(uri: str, run_id: str) -> str:
 
 @contextlib.contextmanager
 def _impatient() -> Iterator[None]:
-    """MLflow retries for minutes by default; a check before the run should not."""
+    """Shorten MLflow's retries, which last minutes by default; a check before the run should not."""
     before = {name: os.environ.get(name) for name in _SHORT}
     os.environ.update(_SHORT)
     try:
@@ -146,7 +146,7 @@ def _impatient() -> Iterator[None]:
 
 
 def check_reachable(uri: str) -> None:
-    """A ValueError with the reason where the tracking server does not answer."""
+    """Raise a ValueError with the reason where the tracking server does not answer."""
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     with _one_line(f"the MLflow server {uri!r} cannot be used", uri), _impatient():
@@ -204,7 +204,7 @@ def create_run(
 
 
 def _description(config: TrainConfig, command: str, tags: Mapping[str, str]) -> str:
-    """Markdown that the run's page shows: what it is, where it lies, how to repeat it."""
+    """Write the Markdown that the run's page shows: what it is, where it lies, how to repeat it."""
     about = RECIPES[config.recipe].__doc__ or "" if config.recipe in RECIPES else ""
     shown = ("variant", "position", "join", "bias", "rotary", "seed")
     facts = " · ".join(f"{key} **{tags[key]}**" for key in shown if tags.get(key, "none") != "none")
@@ -214,7 +214,7 @@ def _description(config: TrainConfig, command: str, tags: Mapping[str, str]) -> 
 
 
 def source_tags(program: str) -> dict[str, str]:
-    """The tags by which MLflow's list names source, version and user of a run; what is not known is left out.
+    """Return the tags by which MLflow's list names source, version and user of a run; unknown ones are left out.
 
     The commit is $LAPE_RAY_GIT_COMMIT, for code that was sent without its repository, else that of this checkout.
     """
@@ -228,7 +228,10 @@ def source_tags(program: str) -> dict[str, str]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit of the checkout that `folder` lies in, `-dirty` where files differ from it; None outside of one."""
+    """Return the commit of the checkout that `folder` lies in, `-dirty` where files differ from it.
+
+    Outside of a checkout it is None.
+    """
     try:
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return (
@@ -296,7 +299,7 @@ def download_model(uri: str, run_id: str, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _process_wide(uri: str, experiment_id: str) -> Iterator[None]:
-    """MLflow's settings for the whole process, which some of its functions read, for as long as one needs them.
+    """Set what MLflow keeps for the whole process, which some of its functions read, for as long as one needs it.
 
     It keeps them in the environment too, where processes that are started later would find them.
     """
@@ -371,7 +374,7 @@ def log_pyfunc(
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run has come to."""
+    """The facts of a run so far."""
 
     name: str
     status: str
@@ -381,7 +384,7 @@ class RunFacts:
 
 
 def read_run(uri: str, run_id: str, metrics: Sequence[str]) -> RunFacts:
-    """The run and the history of those of `metrics` that it has; a ValueError says why it cannot be read."""
+    """Read the run and the history of those of `metrics` that it has; a ValueError says why it cannot be read."""
     history = {}
     with _one_line(f"MLflow run {run_id} at {uri!r} cannot be read", uri):
         client = _client(uri)
@@ -451,7 +454,7 @@ class Tracker:
         self._wake.set()
 
     def unsent(self) -> list[tuple[str, float, int, int]]:
-        """What waits to be stored: name, value, time in milliseconds since 1970 and step of each."""
+        """List what waits to be stored: name, value, time in milliseconds since 1970 and step of each."""
         return [(metric.key, metric.value, metric.timestamp, metric.step) for metric in tuple(self._waiting)]
 
     def files(self, folder: Path, to: str) -> None:

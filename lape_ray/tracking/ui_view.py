@@ -1,4 +1,4 @@
-"""How MLflow's list of runs opens: the columns that tell runs of position embeddings apart, and their curves first.
+"""The opening view of MLflow's list of runs: the columns and curves that tell position embeddings apart, first.
 
 It is a saved view of the experiment, which MLflow keeps in one of its tags; a person can choose it in the list, change
 it, or leave it. Standard library only.
@@ -24,7 +24,7 @@ _SECTION = "lape_ray-curves"
 
 
 def tags() -> dict[str, str]:
-    """What marks an experiment: its kind, what it is, and the view."""
+    """Return the tags that mark an experiment: its kind, what it is, and the view."""
     return {
         "mlflow.experimentKind": "custom_model_development",
         "mlflow.note.content": "Vision transformers by position embedding and join, trained by lape_ray. The saved "
@@ -34,7 +34,7 @@ def tags() -> dict[str, str]:
 
 
 def _saved_view() -> str:
-    """The view as MLflow 3 keeps it; a version that does not know it opens its own."""
+    """Return the view as MLflow 3 keeps it; a version that does not know it opens its own."""
     state = {
         "selectedColumns": list(COLUMNS),
         "runsHiddenMode": "FIRST_20_RUNS",

@@ -10,7 +10,7 @@ optim        parameter groups, the learning rate, the weights' moving average
 muon         Muon, for the matrices of the blocks
 loss         the loss with soft targets, and distillation from a teacher
 metrics      exact counts of an evaluation, speed and waiting
-checkpoint   what is saved of a run, and how weights of any origin are read
-flags        what the ranks of a run tell each other at every step
-preflight    what is checked before any worker starts
+checkpoint   the checkpoint of a run, written and read, and weights of any origin, read
+flags        the flags that the ranks of a run exchange at every step
+preflight    checks before any worker starts
 """

@@ -1,4 +1,4 @@
-"""What is saved of a run, and how weights of any origin are read. Pure torch: no Ray, no tracker.
+"""The checkpoint of a run, written and read, and weights of any origin, read. Pure torch: no Ray, no tracker.
 
 A checkpoint is a folder:
     model.safetensors      the weights
@@ -33,8 +33,10 @@ MARKER = "meta.json"
 """The file that is written last, so that a folder which holds it is whole."""
 _RESTORE = "restore the checkpoint from a copy, or use another"
 _MEANS = ("lr", "fused", "capturable")
-"""Of an optimizer's group: how its step is executed, which a checkpoint of another device or mode does not decide. The
-loop sets the learning rate at every step."""
+"""The fields of an optimizer's group that say how its step is executed.
+
+A checkpoint of another device or mode does not decide them. The loop sets the learning rate at every step.
+"""
 
 
 class DamagedError(ValueError):
@@ -43,7 +45,7 @@ class DamagedError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far an epoch has come.
+    """The progress within an epoch.
 
     Attributes:
         step: optimizer steps done
@@ -77,7 +79,7 @@ class Meta:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self, files: Mapping[str, Mapping[str, Any]]) -> str:
-        """With the size and sha256 of the checkpoint's other files."""
+        """Return the text of meta.json, with the size and sha256 of the checkpoint's other files."""
         return json.dumps(
             {
                 "format": FORMAT,
@@ -155,7 +157,7 @@ def verify(folder: Path) -> None:
 
 
 def _size_and_hash(file: Path) -> dict[str, Any]:
-    """What meta.json says of a file: its `bytes`, and its `sha256` in hexadecimal."""
+    """Return a file's entry in meta.json: its `bytes`, and its `sha256` in hexadecimal."""
     with file.open("rb") as opened:
         return {
             "bytes": file.stat().st_size,
@@ -205,7 +207,7 @@ def save(folder: Path, state: Snapshot, meta: Meta) -> None:
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """`field: old -> new` for every field that changes what is learned."""
+    """List `field: old -> new` for every field that changes what is learned."""
     before, after = what_is_learned(old), what_is_learned(new)
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in after if before[name] != after[name]]
 
@@ -242,7 +244,7 @@ def restore(
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Any], TrainConfig | None]:
-    """A state dict as it was saved, and the config if the checkpoint is ours.
+    """Read a state dict as it was saved, and the config if the checkpoint is ours.
 
     `path` is a checkpoint folder, a .safetensors file, or a .pth/.pt file of the official LaPE code, DeiT or timm; or
     the s3:// address of one, of which this machine then gets a copy.
@@ -260,7 +262,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Any]
 
 
 def _read_tensors(file: Path) -> dict[str, Any]:
-    """A state dict, or an object that holds one as its `model`, from a file that may be anything."""
+    """Read a state dict, or an object that holds one as its `model`, from a file that may be anything."""
     if not file.exists():
         raise FileNotFoundError(f"checkpoint {file} does not exist")
     if not file.stat().st_size:
@@ -290,5 +292,5 @@ def _read_tensors(file: Path) -> dict[str, Any]:
 
 
 def described(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file of a folder, as meta.json keeps them."""
+    """Return the size and sha256 of every file of a folder, as meta.json keeps them."""
     return {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}

@@ -18,7 +18,7 @@ WARM_UP = 3  # steps: what is compiled, chosen by measurement or allocated once 
 
 
 class Recorder(Protocol):
-    """What turns work on a device into something that is launched again and again."""
+    """A way to turn work on a device into something that is launched again and again."""
 
     def warm_up(self, work: Callable[[], Tensor]) -> Tensor:
         """Do the work as it is, as a capture will need it to have been done."""
@@ -47,7 +47,7 @@ class CudaRecorder:
         results: list[Tensor] = []
         failures: list[Exception] = []
         try:
-            # Threads of loaders and checkpoints go on with copies of their own, which the capture must not forbid.
+            # Threads of loaders and checkpoints go on with their own copies, which the capture must not forbid.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 try:
                     results.append(work())
@@ -62,7 +62,7 @@ class CudaRecorder:
 
 
 class StepGraph:
-    """Runs a step's work as it is for some steps, then captures it, and from then on replays it.
+    """Run a step's work as it is for some steps, then capture it, and from then on replay it.
 
     Every call does the work once, on its own images and targets. The work may hold no other input that changes, except
     tensors that are changed in place; those that it changes (weights, moments) must stay where they are.
@@ -74,7 +74,7 @@ class StepGraph:
         self._captured: tuple[tuple[Tensor, Tensor], Tensor, Callable[[], None]] | None = None
 
     def __call__(self, work: Work, images_BCHW: Tensor, targets_BK: Tensor) -> Tensor:
-        """The work's result on these inputs, in memory that the next call writes again."""
+        """Return the work's result on these inputs, in memory that the next call writes again."""
         if self._warm_ups_left:
             self._warm_ups_left -= 1
             return self._recorder.warm_up(lambda: work(images_BCHW, targets_BK))

@@ -1,7 +1,7 @@
-"""What the workers of a run tell each other at every step, without waiting for it.
+"""The flags that the workers of a run exchange at every step, without waiting for them.
 
 A step must not wait for the network, and not for the GPU. So the flags of a step travel while the next one is computed,
-over a process group of their own on the CPUs, and every worker reads them one step later: all at the same step.
+over a separate process group on the CPUs, and every worker reads them one step later: all at the same step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 class News(enum.Flag):
-    """What one worker knows and all must act upon together."""
+    """The news that one worker has and all must act upon together."""
 
     NONE = 0
     SAVE = enum.auto()
@@ -26,7 +26,7 @@ class News(enum.Flag):
 
 
 class Signals:
-    """The flags of all workers of the default process group, which may be absent: then there is one worker.
+    """The flags of all workers of the default process group, which may be absent: then the run has one worker.
 
     Args:
         timeout_s: after which a worker that does not answer is an error of `exchange`.

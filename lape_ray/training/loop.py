@@ -25,7 +25,7 @@ from lape_ray.training.step import augmented, optimizer_step
 
 NOTHING_DONE = checkpoint.Progress()
 Take = Callable[[Mapping[str, Any]], Callable[[Path], None]]
-"""Copies the state as it is now, with notes of whoever keeps it; what is returned writes the copy into a folder."""
+"""Copies the state as it is now, with its keeper's notes; what is returned writes the copy into a folder."""
 
 
 class EndedError(RuntimeError):
@@ -45,28 +45,28 @@ class StoppedError(EndedError):
 
 
 class Reporter(Protocol):
-    """What the loop tells the world. Called on every worker, at the same points."""
+    """The listener that the loop reports to. It is called on every worker, at the same points."""
 
     def step(self, metrics: dict[str, float], *, step: int) -> None:
-        """After a log step. `metrics` are means over all workers; those that end in `_s` are this worker's seconds."""
+        """Report a log step. `metrics` are means over all workers; those that end in `_s` are this worker's seconds."""
 
     def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
-        """After an epoch: begin to store a checkpoint, and wait for the one before if that is not stored yet."""
+        """Begin to store the checkpoint of an epoch's end; first wait for the one before if that is not stored yet."""
 
     def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
-        """Within an epoch, where a checkpoint is due: as after one, but nothing was evaluated, and nothing waits."""
+        """Begin to store a checkpoint that is due within an epoch. Nothing was evaluated, and nothing waits."""
 
     def stored(self) -> None:
-        """Wait until the last checkpoint is stored, and make it the one to go on from; nothing where there is none."""
+        """Wait until the last checkpoint is stored, and make it the one to go on from; do nothing without one."""
 
     def leaving(self) -> bool:
-        """Whether a machine of this run is about to go, so that a checkpoint is due; asked on log steps, of all."""
+        """Tell whether a machine of this run is about to go, so that a checkpoint is due; asked on log steps of all."""
 
     def news(self) -> News:
-        """What this worker has to tell the others; asked at every step, and must not wait for anything."""
+        """Return what this worker has to tell the others. It is asked at every step, and must not wait for anything."""
 
     def line(self, text: str) -> None:
-        """One line of progress for people."""
+        """Show one line of progress to people."""
 
 
 def train_epoch(
@@ -77,7 +77,7 @@ def train_epoch(
     start: checkpoint.Progress = NOTHING_DONE,
     save: Callable[[checkpoint.Progress], None],
 ) -> dict[str, float]:
-    """One epoch of optimizer steps, from `start` on. Synchronises with the device on log and checkpoint steps only.
+    """Train one epoch, from `start` on. Synchronises with the device on log and checkpoint steps only.
 
     `save` is called where a checkpoint is due within the epoch. What follows does not depend on whether the run was
     interrupted there: order, crops and all draws are functions of the epoch and the step.
@@ -180,7 +180,10 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager[None]],
     device: torch.device,
 ) -> dict[str, float]:
-    """Exact loss, top-1 and top-5 over the whole validation set: every image counts once, on any number of workers."""
+    """Compute exact loss, top-1 and top-5 over the whole validation set.
+
+    Every image counts once, on any number of workers.
+    """
     model.eval()
     counts = EvalCounts(device)
     with torch.inference_mode(), contextlib.closing(loader.epoch(0)) as batches:

@@ -16,7 +16,7 @@ from lape_ray.training.recompute import optimise_blocks
 
 
 def training_loss(logits: Tensor, targets_BK: Tensor, teacher_logits_BK: Tensor | None = None) -> Tensor:
-    """Cross-entropy with soft targets; with two heads the mean of both heads' losses.
+    """Compute the cross-entropy with soft targets; with two heads the mean of both heads' losses.
 
     With a teacher the second head's target is the teacher's best class; without one it is the label, as for
     the first.
@@ -31,7 +31,7 @@ def training_loss(logits: Tensor, targets_BK: Tensor, teacher_logits_BK: Tensor 
 
 
 def load_teacher(source: str, *, num_classes: int, image_size: int) -> nn.Module:
-    """A frozen teacher that reads the student's images.
+    """Load a frozen teacher that reads the student's images.
 
     `source` is `torchvision:NAME:WEIGHTS_FILE` (DeiT's own teacher is regnet_y_16gf) or a checkpoint folder of
     ours. A ValueError says why a teacher does not fit.

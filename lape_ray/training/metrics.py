@@ -35,7 +35,7 @@ class EvalCounts:
         self._sums += torch.stack((count, loss, best[:, 0].sum(), best.sum())).double()
 
     def result(self) -> dict[str, float]:
-        """`images`, mean `loss`, and `acc1`, `acc5` in percent, over all workers."""
+        """Return `images`, mean `loss`, and `acc1`, `acc5` in percent, over all workers."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._sums)
         images, loss, hits1, hits5 = self._sums.tolist()
@@ -57,7 +57,7 @@ class Speed:
         self._images = 0
 
     def read(self, images: int) -> float:
-        """Images per second of the `images` that were trained since the last call."""
+        """Return the images per second, from the `images` that were trained since the last call."""
         now = time.perf_counter()
         elapsed, self._last = now - self._last, now
         self._images += images
@@ -82,12 +82,12 @@ class Waited(Iterator[T]):
             self._seconds += time.perf_counter() - began
 
     def read(self) -> float:
-        """Seconds since the last call."""
+        """Return the seconds that were waited since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `h:mm:ss`."""
+    """Format seconds as `h:mm:ss`."""
     minutes, whole = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{whole:02}"

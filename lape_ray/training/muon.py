@@ -1,4 +1,4 @@
-"""Muon: momentum whose singular values are made alike, for the matrices of the blocks; AdamW for everything else.
+"""Muon: momentum whose singular values are made alike, for the blocks' matrices; AdamW for everything else.
 
 K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), with the scale of "Muon is Scalable
 for LLM Training" (arXiv 2502.16982, section 2.2): an update has the root mean square of AdamW's, so that learning
@@ -56,7 +56,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of all parameters that have gradients."""
+        """Step all parameters that have gradients."""
         if closure is not None:
             raise ValueError("closures are not supported: compute the gradients before step()")
         matrices: list[Tensor] = []
@@ -123,7 +123,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Each matrix with its singular values brought near 1 (0.7 to 1.2), scaled to Muon's update; float32.
+    """Bring each matrix's singular values near 1 (0.7 to 1.2), and scale it to Muon's update; float32.
 
     Those of one shape, or of that of the transpose, are computed together: on a GPU in bfloat16, which is enough, on a
     CPU in float32, which is faster there. Shapes: S matrices of M rows and N >= M columns.

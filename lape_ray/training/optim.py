@@ -14,10 +14,10 @@ from lape_ray.training.muon import MuonWithAdamW
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig, *, exempt: set[str]) -> list[dict[str, Any]]:
-    """The decayed groups, and after them the one that is not: biases, norms (every 1-D tensor) and `exempt`.
+    """Split the parameters into the decayed groups and, last, the one that is not decayed.
 
-    Of those that are decayed, the blocks' matrices are groups of their own where Muon steps them; `parts` says into
-    how many it takes each of them apart, 0 that a group is AdamW's.
+    Biases, norms (every 1-D tensor) and `exempt` are not decayed. Of the others, the blocks' matrices have separate
+    groups where Muon steps them; `parts` says into how many it takes each of them apart, 0 that a group is AdamW's.
     """
     decayed: dict[int, list[nn.Parameter]] = {0: [], 1: [], 3: []}
     kept: list[nn.Parameter] = []
@@ -40,7 +40,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, *, exempt: set[str])
 def build_optimizer(
     model: nn.Module, config: OptimConfig, *, exempt: set[str], lr: Tensor | None = None
 ) -> torch.optim.Optimizer:
-    """What steps `model`'s parameters; `exempt` ones are decayed after all where the config says `decay_position`.
+    """Build the optimizer of `model`; it decays `exempt` parameters too where the config says `decay_position`.
 
     Args:
         lr: a float32 scalar on the parameters' device that holds the learning rate; with it a step can become part of a
@@ -57,9 +57,10 @@ def build_optimizer(
 
 
 def lr_at(step: int, *, config: OptimConfig, steps_per_epoch: int) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warm-up, cosine, then `min_lr` in the cool-down.
+    """Compute the learning rate of optimizer step `step` (from 0).
 
-    The cosine runs over all `epochs` from step 0, so that the warm-up cuts its beginning off, as in DeiT.
+    It has a linear warm-up, then a cosine, then `min_lr` in the cool-down. The cosine runs over all `epochs` from step
+    0, so that the warm-up cuts its beginning off, as in DeiT.
     """
     warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:
@@ -79,5 +80,5 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """average = decay * average + (1 - decay) * weights, in one fused call over all tensors."""
+        """Set average = decay * average + (1 - decay) * weights, in one fused call over all tensors."""
         torch._foreach_lerp_(self._average, self._source, 1 - self.decay)

@@ -1,4 +1,4 @@
-"""What makes a network's training step fast without changing what it computes: compilation, data parallelism."""
+"""Compilation and data parallelism: a faster training step that computes the same."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lape_ray.config import RunConfig
 
 
 def compiled(network: nn.Module, run: RunConfig, device: torch.device) -> tuple[nn.Module, str]:
-    """`network` as the training step calls it, and a line that says what became of `run.compile`.
+    """Compile `network` for the training step; returns it and a line that says what became of `run.compile`.
 
     The result shares `network`'s parameters; evaluation goes on with `network` itself, whose batches vary in size.
     It must be wrapped for data parallelism after this, not before: buckets then do not cut the graph.
 
     Raises:
-        ValueError: compilation was asked for by name, and there is no compiler.
+        ValueError: compilation was asked for by name, and no compiler is installed.
     """
     mode = run.compile
     if mode == "auto":
@@ -40,7 +40,7 @@ def compiled(network: nn.Module, run: RunConfig, device: torch.device) -> tuple[
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """What code for `device` cannot be compiled without on this machine."""
+    """Name the compiler that this machine lacks to compile code for `device`; None where it lacks none."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -55,11 +55,11 @@ def missing_compiler(device: torch.device) -> str | None:
 def data_parallel(
     module: nn.Module, run: RunConfig, device: torch.device, *, one_micro_batch: bool
 ) -> DistributedDataParallel:
-    """`module` with its gradients averaged over all workers of the default process group.
+    """Wrap `module` so that its gradients are averaged over all workers of the default process group.
 
-    Gradients live in the buckets that are sent, buffers are not sent (none of ours changes), and as every parameter
-    takes part in every step, buckets are ordered anew after the first one by when gradients arrive: the position
-    chain's come last, so that no other bucket waits for them.
+    Gradients live in the buckets that are sent. Buffers are not sent: none of ours changes. Every parameter takes part
+    in every step, so that buckets are ordered again after the first one by when gradients arrive: the position chain's
+    come last, so that no other bucket waits for them.
 
     Args:
         one_micro_batch: every worker sends one micro-batch through the network in a step, so that each of its passes

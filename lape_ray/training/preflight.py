@@ -1,4 +1,4 @@
-"""What can be checked before any worker starts, so that bad input costs seconds and one clear line."""
+"""Checks before any worker starts, so that bad input costs seconds and one clear line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lape_ray.training.checkpoint import read_weights
 
 
 def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
-    """Data, model, initial weights and storage: an OSError or ValueError says what is wrong."""
+    """Check data, model, initial weights and storage; an OSError or ValueError says what is wrong."""
     with torch.device("meta"):
         model = build_model(config.model)
     check_data(config)
@@ -27,7 +27,10 @@ def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
 
 
 def check_space(config: TrainConfig, storage_root: str, parameters: int) -> None:
-    """The checkpoints that are kept fit into the storage, with one that is being written and one about to go."""
+    """Check that the storage has space for the checkpoints that are kept and two more.
+
+    One of these two is being written and one is about to be deleted.
+    """
     free = storage.free_bytes(storage_root)
     each = 4 * parameters * (4 if config.optim.ema_decay else 3)  # weights, their average, Adam's two moments
     need = each * (config.run.keep_checkpoints + 2)
@@ -40,7 +43,7 @@ def check_space(config: TrainConfig, storage_root: str, parameters: int) -> None
 
 
 def check_data(config: TrainConfig) -> None:
-    """Both files are whole, agree with each other and with the model, and fill at least one step."""
+    """Check that both files are whole, agree with each other and with the model, and fill at least one step."""
     train, val = check_split(config, "train"), check_split(config, "val")
     if train.classes != val.classes:
         raise ValueError(
@@ -55,7 +58,7 @@ def check_data(config: TrainConfig) -> None:
 
 
 def check_split(config: TrainConfig, split: Literal["train", "val"]) -> SplitFacts:
-    """One split is whole and fits the model's classes and image size."""
+    """Check that one split is whole and fits the model's classes and image size."""
     facts, spec = split_facts(config.data, split), resolve(config.model)
     if len(facts.classes) != spec.num_classes:
         raise ValueError(

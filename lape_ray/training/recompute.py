@@ -1,4 +1,4 @@
-"""Blocks that compute what `Block` computes with less memory and fewer operations, put into a network from outside.
+"""Blocks that compute what `Block` does with less memory and fewer operations, put into a network from outside.
 
 - Outputs of norms and of GELU are not kept for the backward pass but computed again: they cost no matrix product.
 - LN(x) + w = gamma * x_hat + (beta + w): beta joins w, which has no batch dimension, so that the sum of beta's gradient
@@ -40,7 +40,7 @@ def optimise_blocks(network: VisionTransformer) -> VisionTransformer:
 
 
 class RecomputingBlock(Block):
-    """`Block` for less.
+    """A `Block` that takes less memory and fewer operations.
 
     Args:
         block: whose parts this takes over.
@@ -60,7 +60,7 @@ class RecomputingBlock(Block):
 
 
 class RecomputingResidualNormBlock(ResidualNormBlock):
-    """`ResidualNormBlock` for less; arguments as of `RecomputingBlock`."""
+    """A `ResidualNormBlock` that takes less memory and fewer operations; arguments as of `RecomputingBlock`."""
 
     def __init__(self, block: Block, num_queries: int | None) -> None:
         nn.Module.__init__(self)
@@ -103,7 +103,7 @@ def _attention_branch(
 
 
 def _norm_with_position(norm: nn.LayerNorm, position: LayerPosition) -> Cheap:
-    """Give x -> LN(x) + w, with beta joined to w."""
+    """Compute x -> LN(x) + w, with beta joined to w."""
     if position.attention_1ND is None:
         return norm
     shift_1ND = position.attention_1ND + norm.bias
@@ -132,7 +132,7 @@ def _products_are_kept() -> Any:
 
 
 def _recomputed_by_hooks(product: Callable[[Tensor], Tensor], cheap: Cheap, x: Tensor) -> Tensor:
-    """Do so in eager mode, where a second pass of torch.utils.checkpoint costs 3 % of a step of DeiT-Ti on a CPU."""
+    """Recompute in eager mode, where a second pass of torch.utils.checkpoint costs 3 % of a DeiT-Ti step on a CPU."""
     device = x.device.type
     autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     given = cheap(x)

@@ -33,7 +33,7 @@ from lape_ray.training.recompute import optimise_blocks
 
 
 class Batches(Protocol):
-    """What the loop asks of a loader: an epoch's batches, uint8 images (B, 3, H, W) and int64 labels (B,)."""
+    """The loader that the loop needs: an epoch's batches, uint8 images (B, 3, H, W) and int64 labels (B,)."""
 
     def __len__(self) -> int: ...
 
@@ -55,18 +55,18 @@ class World:
         return cls(0, 1, device)
 
     def mean(self, value: Tensor) -> float:
-        """The mean of a scalar over all workers. Synchronises with the device."""
+        """Compute the mean of a scalar over all workers. Synchronises with the device."""
         value = value.detach().clone()
         if self.size > 1:
             dist.all_reduce(value)
         return value.item() / self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any worker."""
+        """Tell whether the flag is up on any worker. Synchronises with the device."""
         return self.mean(torch.tensor(float(flag), device=self.device)) > 0
 
     def answers_within(self, seconds: float) -> None:
-        """From now on a worker that hangs is an error of all others after `seconds`."""
+        """Make a worker that hangs an error of all others after `seconds`, from now on."""
         if self.size > 1:
             # torch 2.11 has it under another name
             set_timeout = (
@@ -84,7 +84,7 @@ class TrainState:
     signals: Signals
     network: VisionTransformer
     model: nn.Module
-    """The network as the training step calls it: compiled, and data parallel where there are several workers."""
+    """The network as the training step calls it: compiled, and data parallel where the run has several workers."""
     ema: Ema | None
     optimizer: torch.optim.Optimizer
     train_loader: Batches
@@ -99,12 +99,12 @@ class TrainState:
     classes: tuple[str, ...] | None = None
     """Name of each label, where the loaders are those of the config's data."""
     notes: tuple[str, ...] = ()
-    """What a person should know of how this state was built."""
+    """Notes for people on how this state was built."""
     metrics: dict[str, float] = field(default_factory=dict)
 
     @property
     def micro_batches(self) -> range:
-        """Which of a step's micro-batches this worker computes: every worker has one, some may have one more."""
+        """The micro-batches of a step that this worker computes: every worker has one, some may have one more."""
         return range(self.world.rank, self.config.micro_batches, self.world.size)
 
     @property
@@ -115,7 +115,7 @@ class TrainState:
 def build_state(
     config: TrainConfig, device: torch.device, *, loaders: tuple[Batches, Batches] | None = None
 ) -> TrainState:
-    """The state of a fresh run on this worker; `loaders` (train, val) stand in for those of the config's data.
+    """Build the state of a fresh run on this worker; `loaders` (train, val) stand in for those of the config's data.
 
     Raises:
         ValueError: the config asks for what the device does not have.
@@ -204,11 +204,11 @@ def build_state(
 
 
 def autocast_for(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Makes the context in which the network runs: bfloat16 where the config, or a GPU by default, says so."""
+    """Make the context in which the network runs: bfloat16 where the config, or a GPU by default, says so."""
     bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
     return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
 
 def available_cpus() -> int:
-    """CPUs this process may use: Ray's or torchrun's thread limit, else what `usable_cpus` finds."""
+    """Return the CPUs this process may use: Ray's or torchrun's thread limit, else what `usable_cpus` finds."""
     return int(os.environ.get("OMP_NUM_THREADS") or usable_cpus())

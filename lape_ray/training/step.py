@@ -41,7 +41,7 @@ def augmented(
     step: int = 0,
     at_once: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """An epoch's micro-batches of this worker from `step` on: images uint8 (B, 3, H, W) made normalised floats.
+    """Yield an epoch's micro-batches of this worker from `step` on: uint8 (B, 3, H, W) made normalised floats.
 
     What is drawn for an image depends on its place alone. So `at_once` micro-batches can be augmented together: by
     default as many as a GPU needs for small images, whose kernels would else take less time than their launches.
@@ -67,7 +67,7 @@ def augmented(
 def optimizer_step(
     state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], *, epoch: int, step: int, lr: float
 ) -> Tensor:
-    """One step over this worker's micro-batches, which come augmented.
+    """Make one optimizer step over this worker's micro-batches, which come augmented.
 
     Returns:
         Their loss, a scalar on the device, which may be overwritten by the next step.
@@ -95,7 +95,7 @@ def optimizer_step(
 def _drawn(
     state: TrainState, images_BCHW: Tensor, labels_B: Tensor, *, key: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    """A micro-batch mixed, with its targets (B, K), and torch's generators seeded for its way through the network.
+    """Mix a micro-batch with its targets (B, K), and seed torch's generators for its way through the network.
 
     Args:
         key: epoch, step and micro-batch, which with the seed decide all that is drawn.
@@ -109,7 +109,7 @@ def _drawn(
 
 
 def _gradients(state: TrainState, images_BCHW: Tensor, targets_BK: Tensor) -> Tensor:
-    """This micro-batch's share of the step's loss, with its gradient accumulated."""
+    """Accumulate the gradient of this micro-batch's share of the step's loss; returns that share."""
     with state.autocast():
         teacher = None if state.teacher is None else state.teacher(images_BCHW)
         logits = state.model(images_BCHW)
@@ -121,7 +121,7 @@ def _gradients(state: TrainState, images_BCHW: Tensor, targets_BK: Tensor) -> Te
 
 
 def _update(state: TrainState) -> None:
-    """New weights from the gradients."""
+    """Update the weights, and their moving average, from the gradients."""
     clip_norm = state.config.optim.clip_norm
     if clip_norm is not None:
         nn.utils.clip_grad_norm_(state.network.parameters(), clip_norm)
@@ -131,7 +131,7 @@ def _update(state: TrainState) -> None:
 
 
 def _whole_step(state: TrainState, images_BCHW: Tensor, targets_BK: Tensor) -> Tensor:
-    """The step of a worker with one micro-batch, in which nothing depends on the host."""
+    """Make the step of a worker with one micro-batch, in which nothing depends on the host."""
     state.optimizer.zero_grad(set_to_none=True)
     loss = _gradients(state, images_BCHW, targets_BK)
     _update(state)

@@ -1,5 +1,5 @@
 """Values that come from outside, before anything relies on them. Standard library only.
 
 typed      values that came from JSON, as the types that their reader needs
-redaction  what is secret: names of variables, passwords in addresses
+redaction  secrets: names of variables, passwords in addresses
 """

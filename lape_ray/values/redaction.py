@@ -1,4 +1,4 @@
-"""What is secret: variables by their names, passwords and tokens inside addresses. Standard library only.
+"""The secrets: variables by their names, passwords and tokens inside addresses. Standard library only.
 
 A secret stays in the environment of the processes that need it. No config, record, command line, runtime environment
 of Ray or printed line holds one: Ray and MLflow keep all of these, and show them.

@@ -101,7 +101,7 @@ def _one_of(kinds: tuple[Any, ...], value: Any, place: str, defaults: bool) -> A
 
 
 def _tuple(kind: Any, value: Any, place: str, defaults: bool) -> Any:
-    """Of a NamedTuple, of `tuple[X, ...]` or of `tuple[X, Y]`."""
+    """Convert to a NamedTuple, a `tuple[X, ...]` or a `tuple[X, Y]`."""
     _require(isinstance(value, list | tuple), value, place, "a list")
     named = hasattr(kind, "_fields")
     kinds = tuple(typing.get_type_hints(kind).values()) if named else typing.get_args(kind)

@@ -5,8 +5,8 @@ randaugment    RandAugment in timm's notation
 three_augment  3-Augment of DeiT III
 jitter         colour jitter
 erasing        random erasing
-layers         how a batch in which each image has its own operation goes through few kernels
-fused          the same on a GPU, with kernels of our own
+layers         the way of a batch, in which each image has its own operation, through few kernels
+fused          the same on a GPU, with our kernels
 color, hue, filters, geometry    the operations, equal to Pillow's
 draws          random numbers keyed by (seed, epoch, position, stream)
 transfer       many small arrays to a device in one copy

@@ -1,5 +1,7 @@
-"""Colour operations on batches of images, with Pillow's arithmetic: every result is a uint8 image, truncated or
-rounded where Pillow truncates or rounds, so that a chain of operations stays equal to Pillow's.
+"""Colour operations on batches of images, with Pillow's arithmetic.
+
+Every result is a uint8 image, truncated or rounded where Pillow truncates or rounds, so that a chain of operations
+stays equal to Pillow's.
 
 Point operations are tables of 256 levels. A table that does not look at the image is made on the host (the
 `*_table` functions on numpy arrays); one that does is made from the images on their device.
@@ -17,34 +19,34 @@ _LEVELS_V = np.arange(256)
 
 
 def identity_table() -> np.ndarray:
-    """(V,) uint8 that changes nothing."""
+    """Return a table (V,) uint8 that changes nothing."""
     return _LEVELS_V.astype(np.uint8)
 
 
 def invert_table() -> np.ndarray:
-    """(V,) uint8: 255 - level."""
+    """Return a table (V,) uint8: 255 - level."""
     return (255 - _LEVELS_V).astype(np.uint8)
 
 
 def posterize_table(bits_B: np.ndarray) -> np.ndarray:
-    """(B, V) uint8 that keeps the `bits_B` highest bits; 8 or more keep all, 0 or fewer make the image black."""
+    """Make tables (B, V) uint8 that keep the `bits_B` highest bits: 8 or more keep all, 0 or fewer give black."""
     dropped_B = 8 - np.clip(bits_B, 0, 8).astype(np.int64)
     return (_LEVELS_V & (-1 << dropped_B)[:, None]).astype(np.uint8)
 
 
 def solarize_table(threshold_B: np.ndarray) -> np.ndarray:
-    """(B, V) uint8 that inverts the levels from `threshold_B` up."""
+    """Make tables (B, V) uint8 that invert the levels from `threshold_B` up."""
     return np.where(threshold_B[:, None] > _LEVELS_V, _LEVELS_V, 255 - _LEVELS_V).astype(np.uint8)
 
 
 def solarize_add_table(added_B: np.ndarray) -> np.ndarray:
-    """(B, V) uint8 that adds `added_B` to the levels below 128, up to 255."""
+    """Make tables (B, V) uint8 that add `added_B` to the levels below 128, up to 255."""
     brighter_BV = np.minimum(255, _LEVELS_V + added_B[:, None])
     return np.where(_LEVELS_V < 128, brighter_BV, _LEVELS_V).astype(np.uint8)
 
 
 def brightness_table(factor_B: np.ndarray) -> np.ndarray:
-    """(B, V) uint8: the blend of black (factor 0) and the image (factor 1), beyond 1 included."""
+    """Make tables (B, V) uint8 that blend black (factor 0) and the image (factor 1), beyond 1 included."""
     level_BV = factor_B.astype(np.float32)[:, None] * _LEVELS_V.astype(np.float32)
     return np.clip(level_BV, 0, 255).astype(np.uint8)
 
@@ -58,7 +60,7 @@ def apply_table(x_BCHW: Tensor, table_BKV: Tensor) -> Tensor:
 
 
 def to_levels(x: Tensor) -> Tensor:
-    """uint8 of float levels, clipped (in place) and truncated."""
+    """Convert float levels to uint8, clipped (in place) and truncated."""
     x = x.clamp_(0, 255)
     if x.device.type == "cpu":  # int16 on the way is three times as fast there
         x = x.to(torch.int16)
@@ -66,9 +68,10 @@ def to_levels(x: Tensor) -> Tensor:
 
 
 def grey_levels(x_BCHW: Tensor) -> Tensor:
-    """(B, 1, H, W) float luma of ITU-R 601-2, rounded to whole levels as Pillow does in 16-bit fixed point.
+    """Compute the (B, 1, H, W) float luma of ITU-R 601-2, in whole levels.
 
-    All intermediate values are whole numbers below 2^24 over 2^16, hence exact in float32.
+    It is rounded as Pillow does in 16-bit fixed point. All intermediate values are whole numbers below 2^24 over 2^16,
+    hence exact in float32.
     """
     red, green, blue = x_BCHW.float().split(1, dim=1)
     weighted = (red * (19595 / 2**16)).add_(green, alpha=38470 / 2**16).add_(blue, alpha=7471 / 2**16)
@@ -76,7 +79,7 @@ def grey_levels(x_BCHW: Tensor) -> Tensor:
 
 
 def blend(degenerate: Tensor, x: Tensor, factor_B: Tensor) -> Tensor:
-    """uint8 of degenerate + factor * (x - degenerate), clipped and truncated: PIL.ImageEnhance's rule.
+    """Compute degenerate + factor * (x - degenerate) in uint8, clipped and truncated: PIL.ImageEnhance's rule.
 
     Args:
         degenerate: float levels that factor 0 gives, broadcastable to x.

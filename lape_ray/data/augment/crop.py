@@ -45,7 +45,7 @@ def crop_and_resize(
 
 
 def _halves(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers a and b in float32, so that a 2^11 + b are the weights times 2^22."""
+    """Split the weights times 2^22 into whole numbers a and b in float32: a 2^11 + b."""
     whole = (weights * 2**_BITS).round_()
     high = (whole / 2 ** (_BITS // 2)).round_()
     return high.float(), (whole - high * 2 ** (_BITS // 2)).float()
@@ -57,7 +57,7 @@ def _levels(high: Tensor, low: Tensor) -> Tensor:
 
 
 def _weights(start_B: Tensor, length_B: Tensor, pixels: int, side: int, cubic_B: Tensor) -> Tensor:
-    """What each of `pixels` gives to each of `side` results, (B, S, P) float64; the rows add up to 1."""
+    """Compute the share of each of `pixels` in each of `side` results, (B, S, P) float64; the rows add up to 1."""
     device = start_B.device
     scale_B11 = (length_B / side)[:, None, None]
     centre_S1 = torch.arange(0.5, side, dtype=torch.float64, device=device)[:, None]
@@ -71,7 +71,7 @@ def _weights(start_B: Tensor, length_B: Tensor, pixels: int, side: int, cubic_B:
 
 
 def _cubic(x: Tensor) -> Tensor:
-    """Keys' cubic convolution kernel at the distance `x` from 0 up."""
+    """Evaluate Keys' cubic convolution kernel at the distance `x` from 0 up."""
     near = ((_KEYS + 2) * x - (_KEYS + 3)) * x * x + 1
     far = _KEYS * (((x - 5) * x + 8) * x - 4)
     return torch.where(x < 1, near, torch.where(x < _CUBIC_SUPPORT, far, torch.zeros_like(x)))

@@ -1,5 +1,6 @@
-"""Random numbers that depend only on (seed, epoch, position, stream), so that an image's augmentation does not
-depend on the batch, the rank or the worker it falls to.
+"""Random numbers that depend only on (seed, epoch, position, stream).
+
+So an image's augmentation does not depend on the batch, the rank or the worker it falls to.
 
 The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), counted as
 
@@ -28,7 +29,7 @@ _SHIFT = np.uint64(32)
 
 
 class Stream(IntEnum):
-    """What a number is drawn for; two streams never share a counter."""
+    """The purpose that a number is drawn for; two streams never share a counter."""
 
     CROP = 0
     FLIP = 1
@@ -41,7 +42,7 @@ class Stream(IntEnum):
 
 
 def philox4x32(counter: Sequence[np.ndarray | np.uint64], key: tuple[int, int]) -> np.ndarray:
-    """Ten rounds of Philox4x32.
+    """Run ten rounds of Philox4x32.
 
     Args:
         counter: four arrays of 32-bit values, broadcastable to one shape.
@@ -62,7 +63,7 @@ def philox4x32(counter: Sequence[np.ndarray | np.uint64], key: tuple[int, int]) 
 
 
 def words(seed: int, epoch: int, positions: np.ndarray, stream: int, n: int) -> np.ndarray:
-    """(B, n) uint32 words for the images at `positions`, (B,) integers from 0; n at most 2^18."""
+    """Draw (B, n) uint32 words for the images at `positions`, (B,) integers from 0; n is at most 2^18."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed} must be from 0 to 2^64 - 1")
     if not 0 <= epoch < 2**32:
@@ -84,21 +85,21 @@ def words(seed: int, epoch: int, positions: np.ndarray, stream: int, n: int) -> 
 
 
 def to_uniform(words_: np.ndarray) -> np.ndarray:
-    """float64 in the open interval (0, 1): (word + 1/2) / 2^32."""
+    """Map words to float64 in the open interval (0, 1): (word + 1/2) / 2^32."""
     return (words_ + 0.5) * 2.0**-32
 
 
 def uniform(seed: int, epoch: int, positions: np.ndarray, stream: int, n: int) -> np.ndarray:
-    """(B, n) float64 in the open interval (0, 1), one word for each number."""
+    """Draw (B, n) float64 in the open interval (0, 1), one word for each number."""
     return to_uniform(words(seed, epoch, positions, stream, n))
 
 
 def box_muller(u1: np.ndarray, u2: np.ndarray) -> np.ndarray:
-    """Standard normal numbers from two independent uniforms in (0, 1), elementwise."""
+    """Compute standard normal numbers from two independent uniforms in (0, 1), elementwise."""
     return np.sqrt(-2.0 * np.log(u1)) * np.cos(2.0 * math.pi * u2)
 
 
 def normal(seed: int, epoch: int, positions: np.ndarray, stream: int, n: int) -> np.ndarray:
-    """(B, n) standard normal float64; number i is made of the uniforms 2i and 2i + 1."""
+    """Draw (B, n) standard normal float64; number i is made of the uniforms 2i and 2i + 1."""
     u_BN2 = uniform(seed, epoch, positions, stream, 2 * n).reshape(-1, n, 2)
     return box_muller(u_BN2[..., 0], u_BN2[..., 1])

@@ -47,13 +47,13 @@ class Boxes:
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `erase` needs on the device."""
+        """The arrays that `erase` needs on the device, by name."""
         box_5E = np.stack((self.image_E, self.top_E, self.left_E, self.height_E, self.width_E))
         return {"erase_box_5E": box_5E, "erase_key_2E": self.key_E2.T}
 
 
 class RandomErasing:
-    """Draws and fills the boxes.
+    """Draw and fill the boxes.
 
     Args:
         probability: that an image gets a box.
@@ -71,7 +71,7 @@ class RandomErasing:
         self.seed = seed
 
     def draw(self, epoch: int, positions: np.ndarray) -> Boxes:
-        """At most one box for each image at `positions`, (B,): the first of ten that is smaller than the image."""
+        """Draw at most one box for each image at `positions`, (B,): the first of ten that is smaller than the image."""
         height, width = self.image_size
         B, T = len(positions), _ATTEMPTS
         words_BN = words(self.seed, epoch, positions, Stream.ERASING, 5 + 2 * T)
@@ -98,7 +98,7 @@ def erase(x_BCHW: Tensor, images: slice, boxes: Boxes, arrays: Mapping[str, Tens
     Args:
         x_BCHW: floating point, normalised, in channels_last memory.
         images: which of the batch, from start to stop.
-        boxes: on the host, so that the device need not be asked how many pixels there are.
+        boxes: on the host, so that the device need not be asked for the number of pixels.
         arrays: `boxes.arrays` on the device of x.
     """
     part = slice(*np.searchsorted(boxes.image_E, (images.start, images.stop)).tolist())
@@ -128,7 +128,7 @@ def erase(x_BCHW: Tensor, images: slice, boxes: Boxes, arrays: Mapping[str, Tens
 
 
 def hashed_normal(counter: Tensor, key0: Tensor, key1: Tensor) -> Tensor:
-    """Standard normal float32 numbers that are a function of (counter, key0, key1), all int32 and broadcastable.
+    """Hash (counter, key0, key1), all int32 and broadcastable, to standard normal float32 numbers.
 
     Two rounds of the 32-bit mixer "lowbias32" (C. Wellons, "Prospecting for hash functions", 2018), one for each
     word of the key; its upper 24 bits go through the inverse of the normal distribution. |number| < 5.4.
@@ -139,7 +139,7 @@ def hashed_normal(counter: Tensor, key0: Tensor, key1: Tensor) -> Tensor:
 
 
 def _mix32_(bits: Tensor) -> Tensor:
-    """A bijection of int32, in place, whose output bits each depend on all input bits; products wrap around."""
+    """Apply a bijection of int32 in place; each output bit depends on all input bits; products wrap around."""
     bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
     bits.bitwise_xor_((bits >> 15).bitwise_and_(0x1FFFF)).mul_(0x846CA68B - 2**32)
     return bits.bitwise_xor_((bits >> 16).bitwise_and_(0xFFFF))

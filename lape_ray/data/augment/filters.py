@@ -29,7 +29,9 @@ def adjust_sharpness(x_BCHW: Tensor, factor_B: Tensor) -> Tensor:
 
 
 def blur_taps(radius_B: np.ndarray) -> np.ndarray:
-    """(B, K) float32 weights of a Gaussian of standard deviation `radius_B`, in pixels, up to MAX_BLUR_RADIUS.
+    """Compute (B, K) float32 weights of a Gaussian.
+
+    Its standard deviation is `radius_B`, in pixels, up to MAX_BLUR_RADIUS.
 
     Pillow approximates the Gaussian by three box filters, and this is the three as one filter. The box has `inner`
     whole pixels on each side and a part of one more, so that three of them have the variance radius^2 (Gwosdek et

@@ -31,7 +31,7 @@ from lape_ray.data.augment.layers import Kind, Layer
 
 TABLED = (Kind.AUTOCONTRAST, Kind.EQUALIZE, Kind.CONTRAST)  # their tables depend on the image
 OPTIONS = {"enable_fp_fusion": False}
-"""Of the compiler: Pillow rounds products and sums each by itself, so that they must not become one operation."""
+"""Options of the compiler. Pillow rounds products and sums each by itself: they must not become one operation."""
 _PIXELS = 256  # of a program of 4 warps, which then takes about 64 registers and spills none
 _COUNTED = 1024  # at once, of an image that gets a table
 
@@ -49,20 +49,20 @@ _NUDGE = tl.constexpr(NUDGE)
 
 @triton.jit
 def _grey(red, green, blue):
-    """`color.grey_levels`; exact in float32."""
+    """Compute `color.grey_levels`; exact in float32."""
     weighted = red * (19595 / 65536) + green * (38470 / 65536) + blue * (7471 / 65536)
     return tl.floor(weighted + 0.5)
 
 
 @triton.jit
 def _blend(degenerate, level, factor):
-    """`color.blend`, as a whole number."""
+    """Compute `color.blend`, as a whole number."""
     return tl.minimum(tl.maximum((level - degenerate) * factor + degenerate, 0.0), 255.0).to(tl.int32)
 
 
 @triton.jit
 def _weight(tap, t, bend):
-    """Weight of the neighbour `tap` of four, at the fraction `t`; `bend` is 0 for bilinear interpolation."""
+    """Compute the weight of neighbour `tap` of four, at the fraction `t`; `bend` is 0 for bilinear interpolation."""
     inner = tl.where(tap == 1, 1 - t, t) * (1 + bend)
     outer = tl.where(tap == 0, t - 1, -t) * bend
     return tl.where((tap == 1) | (tap == 2), inner, outer)
@@ -73,7 +73,7 @@ def _make_tables(
     images, by_image, by_channel, by_row, by_column, rows, kinds, amounts, tables,
     WIDTH: tl.constexpr, PIXELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tables (B, C, V) of the images `rows` whose kind looks at all of the image: a program for each channel."""
+    """Make the tables (B, C, V) of the images `rows` whose kind looks at all of the image, one program a channel."""
     row = tl.load(rows + tl.program_id(0))
     channel = tl.program_id(1)
     kind = tl.load(kinds + row)
@@ -122,7 +122,7 @@ def _run_layer(
     kinds, amounts, given_tables, made_tables, matrices, cubics, fill,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Each image's operation; `out` (B, C, H, W) is in channels_last memory."""
+    """Apply each image's operation; `out` (B, C, H, W) is in channels_last memory."""
     row = tl.program_id(1)
     kind = tl.load(kinds + row)
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -203,7 +203,7 @@ def _run_layer(
 
 
 def plan_fused(layers: Sequence[Layer]) -> dict[str, np.ndarray]:
-    """The arrays that `run_fused` needs on the device for `layers`, all of one batch, by name."""
+    """Make the arrays that `run_fused` needs on the device for `layers`, all of one batch, by name."""
     arrays = dict[str, np.ndarray]()
     for i, layer in enumerate(layers):
         kind_B = layer.kind_B

@@ -32,7 +32,7 @@ def _finish(sum_BCHW: Tensor, inside_B1HW: Tensor, fill_C: Tensor) -> Tensor:
 
 
 def shift_rows(x_BCHW: Tensor, slope_B: Tensor, offset_B: Tensor, cubic_B: Tensor, fill_C: Tensor) -> Tensor:
-    """Output (x, y) reads the input at x + slope * (y + 1/2) + offset of the same row: horizontal shear and shift.
+    """Shear and shift horizontally: output (x, y) reads the input's row y at x + slope * (y + 1/2) + offset.
 
     Args:
         slope_B, offset_B: float64; the offset is in pixels.
@@ -72,7 +72,7 @@ def shift_rows(x_BCHW: Tensor, slope_B: Tensor, offset_B: Tensor, cubic_B: Tenso
 def shift_columns(
     x_BCHW: Tensor, slope_B: Tensor, offset_B: Tensor, cubic_B: Tensor, fill_C: Tensor
 ) -> Tensor:
-    """`shift_rows` along the other axis: vertical shear and shift."""
+    """Shear and shift vertically: `shift_rows` along the other axis."""
     turned = x_BCHW.transpose(2, 3).contiguous()
     return shift_rows(turned, slope_B, offset_B, cubic_B, fill_C).transpose(2, 3)
 
@@ -80,7 +80,7 @@ def shift_columns(
 def affine(
     image_BCHW: Tensor, matrix_B6: Tensor, mode: Literal["bilinear", "bicubic"], fill_C: Tensor
 ) -> Tensor:
-    """Any affine transform: `matrix_B6` holds (a, b, c, d, e, f) of the module's docstring, in float64 pixels.
+    """Apply any affine transform; `matrix_B6` holds (a, b, c, d, e, f) of the module's docstring, in float64 pixels.
 
     torch.nn.functional.grid_sample does it in one kernel, but its cubic convolution has the parameter -3/4. The
     weights are linear in the parameter, and with 0 they are those of bilinear sampling at a smoothed fraction

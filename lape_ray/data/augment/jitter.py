@@ -36,7 +36,7 @@ _PROPERTIES = (_brightness, _amount(Kind.CONTRAST), _amount(Kind.COLOR), _hue)
 
 
 class ColorJitter:
-    """Draws one layer for each jittered property.
+    """Draw one layer for each jittered property.
 
     Args:
         strength: one number s for brightness, contrast and saturation; or three; or four, with the hue's last.
@@ -58,7 +58,7 @@ class ColorJitter:
         self.seed = seed
 
     def draw(self, epoch: int, positions: np.ndarray) -> list[Layer]:
-        """The layers for the images at `positions`, (B,), of the epoch's order."""
+        """Draw the layers for the images at `positions`, (B,), of the epoch's order."""
         J = len(self.properties)
         u_BN = uniform(self.seed, epoch, positions, Stream.COLOR_JITTER, 2 * J)
         order_BJ = np.argsort(u_BN[:, :J], axis=1)

@@ -123,7 +123,7 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a batch goes through its layers, and the arrays that `run_plan` needs on the device, by name."""
+    """The way of a batch through its layers, and the arrays that `run_plan` needs on the device, by name."""
 
     chunks: list[Chunk]
     arrays: dict[str, np.ndarray]

@@ -28,7 +28,7 @@ _CPU_CHUNK_PIXELS = 2**18
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentSpec:
-    """Which augmentations a recipe has, in the order in which they act; the default is none.
+    """The augmentations of a recipe, in the order in which they act; the default is none.
 
     Attributes:
         rand_augment: RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`; none: without.
@@ -68,7 +68,7 @@ class _Policy(Protocol):
 
 
 class Augment:
-    """Augments and normalises batches; made by `build_augment`.
+    """Augment and normalise batches; made by `build_augment`.
 
     Calling it draws everything on the host, sends it to the images' device in one copy and queues the kernels; it
     never waits for the device. An image's result depends on its pixels, the seed, the epoch and its position
@@ -101,7 +101,7 @@ class Augment:
     def __call__(
         self, images_BCHW: Tensor, *, epoch: int, positions: np.ndarray | Sequence[int] | Tensor
     ) -> Tensor:
-        """Augmented images, (x / 255 - mean) / std, as float32 in channels_last memory.
+        """Augment images; returns (x / 255 - mean) / std, as float32 in channels_last memory.
 
         Args:
             images_BCHW: uint8 (B, 3, H, W) of the augment's image size, on any device, with any strides; not
@@ -131,7 +131,7 @@ class Augment:
         return x_BCHW
 
     def _plan(self, layers: Sequence[Layer], images_BCHW: Tensor) -> tuple[dict[str, np.ndarray], _Run]:
-        """The arrays that the layers need on the device, and what runs them there."""
+        """Plan the layers; returns the arrays that they need on the device, and what runs them there."""
         if self.fused:
             # Only here: it needs Triton, which comes with GPUs.
             from lape_ray.data.augment.fused import plan_fused, run_fused
@@ -164,14 +164,14 @@ def build_augment(
     seed: int,
     fused: bool = False,
 ) -> Augment:
-    """The augmentation of a training run.
+    """Build the augmentation of a training run.
 
     Args:
         spec: which augmentations.
         image_size: side of the square images, or (height, width), in pixels; at least 8.
         mean, std: of the three channels, for values in 0..1.
         seed: of the run, from 0 to 2^64 - 1.
-        fused: with kernels of our own, which want a GPU and Triton, in place of PyTorch's operators.
+        fused: with our kernels, which want a GPU and Triton, in place of PyTorch's operators.
 
     Raises:
         ValueError: for a spec, size, mean or std that cannot be used.

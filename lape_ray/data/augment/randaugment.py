@@ -35,7 +35,7 @@ INCREASING_TRANSFORMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugmentConfig:
-    """What a timm config string says; `parse_rand_augment` reads one.
+    """The values of a timm config string; `parse_rand_augment` reads one.
 
     Attributes:
         magnitude: m, of 10.
@@ -102,7 +102,9 @@ def parse_rand_augment(text: str) -> RandAugmentConfig:
 
 
 def transform_argument(name: str, magnitude_N: np.ndarray, negative_N: np.ndarray) -> np.ndarray:
-    """What the transform `name` gets for a magnitude: degrees, a share, bits, a threshold, an addend or a factor.
+    """Compute the argument of the transform `name` for a magnitude.
+
+    It is in degrees, a share, bits, a threshold, an addend or a factor.
 
     Args:
         magnitude_N: float64 from 0; 10 is the whole range.
@@ -142,7 +144,7 @@ def transform_argument(name: str, magnitude_N: np.ndarray, negative_N: np.ndarra
 
 
 def rotation_matrix(degrees_N: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(N, 6) matrices that turn images counter-clockwise about their centre, as PIL.Image.rotate makes them."""
+    """Make (N, 6) matrices that turn images counter-clockwise about their centre, as PIL.Image.rotate does."""
     radians_N = -np.radians(degrees_N % 360)
     cos_N, sin_N = np.round(np.cos(radians_N), 15), np.round(np.sin(radians_N), 15)
     c_N = cos_N * (-width / 2) + sin_N * (-height / 2) + width / 2
@@ -200,7 +202,7 @@ _TABLES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class RandAugment:
-    """Draws the layers of RandAugment for batches of images of one size."""
+    """Draw the layers of RandAugment for batches of images of one size."""
 
     def __init__(
         self,
@@ -216,7 +218,7 @@ class RandAugment:
         self.seed = seed
 
     def draw(self, epoch: int, positions: np.ndarray) -> list[Layer]:
-        """The layers for the images at `positions`, (B,), of the epoch's order."""
+        """Draw the layers for the images at `positions`, (B,), of the epoch's order."""
         n = self.config.layers
         u_BnD = uniform(self.seed, epoch, positions, Stream.RAND_AUGMENT, n * 6).reshape(len(positions), n, 6)
         return [self._layer(u_BnD[:, i].T) for i in range(n)]

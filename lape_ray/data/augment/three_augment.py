@@ -1,4 +1,4 @@
-"""3-Augment of DeiT III (Touvron et al., arXiv 2204.07118): grey, solarized or blurred, one of them for each image.
+"""3-Augment of DeiT III (Touvron et al., arXiv 2204.07118): each image is made grey, solarized or blurred.
 
 Shapes: B images.
 """
@@ -17,13 +17,13 @@ _SOLARIZE_THRESHOLD = 128
 
 
 class ThreeAugment:
-    """Draws the layer of 3-Augment."""
+    """Draw the layer of 3-Augment."""
 
     def __init__(self, *, seed: int) -> None:
         self.seed = seed
 
     def draw(self, epoch: int, positions: np.ndarray) -> list[Layer]:
-        """One layer for the images at `positions`, (B,), of the epoch's order."""
+        """Draw one layer for the images at `positions`, (B,), of the epoch's order."""
         choice_u, radius_u = uniform(self.seed, epoch, positions, Stream.THREE_AUGMENT, 2).T
         choice_B = (choice_u * 3).astype(np.int64)
         layer = Layer(len(positions))

@@ -1,4 +1,4 @@
-"""Whether a .beton is what its manifest says."""
+"""Check that a .beton agrees with its manifest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PART_SAMPLES = 32  # samples that a process decodes at a time
 
 
 def check_beton(path: str | Path, *, deep: bool = False, workers: int | None = None) -> Manifest:
-    """The manifest of the .beton, or set of shards, at `path`, if the files agree with it.
+    """Check the .beton, or set of shards, at `path`; returns its manifest if the files agree with it.
 
     Without `deep` that is cheap (well under a second for ImageNet) and covers every file's size and every label,
     image size and place; the images' own bytes are checked when they are read.
@@ -73,7 +73,7 @@ def _check_file(path: Path, deep: bool, workers: int | None) -> Manifest:
 
 
 def _decode_part(task: tuple[Path, int, np.ndarray, np.ndarray]) -> str | None:
-    """What is wrong with the first bad image of a part; None if all decode to their recorded size."""
+    """Decode a part; returns what is wrong with its first bad image, None if all decode to their recorded size."""
     path, first, images, sizes = task
     with path.open("rb") as file:
         for index, (image, size) in enumerate(zip(images, sizes, strict=True), first):

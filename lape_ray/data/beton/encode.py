@@ -1,4 +1,4 @@
-"""How one image of a source is stored."""
+"""Encode one image of a source as it is stored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_SIDE = 0xFFFF  # of the format's 16-bit sizes
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How images are stored; see `write_beton`."""
+    """The way in which images are stored; see `write_beton`."""
 
     max_size: int | None = None
     quality: int = 90
@@ -91,7 +91,7 @@ def encode(source: Source, index: int, encoding: Encoding, position: int) -> Enc
 
 
 def _with_markers(jpeg: bytes, interval: int) -> bytes | None:
-    """The same coefficients with restart markers; None for the rare JPEG that Pillow reads and we would not."""
+    """Add restart markers to the same coefficients; None for the rare JPEG that Pillow reads and we would not."""
     if not interval:
         return jpeg
     try:

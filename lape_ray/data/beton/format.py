@@ -62,17 +62,17 @@ class Contents:
         return len(self.labels_N)
 
     def name(self, index: int) -> str:
-        """What to call a sample in an error: its file, and its number in it."""
+        """Name a sample for an error: its file, and its number in it."""
         file = int(self.file_N[index])
         first = int(np.searchsorted(self.file_N, file))
         return f"{self.files[file]} image {index - first}"
 
 
 def read_contents(path: str | Path) -> Contents:
-    """The tables of the .beton, or of the set of shards, that `path` names (see `set_files`).
+    """Read the tables of the .beton, or of the set of shards, that `path` names (see `set_files`).
 
     Raises:
-        FileNotFoundError: neither is there, or shards are missing.
+        FileNotFoundError: neither exists, or shards are missing.
         ValueError: a file is truncated, damaged or not an FFCV file of images and labels.
     """
     files = set_files(path)
@@ -88,7 +88,7 @@ def read_contents(path: str | Path) -> Contents:
 
 
 def read_tables(file: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Records and allocations, each (N,), of one file; ValueError if it is damaged or of another kind."""
+    """Read one file's records and allocations, each (N,); ValueError if it is damaged or of another kind."""
     size = Path(file).stat().st_size
     if size >= RECORDS_START:
         header = np.fromfile(file, HEADER, 1)[0]
@@ -106,7 +106,11 @@ def read_tables(file: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lengths(file: Path, records_N: np.ndarray, allocations_N: np.ndarray) -> np.ndarray:
-    """Bytes (N,) of each image; the allocation table may be in any order. A ValueError if one lies outside the file."""
+    """Look up the bytes (N,) of each image. The allocation table may be in any order.
+
+    Raises:
+        ValueError: an image lies outside the table or the file, or has no pixels.
+    """
     pointers_N = records_N["image"]["data_ptr"]
     order = np.argsort(allocations_N["ptr"])
     found = order[np.searchsorted(allocations_N["ptr"], pointers_N, sorter=order).clip(max=len(order) - 1)]
@@ -124,24 +128,24 @@ def lengths(file: Path, records_N: np.ndarray, allocations_N: np.ndarray) -> np.
 
 
 def tables_sha256(records_N: np.ndarray, allocations_N: np.ndarray) -> str:
-    """Of labels, sizes and places; with it and the images' checksums nothing in a file goes unchecked."""
+    """Hash labels, sizes and places; with this and the images' checksums nothing in a file goes unchecked."""
     digest = hashlib.sha256(records_N.tobytes())
     digest.update(allocations_N.tobytes())
     return digest.hexdigest()
 
 
 def shard_path(path: str | Path, shard: int, shards: int) -> Path:
-    """train.beton, 3 and 16 -> train-00003-of-00016.beton."""
+    """Name a shard: train.beton, 3 and 16 -> train-00003-of-00016.beton."""
     path = Path(path)
     return path.with_name(f"{path.stem}-{shard:05}-of-{shards:05}{path.suffix}")
 
 
 def set_files(path: str | Path) -> tuple[Path, ...]:
-    """The file `path`, or the shards (`shard_path`) of the set of that name, in order.
+    """Find the file `path`, or the shards (`shard_path`) of the set of that name, in order.
 
     Raises:
-        FileNotFoundError: neither is there, or not all shards are.
-        ValueError: both are there, or shards of two sets.
+        FileNotFoundError: neither exists, or shards are missing.
+        ValueError: both exist, or shards of two sets.
     """
     path = Path(path)
     entries = path.parent.iterdir() if path.parent.is_dir() else ()
@@ -150,7 +154,10 @@ def set_files(path: str | Path) -> tuple[Path, ...]:
 
 
 def set_names(name: str, names: Collection[str], place: str | Path) -> tuple[str, ...]:
-    """The same by names alone: which of the files `names`, which lie at `place`, the .beton `name` consists of."""
+    """Find by names alone which files the .beton `name` consists of.
+
+    It does what `set_files` does, for the files `names`, which lie at `place`.
+    """
     path = Path(name)
     shape = re.compile(re.escape(path.stem) + r"-(\d{5})-of-(\d{5})" + re.escape(path.suffix))
     found = {(int(match[1]), int(match[2])) for entry in names if (match := shape.fullmatch(entry))}

@@ -59,7 +59,7 @@ class Journal:
         self._worth_keeping = bool(self.earlier)
 
     def _read(self) -> tuple[Any, list[Any]]:
-        """The fingerprint and the groups of entries that are whole; the journal is cut behind them."""
+        """Read the fingerprint and the groups of entries that are whole; the journal is cut behind them."""
         self._log.seek(0)
         lines: list[Any] = []
         end = 0
@@ -74,7 +74,7 @@ class Journal:
         return header, groups
 
     def damaged(self, reason: object) -> ValueError:
-        """What to raise where an entry of this file's journal cannot be one."""
+        """Make the error to raise where an entry of this file's journal cannot be one."""
         return ValueError(
             f"{self._lines} is damaged: {reason}; give --fresh to write {self.path.name} from its beginning"
         )
@@ -121,7 +121,7 @@ def _torn() -> Any:
 
 @contextlib.contextmanager
 def open_journal(path: Path, fingerprint: str, *, fresh: bool = False) -> Iterator[Journal]:
-    """The journal of `path`; an earlier one goes on if it has the same fingerprint (of source and options).
+    """Open the journal of `path`; an earlier one goes on if it has the same fingerprint (of source and options).
 
     However the block ends, what it wrote stays for the next writer, unless `finish` was called.
 

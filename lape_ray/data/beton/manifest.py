@@ -23,7 +23,7 @@ REPAIR = "copy it again, or write the .beton again"
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a .beton, or a set of shards, holds; kept beside each file as <name>.beton.json.
+    """The contents of a .beton, or a set of shards; kept beside each file as <name>.beton.json.
 
     Attributes:
         version: of this description
@@ -55,7 +55,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
-        """The manifest of the .beton at `path`; FileNotFoundError or ValueError if it is absent or not one."""
+        """Load the manifest of the .beton at `path`; FileNotFoundError or ValueError if it is absent or not one."""
         file = manifest_path(path)
         try:
             text = file.read_bytes()
@@ -68,7 +68,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: Content, file: str | Path) -> Manifest:
-        """The manifest that `text` is; ValueError, which names `file`, if it is none."""
+        """Parse `text` as a manifest; a ValueError names `file` if it is none."""
         values = from_json(dict[str, Any], text, file, REPAIR)
         if values.get("version") != MANIFEST_VERSION:
             raise ValueError(f"{file} is not a manifest of version {MANIFEST_VERSION}; {REPAIR}")
@@ -85,7 +85,7 @@ class Manifest:
 
     @classmethod
     def of_set(cls, shards: Sequence[Manifest], path: str | Path) -> Manifest:
-        """One manifest for all shards of the set `path`; ValueError if their classes differ."""
+        """Join the manifests of all shards of the set `path`; ValueError if their classes differ."""
         first = shards[0]
         if len(shards) == 1:
             return first
@@ -126,7 +126,7 @@ class Manifest:
             file.write((json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 
     def summary(self, path: str | Path) -> str:
-        """The file at `path` in a few lines for people."""
+        """Describe the file at `path` in a few lines for people."""
         (low_w, high_w), (low_h, high_h) = self.width, self.height
         stored = ", ".join(f"{count:,} {kind}" for kind, count in self.stored.items())
         lines = [
@@ -139,13 +139,13 @@ class Manifest:
 
 
 def manifest_path(path: str | Path) -> Path:
-    """Where the manifest of the .beton at `path` lies."""
+    """Return the path of the manifest of the .beton at `path`."""
     return Path(f"{path}.json")
 
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[io.BufferedRandom]:
-    """A file that has the name `path` once it is written to the end and on the disk, and else leaves nothing."""
+    """Open a file that gets the name `path` once it is written to the end and on the disk, and else leaves nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w+b") as file:

@@ -1,9 +1,9 @@
-"""Writes a source as a .beton or as a set of shards.
+"""Write a source as a .beton or as a set of shards.
 
 FFCV's own writer waits for ever when one of its processes dies, and stores whatever label it is given. This
 one writes the same format without ffcv: processes encode, the caller writes in order, so the same source and
-options give the same bytes whoever encodes and however often the writing was interrupted; every image is decoded
-and every label checked first; and the file appears under its name only when it is whole, with its manifest.
+options give the same bytes, whichever process encodes and however often the writing was interrupted; every image
+is decoded and every label checked first; and the file appears under its name only when it is whole, with its manifest.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def write_beton(
             that a crop is decoded without what lies around it; their metadata is left out. 0: none, and original
             JPEGs keep their bytes.
         shards: files of the set; more than one are named as train-00003-of-00016.beton for `path` train.beton.
-        workers: encoding processes; None: one for each CPU there is; 1: none, all is done here.
+        workers: encoding processes; None: one for each CPU; 1: none, all is done here.
         mapper: who encodes instead (a cluster: `lape_ray.cluster.connection.ray_mapper`); `workers` says nothing then.
         on_error: a sample that cannot be decoded or stored ends the writing with a ValueError that names it
             (`stop`), or is left out and listed in the manifest (`skip`).
-        fresh: leave unused what an interrupted call left, and write shards anew that are there already.
+        fresh: leave unused what an interrupted call left, and write shards again that exist already.
         progress: called with the samples done and their total.
 
     Raises:
@@ -114,7 +114,7 @@ def write_beton(
 
 
 def _refuse_two_sets(path: Path, shards: int) -> None:
-    """A name is one file or one set; both, or sets of two sizes, could not be told apart by a reader."""
+    """Refuse a name that would be both a file and a set, or two sets: a reader could not tell them apart."""
     wanted = {path} if shards == 1 else {shard_path(path, shard, shards) for shard in range(shards)}
     others = [
         file
@@ -165,7 +165,7 @@ def _write_set(
 
 
 def _fingerprint(source: Source, encoding: Encoding) -> str:
-    """Of everything that decides a file's bytes, but for the pixels themselves."""
+    """Hash everything that decides a file's bytes, but for the pixels themselves."""
     digest = hashlib.sha256()
     items = source.items_N
     for part in (
@@ -180,7 +180,7 @@ def _fingerprint(source: Source, encoding: Encoding) -> str:
 
 
 def _finished(file: Path, fingerprint: str) -> Manifest | None:
-    """The manifest of a shard that an earlier call finished; None if it has to be written."""
+    """Return the manifest of a shard that an earlier call finished; None if it has to be written."""
     try:
         manifest = Manifest.load(file)
         whole = file.stat().st_size == manifest.bytes
@@ -216,7 +216,7 @@ def _write_file(
             file.append(part, start)
             progress(start + len(part))
         manifest = file.close(source, encoding, fingerprint)
-        # The file comes after its manifest: whoever is killed in between finds all parts written, and the old
+        # The file comes after its manifest: a writer that is killed in between finds all parts written, and the old
         # file, which its new neighbour does not describe, is refused by every reader until then.
         manifest.save(path)
         journal.finish()
@@ -224,7 +224,7 @@ def _write_file(
 
 
 def encode_part(task: tuple[Source, Encoding, int]) -> list[Encoded | Rejected]:
-    """The samples of a small source that starts at the given place of the whole one."""
+    """Encode the samples of a small source that starts at the given place of the whole one."""
     source, encoding, start = task
     results: list[Encoded | Rejected] = []
     for index in range(len(source)):
@@ -237,7 +237,7 @@ def encode_part(task: tuple[Source, Encoding, int]) -> list[Encoded | Rejected]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """What became of the samples of a part, as the journal keeps it.
+    """The outcome of a part's samples, as the journal keeps it.
 
     Attributes:
         stored: an array of STORED, in base64

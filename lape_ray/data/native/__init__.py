@@ -53,7 +53,7 @@ _native = _load()
 
 
 class Status(enum.IntEnum):
-    """What became of an image. Its pixels are zeros unless it is OK."""
+    """The outcome of an image. Its pixels are zeros unless it is OK."""
 
     OK = 0
     DAMAGED = 1
@@ -71,7 +71,7 @@ class Status(enum.IntEnum):
 
     @property
     def text(self) -> str:
-        """In words."""
+        """The status in words."""
         return str(_native.STATUS_TEXTS[self])
 
 
@@ -119,7 +119,7 @@ class Decoder:
         """Decode, crop, resize with antialiasing and flip: fills `out_BHW3` and returns the statuses (B,) int32.
 
         Nothing that a file holds can do worse than a status: sizes, offsets and boxes are not trusted. But JPEGs
-        have no checksum of their own, and damage that still reads as valid code goes unseen without `checksums`.
+        have no checksum, and damage that still reads as valid code goes unseen without `checksums`.
         Python's lock is released; one batch is decoded at a time.
 
         Args:
@@ -199,7 +199,7 @@ class Decoder:
 
 
 def _column(name: str, values: Array, dtype: type, *shape: int) -> Array:
-    """`values` as the extension reads them; ValueError if a value or the shape does not fit."""
+    """Convert `values` to what the extension reads; ValueError if a value or the shape does not fit."""
     array = np.asarray(values)
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape}; it must be {shape}")
@@ -211,7 +211,9 @@ def _column(name: str, values: Array, dtype: type, *shape: int) -> Array:
 
 
 def add_restart_markers(data: bytes, interval: int = 4) -> bytes:
-    """The JPEG `data` with the same coefficients, as a baseline JPEG with a restart marker every `interval` MCUs.
+    """Recode the JPEG `data` with the same coefficients, as a baseline JPEG with restart markers.
+
+    A marker stands every `interval` MCUs.
 
     An MCU is the square of 8 or 16 pixels that JPEGs are coded in. From a marker, decoding can start, so that
     `Decoder` leaves out what lies around a crop. Any decoder reads the result; its Huffman tables are optimal,
@@ -229,7 +231,7 @@ def add_restart_markers(data: bytes, interval: int = 4) -> bytes:
 
 
 def crc32c(data: bytes, *, portable: bool = False) -> int:
-    """CRC-32C (RFC 3720, appendix B.4) of `data`; `portable`: without the processor's instruction for it."""
+    """Compute CRC-32C (RFC 3720, appendix B.4) of `data`; `portable`: without the processor's instruction for it."""
     return int(_native.crc32c(data, portable))
 
 
@@ -243,7 +245,7 @@ def random_resized_crops(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Array:
-    """Boxes (B, 4) int32 of x, y, width and height, distributed as those of torchvision's RandomResizedCrop.
+    """Draw boxes (B, 4) int32 of x, y, width and height, as torchvision's RandomResizedCrop distributes them.
 
     Args:
         positions_B: each image's place in the order of the epoch, over all ranks.
@@ -267,7 +269,7 @@ def random_resized_crops(
 
 
 def flips(seed: int, epoch: int, positions_B: Array, probability: float = 0.5) -> Array:
-    """Whether to flip each image, bool (B,); see `random_resized_crops` for the arguments."""
+    """Draw whether to flip each image, bool (B,); see `random_resized_crops` for the arguments."""
     flips_B = np.empty(len(positions_B), np.bool_)
     positions_B = _column("positions", positions_B, np.uint64, len(positions_B))
     _native.flips(*_run(seed, epoch), positions_B, probability, flips_B)
@@ -281,7 +283,9 @@ def _run(seed: int, epoch: int) -> tuple[int, int]:
 
 
 def center_crops(widths_B: Array, heights_B: Array, *, resize: int, size: int) -> Array:
-    """Boxes (B, 4) float64 that make `decode_batch(..., crop_first=False)` do torchvision's Resize and CenterCrop.
+    """Compute boxes (B, 4) float64 of torchvision's Resize and CenterCrop.
+
+    They are for `decode_batch(..., crop_first=False)`.
 
     Args:
         widths_B, heights_B: of the images, in pixels.
@@ -299,7 +303,7 @@ def center_crops(widths_B: Array, heights_B: Array, *, resize: int, size: int) -
 
 
 def philox4x32(counters_N4: Array, key: tuple[int, int]) -> Array:
-    """Philox4x32-10: four 32-bit words (N, 4) for each counter of four 32-bit words, under a key of two."""
+    """Run Philox4x32-10: four 32-bit words (N, 4) for each counter of four 32-bit words, under a key of two."""
     counters_N4 = _column("counters", counters_N4, np.uint32, len(counters_N4), 4)
     words_N4 = np.empty_like(counters_N4)
     _native.philox4x32(counters_N4, key, words_N4)

@@ -1,4 +1,4 @@
-"""Memory for batches that is used again, which saves the kernel from clearing each page of each batch anew."""
+"""Memory for batches that is used again, which saves the kernel from clearing each page of each batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KEPT = 8  # buffers that wait for their next use, at most
 
 
 class _Lease:
-    """What all arrays over one buffer keep alive; when the last of them is gone, so is it."""
+    """The owner that all arrays over one buffer keep alive; when the last of them is gone, so is it."""
 
     def __init__(self, buffer_N: np.ndarray, shape: tuple[int, ...]) -> None:
         address = buffer_N.__array_interface__["data"][0]
@@ -21,7 +21,7 @@ class _Lease:
 
 
 class Buffers:
-    """Arrays of bytes whose memory comes back when nothing refers to them any more: not the array, no view or tensor.
+    """Arrays of bytes whose memory comes back when nothing refers to them any more: no array, view or tensor.
 
     Fresh memory of a batch costs a page fault for every 4 kB, which for a crop of 224 pixels is a fifth of the time it
     takes to decode.
@@ -31,7 +31,7 @@ class Buffers:
         self._free: list[np.ndarray] = []
 
     def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """An array uint8 of this shape, of any content."""
+        """Return an array uint8 of this shape, of any content."""
         size = int(np.prod(shape))
         buffer_N = None
         while self._free and buffer_N is None:

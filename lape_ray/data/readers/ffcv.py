@@ -34,7 +34,7 @@ SEED_BIT = 32  # a key is the sample's index in the low bits and the seed of its
 
 
 class SeededCrop(SimpleRGBImageDecoder):
-    """Decodes, crops, resizes (area) and flips: uint8 (B, S, S, 3) for B keys.
+    """Decode, crop, resize (area) and flip: uint8 (B, S, S, 3) for B keys.
 
     FFCV's decoders draw from a generator of each thread, so that pixels change from run to run. Here each
     sample seeds it first. Random crops and flips are distributed as FFCV's (and torchvision's) are.
@@ -78,17 +78,17 @@ class SeededCrop(SimpleRGBImageDecoder):
 
 
 def random_crop(side: int, scale: tuple[float, float], ratio: tuple[float, float], flip: float) -> SeededCrop:
-    """A random resized crop and a horizontal flip with probability `flip`."""
+    """Make a random resized crop and a horizontal flip with probability `flip`."""
     return SeededCrop(side, get_random_crop, np.array(scale), np.array(ratio), flip)
 
 
 def center_crop(side: int, share: float) -> SeededCrop:
-    """The centre square that keeps `share` of the shorter side."""
+    """Make the crop of the centre square that keeps `share` of the shorter side."""
     return SeededCrop(side, get_center_crop, None, share, 0.0)
 
 
 class PageCache(OSCacheManager):
-    """Maps the file; all processes of a machine share the pages.
+    """A map of the file; all processes of a machine share the pages.
 
     The base class builds dicts of sets from samples to pages for FFCV's own cache: 0.7 GB and seconds for
     ImageNet. Its `state_type` changes numba's type object of uint8 arrays in place, and with it the type's
@@ -118,7 +118,7 @@ class BatchIterator(EpochIterator):
     """Batches of one pass: (B, S, S, 3) uint8 arrays that are overwritten once later batches are asked for.
 
     FFCV's thread dies of an error without a word while the caller waits for ever, and outlives a caller that
-    stops early, with its buffers. Whoever makes one must `close` it.
+    stops early, with its buffers. The maker of one must `close` it.
     """
 
     def run(self) -> None:
@@ -156,7 +156,7 @@ class BatchIterator(EpochIterator):
         self.join()
 
     def __del__(self) -> None:
-        """Nothing: the base class closes here, but a running thread is never collected."""
+        """Do nothing: the base class closes here, but a running thread is never collected."""
 
 
 class BatchLoader(Loader):
@@ -185,7 +185,7 @@ class BatchLoader(Loader):
 
     @property
     def image_size(self) -> int:
-        """Side of the delivered square in pixels; the next pass asks for it, without compiling anew."""
+        """Side of the delivered square in pixels; the next pass asks for it, without compiling again."""
         return self._decoder.side
 
     @image_size.setter
@@ -193,11 +193,11 @@ class BatchLoader(Loader):
         self._decoder.side = side
 
     def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> BatchIterator:
-        """One pass over the samples of `keys_N` (int64; see SEED_BIT), the last batch short.
+        """Make one pass over the samples of `keys_N` (int64; see SEED_BIT), the last batch short.
 
         The keys hold the seeds of the draws, so that positions and epoch add nothing here.
         """
-        return BatchIterator(self, np.ascontiguousarray(keys_N))  # numba compiles anew for a strided array
+        return BatchIterator(self, np.ascontiguousarray(keys_N))  # numba compiles again for a strided array
 
 
 loader_module.OSCacheManager = PageCache  # Loader makes it by this name

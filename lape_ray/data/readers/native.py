@@ -27,7 +27,7 @@ BATCHES_AHEAD = 2
 
 
 class NativeReader:
-    """Images of one .beton or set; a pass decodes ahead in a thread of its own, which ends with the pass.
+    """Images of one .beton or set; a pass decodes ahead in a separate thread, which ends with the pass.
 
     The files are read by position, not mapped: they stay open, so that another file of that name does not matter,
     and one that is cut short or changed in place is an error that names it.
@@ -62,7 +62,9 @@ class NativeReader:
     def batches(
         self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
     ) -> Generator[np.ndarray, None, None]:
-        """One pass over the samples of `keys_N` (index in the low 32 bits): uint8 (B, S, S, 3), the last batch short.
+        """Yield the batches uint8 (B, S, S, 3) of one pass over the samples of `keys_N`, the last batch short.
+
+        A key holds the sample's index in its low 32 bits.
 
         Args:
             positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
@@ -122,7 +124,10 @@ class NativeReader:
         return out_BSS3
 
     def _refuse_changes(self, files: np.ndarray) -> None:
-        """Checksums find changed bytes, but not whole images that changed places."""
+        """Refuse files that were changed.
+
+        Checksums find changed bytes, but not whole images that changed places.
+        """
         for file in files:
             if _state(self.descriptors[file]) != self.states[file]:
                 raise ValueError(
@@ -133,7 +138,7 @@ class NativeReader:
 
 
 class TrainDraws(NamedTuple):
-    """What is drawn for the crops of N training images.
+    """The draws for the crops of N training images.
 
     Attributes:
         boxes_N4: int32; x, y, width and height in pixels
@@ -154,7 +159,7 @@ def train_draws(
     widths_N: np.ndarray,
     heights_N: np.ndarray,
 ) -> TrainDraws:
-    """The draws for the images at `positions_N` of the epoch's order over all ranks, of these sizes in pixels."""
+    """Draw for the images at `positions_N` of the epoch's order over all ranks, of these sizes in pixels."""
     boxes_N4 = random_resized_crops(
         seed, epoch, positions_N, widths_N, heights_N, scale=data.crop_scale, ratio=data.crop_ratio
     )

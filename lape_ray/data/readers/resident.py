@@ -1,5 +1,6 @@
-"""Batches of a split that lies on the training device as a whole: for small images, which decoding and copying cost
-more than training on them.
+"""Batches of a split that lies on the training device as a whole.
+
+They are for small images, which decoding and copying cost more than training on them.
 
 Everything is decoded once, when the reader is made. From then on an epoch's draws are made and sent at its beginning,
 and a batch is a few kernels on the device: nothing is left to do for the host, whose threads end with the decoding.
@@ -25,11 +26,11 @@ from lape_ray.data.sampler import sample_index
 
 _DECODED_AT_ONCE = 1024
 _CROPPED_PIXELS = 2**20
-"""Of several batches that are cropped in one go where they are small, which spares a GPU launches."""
+"""The pixels of several batches that are cropped in one go where they are small, which spares a GPU launches."""
 
 
 class ResidentReader:
-    """Images of one .beton or set, decoded into the memory of `device`: all of one square size, or for validation any.
+    """Images of one .beton or set, decoded into the memory of `device`: all of one square size, for validation any.
 
     The pixels are those of the native backend.
 
@@ -73,9 +74,10 @@ class ResidentReader:
     def batches(
         self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
     ) -> Generator[Tensor, None, None]:
-        """One pass over the samples of `keys_N` (index in the low 32 bits): uint8 (B, S, S, 3), the last batch short.
+        """Yield the batches uint8 (B, S, S, 3) of one pass over the samples of `keys_N`, the last batch short.
 
-        They are views of channels-first memory on the device, and no one else's.
+        A key holds the sample's index in its low 32 bits. The batches are views of channels-first memory on the device,
+        which nothing else uses.
 
         Args:
             positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.

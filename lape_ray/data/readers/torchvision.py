@@ -31,7 +31,7 @@ PART_IMAGES = 8  # that a thread works on at a time
 
 
 class Draw(NamedTuple):
-    """What is done to one training image; the box is in pixels of the image."""
+    """The changes to one training image; the box is in pixels of the image."""
 
     left: int
     top: int
@@ -42,7 +42,7 @@ class Draw(NamedTuple):
 
 
 class TorchvisionReader:
-    """The images of a source; a pass decodes ahead in threads of its own, which end with the pass.
+    """The images of a source; a pass decodes ahead in separate threads, which end with the pass.
 
     Images are read in the order of the epoch: a source that decodes its neighbours with an image (parquet) is slow
     here unless its row groups are small.
@@ -74,7 +74,9 @@ class TorchvisionReader:
     def batches(
         self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
     ) -> Generator[np.ndarray, None, None]:
-        """One pass over the samples of `keys_N` (index in the low 32 bits): uint8 (B, S, S, 3), the last batch short.
+        """Yield the batches uint8 (B, S, S, 3) of one pass over the samples of `keys_N`, the last batch short.
+
+        A key holds the sample's index in its low 32 bits.
 
         Args:
             positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
@@ -106,7 +108,7 @@ class TorchvisionReader:
             pool.shutdown(cancel_futures=True)
 
     def draw(self, image: Image.Image, epoch: int, position: int) -> Draw:
-        """What the image at `position` of the epoch's order undergoes: a function of these, the seed and its size."""
+        """Draw for the image at `position` of the epoch's order: a function of these, the seed and the image's size."""
         generator = torch.Generator().manual_seed(_draw_seed(self.seed, epoch, position))
         with _RandomFrom(generator):
             top, left, height, width = RandomResizedCrop.get_params(
@@ -133,7 +135,7 @@ class TorchvisionReader:
 
 
 def resized_crop(image: Image.Image, draw: Draw, side: int) -> Image.Image:
-    """The box of an image, `side` x `side` pixels, perhaps mirrored: torchvision's RandomResizedCrop and flip."""
+    """Cut out an image's box, `side` x `side` pixels, perhaps mirrored: torchvision's RandomResizedCrop and flip."""
     square = v2.resized_crop(
         image,
         draw.top,
@@ -148,7 +150,7 @@ def resized_crop(image: Image.Image, draw: Draw, side: int) -> Image.Image:
 
 
 def center_crop(image: Image.Image, side: int, share: float, interpolation: InterpolationMode) -> Image.Image:
-    """torchvision's Resize of the shorter side to side / share, and CenterCrop to `side` x `side` pixels."""
+    """Apply torchvision's Resize of the shorter side to side / share, and CenterCrop to `side` x `side` pixels."""
     resized = v2.resize(
         image, [max(side, math.floor(side / share))], interpolation=interpolation, antialias=True
     )
@@ -171,7 +173,7 @@ def _draw_seed(seed: int, epoch: int, position: int) -> int:
 
 
 class _RandomFrom(TorchFunctionMode):
-    """Within it, on this thread alone, torch draws from `generator` where the code names none.
+    """A context in which torch, on this thread alone, draws from `generator` where the code names none.
 
     torchvision's get_params takes no generator. Seeding the global one instead would change what the rest of the
     process draws, and what other threads draw here.

@@ -5,14 +5,14 @@ A source knows every label at once but opens an image only when asked. It pickle
 
     base         `Source`, and how an image file becomes RGB
     folder       class folders, as torchvision's ImageFolder
-    shards       what parquet and tar have in common
+    shards       the common part of parquet and tar
     parquet      rows of parquet files, as dataset hubs have them
     tar          WebDataset shards
     handwritten  the digits
     odd          `oddity`: what is unusual about an image that is read all the same
     subset       `select`: parts that are the same each time
     names        `named`: readable names of the classes
-    beton        a .beton as a source, to write it anew
+    beton        a .beton as a source, to write it again
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ __all__ = [
 
 
 def open_source(where: str, split: str | None = None) -> Source:
-    """The source at `where`.
+    """Open the source at `where`.
 
     Args:
         where: `digits`; a folder of class folders; or parquet or tar shards: a file, a folder of them, a glob, or
             ranges such as `train-{0000..0146}.tar`; or a .beton, also on S3. A folder with .parquet or else
             .tar files anywhere below it is taken for shards.
         split: `train` or `val` of the digits; the shards named after it (train-00000-of-00004.parquet, or a
-            folder train/); or the folder of that name below `where`. None: all there is.
+            folder train/); or the folder of that name below `where`. None: everything.
 
     Raises:
-        ValueError: nothing is there, no class has images, labels are missing or out of range; says which.
+        ValueError: nothing exists at `where`, no class has images, labels are missing or out of range; says which.
     """
     if where == "digits":
         return digits(split)

@@ -1,4 +1,4 @@
-"""What a source of labelled images is, and how an image file becomes RGB.
+"""The base of all sources of labelled images, and the conversion of an image file to RGB.
 
 Shape suffixes: N samples, H and W pixels.
 """
@@ -17,7 +17,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 
 
 def load_image(encoded: bytes, name: str) -> Image.Image:
-    """The image in `encoded`, decoded to its last pixel, in its own mode; ValueError naming it if it is damaged."""
+    """Decode the image in `encoded` to its last pixel, in its own mode; a ValueError names it if it is damaged."""
     if not encoded:
         raise ValueError(f"{name} cannot be read: it is empty; repair it, remove it or skip it")
     try:
@@ -32,7 +32,7 @@ def load_image(encoded: bytes, name: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """`image` in RGB as torchvision's ImageFolder converts it: alpha is dropped, EXIF rotation is not applied.
+    """Convert to RGB as torchvision's ImageFolder does: alpha is dropped, EXIF rotation is not applied.
 
     16-bit grey is the one exception: its high byte is kept, where Pillow's `convert` would turn every value
     above 255 white.
@@ -81,18 +81,18 @@ class Source(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call the image in an error: its file, or its shard and row."""
+        """Name the image for an error: its file, or its shard and row."""
 
     @abstractmethod
     def encoded(self, index: int) -> bytes:
-        """The image file's bytes."""
+        """Return the image file's bytes."""
 
     def read(self, index: int) -> Image.Image:
-        """The image in RGB (`to_rgb`); ValueError naming it if it cannot be read."""
+        """Read the image in RGB (`to_rgb`); a ValueError names it if it cannot be read."""
         return to_rgb(load_image(self.encoded(index), self.name(index)), self.name(index))
 
     def take(self, indices: np.ndarray | slice, origin: str | None = None) -> Source:
-        """The samples at `indices`, in that order, under the same classes."""
+        """Take the samples at `indices`, in that order, under the same classes."""
         return replace(
             self, origin=origin or self.origin, labels_N=self.labels_N[indices], items_N=self.items_N[indices]
         )

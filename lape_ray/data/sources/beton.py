@@ -1,4 +1,4 @@
-"""A .beton as a source: to write it anew, or to read it as any other source is read."""
+"""A .beton as a source: to write it again, or to read it as any other source is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class BetonImages(Source):
         return f"{self.files[file]} image {number}"
 
     def encoded(self, index: int) -> bytes:
-        """The JPEG; of raw pixels a PNG."""
+        """Return the JPEG; of raw pixels a PNG."""
         file, _, mode, width, height, start, size = (int(value) for value in self.items_N[index])
         try:
             with Path(self.files[file]).open("rb") as opened:
@@ -44,7 +44,7 @@ class BetonImages(Source):
 
 
 def beton_images(path: str | Path) -> BetonImages:
-    """The images of the .beton, or set of shards, at `path`, also of a file that FFCV's own writer made.
+    """Open the images of the .beton, or set of shards, at `path`, also of a file that FFCV's own writer made.
 
     Class names come from the manifest; without one they are the labels from 0 to the largest.
     """

@@ -31,7 +31,7 @@ class ImageFolder(Source):
 
 
 def image_folder(root: str | Path) -> ImageFolder:
-    """Images below root/<class>/, classes and files sorted by name: the samples of torchvision's ImageFolder."""
+    """List the images below root/<class>/, classes and files sorted by name: those of torchvision's ImageFolder."""
     root = Path(root)
     if not root.is_dir():
         raise ValueError(

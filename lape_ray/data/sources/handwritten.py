@@ -32,7 +32,10 @@ class Digits(Source):
 
 
 def digits(split: str | None = None) -> Source:
-    """1,797 handwritten digits that scikit-learn ships (no download): train 1,438 and val 359, by a fixed draw."""
+    """Open the 1,797 handwritten digits that scikit-learn ships (no download).
+
+    A fixed draw splits them into train, 1,438, and val, 359.
+    """
     from sklearn.datasets import load_digits
 
     data = load_digits()

@@ -10,7 +10,7 @@ from lape_ray.storage import read_text
 
 
 def named(source: Source, file: str) -> Source:
-    """The same images under the class names that a text file, also on S3, gives them.
+    """Give the same images the class names of a text file, which may lie on S3.
 
     Args:
         file: on each line a class as the source names it, a space or tab, and its new name, in any order; lines of
@@ -18,7 +18,7 @@ def named(source: Source, file: str) -> Source:
             classes have gets the source's behind it.
 
     Raises:
-        ValueError: a class has no name or two, or there are not as many names as classes; says which.
+        ValueError: a class has no name or two, or the names are more or fewer than the classes; says which.
         OSError: the file cannot be read.
     """
     try:

@@ -1,4 +1,4 @@
-"""What is unusual about an image that is read all the same."""
+"""Describe what is unusual about an image that is read all the same."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODES = {
 
 
 def oddity(image: Image.Image, name: str) -> str | None:
-    """What is odd about an image that `to_rgb` accepts, in a few words; None: nothing is.
+    """Say in a few words what is odd about an image that `to_rgb` accepts; None: nothing is.
 
     Words are the same for the same oddity, so that they can be counted; several are joined by commas. That a
     16-bit colour PNG was cut to 8 bits does not show in an opened image, and goes unsaid.

@@ -56,7 +56,7 @@ class ParquetShards(Shards):
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What arrow raises where a file is damaged."""
+    """List the errors that arrow raises where a file is damaged."""
     import pyarrow as pa
 
     return OSError, ValueError, pa.ArrowException
@@ -76,7 +76,7 @@ def _row_group_starts(file: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)  # neighbours in order; more would hold whole shards in memory
 def _row_group(file: str, column: str, group: int) -> tuple[Sequence[Any], str]:
-    """The rows of a group from its first on, and why there are no more of them; empty: these are all.
+    """Read the rows of a group from its first on; returns them and why no more were read; empty: these are all.
 
     Arrow decodes a group as a whole or not at all. Row by row it gets as far as the first damaged page; what lies
     behind is lost, for it does not count rows across a page that it cannot read.
@@ -98,7 +98,7 @@ def _row_group(file: str, column: str, group: int) -> tuple[Sequence[Any], str]:
 
 
 def parquet_shards(where: str, split: str | None = None) -> ParquetShards:
-    """Rows of the shards that `where` names (file, folder or glob), in the usual layout of dataset hubs.
+    """Open the rows of the shards that `where` names (file, folder or glob), in the usual layout of dataset hubs.
 
     The image column is `image` or `img` (struct with `bytes`, or plain binary), the label column `label`, `labels`
     or `fine_label`; class names come from the schema's metadata, else they are the labels from 0 to the largest.

@@ -1,4 +1,4 @@
-"""What sources in numbered files have in common: which files there are, and that a part carries only its own.
+"""The common part of sources in numbered files: which files exist, and that a part carries only its own.
 
 Shape suffix: N samples.
 """
@@ -31,7 +31,7 @@ class Shards(Source):
     files: tuple[str, ...]
 
     def take(self, indices: np.ndarray | slice, origin: str | None = None) -> Source:
-        """As of any source; files that the part does not use are dropped, so that it pickles small."""
+        """Take samples as from any source; files that the part does not use are dropped, so that it pickles small."""
         items_N = self.items_N[indices]
         used, shard_N = np.unique(items_N["shard"], return_inverse=True)
         if len(items_N):  # an empty part is refused below, with the source's own words
@@ -47,7 +47,7 @@ class Shards(Source):
 
 
 def kind_of_shards(where: str) -> Literal["parquet", "tar"] | None:
-    """Which kind of shards `where` names, or which a folder has anywhere below it; parquet before tar."""
+    """Tell which kind of shards `where` names, or which a folder has anywhere below it; parquet before tar."""
     if where.endswith(".parquet"):
         return "parquet"
     if TAR_NAME.search(where):
@@ -62,7 +62,7 @@ def kind_of_shards(where: str) -> Literal["parquet", "tar"] | None:
 
 
 def find_shards(where: str, split: str | None, suffix: str) -> tuple[str, ...]:
-    """The files that `where` names, sorted.
+    """Find the files that `where` names, sorted.
 
     Args:
         where: a file, a folder (searched with all below it), a glob, or names with ranges in braces, such as
@@ -72,7 +72,7 @@ def find_shards(where: str, split: str | None, suffix: str) -> tuple[str, ...]:
         suffix: such as `.parquet`.
 
     Raises:
-        ValueError: a file is not there, or the split must be chosen; says which there are.
+        ValueError: a file does not exist, or the split must be chosen; says which exist.
     """
     path = Path(where)
     if path.is_dir():
@@ -104,7 +104,7 @@ def find_shards(where: str, split: str | None, suffix: str) -> tuple[str, ...]:
 
 
 def expand_ranges(where: str) -> list[Path]:
-    """The paths that `{first..last}` stands for, both ends included, with as many digits as `first` has."""
+    """List the paths that `{first..last}` stands for, both ends included, with as many digits as `first` has."""
     pieces = RANGE.split(where)  # text, first, last, text, first, last, ..., text
     if any(c in text for text in pieces[::3] for c in "{}"):
         raise ValueError(f"{where} has braces that are no range of numbers; write them as in {{0000..0146}}")
@@ -126,7 +126,7 @@ def expand_ranges(where: str) -> list[Path]:
 
 
 def numbered_classes(labels_N: np.ndarray, where: str) -> tuple[str, ...]:
-    """Names for classes that have none: the labels from 0 to the largest; ValueError if that is no class."""
+    """Name classes that have no names: the labels from 0 to the largest; ValueError if that is no class."""
     largest = int(labels_N.max(initial=-1))
     if largest >= MOST_CLASSES:
         raise ValueError(

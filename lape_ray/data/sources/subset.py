@@ -13,7 +13,7 @@ SPLIT_SEED = 0
 
 
 def select(source: Source, subset: str | None) -> Source:
-    """A part of a source, in the source's order; the same part each time.
+    """Select a part of a source, in the source's order; the same part each time.
 
     Args:
         subset: `per-class:N` the first N of every class; `holdout:N` a random draw of N that has the classes'
@@ -48,7 +48,7 @@ def _select(source: Source, subset: str) -> Source:
 
 
 def _rank_in_class(labels_N: np.ndarray) -> np.ndarray:
-    """For each sample, how many of its class come before it."""
+    """Count for each sample how many of its class come before it."""
     order_N = np.argsort(labels_N, kind="stable")
     counts = np.bincount(labels_N)
     rank_N = np.empty(len(labels_N), np.int64)
@@ -57,11 +57,11 @@ def _rank_in_class(labels_N: np.ndarray) -> np.ndarray:
 
 
 def _stratified_order(labels_N: np.ndarray) -> np.ndarray:
-    """A random order whose every prefix holds the classes in nearly their proportions."""
+    """Draw a random order whose every prefix holds the classes in nearly their proportions."""
     rng = np.random.default_rng(SPLIT_SEED)
     shuffled_N = rng.permutation(len(labels_N))
     mixed_N = labels_N[shuffled_N]
     counts = np.bincount(labels_N)
-    # A class of c samples is spread evenly over [0, 1) at steps of 1/c, from a random start of its own.
+    # A class of c samples is spread evenly over [0, 1) at steps of 1/c, from its class's random start.
     spread_N = (_rank_in_class(mixed_N) + rng.random(len(counts))[mixed_N]) / counts[mixed_N]
     return shuffled_N[np.argsort(spread_N, kind="stable")]

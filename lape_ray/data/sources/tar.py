@@ -52,7 +52,7 @@ class TarShards(Shards):
 
 
 def tar_shards(where: str, split: str | None = None, *, workers: int | None = None) -> TarShards:
-    """The samples of the shards that `where` and `split` name (`find_shards`), in the order in which they begin.
+    """Open the samples of the shards of `where` and `split` (`find_shards`), in the order in which they begin.
 
     As in WebDataset, a sample is the members of one folder and name up to its first dot, wherever in the shard they
     are. It has one image (`.jpg`, ... as in `EXTENSIONS`) and a label: whole-number text in `.cls`, or else the
@@ -109,7 +109,7 @@ def _find(where: str, split: str | None) -> tuple[str, ...]:
 
 
 class Index(NamedTuple):
-    """Where a shard's images (N) are, and their labels."""
+    """The places of a shard's images (N), and their labels."""
 
     names: list[bytes]
     offset_N: np.ndarray
@@ -157,7 +157,7 @@ def index_shard(path: str) -> Index:
 
 
 def _members(path: str, file: BinaryIO) -> Iterator[_Member]:
-    """The plain files of a tar that is whole: what `tarfile` takes for the end must be one."""
+    """Yield the plain files of a tar that is whole: what `tarfile` takes for the end must be one."""
     end = 0
     with _opened(path, file) as tar:
         while (member := _next(path, tar)) is not None:
@@ -224,7 +224,7 @@ def _refuse_compressed(path: str, file: BinaryIO) -> None:
 
 
 def _image(path: str, key: str, fields: dict[str, _Member]) -> _Member | None:
-    """The image of a sample; None if the key has nothing of a sample; ValueError if it is one by half."""
+    """Return the image of a sample; None if the key has nothing of a sample; ValueError if it is one by half."""
     has = f"it has {', '.join(f'.{extension}' for extension in fields)}"
     images = [member for extension, member in fields.items() if f".{extension}" in EXTENSIONS]
     if len(images) > 1:
@@ -243,7 +243,7 @@ def _image(path: str, key: str, fields: dict[str, _Member]) -> _Member | None:
 
 
 def _label(path: str, key: str, fields: dict[str, _Member], file: BinaryIO) -> int:
-    """The label of a sample that has one."""
+    """Read the label of a sample that has one."""
     extension = next(extension for extension in LABELS if extension in fields)
     member = fields[extension]
     try:

@@ -1,6 +1,6 @@
 """Position embeddings: every kind, every join, and their names, which no other code of a network knows.
 
-    layout    what an embedding is made for (`Layout`), and what a block receives of it (`LayerPosition`)
+    layout    the sizes an embedding is made for (`Layout`), and its part that a block receives (`LayerPosition`)
     absolute  tables that are added to tokens: none, learnable, sincos1d, sincos2d
     join      where and how a table enters the blocks: basic, share, unshare, lape, lape_shared
     relative  biases of attention's logits: none, relative2d, alibi2d; joined as they are (basic) or normalised (lape)

@@ -1,4 +1,4 @@
-"""From names to the modules of a network's position embeddings, and from these to what every layer receives.
+"""Build a network's position embeddings from their names, and from these what every layer receives.
 
 Shapes: T tables (1, or one a layer), N tokens = prefix tokens + patches, D width.
 """

@@ -1,4 +1,4 @@
-"""What position embeddings are made for, and what they give: a `Layout` in, a `LayerPosition` for each block out.
+"""The input and output of position embeddings: a `Layout` in, a `LayerPosition` for each block out.
 
 Shapes: B images, N tokens = prefix tokens + P patches in row-major order, D width, H heads, E = D / H.
 """
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
 
 class LayerPosition(NamedTuple):
-    """What position contributes to one block. Every part is optional and none depends on the image."""
+    """The position inputs of one block. Every part is optional and none depends on the image."""
 
     residual_1ND: Tensor | None = None
     """Added to the residual stream before the block."""

@@ -16,7 +16,7 @@ from lape_ray.model.position.layout import Layout
 
 
 def relative_index(layout: Layout) -> Tensor:
-    """Index the (P, P) rows of the relative table that query p reads for key q: offset by row, then by column."""
+    """Compute the (P, P) rows of the relative table that query p reads for key q: offset by row, then by column."""
     height, width = layout.grid
     row_P, column_P = layout.patch_rows_columns()
     row_PP = row_P[:, None] - row_P[None, :] + height - 1
