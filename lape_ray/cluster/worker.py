@@ -198,9 +198,7 @@ class RayReporter:
         reason = ""
         if self.first:
             try:
-                check_lease(self.folder, self.lease)
-                self.listed = recover(self.folder, self.line)
-                self.used = set(storage.folders(self.folder))
+                storage.patiently(self._find_checkpoints, self.config.run.outage_s, self.line)
                 newest = self.listed[-1].name if self.listed else None
                 reason = ray.get(supervisor.started.remote(newest))
                 end = "failures" if reason else "done"
@@ -209,6 +207,11 @@ class RayReporter:
                 end, reason = "lost", str(error)
         end, reason, self.listed = ray.train.collective.broadcast_from_rank_zero((end, reason, self.listed))
         return end, reason
+
+    def _find_checkpoints(self) -> None:
+        check_lease(self.folder, self.lease)
+        self.listed = recover(self.folder, self.line)
+        self.used = set(storage.folders(self.folder))
 
     def go_on_from(self, count: int) -> None:
         """Take the first `count` checkpoints for the run's; later ones are damaged, and their folders stay."""
