@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
-from helpers.faults import LONG, Strike, job, note_cost, stored, whole, workers
+from helpers.faults import LONG, Strike, contest, job, note_cost, stored, whole, workers
 from helpers.service import Service, alone
 from helpers.tracking_server import history, tracking_server
 
@@ -128,36 +128,12 @@ def test_ctrl_c_once_and_twice(service: Service, undisturbed: list[float], own_r
 
 @slow
 @pytest.mark.parametrize("own_ray", [False, True])
-def test_two_drivers_in_two_rays(service: Service, undisturbed: list[float], own_ray: bool) -> None:
+def test_two_drivers_in_two_rays(service: Service, own_ray: bool) -> None:
     """The second is refused while the first lives, whatever it is told, and goes on at once when that was killed."""
-    name = f"contested-{own_ray}"
-    folder = service.home / "runs" / name
-    refused: list[subprocess.CompletedProcess[str]] = []
-    first = job(service, name, own_ray=own_ray)
-
-    def contest() -> None:
-        for words in ((), ("--run.overwrite=true",)):
-            process = job(service, name, *words, own_ray=not own_ray)
-            output, _ = process.communicate(timeout=120)
-            refused.append(subprocess.CompletedProcess(words, process.returncode, output))
-        before = whole(folder)
-        first.kill()
-        assert before - whole(folder) == set()
-
-    with Strike(stored(folder, 13), contest).armed():
-        first.communicate(timeout=600)
-    assert first.returncode == -signal.SIGKILL
-    assert len(refused) == 2
-    for each in refused:
-        assert each.returncode == 2, each.stdout
-        assert f"belongs to process {first.pid} on" in each.stdout
-        assert "overwrite" not in each.stdout
-    second = job(service, name, own_ray=not own_ray)
-    output, _ = second.communicate(timeout=600)
-    assert second.returncode == 0, output
-    assert f"run {name} exists and is not finished: continuing it" in output
-    assert service.losses(service.run_of(output)) == undisturbed
-    no_litter(service, name)
+    folder = service.home / f"runs/contested-{own_ray}"
+    output = contest(service, f"contested-{own_ray}", stored(folder, 13), own_ray=own_ray)
+    assert "exists and is not finished: continuing it" in output
+    no_litter(service, folder.name)
 
 
 @slow

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.faults import LONG, Strike, job
+from helpers.faults import LONG, Strike, contest
 from helpers.s3_server import SECRET, Gateway, gateway
 from helpers.service import Service, alone, running_service
 
@@ -58,7 +58,7 @@ def test_a_run_that_knows_no_folder(service: Service, capfd: pytest.CaptureFixtu
     result = fit(service.config(**options))
     second = "".join(capfd.readouterr())
     assert "continuing after epoch 1 of 2" in second
-    assert "fetching" not in second, "the later run uses the copies"
+    assert "from s3://lape/data" not in second, "the later run uses the copies"
     assert json.loads(storage.read_text("s3://lape/runs/remote/run.json"))["finished"]
     assert result.checkpoint.startswith("s3://lape/runs/remote/checkpoint-epoch-")
     command = [sys.executable, str(ROOT / "jobs/evaluate.py"), result.checkpoint]
@@ -108,36 +108,15 @@ def test_storage_that_is_away_for_a_while(
 @pytest.mark.parametrize("own_ray", [False, True])
 def test_two_drivers_in_two_rays_on_one_bucket(service: Service, own_ray: bool) -> None:
     """The second is refused while the first lives, and goes on from its checkpoints when it was killed."""
-    name = f"contested-{own_ray}"
-    words = ("--run.storage=s3://lape/runs",)
-    first = job(service, name, *words, own_ray=own_ray)
-    refused: list[tuple[int, str]] = []
-
-    def stored_once() -> bool:
-        return storage.exists(f"s3://lape/runs/{name}/checkpoints.json")
-
-    def contest() -> None:
-        for more in ((), ("--run.overwrite=true",)):
-            process = job(service, name, *words, *more, own_ray=not own_ray)
-            output, _ = process.communicate(timeout=120)
-            refused.append((process.returncode, output))
-        first.kill()
-
-    with Strike(stored_once, contest).armed():
-        first.communicate(timeout=600)
-    for code, output in refused:
-        assert code == 2, output
-        assert f"belongs to process {first.pid} on" in output
-        assert "overwrite" not in output
-    before = storage.folders(f"s3://lape/runs/{name}")
-    assert before
-    second = job(service, name, *words, own_ray=not own_ray)
-    output, _ = second.communicate(timeout=600)
-    assert second.returncode == 0, output
-    assert "continuing after epoch" in output
-    assert service.losses(service.run_of(output)) == alone(service.config(**LONG)).losses
-    found = storage.folders(f"s3://lape/runs/{name}")
-    assert len(found) <= 3, "what was superseded is gone"
+    folder = f"s3://lape/runs/contested-{own_ray}"
+    contest(
+        service,
+        f"contested-{own_ray}",
+        lambda: storage.exists(f"{folder}/checkpoints.json"),
+        "--run.storage=s3://lape/runs",
+        own_ray=own_ray,
+    )
+    assert len(storage.folders(folder)) <= 3, "what was superseded is gone"
 
 
 def test_no_secret_is_in_rays_logs(service: Service) -> None:

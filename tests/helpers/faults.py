@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from pathlib import Path
 import mlflow
 import psutil
 
-from helpers.service import ROOT, Service
+from helpers.service import ROOT, Service, alone
 from lape_ray.training.checkpoint import DamagedError, verify
 
 # 20 epochs of 5 steps, each a log step; checkpoints after the third step and the last. Long enough for a fault within.
@@ -100,6 +101,42 @@ def job(service: Service, name: str, *words: str, own_ray: bool = False) -> subp
         env=environment,
         start_new_session=True,
     )
+
+
+def contest(service: Service, name: str, began: Callable[[], bool], *words: str, own_ray: bool) -> str:
+    """Submit a run twice more while it trains, from another Ray, kill its driver and submit it again; the last output.
+
+    The run is so long that it cannot end meanwhile. It is compared with an undisturbed one up to some epochs after the
+    kill.
+    """
+    words = (*words, "--optim.epochs=1000")
+    refused: list[tuple[int, str]] = []
+    first = job(service, name, *words, own_ray=own_ray)
+
+    def submit_and_kill() -> None:
+        for more in ((), ("--run.overwrite=true",)):
+            process = job(service, name, *words, *more, own_ray=not own_ray)
+            output, _ = process.communicate(timeout=120)
+            refused.append((process.returncode, output))
+        first.kill()
+
+    strike = Strike(began, submit_and_kill)
+    with strike.armed():
+        printed, _ = first.communicate(timeout=600)
+    assert first.returncode == -signal.SIGKILL, printed
+    assert len(refused) == 2
+    for code, output in refused:
+        assert code == 2, output
+        assert f"belongs to process {first.pid} on" in output
+        assert "overwrite" not in output
+    reached = max(int(epoch) for epoch in re.findall(r"epoch +(\d+)/1000", printed))
+    second = job(service, name, *words, f"--run.stop_after_epochs={reached + 3}", own_ray=not own_ray)
+    output, _ = second.communicate(timeout=600)
+    assert second.returncode == 0, output
+    assert re.search(r"continuing after epoch [1-9]", output), output
+    fields = {**LONG, "optim__epochs": 1000, "run__stop_after_epochs": reached + 3}
+    assert service.losses(service.run_of(output)) == alone(service.config(**fields)).losses
+    return output
 
 
 def workers(service: Service) -> list[psutil.Process]:
