@@ -15,16 +15,25 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
 from lape_ray.report.position import PositionView
 
 CELL_IN = 1.25  # side of a small map, in inches
 MAP_DPI = 120  # of PNGs and of the maps inside SVGs
-CHARACTERS_PER_IN = 11  # of a title
+TITLE_PT = 11
+NAME_PT = 8  # of rows, axes and the colour bar
 LEFT_IN = 1.5  # for the row's name
+PAD_IN = 0.08  # around all that is drawn
+POINTS_PER_IN = 72
+LINE = 1.2  # distance of lines of text, in font sizes
+BAR = 0.9  # of the maps' height
+LEGEND_SHARE = 0.25  # of a panel that its legend may hide
 MAP = matplotlib.colormaps["RdBu_r"].with_extremes(bad="0.85")
 CORRELATION = "cosine similarity (grey: a row of zeros)"
 
@@ -33,22 +42,52 @@ def svg(figure: Figure) -> bytes:
     """Write the figure as SVG, equal for equal figures: no date, no random names."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "lape_ray"}):
-        figure.savefig(buffer, format="svg", dpi=MAP_DPI, metadata={"Date": None, "Creator": None})
+        _write(figure, buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+def _write(figure: Figure, target: Path | io.BytesIO, **options: Any) -> None:
+    """Write all that is drawn, also what does not fit into the figure's size, and a margin."""
+    figure.savefig(target, dpi=MAP_DPI, bbox_inches="tight", pad_inches=PAD_IN, **options)
 
 
 def save(figure: Figure, folder: Path, name: str) -> bytes:
     """Write `name.png` and `name.svg` into the folder; returns the SVG."""
     drawing = svg(figure)
     (folder / f"{name}.svg").write_bytes(drawing)
-    figure.savefig(folder / f"{name}.png", dpi=MAP_DPI)
+    _write(figure, folder / f"{name}.png")
     return drawing
 
 
-def _grid(rows: int, columns: int, cell: float = CELL_IN) -> tuple[Figure, Any]:
-    figure = Figure(
-        figsize=(LEFT_IN + columns * cell + 1.0, 0.75 + rows * (cell + 0.12)), layout="constrained"
-    )
+def _wrap(text: str, inches: float, size: float) -> str:
+    """Break each line of `text`, set in `size` points, into lines that are no longer than `inches`."""
+    return "\n".join(part for line in text.split("\n") for part in _parts(line, inches, size))
+
+
+def _parts(line: str, inches: float, size: float) -> list[str]:
+    font = FontProperties(size=size)
+
+    def fits(part: str) -> bool:
+        width, _, _ = text_to_path.get_text_width_height_descent(part, font, ismath=False)
+        return width <= inches * POINTS_PER_IN
+
+    tries = (textwrap.wrap(line, characters) for characters in range(len(line), 1, -1))
+    return next((parts for parts in tries if all(map(fits, parts))), [line])
+
+
+def _extra(text: str, size: float) -> float:
+    """Return the inches that the lines of `text` after its first one need."""
+    return text.count("\n") * size * LINE / POINTS_PER_IN
+
+
+def _grid(rows: int, columns: int, *, title: str, names: Sequence[str], colors: str) -> tuple[Figure, Any]:
+    """Make the axes and the title of maps, with room for lines of the title, of the rows' names and of the bar."""
+    width = LEFT_IN + columns * CELL_IN + 1.0 + _extra(colors, NAME_PT)
+    width += max(_extra(name, NAME_PT) for name in names)
+    title = _wrap(title, width, TITLE_PT)
+    height = 0.75 + rows * (CELL_IN + 0.12) + _extra(title, TITLE_PT)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=TITLE_PT)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_visible(False)  # until something is drawn on it
@@ -76,7 +115,6 @@ def maps_figure(
     colors: str,
     limit: float | None = 1.0,
     marks: Sequence[tuple[int, int] | None] = (),
-    columns: Sequence[str] | None = None,
 ) -> Figure:
     """Draw a row of maps (L, rows, columns) for each name, a column for each layer, all on one colour scale.
 
@@ -86,30 +124,29 @@ def maps_figure(
     depth = max(len(maps_LYX) for _, maps_LYX in named)
     if limit is None:
         limit = max(float(maps_LYX.nan_to_num().abs().max()) for _, maps_LYX in named) or 1.0
-    figure, axes = _grid(len(named), depth)
+    names = [_wrap(name, CELL_IN, NAME_PT) for name, _ in named]
+    colors = _wrap(colors, BAR * CELL_IN * len(named), NAME_PT)
+    figure, axes = _grid(len(named), depth, title=title, names=names, colors=colors)
     image = None
-    for index, (name, maps_LYX) in enumerate(named):
+    for index, (_, maps_LYX) in enumerate(named):
         for layer, map_YX in enumerate(maps_LYX):
             axis = axes[index, layer]
             image = _show(axis, map_YX, -limit, limit)
             last = index == len(named) - 1 or layer >= len(named[index + 1][1])
             _ticks(axis, *map_YX.shape, left=layer == 0, bottom=last)
             if index == 0 or layer >= len(named[index - 1][1]):
-                axis.set_title(columns[layer] if columns else f"layer {layer + 1}", fontsize=9)
+                axis.set_title(f"layer {layer + 1}", fontsize=9)
             if layer == 0:
-                axis.set_ylabel(f"{name}\n{y}", fontsize=8)
+                axis.set_ylabel(f"{names[index]}\n{y}", fontsize=NAME_PT)
             if last:
-                axis.set_xlabel(x, fontsize=8)
+                axis.set_xlabel(x, fontsize=NAME_PT)
             if index < len(marks) and (mark := marks[index]) is not None:
-                frame = Rectangle(
-                    (mark[1] - 0.5, mark[0] - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1
-                )
-                axis.add_patch(frame)
+                corner = (mark[1] - 0.5, mark[0] - 0.5)
+                axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=1))
     assert image is not None
-    bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=12 * len(named), pad=0.01)
+    bar = figure.colorbar(image, ax=axes, shrink=BAR, aspect=12 * len(named), pad=0.01)
     bar.ax.tick_params(labelsize=7)
-    bar.set_label(colors, fontsize=8)
-    figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() * CHARACTERS_PER_IN)), fontsize=11)
+    bar.set_label(colors, fontsize=NAME_PT)
     return figure
 
 
@@ -193,6 +230,29 @@ def _lines(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set_ylabel(y, fontsize=9)
     axis.grid(alpha=0.3)
     axis.tick_params(labelsize=8)
+    # Layers, epochs and pixels are whole, also where there is one of them only.
+    axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+
+
+def _legends(figure: Figure, panels: Sequence[Axes], size: float) -> None:
+    """Add a legend, its text in `size` points, to each panel: inside, or below where it would hide much of it."""
+    figure.draw_without_rendering()  # before it nothing has a place
+    below, room = [], 0.0
+    for panel in panels:
+        frame = panel.get_window_extent()
+        handles, names = panel.get_legend_handles_labels()
+        names = [_wrap(name, 0.8 * frame.width / figure.dpi, size) for name in names]
+        legend = panel.legend(handles, names, fontsize=size)
+        box = legend.get_window_extent()
+        if box.width * box.height > LEGEND_SHARE * frame.width * frame.height:
+            under_label = panel.xaxis.label.get_window_extent().y0 - frame.y0
+            below.append((legend, panel, under_label / figure.dpi))
+            room = max(room, box.height / figure.dpi)
+    for legend, panel, drop in below:
+        under = panel.transAxes + ScaledTranslation(0, drop, figure.dpi_scale_trans)
+        legend.set_loc("upper center")
+        legend.set_bbox_to_anchor((0.5, 0), under)
+    figure.set_figheight(figure.get_figheight() + room)
 
 
 def strength_figure(views: Sequence[PositionView]) -> Figure | None:
@@ -224,10 +284,8 @@ def strength_figure(views: Sequence[PositionView]) -> Figure | None:
     left.yaxis.set_minor_formatter(NullFormatter())
     left.axhline(1, color="0.5", linewidth=1)
     _lines(right, "Attention that position moves", "layer", "share of attention weight")
-    right.legend(fontsize=7)
     right.set_ylim(bottom=0)
-    for axis in (left, right):
-        axis.xaxis.get_major_locator().set_params(integer=True)
+    _legends(figure, [right], 7)
     return figure
 
 
@@ -236,14 +294,12 @@ def curves_figure(
 ) -> Figure:
     """Draw panels side by side, each (title, x, y, [(name, xs, ys), ...])."""
     figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
-    for axis, (title, x, y, lines) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, x, y, lines) in zip(axes, panels, strict=True):
         _lines(axis, title, x, y)
         for name, xs, ys in lines:
             axis.plot(xs, ys, "o-" if len(xs) < 60 else "-", markersize=3, linewidth=1.5, label=name)
-        if len(lines) > 1:
-            axis.legend(fontsize=8)
+    _legends(figure, [axis for axis in axes if len(axis.lines) > 1], 8)
     return figure
 
 
