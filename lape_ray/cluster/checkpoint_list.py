@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lape_ray import storage
-from lape_ray.training.checkpoint import MARKER, Meta, parse_meta
+from lape_ray.training.checkpoint import MARKER, DamagedError, Meta, parse_meta
 
 LIST, COPY = "checkpoints.json", "checkpoints.copy.json"
 RAYS_LIST = "checkpoint_manager_snapshot.json"
@@ -121,6 +121,9 @@ def recover(folder: str, tell: Callable[[str], None], *, before: float | None = 
         before: delete what interrupted processes left behind: folders without `meta.json` whose files are all older
             than this, in seconds since 1970 by the storage's clock, and whole ones that a list which was read
             supersedes. None: delete nothing.
+
+    Raises:
+        DamagedError: the run has checkpoints, and each is damaged.
     """
     folders = _checkpoint_folders(folder)
     whole, damaged = _whole(folder, folders)
@@ -131,6 +134,13 @@ def recover(folder: str, tell: Callable[[str], None], *, before: float | None = 
     names = {one.name for one in entries}
     found = [one for one in whole.values() if one.name not in names and one.steps_done > newest]
     entries += sorted(found, key=lambda one: (one.steps_done, one.name))
+    if (
+        damaged and not entries
+    ):  # to begin again from nothing would be a loss, and perhaps a copy can be restored
+        raise DamagedError(
+            f"no checkpoint of this run is whole ({'; '.join(damaged)}); restore one of them, or start again with "
+            "--run.overwrite true"
+        )
     if told := _in_words(known, entries, found, damaged, readable=listed is not None):
         tell(f"{folder}: {told}")
     if tuple(entries) != (listed or ()):

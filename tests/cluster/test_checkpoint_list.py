@@ -34,7 +34,7 @@ from lape_ray.cluster.run_record import RECORD, earlier_run, write_run
 from lape_ray.recipes import recipe
 from lape_ray.storage import lease, leased, s3
 from lape_ray.training import checkpoint
-from lape_ray.training.checkpoint import MARKER, Meta, Progress, Snapshot, verify
+from lape_ray.training.checkpoint import MARKER, DamagedError, Meta, Progress, Snapshot, verify
 
 CONFIG = recipe("smoke")
 LATER = 4e9  # seconds since 1970: everything is older
@@ -176,6 +176,18 @@ def test_what_was_interrupted_is_found_or_swept(run: Path) -> None:
     assert [one.name for one in found] == [*(one.name for one in listed), "checkpoint-000019"]
     assert "checkpoint-000019 is whole, and is listed now" in told[0]
     assert "checkpoint-000022 cannot be used (model.safetensors is missing or has another size)" in told[0]
+
+
+def test_where_every_checkpoint_is_damaged_nothing_begins_again(run: Path) -> None:
+    """Training from nothing would be a loss that nobody asked for."""
+    before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    for path in run.rglob(MARKER):
+        path.write_text("{}")
+    with pytest.raises(
+        DamagedError, match=r"no checkpoint of this run is whole .*000010 cannot be used .*restore one"
+    ):
+        recover(str(run), print, before=LATER)
+    assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
 
 
 def test_a_deleted_checkpoint_is_never_taken_for_whole(run: Path) -> None:

@@ -22,6 +22,7 @@ from lape_ray.cluster.controller import WorkersFailedError
 from lape_ray.cluster.launch import fit
 from lape_ray.cluster.worker import StorageError
 from lape_ray.config import replace_fields
+from lape_ray.training.checkpoint import MARKER, DamagedError, described
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.cluster, pytest.mark.faults]
 slow = pytest.mark.slow
@@ -283,14 +284,18 @@ def test_tracking_that_is_gone_until_the_run_is_submitted_again(
 
 @slow
 def test_a_run_that_fails_again_and_again_gives_up_and_says_why(service: Service) -> None:
-    """The worker's own words, and not Ray's; a run that comes forward in between would go on.
-
-    Its only checkpoint is damaged, and no other is left to begin with.
-    """
+    """The worker's own words, and not Ray's; a run that comes forward in between would go on."""
     first = fit(service.config(run__name="broken", run__stop_after_epochs=1))
-    meta = service.home / "runs/broken/checkpoint-epoch-000001/meta.json"
-    meta.write_text(meta.read_text().replace('"world_size"', '"word_size"'))
-    words = r"failed 2 times without a new checkpoint .*=1.*no checkpoint .* is whole .*meta\.json is damaged: .*word_"
-    with pytest.raises(WorkersFailedError, match=words):
+    folder = service.home / "runs/broken/checkpoint-epoch-000001"
+    whole_meta = (folder / MARKER).read_text()
+    (folder / MARKER).write_text(whole_meta.replace('"world_size"', '"word_size"'))
+    with pytest.raises(
+        DamagedError, match=r"no checkpoint of this run is whole .*meta\.json is damaged: .*world_size"
+    ):
+        fit(service.config(run__name="broken", optim__epochs=1))
+    (folder / "optimizer.pt").write_bytes(b"no state")  # of which meta.json says the same
+    (folder / MARKER).unlink()
+    (folder / MARKER).write_text(json.dumps({**json.loads(whole_meta), "files": described(folder)}))
+    with pytest.raises(WorkersFailedError, match=r"failed 2 times without a new checkpoint .*max_failures=1"):
         fit(service.config(run__name="broken", run__max_failures=1, optim__epochs=1))
     assert service.run(first.mlflow_run_id).info.status == "FAILED"
