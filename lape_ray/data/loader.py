@@ -15,54 +15,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Iterator
-from types import ModuleType
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 
 from lape_ray.config import DataConfig
-from lape_ray.data.beton import set_files
 from lape_ray.data.processes import usable_cpus
+from lape_ray.data.readers import READERS
+from lape_ray.data.readers.reader import Reader, ReaderOptions, build_crop
 from lape_ray.data.remote import local_split
 from lape_ray.data.sampler import rank_part, sample_index, train_keys, train_places
-from lape_ray.data.sources import open_source
-from lape_ray.data.split import SplitFacts, reads_sources, source_facts, split_facts, split_path
-
-
-class Reader(Protocol):
-    """The interface of a backend: passes over one file's or set's images, in orders that the caller gives.
-
-    Attributes:
-        labels_N: int64, of every image
-        batch_size: images of a batch
-        image_size: side of the square that is delivered, in pixels; may be set between passes
-        reuses_buffers: whether a batch is overwritten once later ones are asked for
-        on_device: whether batches are tensors that already lie on the loader's device, and not arrays
-    """
-
-    labels_N: np.ndarray
-    batch_size: int
-    image_size: int
-    reuses_buffers: bool
-    on_device: bool
-
-    def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> Batches:
-        """Yield the batches of a pass over the samples of `keys_N`, the last batch short.
-
-        `positions_N`, each sample's place in the epoch's order over all ranks, or the keys' high bits say
-        what is drawn for it. ValueError names images that cannot be read.
-        """
-
-
-class Batches(Protocol):
-    """An iterator of uint8 (B, H, W, 3); its threads end with `close`."""
-
-    def __iter__(self) -> Iterator[np.ndarray | torch.Tensor]: ...
-
-    def __next__(self) -> np.ndarray | torch.Tensor: ...
-
-    def close(self) -> None: ...
+from lape_ray.data.split import SplitFacts, split_facts, split_path
 
 
 class Loader:
@@ -229,40 +193,17 @@ def build_loader(
     """
     path = local_split(split_path(data, split))
     data = dataclasses.replace(data, train=path) if split == "train" else dataclasses.replace(data, val=path)
-    threads, device = data.threads or threads or usable_cpus(), torch.device(device)
-    sizes = {"image_size": image_size, "batch_size": batch_size, "threads": threads, "seed": seed}
-    reader: Reader
-    if data.backend == "torchvision":
-        from lape_ray.data.readers.torchvision import TorchvisionReader
-
-        source = open_source(path)
-        facts = source_facts(path, source) if reads_sources(data, path) else split_facts(data, split)
-        reader = TorchvisionReader(source, data, split, **sizes)
-    elif data.backend == "native":
-        facts = split_facts(data, split)
-        from lape_ray.data.readers.native import NativeReader  # needs the compiled decoder
-
-        reader = NativeReader(path, data, split, **sizes, pin_memory=device.type == "cuda")
-    elif data.backend == "resident":
-        facts = split_facts(data, split)
-        from lape_ray.data.readers.resident import ResidentReader
-
-        reader = ResidentReader(path, data, split, **sizes, device=device)
-    else:
-        facts = split_facts(data, split)
-        if len(files := set_files(path)) > 1:
-            raise ValueError(
-                f"{path} is a set of {len(files)} files; FFCV's loader reads one: set data.backend=native, or write "
-                "a single file"
-            )
-        pipeline = _import_pipeline()
-        if split == "train":
-            decoder = pipeline.random_crop(image_size, data.crop_scale, data.crop_ratio, data.flip)
-        else:
-            decoder = pipeline.center_crop(image_size, data.eval_crop)
-        reader = pipeline.BatchLoader(path, decoder, batch_size=batch_size, threads=threads)
+    facts, device = split_facts(data, split), torch.device(device)
+    options = ReaderOptions(
+        crop=build_crop(data, split),
+        image_size=image_size,
+        batch_size=batch_size,
+        threads=data.threads or threads or usable_cpus(),
+        seed=seed,
+        device=device,
+    )
     return Loader(
-        reader,
+        READERS[data.backend](facts, options),
         facts,
         split=split,
         micro_batches=micro_batches,
@@ -272,12 +213,3 @@ def build_loader(
         device=device,
         repeats=data.repeats,
     )
-
-
-def _import_pipeline() -> ModuleType:
-    """Import ffcv; it would leave torch with one thread."""
-    threads = torch.get_num_threads()
-    from lape_ray.data.readers import ffcv
-
-    torch.set_num_threads(threads)
-    return ffcv

@@ -35,6 +35,7 @@ from lape_ray.data.augment import AugmentSpec, build_augment
 from lape_ray.data.beton import Manifest, write_beton
 from lape_ray.data.loader import Loader
 from lape_ray.data.processes import processes
+from lape_ray.data.readers.reader import ReaderOptions, build_crop
 from lape_ray.data.readers.torchvision import TorchvisionReader
 from lape_ray.data.sources import Source, open_source, select
 from lape_ray.recipes import recipe
@@ -126,8 +127,10 @@ def with_oracle(patch: pytest.MonkeyPatch, sources: dict[str, Source]) -> None:
     def loader(data: DataConfig, split: Literal["train", "val"], *, image_size: int, batch_size: int,
                threads: int, seed: int, **place: Any) -> Loader:  # fmt: skip
         path = {"train": data.train, "val": data.val}[split]
-        reader = TorchvisionReader(sources[split], data, split, image_size=image_size,
-                                   batch_size=batch_size, threads=threads, seed=seed)  # fmt: skip
+        options = ReaderOptions(crop=build_crop(data, split), image_size=image_size,
+                                batch_size=batch_size, threads=threads, seed=seed,
+                                device=torch.device("cpu"))  # fmt: skip
+        reader = TorchvisionReader(sources[split], options)
         return Loader(reader, Manifest.load(path), split=split, seed=seed, **place)  # type: ignore[arg-type]
 
     patch.setattr(state_module, "build_loader", loader)
