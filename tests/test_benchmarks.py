@@ -215,8 +215,8 @@ def test_steps_train_over_distinct_batches() -> None:
     stepper.run(3)
     assert 1.5 < stepper.mean_loss() < 3.5  # ln 10
     assert any(not torch.equal(a, b) for a, b in zip(first, stepper.state.network.parameters(), strict=True))
-    pairs = stepper.state.train_loader.pairs  # type: ignore[attr-defined]
-    assert len({images.sum().item() for images, _ in pairs}) == 4
+    pairs = stepper.state.train_loader.loader.batches  # type: ignore[attr-defined]
+    assert len({images.sum().item() for images, *_ in pairs}) == 4
 
 
 @pytest.mark.parametrize(

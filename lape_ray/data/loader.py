@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from lape_ray.config import DataConfig
+from lape_ray.data.batch import Batch
 from lape_ray.data.processes import usable_cpus
 from lape_ray.data.readers import READERS
 from lape_ray.data.readers.reader import Reader, ReaderOptions, build_crop
@@ -87,8 +88,8 @@ class Loader:
 
     def epoch(
         self, epoch: int, *, start: int = 0, image_size: int | None = None
-    ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-        """Yield the batches of one epoch: images uint8 (B, 3, H, W), channels last in memory, and labels int64 (B,).
+    ) -> Generator[Batch, None, None]:
+        """Yield the batches of one epoch: images uint8 (B, 3, H, W), channels last in memory, labels and places.
 
         They are the caller's to keep. What goes wrong in the loader's thread is raised here, and the thread
         ends with the loop, however that ends (close the generator if it is not in a `for`).
@@ -97,53 +98,56 @@ class Loader:
             start: batches to leave out at the beginning; those that follow are what they would have been.
             image_size: side of this epoch's images in pixels, and of those that follow; None: as before.
         """
-        keys_N, positions_N = self.part(epoch)
+        keys_N, places_N = self.part(epoch)
         if not 0 <= start <= len(self):
             raise ValueError(f"start={start} must be from 0 to the {len(self)} batches of an epoch")
         self.reader.image_size = image_size or self.reader.image_size
         rest = slice(start * self.reader.batch_size, None)
-        keys_N, positions_N = keys_N[rest], positions_N[rest]
+        keys_N, places_N = keys_N[rest], places_N[rest]
         if len(keys_N) == 0:  # nothing is left, or the ranks are more than the images
             return
         labels_N = torch.from_numpy(self.labels_N[sample_index(keys_N)])
         if self.reader.on_device:
             labels_N = labels_N.to(self.device)
-        batches = self.reader.batches(keys_N, positions_N, epoch)
+        size = self.reader.batch_size
+        places = np.split(places_N, range(size, len(places_N), size))
+        batches = self.reader.batches(keys_N, places_N, epoch)
         try:
-            pairs = zip(batches, labels_N.split(self.reader.batch_size), strict=True)
-            read = ((torch.as_tensor(images).permute(0, 3, 1, 2), labels) for images, labels in pairs)
-            if self.device.type == "cpu" or self.reader.on_device:
-                for images_BCHW, labels_B in read:
-                    yield images_BCHW.clone() if self.reader.reuses_buffers else images_BCHW, labels_B
+            read = (
+                Batch(torch.as_tensor(images).permute(0, 3, 1, 2), labels, places_B)
+                for images, labels, places_B in zip(batches, labels_N.split(size), places, strict=True)
+            )
+            if not self.reader.reuses_buffers and (self.device.type == "cpu" or self.reader.on_device):
+                yield from read
+            elif self.device.type == "cpu":
+                yield from (batch._replace(images=batch.images.clone()) for batch in read)
             else:
                 yield from to_gpu(read, self.device)
         finally:
             batches.close()
 
 
-def to_gpu(
-    host: Iterator[tuple[torch.Tensor, torch.Tensor]], device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Copy the pairs of `host` to `device`; each copy is made while the caller works on the one before.
+def to_gpu(host: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copy the batches of `host` to `device`; each copy is made while the caller works on the one before.
 
     The copies run on a separate stream, so that they overlap with the caller's kernels, which wait for theirs.
-    The next pair is taken from `host`, which may then write over the memory of the one before, only when that has
+    The next batch is taken from `host`, which may then write over the memory of the one before, only when that has
     been copied. Images must be in pinned memory.
     """
     side = torch.cuda.Stream(device)
-    ready: tuple[torch.Tensor, torch.Tensor] | None = None
+    ready: Batch | None = None
     copied: torch.cuda.Event | None = None
     while True:
         if copied is not None:
             copied.synchronize()  # the copy has had the time of a whole step
-        pair = next(host, None)
+        batch = next(host, None)
         nxt, event = None, None
-        if pair is not None:
-            images_BCHW, labels_B = pair
+        if batch is not None:
             with torch.cuda.stream(side):
-                nxt = (
-                    images_BCHW.to(device, non_blocking=True),
-                    labels_B.pin_memory().to(device, non_blocking=True),
+                nxt = Batch(
+                    batch.images.to(device, non_blocking=True),
+                    batch.labels.pin_memory().to(device, non_blocking=True),
+                    batch.places,
                 )
                 event = torch.cuda.Event()
                 event.record(side)
@@ -153,10 +157,9 @@ def to_gpu(
             return
         stream = torch.cuda.current_stream(device)
         stream.wait_event(event)
-        for tensor in nxt:
-            tensor.record_stream(
-                stream
-            )  # its memory is not given to the next copy while the caller's kernels run
+        for tensor in (nxt.images, nxt.labels):
+            # its memory is not given to the next copy while the caller's kernels run
+            tensor.record_stream(stream)
         ready, copied = nxt, event
 
 

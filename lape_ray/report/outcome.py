@@ -43,7 +43,7 @@ def predict_all(
     network.eval()
     labels, best, probability = [], [], []
     with torch.inference_mode(), contextlib.closing(loader.epoch(0)) as batches:
-        for images_BCHW, labels_B in batches:
+        for images_BCHW, labels_B, _ in batches:
             with autocast():
                 logits_BK = network(normalize(images_BCHW))
             top = logits_BK.float().softmax(-1).max(-1)

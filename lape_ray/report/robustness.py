@@ -9,13 +9,13 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from lape_ray.config import TrainConfig
+from lape_ray.data.batch import Batch, Batches
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.normalize import Normalize
 from lape_ray.inference.samples import batches_at, spread
@@ -30,12 +30,6 @@ from lape_ray.training.state import autocast_for, available_cpus
 SIZES_OF_224 = (160, 192, 224, 256, 288, 320, 352, 384)
 
 
-class Batches(Protocol):
-    """The loader that `evaluate` reads."""
-
-    def epoch(self, epoch: int) -> Generator[tuple[Tensor, Tensor], None, None]: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Shifted:
     """A loader whose images are rolled down and to the right by `pixels`, around the border."""
@@ -43,10 +37,11 @@ class Shifted:
     loader: Batches
     pixels: int
 
-    def epoch(self, epoch: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def epoch(self, epoch: int) -> Generator[Batch, None, None]:
         with contextlib.closing(self.loader.epoch(epoch)) as batches:
-            for images_BCHW, labels_B in batches:
-                yield images_BCHW.roll((self.pixels, self.pixels), dims=(2, 3)), labels_B
+            for batch in batches:
+                rolled = batch.images.roll((self.pixels, self.pixels), dims=(2, 3))
+                yield batch._replace(images=rolled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +51,15 @@ class Few:
     loader: Loader
     count: int
 
-    def epoch(self, epoch: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def epoch(self, epoch: int) -> Generator[Batch, None, None]:
         index_N = spread(self.loader.num_samples, self.count)
         labels_N, device, done = self.loader.labels_N[index_N], self.loader.device, 0
         with contextlib.closing(batches_at(self.loader, index_N)) as batches:
             for images_BCHW in batches:
-                labels_B = torch.as_tensor(labels_N[done : done + len(images_BCHW)]).to(device)
-                done += len(images_BCHW)
-                yield images_BCHW.to(device), labels_B
+                part = slice(done, done + len(images_BCHW))
+                labels_B = torch.as_tensor(labels_N[part]).to(device)
+                yield Batch(images_BCHW.to(device), labels_B, index_N[part])
+                done = part.stop
 
 
 @dataclass(frozen=True, kw_only=True)

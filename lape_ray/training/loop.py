@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from lape_ray.config import TrainConfig
+from lape_ray.data.batch import Batches
 from lape_ray.data.normalize import Normalize
 from lape_ray.model.convert import load_weights
 from lape_ray.training import checkpoint
 from lape_ray.training.flags import News
 from lape_ray.training.metrics import EvalCounts, Speed, Waited, duration
 from lape_ray.training.optim import lr_at
-from lape_ray.training.state import Batches, TrainState, build_state
-from lape_ray.training.step import augmented, optimizer_step
+from lape_ray.training.state import TrainState, build_state
+from lape_ray.training.step import optimizer_step
 
 NOTHING_DONE = checkpoint.Progress()
 Take = Callable[[Mapping[str, Any]], Callable[[Path], None]]
@@ -98,8 +99,8 @@ def train_epoch(
     )
     clock = time.monotonic()
     start_batch = start.step * len(state.micro_batches)
-    with contextlib.closing(state.train_loader.epoch(epoch, start=start_batch)) as loaded:
-        batches = Waited(augmented(state, loaded, epoch=epoch, step=start.step))
+    with contextlib.closing(state.train_loader.epoch(epoch, start=start_batch)) as ready:
+        batches = Waited(ready)
         for step in range(start.step, steps):
             lr = lr_at(epoch * steps + step, config=config.optim, steps_per_epoch=steps)
             window_loss += optimizer_step(state, batches, epoch=epoch, step=step, lr=lr)
@@ -187,7 +188,7 @@ def evaluate(
     model.eval()
     counts = EvalCounts(device)
     with torch.inference_mode(), contextlib.closing(loader.epoch(0)) as batches:
-        for images_BCHW, labels_B in batches:
+        for images_BCHW, labels_B, _ in batches:
             with autocast():
                 logits_BK = model(normalize(images_BCHW))
             counts.add(logits_BK, labels_B)

@@ -29,7 +29,7 @@ class Reader(Protocol):
     reuses_buffers: bool
     on_device: bool
 
-    def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> Batches:
+    def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> Pass:
         """Yield the batches of a pass over the samples of `keys_N`, the last batch short.
 
         `positions_N`, each sample's place in the epoch's order over all ranks, or the keys' high bits say
@@ -37,7 +37,7 @@ class Reader(Protocol):
         """
 
 
-class Batches(Protocol):
+class Pass(Protocol):
     """An iterator of uint8 (B, H, W, 3); its threads end with `close`."""
 
     def __iter__(self) -> Iterator[np.ndarray | torch.Tensor]: ...
