@@ -13,8 +13,10 @@ from collections.abc import Generator, Iterator
 import numpy as np
 import torch
 
+from lape_ray.config import DataConfig
 from lape_ray.data.augment import Augment
-from lape_ray.data.batch import Batch, TrainBatches
+from lape_ray.data.batch import Batch, Batches, TrainBatches
+from lape_ray.data.normalize import Normalize
 
 _AUGMENTED_PIXELS = 2**21
 """Together on a GPU: 16 batches of 128 images of 32 x 32, but one of 256 of 224 x 224."""
@@ -33,6 +35,20 @@ class Augmented:
         """Yield the batches of an epoch from the one numbered `start` on: images float32 (B, 3, H, W)."""
         with contextlib.closing(self.loader.epoch(epoch, start=start)) as batches:
             yield from augment_batches(batches, self.augment, epoch=epoch)
+
+
+class Normalized:
+    """A loader of evaluation batches whose images are normalised, on `device`."""
+
+    def __init__(self, loader: Batches, data: DataConfig, device: torch.device) -> None:
+        self.loader, self.device = loader, device
+        self.normalize = Normalize(data).to(device)
+
+    def epoch(self, epoch: int) -> Generator[Batch, None, None]:
+        """Yield the batches of an epoch: images float32 (B, 3, H, W)."""
+        with contextlib.closing(self.loader.epoch(epoch)) as batches:
+            for batch in batches:
+                yield batch._replace(images=self.normalize(batch.images))
 
 
 def augment_batches(

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from lape_ray.config import TrainConfig
 from lape_ray.data.batch import Batch, Batches
 from lape_ray.data.loader import Loader, build_loader
-from lape_ray.data.normalize import Normalize
+from lape_ray.data.ready import Normalized
 from lape_ray.inference.samples import batches_at, spread
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
@@ -110,13 +110,9 @@ def measure_robustness(
 
     Images smaller than a size are enlarged to it, as `data.upscale` does.
     """
-    spec, autocast, normalize = (
-        resolve(config.model),
-        autocast_for(config, device),
-        Normalize(config.data).to(device),
-    )
+    spec, autocast = resolve(config.model), autocast_for(config, device)
 
-    def loader(size: int) -> Any:
+    def loader(size: int) -> Batches:
         whole = build_loader(
             config.data,
             "val",
@@ -125,7 +121,8 @@ def measure_robustness(
             device=device,
             threads=available_cpus(),
         )
-        return whole if images is None else Few(loader=whole, count=images)
+        chosen = whole if images is None else Few(loader=whole, count=images)
+        return Normalized(chosen, config.data, device)
 
     def network(size: int) -> torch.nn.Module:
         model = build_model(dataclasses.replace(config.model, image_size=size))
@@ -136,13 +133,14 @@ def measure_robustness(
     every = sizes_for(spec)
     for number, size in enumerate(every):
         progress(f"{label}: {size} px ({number + 1} of {len(every)} sizes)")
-        sizes[size] = evaluate(network(size), loader(size), normalize, autocast, device)["acc1"]
+        with autocast():
+            sizes[size] = evaluate(network(size), loader(size))["acc1"]
     shifts = {0: sizes[spec.image_size]}
     own, own_loader, moved = network(spec.image_size), loader(spec.image_size), shifts_for(spec)[1:]
     for number, pixels in enumerate(moved):
         progress(f"{label}: shifted by {pixels} px ({number + 1} of {len(moved)} shifts)")
-        shifted: Any = Shifted(loader=own_loader, pixels=pixels)
-        shifts[pixels] = evaluate(own, shifted, normalize, autocast, device)["acc1"]
+        with autocast():
+            shifts[pixels] = evaluate(own, Shifted(loader=own_loader, pixels=pixels))["acc1"]
     return Robustness(
         label=label, trained_size=spec.image_size, patch=token_stride(spec), sizes=sizes, shifts=shifts
     )

@@ -22,9 +22,8 @@ from lape_ray.data.augment import AugmentSpec, build_augment
 from lape_ray.data.batch import Batches, TrainBatches
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.mixup import Mixer
-from lape_ray.data.normalize import Normalize
 from lape_ray.data.processes import usable_cpus
-from lape_ray.data.ready import Augmented
+from lape_ray.data.ready import Augmented, Normalized
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.training.cuda_graph import CudaRecorder, StepGraph
 from lape_ray.training.flags import Signals
@@ -82,9 +81,8 @@ class TrainState:
     ema: Ema | None
     optimizer: torch.optim.Optimizer
     train_loader: Augmented
-    val_loader: Batches
+    val_loader: Normalized
     mixer: Mixer
-    normalize: Normalize
     teacher: nn.Module | None
     autocast: Callable[[], AbstractContextManager[None]]
     graph: StepGraph | None = None
@@ -187,9 +185,8 @@ def build_state(
             lr=torch.zeros((), device=device) if graph else None,
         ),
         train_loader=Augmented(loaders[0], augment),
-        val_loader=loaders[1],
+        val_loader=Normalized(loaders[1], config.data, device),
         mixer=Mixer(config.data, num_classes=spec.num_classes, label_smoothing=config.optim.label_smoothing),
-        normalize=Normalize(config.data).to(device),
         teacher=teacher,
         autocast=autocast_for(config, device),
         graph=StepGraph(CudaRecorder()) if graph else None,

@@ -171,6 +171,18 @@ def test_an_epoch_can_begin_in_its_middle(data: DataConfig) -> None:
         next(loader.epoch(0, start=-1))
 
 
+def test_a_batch_knows_its_places(data: DataConfig) -> None:
+    """Of two steps of four micro-batches, the second rank has every other one; also from the middle of an epoch."""
+    loader = build_loader(
+        data, "train", image_size=SIDE, batch_size=4, micro_batches=4, rank=1, world_size=2, threads=1
+    )
+    for start in (0, 1):
+        for number, batch in enumerate(loader.epoch(0, start=start), start):
+            step, micro = number // 2, 1 + 2 * (number % 2)
+            assert batch.places.tolist() == [(4 * step + image) * 4 + micro for image in range(4)]
+        assert number == 3
+
+
 def test_resolution_changes_between_epochs(data: DataConfig) -> None:
     loader = build_loader(data, "train", image_size=SIDE, batch_size=12, threads=2, seed=3)
     for size in (32, 96, None, 64):

@@ -160,9 +160,7 @@ def test_losses_fall_and_lines_read_well() -> None:
 def test_a_step_says_how_long_it_waited_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
     real, times = MemoryLoader.epoch, []
 
-    def slow(
-        self: MemoryLoader, epoch: int, *, start: int = 0
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def slow(self: MemoryLoader, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         for batch in real(self, epoch, start=start):
             time.sleep(0.05)
             yield batch
