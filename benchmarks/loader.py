@@ -36,7 +36,7 @@ from train_step import check_device, wait
 
 from lape_ray.config import DataConfig, replace_fields
 from lape_ray.data import native
-from lape_ray.data.augment import Augment, AugmentSpec, build_augment
+from lape_ray.data.augment import Augment, build_augment
 from lape_ray.data.batch import Batch
 from lape_ray.data.beton import write_beton
 from lape_ray.data.loader import build_loader
@@ -348,10 +348,7 @@ def prepare_augmentation(job: Job) -> Candidate:
     data, device, fused = recipe("deit_tiny_lape").data, torch.device(job.device), job.candidate == "fused"
     if fused and (missing := missing_compiler(device)):
         raise CannotRunError(f"{missing} is missing")
-    how = {name: getattr(data, name) for name in ("rand_augment", "erase_prob", "interpolation")}
-    make = partial(
-        build_augment, AugmentSpec(**how), image_size=job.side, mean=data.mean, std=data.std, seed=0
-    )
+    make = partial(build_augment, data, image_size=job.side, seed=0)
     augment = make(fused=fused)
     config = DataConfig(train=job.stored.betons["marked"])
     loader = build_loader(config, "train", image_size=job.side, batch_size=job.batch_size, device=device)

@@ -117,12 +117,12 @@ class Loader:
                 Batch(torch.as_tensor(images).permute(0, 3, 1, 2), labels, places_B)
                 for images, labels, places_B in zip(batches, labels_N.split(size), places, strict=True)
             )
-            if not self.reader.reuses_buffers and (self.device.type == "cpu" or self.reader.on_device):
-                yield from read
-            elif self.device.type == "cpu":
+            if self.device.type != "cpu" and not self.reader.on_device:
+                yield from to_gpu(read, self.device)
+            elif self.reader.reuses_buffers:
                 yield from (batch._replace(images=batch.images.clone()) for batch in read)
             else:
-                yield from to_gpu(read, self.device)
+                yield from read
         finally:
             batches.close()
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lape_ray.config import TrainConfig
-from lape_ray.data.augment import AugmentSpec, build_augment
+from lape_ray.data.augment import build_augment
 from lape_ray.data.batch import Batches, TrainBatches
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.mixup import Mixer
@@ -152,20 +152,7 @@ def build_state(
             threads=config.data.threads or available_cpus(),
         )
 
-    augment = build_augment(
-        AugmentSpec(
-            rand_augment=config.data.rand_augment,
-            three_augment=config.data.three_augment,
-            color_jitter=config.data.color_jitter,
-            erase_prob=config.data.erase_prob,
-            interpolation=config.data.interpolation,
-        ),
-        image_size=spec.image_size,
-        mean=config.data.mean,
-        std=config.data.std,
-        seed=config.run.seed,
-        fused=fused,
-    )
+    augment = build_augment(config.data, image_size=spec.image_size, seed=config.run.seed, fused=fused)
     classes = None
     if loaders is None:
         train_loader = loader("train", config.micro_batch_size)

@@ -31,7 +31,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from lape_ray.config import DataConfig, TrainConfig, replace_fields
-from lape_ray.data.augment import AugmentSpec, build_augment
+from lape_ray.data.augment import build_augment
 from lape_ray.data.beton import Manifest, write_beton
 from lape_ray.data.loader import Loader
 from lape_ray.data.processes import processes
@@ -72,14 +72,14 @@ class InMemory(Source):
 class TimmAugment:
     """RandAugment on Pillow images, then normalisation and random erasing, as timm's loader does them."""
 
-    def __init__(self, spec: AugmentSpec, *, image_size: int, mean: Any, std: Any, seed: int) -> None:
-        assert spec.rand_augment
-        fill = tuple(round(255 * m) for m in mean)
+    def __init__(self, data: DataConfig, *, image_size: int, seed: int, fused: bool) -> None:
+        assert data.rand_augment and not fused
+        fill = tuple(round(255 * m) for m in data.mean)
         self.rand_augment = rand_augment_transform(
-            spec.rand_augment, {"translate_const": int(0.45 * image_size), "img_mean": fill}
+            data.rand_augment, {"translate_const": int(0.45 * image_size), "img_mean": fill}
         )  # without an interpolation, each warp takes one of the two at random, as the recipe's
-        self.erase = RandomErasing(spec.erase_prob, mode=spec.erase_mode, device="cpu")
-        self.mean_C11, self.std_C11 = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
+        self.erase = RandomErasing(data.erase_prob, mode="pixel", device="cpu")
+        self.mean_C11, self.std_C11 = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
         random.seed(seed)
         np.random.seed(seed)
 
@@ -139,8 +139,8 @@ def with_oracle(patch: pytest.MonkeyPatch, sources: dict[str, Source]) -> None:
 
 
 def with_exchanged_colours(patch: pytest.MonkeyPatch, sources: dict[str, Source]) -> None:
-    def build(spec: AugmentSpec, **kwargs: Any) -> Any:
-        augment = build_augment(spec, **kwargs)
+    def build(data: DataConfig, **kwargs: Any) -> Any:
+        augment = build_augment(data, **kwargs)
         return lambda images_BCHW, **where: augment(images_BCHW[:, [2, 1, 0]], **where)
 
     patch.setattr(state_module, "build_augment", build)
