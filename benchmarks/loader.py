@@ -36,14 +36,16 @@ from train_step import check_device, wait
 
 from lape_ray.config import DataConfig, replace_fields
 from lape_ray.data import native
-from lape_ray.data.augment import Augment, AugmentSpec, build_augment
+from lape_ray.data.augment import Augment, build_augment
+from lape_ray.data.batch import Batch
 from lape_ray.data.beton import write_beton
 from lape_ray.data.loader import build_loader
+from lape_ray.data.ready import augment_batches
 from lape_ray.data.sources import image_folder, open_source
 from lape_ray.recipes import recipe
 from lape_ray.training.parallelize import missing_compiler
 from lape_ray.training.state import build_state
-from lape_ray.training.step import augmented, optimizer_step
+from lape_ray.training.step import optimizer_step
 
 SEED = 5
 
@@ -160,7 +162,7 @@ def check_pixels(stored: Stored, side: int, batch_size: int, where: str) -> Row:
     data = DataConfig(train=stored.betons["marked"])
     loader = build_loader(data, "train", image_size=side, batch_size=batch_size, seed=SEED, threads=2)
     with contextlib.closing(loader.epoch(0)) as batches:
-        images_B3SS, labels_B = next(batches)
+        images_B3SS, labels_B, _ = next(batches)
     paths = [stored.root / f"{label:05}" / "image.jpg" for label in labels_B[:48].tolist()]
     images = [Image.open(path).convert("RGB") for path in paths]
     sizes_B2, positions_B = np.array([image.size for image in images]), np.arange(len(images))
@@ -220,8 +222,8 @@ def ours(job: Job, *, kind: str = "marked", threads: int | None = None) -> Epoch
 
     def epoch(number: int) -> Generator[int, None, None]:
         with contextlib.closing(loader.epoch(number)) as batches:
-            for images_B3SS, _ in batches:
-                yield len(images_B3SS)
+            for batch in batches:
+                yield len(batch.labels)
 
     return epoch
 
@@ -346,15 +348,12 @@ def prepare_augmentation(job: Job) -> Candidate:
     data, device, fused = recipe("deit_tiny_lape").data, torch.device(job.device), job.candidate == "fused"
     if fused and (missing := missing_compiler(device)):
         raise CannotRunError(f"{missing} is missing")
-    how = {name: getattr(data, name) for name in ("rand_augment", "erase_prob", "interpolation")}
-    make = partial(
-        build_augment, AugmentSpec(**how), image_size=job.side, mean=data.mean, std=data.std, seed=0
-    )
+    make = partial(build_augment, data, image_size=job.side, seed=0)
     augment = make(fused=fused)
     config = DataConfig(train=job.stored.betons["marked"])
     loader = build_loader(config, "train", image_size=job.side, batch_size=job.batch_size, device=device)
     with contextlib.closing(loader.epoch(0)) as batches:
-        images_B3SS = next(batches)[0].clone()
+        images_B3SS = next(batches).images.clone()
     if fused:
         refuse_other_images(augment, make(fused=False), images_B3SS)
 
@@ -402,12 +401,16 @@ def prepare_fed(job: Job) -> Candidate:
     config = replace_fields(recipe(f"{job.model}_lape"), values)
     state = build_state(config, torch.device(job.device))
     state.model.train()
-    batches: Iterator[tuple[Tensor, Tensor]]
-    batches = itertools.chain.from_iterable(state.train_loader.epoch(epoch) for epoch in itertools.count())
-    if job.candidate != "fed":
-        images_B3SS, labels_B = next(batches)
-        batches = itertools.repeat((images_B3SS.clone(), labels_B.clone()))
-    ready, counter = augmented(state, batches, epoch=0), itertools.count()
+    ready: Iterator[Batch]
+    if job.candidate == "fed":
+        ready = itertools.chain.from_iterable(state.train_loader.epoch(epoch) for epoch in itertools.count())
+    else:
+        with contextlib.closing(state.train_loader.loader.epoch(0)) as batches:
+            kept, labels_B, places_B = next(batches)
+        one = Batch(kept.clone(), labels_B.clone(), places_B)
+        moved = (one._replace(places=places_B + n * job.batch_size) for n in itertools.count())
+        ready = augment_batches(moved, state.train_loader.augment, epoch=0)
+    counter = itertools.count()
 
     def step(count: int) -> int:
         for _ in range(count):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import common
+import numpy as np
 import torch
 from common import Candidate, CannotRunError, Column, Record, Row
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.data.batch import Batch
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.recipes import recipe
 from lape_ray.training.cuda_graph import WARM_UP
@@ -40,7 +42,7 @@ from lape_ray.training.optim import Ema, build_optimizer, lr_at
 from lape_ray.training.parallelize import compiled
 from lape_ray.training.recompute import optimise_blocks
 from lape_ray.training.state import TrainState, autocast_for, build_state
-from lape_ray.training.step import augmented, optimizer_step
+from lape_ray.training.step import optimizer_step
 
 BATCHES = 4  # distinct ones, in rotation: the same pixels again and again would flatter caches and power
 STEPS_PER_EPOCH = 1251  # of ImageNet in batches of 1024: the schedule's place is that of the first epoch
@@ -149,17 +151,21 @@ class Synthetic:
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         draws, spec, size = torch.Generator().manual_seed(0), resolve(config.model), config.micro_batch_size
         shape = (size, spec.image_size, spec.image_size, 3)
-        self.pairs = []
-        for _ in range(BATCHES):
+        self.batches = []
+        for number in range(BATCHES):
             images_BSS3 = torch.randint(256, shape, dtype=torch.uint8, generator=draws)
             labels_B = torch.randint(spec.num_classes, (size,), generator=draws)
-            self.pairs.append((images_BSS3.to(device).permute(0, 3, 1, 2), labels_B.to(device)))
+            images_B3SS, places_B = (
+                images_BSS3.to(device).permute(0, 3, 1, 2),
+                np.arange(size) + number * size,
+            )
+            self.batches.append(Batch(images_B3SS, labels_B.to(device), places_B))
 
     def __len__(self) -> int:
         return STEPS_PER_EPOCH
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Generator[tuple[Tensor, Tensor], None, None]:
-        yield from itertools.islice(itertools.cycle(self.pairs), start, len(self))
+    def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
+        yield from itertools.islice(itertools.cycle(self.batches), start, len(self))
 
 
 def training_config(model: str, *, join: str, batch_size: int, **fields: Any) -> TrainConfig:
@@ -187,10 +193,9 @@ class Stepper:
         self.state = state
         self.done = 0
         self._loss_sum = torch.zeros((), device=state.world.device)
-        batches = itertools.chain.from_iterable(
+        self._batches = itertools.chain.from_iterable(
             state.train_loader.epoch(epoch) for epoch in itertools.count()
         )
-        self._batches = augmented(state, batches, epoch=0)
         state.model.train()
 
     def run(self, steps: int) -> None:

@@ -193,6 +193,10 @@ class DataConfig:
         )
         low, high = self.crop_ratio
         _require(0 < low <= high, f"crop_ratio={self.crop_ratio} must be two ratios with 0 < low <= high")
+        _require(
+            all(0 <= value <= 1 for value in self.mean),
+            f"mean={self.mean} must be from 0 to 1 for every channel",
+        )
         _require(min(self.std) > 0, f"std={self.std} must be above 0 for every channel")
 
 

@@ -25,9 +25,9 @@ from PIL import Image
 from torch import nn
 from train_step import Run, Stepper, WrongMathsError, check_parity, synthetic_state, training_config
 
-from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.config import DataConfig, TrainConfig, replace_fields
 from lape_ray.data import native
-from lape_ray.data.augment import Augment, AugmentSpec, build_augment
+from lape_ray.data.augment import Augment, build_augment
 from lape_ray.model import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -215,8 +215,8 @@ def test_steps_train_over_distinct_batches() -> None:
     stepper.run(3)
     assert 1.5 < stepper.mean_loss() < 3.5  # ln 10
     assert any(not torch.equal(a, b) for a, b in zip(first, stepper.state.network.parameters(), strict=True))
-    pairs = stepper.state.train_loader.pairs  # type: ignore[attr-defined]
-    assert len({images.sum().item() for images, _ in pairs}) == 4
+    pairs = stepper.state.train_loader.loader.batches  # type: ignore[attr-defined]
+    assert len({images.sum().item() for images, *_ in pairs}) == 4
 
 
 @pytest.mark.parametrize(
@@ -304,8 +304,8 @@ def test_ffcvs_missing_loader_is_an_import_error(stored: Stored, monkeypatch: py
 
 def test_augmentations_that_differ_are_refused() -> None:
     def augment(seed: int) -> Augment:
-        spec = AugmentSpec(rand_augment="rand-m9-mstd0.5-inc1")
-        return build_augment(spec, image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3, seed=seed)
+        data = DataConfig(rand_augment="rand-m9-mstd0.5-inc1", mean=(0.5,) * 3, std=(0.25,) * 3)
+        return build_augment(data, image_size=32, seed=seed)
 
     images = torch.arange(16 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(16, 3, 32, 32)
     loader.refuse_other_images(augment(0), augment(0), images)

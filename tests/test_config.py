@@ -75,6 +75,11 @@ def test_an_unknown_recipe_lists_the_known_ones() -> None:
         ),  # type: ignore[arg-type]
         (lambda: ModelConfig(depth=0), "depth=0 is out of range; it must be from 1 to"),
         (lambda: DataConfig(crop_scale=(0.5, 0.2)), "crop_scale"),
+        (lambda: DataConfig(mean=(124.0, 116.0, 104.0)), "mean=.* must be from 0 to 1"),
+        (lambda: DataConfig(erase_prob=1.5), "erase_prob=1.5 is out of range"),
+        (lambda: DataConfig(color_jitter=-1.0), "color_jitter=-1.0 is out of range"),
+        (lambda: DataConfig(interpolation="nearest"), "interpolation='nearest' is not known"),  # type: ignore[arg-type]
+        (lambda: DataConfig(rand_augment="rand", three_augment=True), "alternatives"),
         (lambda: DataConfig(std=(0, 1, 1)), "std=.* must be above 0"),
         (lambda: OptimConfig(epochs=3, warmup_epochs=4), "warmup_epochs=4 is out of range"),
         (lambda: OptimConfig(clip_norm=0), "clip_norm=0 must be above 0"),

@@ -1,9 +1,11 @@
-"""Images from disk to the device: sources -> a .beton file -> batches -> augment -> mixup.
+"""Images from disk to the device: sources -> a .beton file -> batches -> augmented, normalised -> mixup.
 
     sources/   class folders, parquet and tar shards and the bundled digits, as one kind of thing
     beton/     writes a source as an FFCV file with a manifest beside it, and checks such a file
     sampler    the orders of samples: functions of the seed and the epoch alone
     loader     `build_loader`: batches of a .beton on the device, in an order known beforehand
+    batch      `Batch`: images, labels and places; what training and evaluation read
+    ready      `Augmented`, `Normalized`: a loader whose batches are ready for the network
     processes  `map` over processes, in order
     augment/   what follows the crop, batched on the device: RandAugment, 3-Augment, jitter, erasing
     mixup      `Mixer`: mixup and CutMix of a batch, on its device
@@ -14,5 +16,5 @@
     normalize  pixels as the network reads them
 
 Nothing is imported here: sources and beton need no torch, mixup needs no ffcv, and ffcv (seconds to import)
-is loaded by `build_loader` when it is called.
+is loaded by `READERS` when a file is opened with it.
 """

@@ -15,54 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator, Iterator
-from types import ModuleType
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 
 from lape_ray.config import DataConfig
-from lape_ray.data.beton import set_files
+from lape_ray.data.batch import Batch
 from lape_ray.data.processes import usable_cpus
+from lape_ray.data.readers import READERS
+from lape_ray.data.readers.reader import Reader, ReaderOptions, build_crop
 from lape_ray.data.remote import local_split
 from lape_ray.data.sampler import rank_part, sample_index, train_keys, train_places
-from lape_ray.data.sources import open_source
-from lape_ray.data.split import SplitFacts, reads_sources, source_facts, split_facts, split_path
-
-
-class Reader(Protocol):
-    """The interface of a backend: passes over one file's or set's images, in orders that the caller gives.
-
-    Attributes:
-        labels_N: int64, of every image
-        batch_size: images of a batch
-        image_size: side of the square that is delivered, in pixels; may be set between passes
-        reuses_buffers: whether a batch is overwritten once later ones are asked for
-        on_device: whether batches are tensors that already lie on the loader's device, and not arrays
-    """
-
-    labels_N: np.ndarray
-    batch_size: int
-    image_size: int
-    reuses_buffers: bool
-    on_device: bool
-
-    def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> Batches:
-        """Yield the batches of a pass over the samples of `keys_N`, the last batch short.
-
-        `positions_N`, each sample's place in the epoch's order over all ranks, or the keys' high bits say
-        what is drawn for it. ValueError names images that cannot be read.
-        """
-
-
-class Batches(Protocol):
-    """An iterator of uint8 (B, H, W, 3); its threads end with `close`."""
-
-    def __iter__(self) -> Iterator[np.ndarray | torch.Tensor]: ...
-
-    def __next__(self) -> np.ndarray | torch.Tensor: ...
-
-    def close(self) -> None: ...
+from lape_ray.data.split import SplitFacts, split_facts, split_path
 
 
 class Loader:
@@ -123,8 +88,8 @@ class Loader:
 
     def epoch(
         self, epoch: int, *, start: int = 0, image_size: int | None = None
-    ) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
-        """Yield the batches of one epoch: images uint8 (B, 3, H, W), channels last in memory, and labels int64 (B,).
+    ) -> Generator[Batch, None, None]:
+        """Yield the batches of one epoch: images uint8 (B, 3, H, W), channels last in memory, labels and places.
 
         They are the caller's to keep. What goes wrong in the loader's thread is raised here, and the thread
         ends with the loop, however that ends (close the generator if it is not in a `for`).
@@ -133,53 +98,56 @@ class Loader:
             start: batches to leave out at the beginning; those that follow are what they would have been.
             image_size: side of this epoch's images in pixels, and of those that follow; None: as before.
         """
-        keys_N, positions_N = self.part(epoch)
+        keys_N, places_N = self.part(epoch)
         if not 0 <= start <= len(self):
             raise ValueError(f"start={start} must be from 0 to the {len(self)} batches of an epoch")
         self.reader.image_size = image_size or self.reader.image_size
         rest = slice(start * self.reader.batch_size, None)
-        keys_N, positions_N = keys_N[rest], positions_N[rest]
+        keys_N, places_N = keys_N[rest], places_N[rest]
         if len(keys_N) == 0:  # nothing is left, or the ranks are more than the images
             return
         labels_N = torch.from_numpy(self.labels_N[sample_index(keys_N)])
         if self.reader.on_device:
             labels_N = labels_N.to(self.device)
-        batches = self.reader.batches(keys_N, positions_N, epoch)
+        size = self.reader.batch_size
+        places = np.split(places_N, range(size, len(places_N), size))
+        batches = self.reader.batches(keys_N, places_N, epoch)
         try:
-            pairs = zip(batches, labels_N.split(self.reader.batch_size), strict=True)
-            read = ((torch.as_tensor(images).permute(0, 3, 1, 2), labels) for images, labels in pairs)
-            if self.device.type == "cpu" or self.reader.on_device:
-                for images_BCHW, labels_B in read:
-                    yield images_BCHW.clone() if self.reader.reuses_buffers else images_BCHW, labels_B
-            else:
+            read = (
+                Batch(torch.as_tensor(images).permute(0, 3, 1, 2), labels, places_B)
+                for images, labels, places_B in zip(batches, labels_N.split(size), places, strict=True)
+            )
+            if self.device.type != "cpu" and not self.reader.on_device:
                 yield from to_gpu(read, self.device)
+            elif self.reader.reuses_buffers:
+                yield from (batch._replace(images=batch.images.clone()) for batch in read)
+            else:
+                yield from read
         finally:
             batches.close()
 
 
-def to_gpu(
-    host: Iterator[tuple[torch.Tensor, torch.Tensor]], device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Copy the pairs of `host` to `device`; each copy is made while the caller works on the one before.
+def to_gpu(host: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Copy the batches of `host` to `device`; each copy is made while the caller works on the one before.
 
     The copies run on a separate stream, so that they overlap with the caller's kernels, which wait for theirs.
-    The next pair is taken from `host`, which may then write over the memory of the one before, only when that has
+    The next batch is taken from `host`, which may then write over the memory of the one before, only when that has
     been copied. Images must be in pinned memory.
     """
     side = torch.cuda.Stream(device)
-    ready: tuple[torch.Tensor, torch.Tensor] | None = None
+    ready: Batch | None = None
     copied: torch.cuda.Event | None = None
     while True:
         if copied is not None:
             copied.synchronize()  # the copy has had the time of a whole step
-        pair = next(host, None)
+        batch = next(host, None)
         nxt, event = None, None
-        if pair is not None:
-            images_BCHW, labels_B = pair
+        if batch is not None:
             with torch.cuda.stream(side):
-                nxt = (
-                    images_BCHW.to(device, non_blocking=True),
-                    labels_B.pin_memory().to(device, non_blocking=True),
+                nxt = Batch(
+                    batch.images.to(device, non_blocking=True),
+                    batch.labels.pin_memory().to(device, non_blocking=True),
+                    batch.places,
                 )
                 event = torch.cuda.Event()
                 event.record(side)
@@ -189,10 +157,9 @@ def to_gpu(
             return
         stream = torch.cuda.current_stream(device)
         stream.wait_event(event)
-        for tensor in nxt:
-            tensor.record_stream(
-                stream
-            )  # its memory is not given to the next copy while the caller's kernels run
+        for tensor in (nxt.images, nxt.labels):
+            # its memory is not given to the next copy while the caller's kernels run
+            tensor.record_stream(stream)
         ready, copied = nxt, event
 
 
@@ -229,40 +196,17 @@ def build_loader(
     """
     path = local_split(split_path(data, split))
     data = dataclasses.replace(data, train=path) if split == "train" else dataclasses.replace(data, val=path)
-    threads, device = data.threads or threads or usable_cpus(), torch.device(device)
-    sizes = {"image_size": image_size, "batch_size": batch_size, "threads": threads, "seed": seed}
-    reader: Reader
-    if data.backend == "torchvision":
-        from lape_ray.data.readers.torchvision import TorchvisionReader
-
-        source = open_source(path)
-        facts = source_facts(path, source) if reads_sources(data, path) else split_facts(data, split)
-        reader = TorchvisionReader(source, data, split, **sizes)
-    elif data.backend == "native":
-        facts = split_facts(data, split)
-        from lape_ray.data.readers.native import NativeReader  # needs the compiled decoder
-
-        reader = NativeReader(path, data, split, **sizes, pin_memory=device.type == "cuda")
-    elif data.backend == "resident":
-        facts = split_facts(data, split)
-        from lape_ray.data.readers.resident import ResidentReader
-
-        reader = ResidentReader(path, data, split, **sizes, device=device)
-    else:
-        facts = split_facts(data, split)
-        if len(files := set_files(path)) > 1:
-            raise ValueError(
-                f"{path} is a set of {len(files)} files; FFCV's loader reads one: set data.backend=native, or write "
-                "a single file"
-            )
-        pipeline = _import_pipeline()
-        if split == "train":
-            decoder = pipeline.random_crop(image_size, data.crop_scale, data.crop_ratio, data.flip)
-        else:
-            decoder = pipeline.center_crop(image_size, data.eval_crop)
-        reader = pipeline.BatchLoader(path, decoder, batch_size=batch_size, threads=threads)
+    facts, device = split_facts(data, split), torch.device(device)
+    options = ReaderOptions(
+        crop=build_crop(data, split),
+        image_size=image_size,
+        batch_size=batch_size,
+        threads=data.threads or threads or usable_cpus(),
+        seed=seed,
+        device=device,
+    )
     return Loader(
-        reader,
+        READERS[data.backend](facts, options),
         facts,
         split=split,
         micro_batches=micro_batches,
@@ -272,12 +216,3 @@ def build_loader(
         device=device,
         repeats=data.repeats,
     )
-
-
-def _import_pipeline() -> ModuleType:
-    """Import ffcv; it would leave torch with one thread."""
-    threads = torch.get_num_threads()
-    from lape_ray.data.readers import ffcv
-
-    torch.set_num_threads(threads)
-    return ffcv

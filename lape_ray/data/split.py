@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lape_ray.config import DataConfig
@@ -22,6 +22,7 @@ class SplitFacts:
         classes: name of each label
         largest_side: of any image, in pixels; None: not known without reading them
         sha256: of the file, or of a set of files; None: a source has none
+        source: the source, open; None: the split is read as a .beton
     """
 
     path: str
@@ -29,6 +30,7 @@ class SplitFacts:
     classes: tuple[str, ...]
     largest_side: int | None
     sha256: str | None
+    source: Source | None = field(default=None, repr=False, compare=False)
 
 
 def split_path(data: DataConfig, split: Literal["train", "val"]) -> str:
@@ -48,8 +50,16 @@ def split_facts(data: DataConfig, split: Literal["train", "val"]) -> SplitFacts:
         FileNotFoundError, ValueError: the data is missing or damaged; says what and how to mend it.
     """
     path = split_path(data, split)
-    if reads_sources(data, path):
-        return source_facts(path, open_source(path))
+    if _reads_source(data, path):
+        source = open_source(path)
+        return SplitFacts(
+            path=path,
+            num_samples=len(source),
+            classes=source.classes,
+            largest_side=None,
+            sha256=None,
+            source=source,
+        )
     manifest = remote_manifest(path) if is_remote(path) else check_beton(path)
     return SplitFacts(
         path=path,
@@ -60,13 +70,6 @@ def split_facts(data: DataConfig, split: Literal["train", "val"]) -> SplitFacts:
     )
 
 
-def reads_sources(data: DataConfig, path: str) -> bool:
+def _reads_source(data: DataConfig, path: str) -> bool:
     """Tell whether the split is read as a source, image files and all, and not as a .beton."""
     return data.backend == "torchvision" and not path.endswith(".beton") and not is_remote(path)
-
-
-def source_facts(path: str, source: Source) -> SplitFacts:
-    """Return the facts of a source that is open already."""
-    return SplitFacts(
-        path=path, num_samples=len(source), classes=source.classes, largest_side=None, sha256=None
-    )

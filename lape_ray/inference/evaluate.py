@@ -10,7 +10,7 @@ import torch
 
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.data.loader import build_loader
-from lape_ray.data.normalize import Normalize
+from lape_ray.data.ready import Normalized
 from lape_ray.inference.predict import load_network
 from lape_ray.model import resolve
 from lape_ray.recipes import recipe
@@ -57,6 +57,5 @@ def evaluate_checkpoint(checkpoint: str, config: TrainConfig, *, ema: bool = Fal
         device=device,
         threads=available_cpus(),
     )
-    return evaluate(
-        network.to(device), loader, Normalize(config.data).to(device), autocast_for(config, device), device
-    )
+    with autocast_for(config, device)():
+        return evaluate(network.to(device), Normalized(loader, config.data, device))

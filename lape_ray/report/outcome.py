@@ -6,15 +6,14 @@ Shapes: N validation images in the file's order, B images of a batch, K classes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from lape_ray.data.loader import Loader
+from lape_ray.data.batch import Batches
 
 Points = Sequence[tuple[float, float]]
 
@@ -33,19 +32,13 @@ class Predictions:
         return np.flatnonzero(self.labels_N != self.best_N)
 
 
-def predict_all(
-    network: nn.Module,
-    loader: Loader,
-    normalize: nn.Module,
-    autocast: Callable[[], AbstractContextManager[None]],
-) -> Predictions:
+def predict_all(network: nn.Module, loader: Batches) -> Predictions:
     """Predict the loader's validation set in one pass, on the network's device."""
     network.eval()
     labels, best, probability = [], [], []
     with torch.inference_mode(), contextlib.closing(loader.epoch(0)) as batches:
-        for images_BCHW, labels_B in batches:
-            with autocast():
-                logits_BK = network(normalize(images_BCHW))
+        for images_BCHW, labels_B, _ in batches:
+            logits_BK = network(images_BCHW)
             top = logits_BK.float().softmax(-1).max(-1)
             labels.append(labels_B.cpu())
             best.append(top.indices.cpu())

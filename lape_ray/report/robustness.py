@@ -9,15 +9,15 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from lape_ray.config import TrainConfig
+from lape_ray.data.batch import Batch, Batches
 from lape_ray.data.loader import Loader, build_loader
-from lape_ray.data.normalize import Normalize
+from lape_ray.data.ready import Normalized
 from lape_ray.inference.samples import batches_at, spread
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
@@ -30,12 +30,6 @@ from lape_ray.training.state import autocast_for, available_cpus
 SIZES_OF_224 = (160, 192, 224, 256, 288, 320, 352, 384)
 
 
-class Batches(Protocol):
-    """The loader that `evaluate` reads."""
-
-    def epoch(self, epoch: int) -> Generator[tuple[Tensor, Tensor], None, None]: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Shifted:
     """A loader whose images are rolled down and to the right by `pixels`, around the border."""
@@ -43,10 +37,11 @@ class Shifted:
     loader: Batches
     pixels: int
 
-    def epoch(self, epoch: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def epoch(self, epoch: int) -> Generator[Batch, None, None]:
         with contextlib.closing(self.loader.epoch(epoch)) as batches:
-            for images_BCHW, labels_B in batches:
-                yield images_BCHW.roll((self.pixels, self.pixels), dims=(2, 3)), labels_B
+            for batch in batches:
+                rolled = batch.images.roll((self.pixels, self.pixels), dims=(2, 3))
+                yield batch._replace(images=rolled)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +51,15 @@ class Few:
     loader: Loader
     count: int
 
-    def epoch(self, epoch: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def epoch(self, epoch: int) -> Generator[Batch, None, None]:
         index_N = spread(self.loader.num_samples, self.count)
         labels_N, device, done = self.loader.labels_N[index_N], self.loader.device, 0
         with contextlib.closing(batches_at(self.loader, index_N)) as batches:
             for images_BCHW in batches:
-                labels_B = torch.as_tensor(labels_N[done : done + len(images_BCHW)]).to(device)
-                done += len(images_BCHW)
-                yield images_BCHW.to(device), labels_B
+                part = slice(done, done + len(images_BCHW))
+                labels_B = torch.as_tensor(labels_N[part]).to(device)
+                yield Batch(images_BCHW.to(device), labels_B, index_N[part])
+                done = part.stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +110,9 @@ def measure_robustness(
 
     Images smaller than a size are enlarged to it, as `data.upscale` does.
     """
-    spec, autocast, normalize = (
-        resolve(config.model),
-        autocast_for(config, device),
-        Normalize(config.data).to(device),
-    )
+    spec, autocast = resolve(config.model), autocast_for(config, device)
 
-    def loader(size: int) -> Any:
+    def loader(size: int) -> Batches:
         whole = build_loader(
             config.data,
             "val",
@@ -129,7 +121,8 @@ def measure_robustness(
             device=device,
             threads=available_cpus(),
         )
-        return whole if images is None else Few(loader=whole, count=images)
+        chosen = whole if images is None else Few(loader=whole, count=images)
+        return Normalized(chosen, config.data, device)
 
     def network(size: int) -> torch.nn.Module:
         model = build_model(dataclasses.replace(config.model, image_size=size))
@@ -140,13 +133,14 @@ def measure_robustness(
     every = sizes_for(spec)
     for number, size in enumerate(every):
         progress(f"{label}: {size} px ({number + 1} of {len(every)} sizes)")
-        sizes[size] = evaluate(network(size), loader(size), normalize, autocast, device)["acc1"]
+        with autocast():
+            sizes[size] = evaluate(network(size), loader(size))["acc1"]
     shifts = {0: sizes[spec.image_size]}
     own, own_loader, moved = network(spec.image_size), loader(spec.image_size), shifts_for(spec)[1:]
     for number, pixels in enumerate(moved):
         progress(f"{label}: shifted by {pixels} px ({number + 1} of {len(moved)} shifts)")
-        shifted: Any = Shifted(loader=own_loader, pixels=pixels)
-        shifts[pixels] = evaluate(own, shifted, normalize, autocast, device)["acc1"]
+        with autocast():
+            shifts[pixels] = evaluate(own, Shifted(loader=own_loader, pixels=pixels))["acc1"]
     return Robustness(
         label=label, trained_size=spec.image_size, patch=token_stride(spec), sizes=sizes, shifts=shifts
     )

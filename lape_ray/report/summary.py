@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lape_ray.config import TrainConfig, dump
 from lape_ray.data.loader import build_loader
-from lape_ray.data.normalize import Normalize
+from lape_ray.data.ready import Normalized
 from lape_ray.inference.evaluate import choose_device
 from lape_ray.inference.predict import load_network
 from lape_ray.inference.samples import images_at, spread
@@ -73,8 +73,8 @@ def write_run_summary(config: TrainConfig, checkpoint: Path, facts: RunFacts, fo
         threads=available_cpus(),
     )
     network = load_network(str(checkpoint), config).to(device)
-    normalize = Normalize(config.data).to(device)
-    predictions = outcome.predict_all(network, loader, normalize, autocast_for(config, device))
+    with autocast_for(config, device)():
+        predictions = outcome.predict_all(network, Normalized(loader, config.data, device))
     chosen = _chosen(predictions)
     results = Results(
         config=config,

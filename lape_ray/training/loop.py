@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,14 +13,14 @@ import torch
 from torch import nn
 
 from lape_ray.config import TrainConfig
-from lape_ray.data.normalize import Normalize
+from lape_ray.data.batch import Batches
 from lape_ray.model.convert import load_weights
 from lape_ray.training import checkpoint
 from lape_ray.training.flags import News
 from lape_ray.training.metrics import EvalCounts, Speed, Waited, duration
 from lape_ray.training.optim import lr_at
-from lape_ray.training.state import Batches, TrainState, build_state
-from lape_ray.training.step import augmented, optimizer_step
+from lape_ray.training.state import TrainState, build_state
+from lape_ray.training.step import optimizer_step
 
 NOTHING_DONE = checkpoint.Progress()
 Take = Callable[[Mapping[str, Any]], Callable[[Path], None]]
@@ -98,8 +97,8 @@ def train_epoch(
     )
     clock = time.monotonic()
     start_batch = start.step * len(state.micro_batches)
-    with contextlib.closing(state.train_loader.epoch(epoch, start=start_batch)) as loaded:
-        batches = Waited(augmented(state, loaded, epoch=epoch, step=start.step))
+    with contextlib.closing(state.train_loader.epoch(epoch, start=start_batch)) as ready:
+        batches = Waited(ready)
         for step in range(start.step, steps):
             lr = lr_at(epoch * steps + step, config=config.optim, steps_per_epoch=steps)
             window_loss += optimizer_step(state, batches, epoch=epoch, step=step, lr=lr)
@@ -173,24 +172,16 @@ def _progress(
     )
 
 
-def evaluate(
-    model: nn.Module,
-    loader: Batches,
-    normalize: Normalize,
-    autocast: Callable[[], AbstractContextManager[None]],
-    device: torch.device,
-) -> dict[str, float]:
-    """Compute exact loss, top-1 and top-5 over the whole validation set.
+def evaluate(model: nn.Module, loader: Batches) -> dict[str, float]:
+    """Compute exact loss, top-1 and top-5 over the whole validation set, on the model's device.
 
-    Every image counts once, on any number of workers.
+    Every image counts once, on any number of workers. The model runs in the precision that the caller's autocast gives.
     """
     model.eval()
-    counts = EvalCounts(device)
+    counts = EvalCounts(next(model.parameters()).device)
     with torch.inference_mode(), contextlib.closing(loader.epoch(0)) as batches:
-        for images_BCHW, labels_B in batches:
-            with autocast():
-                logits_BK = model(normalize(images_BCHW))
-            counts.add(logits_BK, labels_B)
+        for images_BCHW, labels_B, _ in batches:
+            counts.add(model(images_BCHW), labels_B)
     return counts.result()
 
 
@@ -200,7 +191,8 @@ def _validate(state: TrainState) -> dict[str, float]:
         networks["val_ema"] = state.ema.model
     metrics: dict[str, float] = {}
     for name, network in networks.items():
-        result = evaluate(network, state.val_loader, state.normalize, state.autocast, state.world.device)
+        with state.autocast():
+            result = evaluate(network, state.val_loader)
         metrics |= {f"{name}/{key}": result[key] for key in ("loss", "acc1", "acc5")}
     return metrics
 

@@ -6,23 +6,24 @@ Shapes: B images of one worker's micro-batch, H x W pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lape_ray.config import TrainConfig
-from lape_ray.data.augment import Augment, AugmentSpec, build_augment
+from lape_ray.data.augment import build_augment
+from lape_ray.data.batch import Batches, TrainBatches
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.mixup import Mixer
-from lape_ray.data.normalize import Normalize
 from lape_ray.data.processes import usable_cpus
+from lape_ray.data.ready import Augmented, Normalized
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.training.cuda_graph import CudaRecorder, StepGraph
 from lape_ray.training.flags import Signals
@@ -30,14 +31,6 @@ from lape_ray.training.loss import load_teacher
 from lape_ray.training.optim import Ema, build_optimizer
 from lape_ray.training.parallelize import compiled, data_parallel, missing_compiler
 from lape_ray.training.recompute import optimise_blocks
-
-
-class Batches(Protocol):
-    """The loader that the loop needs: an epoch's batches, uint8 images (B, 3, H, W) and int64 labels (B,)."""
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, epoch: int, *, start: int = 0) -> Generator[tuple[Tensor, Tensor], None, None]: ...
 
 
 @dataclass(frozen=True)
@@ -87,11 +80,9 @@ class TrainState:
     """The network as the training step calls it: compiled, and data parallel where the run has several workers."""
     ema: Ema | None
     optimizer: torch.optim.Optimizer
-    train_loader: Batches
-    val_loader: Batches
-    augment: Augment
+    train_loader: Augmented
+    val_loader: Normalized
     mixer: Mixer
-    normalize: Normalize
     teacher: nn.Module | None
     autocast: Callable[[], AbstractContextManager[None]]
     graph: StepGraph | None = None
@@ -113,9 +104,11 @@ class TrainState:
 
 
 def build_state(
-    config: TrainConfig, device: torch.device, *, loaders: tuple[Batches, Batches] | None = None
+    config: TrainConfig, device: torch.device, *, loaders: tuple[TrainBatches, Batches] | None = None
 ) -> TrainState:
-    """Build the state of a fresh run on this worker; `loaders` (train, val) stand in for those of the config's data.
+    """Build the state of a fresh run on this worker; `loaders` stand in for those of the config's data.
+
+    They are those of training and validation, and yield uint8 images.
 
     Raises:
         ValueError: the config asks for what the device does not have.
@@ -159,6 +152,7 @@ def build_state(
             threads=config.data.threads or available_cpus(),
         )
 
+    augment = build_augment(config.data, image_size=spec.image_size, seed=config.run.seed, fused=fused)
     classes = None
     if loaders is None:
         train_loader = loader("train", config.micro_batch_size)
@@ -177,24 +171,9 @@ def build_state(
             exempt=network.position_parameters(),
             lr=torch.zeros((), device=device) if graph else None,
         ),
-        train_loader=loaders[0],
-        val_loader=loaders[1],
-        augment=build_augment(
-            AugmentSpec(
-                rand_augment=config.data.rand_augment,
-                three_augment=config.data.three_augment,
-                color_jitter=config.data.color_jitter,
-                erase_prob=config.data.erase_prob,
-                interpolation=config.data.interpolation,
-            ),
-            image_size=spec.image_size,
-            mean=config.data.mean,
-            std=config.data.std,
-            seed=config.run.seed,
-            fused=fused,
-        ),
+        train_loader=Augmented(loaders[0], augment),
+        val_loader=Normalized(loaders[1], config.data, device),
         mixer=Mixer(config.data, num_classes=spec.num_classes, label_smoothing=config.optim.label_smoothing),
-        normalize=Normalize(config.data).to(device),
         teacher=teacher,
         autocast=autocast_for(config, device),
         graph=StepGraph(CudaRecorder()) if graph else None,

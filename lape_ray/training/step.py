@@ -1,4 +1,4 @@
-"""One optimizer step over this worker's micro-batches, from the loader's images to new weights.
+"""One optimizer step over this worker's micro-batches, from the loader's batches to new weights.
 
 All that is drawn depends on the seed and the step's place in the epoch, and so on no number of workers.
 
@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lape_ray.data.batch import Batch
 from lape_ray.training.loss import training_loss
 from lape_ray.training.state import TrainState
-
-_AUGMENTED_PIXELS = 2**21
-"""Together on a GPU: 16 batches of 128 images of 32 x 32, but one of 256 of 224 x 224."""
 
 
 def seed_draws(*key: int) -> None:
@@ -33,41 +28,10 @@ def seed_draws(*key: int) -> None:
     torch.manual_seed(int.from_bytes(digest, "little"))
 
 
-def augmented(
-    state: TrainState,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    *,
-    epoch: int,
-    step: int = 0,
-    at_once: int | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield an epoch's micro-batches of this worker from `step` on: uint8 (B, 3, H, W) made normalised floats.
-
-    What is drawn for an image depends on its place alone. So `at_once` micro-batches can be augmented together: by
-    default as many as a GPU needs for small images, whose kernels would else take less time than their launches.
-    """
-    total, size = state.config.micro_batches, state.config.micro_batch_size
-    if at_once is None and state.world.device.type == "cuda":
-        at_once = max(1, _AUGMENTED_PIXELS // (size * math.prod(state.augment.image_size)))
-    places = ((at, micro) for at in itertools.count(step) for micro in state.micro_batches)
-    while group := list(itertools.islice(batches, at_once or 1)):
-        # in the epoch's order over all micro-batches; see lape_ray.data.sampler.train_places
-        positions = np.concatenate(
-            [
-                (at * size + np.arange(size)) * total + micro
-                for at, micro in itertools.islice(places, len(group))
-            ]
-        )
-        images = group[0][0] if len(group) == 1 else torch.cat([images_BCHW for images_BCHW, _ in group])
-        floats = state.augment(images, epoch=epoch, positions=positions)
-        for floats_BCHW, (_, labels_B) in zip(floats.split(size), group, strict=True):
-            yield floats_BCHW, labels_B
-
-
 def optimizer_step(
-    state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], *, epoch: int, step: int, lr: float
+    state: TrainState, batches: Iterator[Batch], *, epoch: int, step: int, lr: float
 ) -> Tensor:
-    """Make one optimizer step over this worker's micro-batches, which come augmented.
+    """Make one optimizer step over this worker's micro-batches, which come ready for the network.
 
     Returns:
         Their loss, a scalar on the device, which may be overwritten by the next step.
@@ -80,21 +44,19 @@ def optimizer_step(
     if state.graph is not None:
         (micro,) = state.micro_batches
         return state.graph(
-            partial(_whole_step, state), *_drawn(state, *next(batches), key=(epoch, step, micro))
+            partial(_whole_step, state), *_drawn(state, next(batches), key=(epoch, step, micro))
         )
     state.optimizer.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=state.world.device)
     for micro in state.micro_batches:
-        mixed = _drawn(state, *next(batches), key=(epoch, step, micro))
+        mixed = _drawn(state, next(batches), key=(epoch, step, micro))
         with _gradients_stay_local(state.model, micro != state.micro_batches[-1]):
             loss += _gradients(state, *mixed)
     _update(state)
     return loss
 
 
-def _drawn(
-    state: TrainState, images_BCHW: Tensor, labels_B: Tensor, *, key: tuple[int, int, int]
-) -> tuple[Tensor, Tensor]:
+def _drawn(state: TrainState, batch: Batch, *, key: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Mix a micro-batch with its targets (B, K), and seed torch's generators for its way through the network.
 
     Args:
@@ -103,7 +65,7 @@ def _drawn(
     epoch, step, micro = key
     seed = state.config.run.seed
     place = step * state.config.micro_batches + micro
-    mixed = state.mixer(images_BCHW, labels_B, generator_key=(seed, epoch, place))
+    mixed = state.mixer(batch.images, batch.labels, generator_key=(seed, epoch, place))
     seed_draws(seed, *key)
     return mixed
 

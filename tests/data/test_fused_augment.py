@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from lape_ray.data.augment import AugmentSpec, build_augment
+from lape_ray.config import DataConfig
+from lape_ray.data.augment import build_augment
 
 pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
@@ -60,8 +61,8 @@ def test_kernels_compile_for_gpus(capability: int, monkeypatch: pytest.MonkeyPat
         compiled[kernel.fn.__name__].add(id(made))
 
     monkeypatch.setattr(fused, "_launch", compile_only)
-    spec = AugmentSpec(rand_augment="rand-m9-mstd0.5-inc1")
-    augment = build_augment(spec, image_size=224, mean=(0.5,) * 3, std=(0.25,) * 3, seed=0, fused=True)
+    data = DataConfig(rand_augment="rand-m9-mstd0.5-inc1", mean=(0.5,) * 3, std=(0.25,) * 3)
+    augment = build_augment(data, image_size=224, seed=0, fused=True)
     images = torch.zeros(64, 224, 224, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     monkeypatch.setattr(driver, "_active", NoGpu(capability))
     for given in (images, images.contiguous()):

@@ -66,11 +66,11 @@ def test_evaluation_delivers_every_image_once(val: Loader, world_size: int, batc
         loader = of_rank(val, rank, world_size, batch_size)
         batches = list(loader.epoch(0))
         assert len(loader) == len(batches)
-        assert all(len(b) == batch_size for _, b in batches[:-1])
-        labels += [label for _, batch in batches for label in batch.tolist()]
-        images += [image for batch, _ in batches for image in batch]
+        assert all(len(b) == batch_size for _, b, _ in batches[:-1])
+        labels += [label for _, batch, _ in batches for label in batch.tolist()]
+        images += [image for batch, *_ in batches for image in batch]
     expected_images, expected_labels = (
-        torch.cat(x) for x in zip(*of_rank(val, 0, 1, 200).epoch(0), strict=True)
+        torch.cat(x) for x in list(zip(*of_rank(val, 0, 1, 200).epoch(0), strict=True))[:2]
     )
     order = np.concatenate([np.arange(200)[rank::world_size] for rank in range(world_size)])
     assert loader.num_samples == 200
@@ -81,7 +81,8 @@ def test_evaluation_delivers_every_image_once(val: Loader, world_size: int, batc
 
 def test_more_ranks_than_images(val: Loader) -> None:
     delivered = [
-        sum(len(labels) for _, labels in of_rank(val, rank, 300, 64).epoch(0)) for rank in (0, 199, 200, 299)
+        sum(len(labels) for _, labels, _ in of_rank(val, rank, 300, 64).epoch(0))
+        for rank in (0, 199, 200, 299)
     ]
     assert delivered == [1, 1, 0, 0]
     assert len(of_rank(val, 250, 300, 64)) == 0
@@ -95,17 +96,18 @@ def test_evaluation_is_stock_ffcvs(val: Loader, data: DataConfig) -> None:
     threads = torch.get_num_threads()
     stock = StockLoader(data.val, batch_size=50, num_workers=1, os_cache=False, order=OrderOption.SEQUENTIAL,
                         pipelines={"image": [CenterCropRGBImageDecoder((SIDE, SIDE), 0.875)]})  # fmt: skip
-    for (ours, our_labels), (theirs, labels) in zip(of_rank(val, 0, 1, 50).epoch(0), stock, strict=True):
+    for (ours, our_labels, _), (theirs, labels) in zip(of_rank(val, 0, 1, 50).epoch(0), stock, strict=True):
         assert np.array_equal(ours.permute(0, 2, 3, 1).numpy(), theirs)
         assert torch.equal(our_labels, labels[:, 0])
     torch.set_num_threads(threads)
 
 
 def test_batches_are_channels_last_bytes(val: Loader) -> None:
-    images_BCHW, labels_B = next(val.epoch(0))
+    images_BCHW, labels_B, places_B = next(val.epoch(0))
     assert (images_BCHW.dtype, labels_B.dtype) == (torch.uint8, torch.int64)
     assert images_BCHW.is_contiguous(memory_format=torch.channels_last)
     assert images_BCHW.shape[1:] == (3, SIDE, SIDE)
+    assert (places_B.dtype, places_B.shape) == (np.int64, labels_B.shape)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 8])
@@ -140,7 +142,7 @@ def test_train_order_depends_on_seed_and_epoch_alone() -> None:
 
 
 def pixels(loader: Loader, epoch: int = 0) -> torch.Tensor:
-    return torch.cat([images for images, _ in loader.epoch(epoch)])
+    return torch.cat([images for images, *_ in loader.epoch(epoch)])
 
 
 def test_training_repeats_itself_to_the_pixel(train: Loader) -> None:
@@ -159,7 +161,7 @@ def test_threads_do_not_change_pixels(train: Loader, data: DataConfig) -> None:
 
 
 def test_labels_belong_to_their_images(train: Loader) -> None:
-    for images_BCHW, labels_B in of_rank(train, 0, 1, 20).epoch(0):
+    for images_BCHW, labels_B, _ in of_rank(train, 0, 1, 20).epoch(0):
         is_ramp_B = images_BCHW[:, 2].amax(dim=(1, 2)) < 12  # ramps have no blue, but for JPEG's rounding
         assert torch.equal(is_ramp_B, labels_B == PHOTOGRAPHS)
 
@@ -168,7 +170,7 @@ def test_crops_and_flips_are_torchvisions(train: Loader) -> None:
     """Ramps tell where their crop lay; the shares and ratios are compared with torchvision's over 2,800 draws."""
     areas, ratios, flips = [], [], []
     for epoch in range(20):
-        for images_BCHW, labels_B in of_rank(train, 0, 1, 20).epoch(epoch):
+        for images_BCHW, labels_B, _ in of_rank(train, 0, 1, 20).epoch(epoch):
             ramps_BCHW = images_BCHW[labels_B == PHOTOGRAPHS].float()
             # Corners of the crop, from the mean slope of each ramp.
             red, green = ramps_BCHW[:, 0].mean(dim=1), ramps_BCHW[:, 1].mean(dim=2)
@@ -210,7 +212,7 @@ def test_flip_probability(flip: float, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_batches_may_be_kept(train: Loader) -> None:
     kept, copies = [], []
-    for images_BCHW, _ in of_rank(train, 0, 1, 5).epoch(0):  # many more batches than buffers
+    for images_BCHW, *_ in of_rank(train, 0, 1, 5).epoch(0):  # many more batches than buffers
         kept.append(images_BCHW)
         copies.append(images_BCHW.clone())
     assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
@@ -288,12 +290,12 @@ def test_bad_arguments(data: DataConfig, tmp_path: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_batches_survive_a_host_that_runs_ahead(train: Loader) -> None:
     """Every copy is queued behind long work, so a buffer reused too early would show."""
-    expected = [images for images, _ in of_rank(train, 0, 1, 5).epoch(0)]
+    expected = [images for images, *_ in of_rank(train, 0, 1, 5).epoch(0)]
     loader = of_rank(train, 0, 1, 5)
     loader.device = torch.device("cuda")
     square = torch.randn(4096, 4096, device="cuda")
     delivered = []
-    for images_BCHW, _ in loader.epoch(0):
+    for images_BCHW, *_ in loader.epoch(0):
         delivered.append(images_BCHW)
         for _ in range(20):
             square = torch.tanh(square @ square)

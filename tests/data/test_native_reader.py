@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from lape_ray.config import DataConfig
+from lape_ray.data.batch import Batch
 from lape_ray.data.beton import Manifest, read_contents, write_beton
 from lape_ray.data.beton.format import HEADER, RECORD, RECORDS_START, read_tables, tables_sha256
 from lape_ray.data.loader import build_loader
@@ -43,9 +44,7 @@ def data(source: Source, tmp_path_factory: pytest.TempPathFactory) -> DataConfig
     return DataConfig(train=str(path), val=str(path))
 
 
-def epoch_of(
-    data: DataConfig, split: str, epoch: int = 0, **kwargs: object
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def epoch_of(data: DataConfig, split: str, epoch: int = 0, **kwargs: object) -> list[Batch]:
     arguments = {"image_size": SIDE, "batch_size": 5, "threads": 2, "seed": 3, **kwargs}
     return list(build_loader(data, split, **arguments).epoch(epoch))  # type: ignore[arg-type]
 
@@ -53,10 +52,12 @@ def epoch_of(
 @pytest.mark.parametrize("world_size", [1, 2, 3, 41])
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_evaluation_delivers_every_image_once(data: DataConfig, world_size: int, batch_size: int) -> None:
-    whole = torch.cat([images for images, _ in epoch_of(data, "val", batch_size=37)])
+    whole = torch.cat([images for images, *_ in epoch_of(data, "val", batch_size=37)])
     seen = []
     for rank in range(world_size):
-        for images, labels in epoch_of(data, "val", rank=rank, world_size=world_size, batch_size=batch_size):
+        for images, labels, _ in epoch_of(
+            data, "val", rank=rank, world_size=world_size, batch_size=batch_size
+        ):
             torch.testing.assert_close(images, whole[labels])  # a class is one image here
             seen += labels.tolist()
     assert sorted(seen) == list(range(37))
@@ -66,7 +67,7 @@ def test_evaluation_is_torchvisions_resize_and_crop(data: DataConfig) -> None:
     """Bit for bit with Pillow, from the stored pixels."""
     transform = v2.Compose([v2.Resize(int(SIDE / 0.875), v2.InterpolationMode.BICUBIC), v2.CenterCrop(SIDE)])
     contents, content = read_contents(data.val), Path(data.val).read_bytes()
-    images = torch.cat([images for images, _ in epoch_of(data, "val")])
+    images = torch.cat([images for images, *_ in epoch_of(data, "val")])
     for image, record, size in zip(images, contents.images_N, contents.lengths_N, strict=True):
         start = int(record["data_ptr"])
         stored = content[start : start + int(size)]
@@ -81,24 +82,24 @@ def test_evaluation_is_torchvisions_resize_and_crop(data: DataConfig) -> None:
 @pytest.mark.parametrize("interpolation", ["bicubic", "random"])
 def test_pixels_depend_on_seed_epoch_and_position_alone(data: DataConfig, interpolation: str) -> None:
     data = dataclasses.replace(data, interpolation=interpolation)  # type: ignore[arg-type]
-    reference = torch.cat([images for images, _ in epoch_of(data, "train", batch_size=12)])
+    reference = torch.cat([images for images, *_ in epoch_of(data, "train", batch_size=12)])
     for threads, batch_size, world_size in ((1, 12, 1), (3, 4, 3), (2, 6, 2)):
         parts = [
-            torch.cat([x for x, _ in epoch_of(data, "train", threads=threads, batch_size=batch_size,
+            torch.cat([x for x, *_ in epoch_of(data, "train", threads=threads, batch_size=batch_size,
                                               rank=rank, world_size=world_size)])
             for rank in range(world_size)
         ]  # fmt: skip
         merged = torch.stack(parts, dim=1).flatten(0, 1)
         torch.testing.assert_close(merged, reference, atol=0, rtol=0)
     for other in ({"epoch": 1}, {"seed": 4}):
-        again = torch.cat([images for images, _ in epoch_of(data, "train", batch_size=12, **other)])
+        again = torch.cat([images for images, *_ in epoch_of(data, "train", batch_size=12, **other)])
         assert (again != reference).float().mean() > 0.5
 
 
 def test_the_filters_differ_and_random_uses_both(data: DataConfig) -> None:
     pixels = {
         name: torch.cat(
-            [x for x, _ in epoch_of(dataclasses.replace(data, interpolation=name), "train", batch_size=36)]  # type: ignore[arg-type]
+            [x for x, *_ in epoch_of(dataclasses.replace(data, interpolation=name), "train", batch_size=36)]  # type: ignore[arg-type]
         )
         for name in ("bicubic", "bilinear", "random")
     }
@@ -109,7 +110,7 @@ def test_the_filters_differ_and_random_uses_both(data: DataConfig) -> None:
 
 def test_repeats_are_neighbours_with_other_pixels(data: DataConfig) -> None:
     batches = epoch_of(dataclasses.replace(data, repeats=3), "train", batch_size=12)
-    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    images, labels = (torch.cat(parts) for parts in list(zip(*batches, strict=True))[:2])
     assert len(labels) == 36
     triples = labels.view(12, 3)
     assert (triples == triples[:, :1]).all()
@@ -162,19 +163,32 @@ def test_an_epoch_can_begin_in_its_middle(data: DataConfig) -> None:
             loader = build_loader(data, split, image_size=SIDE, threads=1, seed=3, **options)  # type: ignore[arg-type]
             rest = list(loader.epoch(2, start=start))
             assert len(rest) == len(whole) - start
-            for (images, labels), (expected, expected_labels) in zip(rest, whole[start:], strict=True):
+            for (images, labels, places), (expected, right, own) in zip(rest, whole[start:], strict=True):
                 torch.testing.assert_close(images, expected, atol=0, rtol=0)
-                assert torch.equal(labels, expected_labels)
+                assert torch.equal(labels, right)
+                assert np.array_equal(places, own)
     with pytest.raises(ValueError, match="start=-1 must be from 0 to the 5 batches"):
         next(loader.epoch(0, start=-1))
+
+
+def test_a_batch_knows_its_places(data: DataConfig) -> None:
+    """Of two steps of four micro-batches, the second rank has every other one; also from the middle of an epoch."""
+    loader = build_loader(
+        data, "train", image_size=SIDE, batch_size=4, micro_batches=4, rank=1, world_size=2, threads=1
+    )
+    for start in (0, 1):
+        for number, batch in enumerate(loader.epoch(0, start=start), start):
+            step, micro = number // 2, 1 + 2 * (number % 2)
+            assert batch.places.tolist() == [(4 * step + image) * 4 + micro for image in range(4)]
+        assert number == 3
 
 
 def test_resolution_changes_between_epochs(data: DataConfig) -> None:
     loader = build_loader(data, "train", image_size=SIDE, batch_size=12, threads=2, seed=3)
     for size in (32, 96, None, 64):
-        images = torch.cat([images for images, _ in loader.epoch(0, image_size=size)])
+        images = torch.cat([images for images, *_ in loader.epoch(0, image_size=size)])
         expected = epoch_of(data, "train", batch_size=12, image_size=size or 96)
-        torch.testing.assert_close(images, torch.cat([images for images, _ in expected]), atol=0, rtol=0)
+        torch.testing.assert_close(images, torch.cat([images for images, *_ in expected]), atol=0, rtol=0)
 
 
 def test_shards_deliver_what_one_file_does(data: DataConfig, source: Source, tmp_path: Path) -> None:
@@ -182,7 +196,7 @@ def test_shards_deliver_what_one_file_does(data: DataConfig, source: Source, tmp
     write_beton(source, path, mode="proportion", raw_share=0, max_size=400, shards=3, workers=1)
     write_beton(source, tmp_path / "one.beton", mode="proportion", raw_share=0, max_size=400, workers=1)
     pixels = [
-        torch.cat([images for images, _ in epoch_of(DataConfig(train=str(file)), "train", batch_size=12)])
+        torch.cat([images for images, *_ in epoch_of(DataConfig(train=str(file)), "train", batch_size=12)])
         for file in (path, tmp_path / "one.beton")
     ]
     torch.testing.assert_close(*pixels, atol=0, rtol=0)
@@ -242,8 +256,8 @@ def test_a_replaced_file_does_not_matter(own: DataConfig, data: DataConfig) -> N
     images = [next(batches)[0]]
     Path(own.val).with_suffix(".new").write_bytes(b"something else")
     Path(own.val).with_suffix(".new").replace(own.val)
-    images += [images for images, _ in batches]
-    expected = [images for images, _ in epoch_of(data, "val", batch_size=4)]
+    images += [images for images, *_ in batches]
+    expected = [images for images, *_ in epoch_of(data, "val", batch_size=4)]
     torch.testing.assert_close(torch.cat(images), torch.cat(expected), atol=0, rtol=0)
 
 

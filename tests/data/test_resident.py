@@ -15,10 +15,10 @@ from lape_ray.data.augment.crop import crop_and_resize
 from lape_ray.data.beton import write_beton
 from lape_ray.data.loader import build_loader
 from lape_ray.data.native import random_resized_crops
+from lape_ray.data.ready import augment_batches
 from lape_ray.data.sources import Source, digits, open_source, select
 from lape_ray.recipes import recipe
 from lape_ray.training.state import build_state
-from lape_ray.training.step import augmented
 
 FILTERS = {True: Image.Resampling.BICUBIC, False: Image.Resampling.BILINEAR}
 
@@ -77,8 +77,11 @@ def test_batches_are_the_native_backends(data: DataConfig, split: str, rank: int
         )  # type: ignore[arg-type]  # fmt: skip
         assert len(loader) == len(list(loader.epoch(3)))
         batches[backend] = list(loader.epoch(3, start=1))
-    for (native, labels), (resident, same) in zip(batches["native"], batches["resident"], strict=True):
+    for (native, labels, places), (resident, same, alike) in zip(
+        batches["native"], batches["resident"], strict=True
+    ):
         assert torch.equal(labels, same)
+        assert np.array_equal(places, alike)
         assert torch.equal(native, resident)
 
 
@@ -93,7 +96,7 @@ def test_validation_takes_images_of_any_size(shared_dir: Path, tmp_path: Path) -
     sizes = {"image_size": 64, "batch_size": 50}
     ours = build_loader(resident, "val", **sizes)  # type: ignore[arg-type]
     theirs = build_loader(data, "val", **sizes)  # type: ignore[arg-type]
-    for (a, _), (b, _) in zip(ours.epoch(0), theirs.epoch(0), strict=True):
+    for (a, *_), (b, *_) in zip(ours.epoch(0), theirs.epoch(0), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(
         ValueError, match=r"holds images of \d+x\d+, .*squares of one size: use data.backend=native"
@@ -115,9 +118,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 @pytest.mark.parametrize("at_once", [3, 100])
 def test_micro_batches_augmented_together_are_those_augmented_alone(small: TrainConfig, at_once: int) -> None:
     state = build_state(small, torch.device("cpu"))
-    alone = list(augmented(state, state.train_loader.epoch(2, start=2), epoch=2, step=1))
-    together = list(augmented(state, state.train_loader.epoch(2, start=2), epoch=2, step=1, at_once=at_once))
+    loader, augment = state.train_loader.loader, state.train_loader.augment
+    alone = list(state.train_loader.epoch(2, start=2))
+    together = list(augment_batches(loader.epoch(2, start=2), augment, epoch=2, at_once=at_once))
     assert len(alone) == 18  # of 10 steps of two micro-batches
-    for (images, labels), (same, as_well) in zip(alone, together, strict=True):
+    for (images, labels, places), (same, as_well, alike) in zip(alone, together, strict=True):
         assert torch.equal(labels, as_well)
+        assert np.array_equal(places, alike)
         torch.testing.assert_close(images, same, atol=0, rtol=0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,16 +12,19 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
-from lape_ray.config import DataConfig
+from lape_ray.config import Backend, DataConfig
 from lape_ray.data import native
 from lape_ray.data.beton import write_beton
+from lape_ray.data.readers import READERS
 from lape_ray.data.readers.native import NativeReader
+from lape_ray.data.readers.reader import RandomCrop, ReaderOptions, build_crop
 from lape_ray.data.readers.torchvision import Draw, TorchvisionReader, _draw_seed
 from lape_ray.data.sources import Source, image_folder
 
 SIDE = 64
 IMAGES = 24
 KEYS = np.arange(IMAGES)
+DEFAULTS = DataConfig()
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +35,26 @@ def source(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Source
     return image_folder(root)
 
 
+def options(split: str = "train", data: DataConfig = DEFAULTS, **changes: object) -> ReaderOptions:
+    values = {
+        "image_size": SIDE,
+        "batch_size": 5,
+        "threads": 2,
+        "seed": 3,
+        "device": torch.device("cpu"),
+        **changes,
+    }
+    return ReaderOptions(crop=build_crop(data, split), **values)  # type: ignore[arg-type]
+
+
+def random_crop(**values: object) -> RandomCrop:
+    crop = build_crop(DataConfig(**values), "train")  # type: ignore[arg-type]
+    assert isinstance(crop, RandomCrop)
+    return crop
+
+
 def reader_of(source: Source, split: str = "train", **changes: object) -> TorchvisionReader:
-    values = {"image_size": SIDE, "batch_size": 5, "threads": 2, "seed": 3, "data": DataConfig(), **changes}
-    return TorchvisionReader(source, split=split, **values)  # type: ignore[arg-type]
+    return TorchvisionReader(source, options(split, **changes))
 
 
 def pixels(reader: TorchvisionReader | NativeReader, epoch: int = 0, shift: int = 0) -> np.ndarray:
@@ -45,19 +65,14 @@ def pixels(reader: TorchvisionReader | NativeReader, epoch: int = 0, shift: int 
 def native_readers(source: Source, tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeReader]:
     path = str(tmp_path_factory.mktemp("beton") / "x.beton")
     write_beton(source, path, workers=1)  # keeps the original bytes; grey ones are pixels
-    return {
-        split: NativeReader(
-            path, DataConfig(), split, image_size=SIDE, batch_size=7, threads=2, seed=3, pin_memory=False
-        )  # type: ignore[arg-type]
-        for split in ("train", "val")
-    }
+    return {split: NativeReader(path, options(split, batch_size=7)) for split in ("train", "val")}
 
 
 def test_evaluation_is_that_of_our_decoder(source: Source, native_readers: dict[str, NativeReader]) -> None:
     for interpolation, share in (("bicubic", 0.875), ("bilinear", 1.0), ("random", 0.5)):
         data = DataConfig(interpolation=interpolation, eval_crop=share)  # type: ignore[arg-type]
         ours = native_readers["val"]
-        ours.data = data
+        ours.options = options("val", data)
         np.testing.assert_array_equal(pixels(reader_of(source, "val", data=data)), pixels(ours))
 
 
@@ -75,18 +90,18 @@ def test_crops_are_those_of_our_decoder(
     data = DataConfig(interpolation=interpolation)  # type: ignore[arg-type]
 
     class SameDraws(TorchvisionReader):
-        def draw(self, image: Image.Image, epoch: int, position: int) -> Draw:
+        def draw(self, crop: RandomCrop, image: Image.Image, epoch: int, position: int) -> Draw:
             place = np.array([position])
             sizes = (np.array([side]) for side in image.size)
-            left, top, width, height = native.random_resized_crops(self.seed, epoch, place, *sizes)[
+            left, top, width, height = native.random_resized_crops(self.options.seed, epoch, place, *sizes)[
                 0
             ].tolist()
-            flip = bool(native.flips(self.seed, epoch, place)[0])
+            flip = bool(native.flips(self.options.seed, epoch, place)[0])
             return Draw(left, top, width, height, flip, InterpolationMode(interpolation))
 
     ours = native_readers["train"]
-    ours.data = data
-    theirs = SameDraws(source, data, "train", image_size=SIDE, batch_size=5, threads=2, seed=3)
+    ours.options = options("train", data)
+    theirs = SameDraws(source, options("train", data))
     for epoch in range(3):
         np.testing.assert_array_equal(pixels(theirs, epoch), pixels(ours, epoch))
     own = pixels(reader_of(source, data=data))
@@ -97,7 +112,7 @@ def test_a_draw_is_torchvisions(source: Source) -> None:
     """The same box as from the global generator in the same state, which is left as it was."""
     image, reader = source.read(0), reader_of(source)
     before = torch.get_rng_state()
-    draw = reader.draw(image, 1, 7)
+    draw = reader.draw(random_crop(), image, 1, 7)
     assert torch.equal(torch.get_rng_state(), before)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_draw_seed(3, 1, 7))
@@ -117,7 +132,7 @@ def test_boxes_are_distributed_as_those_of_our_decoder(source: Source, size: tup
     """Left edge, top edge, area and ratio: Kolmogorov-Smirnov, at a level of 0.001 for each; the draws are fixed."""
     count = 4_000
     image, reader, places = Image.new("RGB", size), reader_of(source), np.arange(count)
-    drawn = [reader.draw(image, 0, position) for position in range(count)]
+    drawn = [reader.draw(random_crop(), image, 0, position) for position in range(count)]
     theirs = np.array([draw[:4] for draw in drawn])
     widths, heights = (np.full(count, side) for side in size)
     ours = native.random_resized_crops(5, 0, places, widths, heights)
@@ -167,11 +182,11 @@ def test_global_draws_go_on_undisturbed_beside_a_pass(source: Source) -> None:
 
 def test_flip_and_filter_probabilities(source: Source) -> None:
     image = source.read(0)
-    never, always = (reader_of(source, data=DataConfig(flip=p)) for p in (0.0, 1.0))
-    assert not any(never.draw(image, 0, i).flip for i in range(50))
-    assert all(always.draw(image, 0, i).flip for i in range(50))
-    both = reader_of(source, data=DataConfig(interpolation="random"))
-    cubic = [both.draw(image, 0, i).interpolation == InterpolationMode.BICUBIC for i in range(400)]
+    reader = reader_of(source)
+    assert not any(reader.draw(random_crop(flip=0.0), image, 0, i).flip for i in range(50))
+    assert all(reader.draw(random_crop(flip=1.0), image, 0, i).flip for i in range(50))
+    both = random_crop(interpolation="random")
+    cubic = [reader.draw(both, image, 0, i).interpolation == InterpolationMode.BICUBIC for i in range(400)]
     assert 140 < sum(cubic) < 260
 
 
@@ -207,5 +222,5 @@ def test_an_unreadable_image_is_named(source: Source, tmp_path: Path, split: str
     assert threading.active_count() == before
 
 
-def test_config_names_the_backend() -> None:
-    assert dataclasses.replace(DataConfig(), backend="torchvision").backend == "torchvision"
+def test_every_backend_has_a_reader() -> None:
+    assert set(READERS) == set(get_args(Backend))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lape_ray.config import DataConfig, ModelConfig, TrainConfig
+from lape_ray.data.batch import Batch
 from lape_ray.data.beton import write_beton
 from lape_ray.data.loader import build_loader
 from lape_ray.data.normalize import Normalize
@@ -281,7 +282,7 @@ class MemoryLoader:
             self.images[i, :, row : row + size // 4, column : column + size // 4] = 255
 
     def epoch(self, epoch: int) -> Any:
-        yield self.images, torch.arange(16)
+        yield Batch(self.images, torch.arange(16), np.arange(16))
 
 
 def place_network(join: str = "basic") -> VisionTransformer:
@@ -310,7 +311,7 @@ def place_network(join: str = "basic") -> VisionTransformer:
 def test_a_shift_moves_every_image_and_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network that reads position only is right at no shift, and wrong at a shift of whole patches."""
     loader = MemoryLoader(16)
-    images, labels = next(iter(Shifted(loader=loader, pixels=4).epoch(0)))
+    images, labels, _ = next(iter(Shifted(loader=loader, pixels=4).epoch(0)))
     assert labels.tolist() == list(range(16))
     torch.testing.assert_close(images[0], loader.images[5])
     torch.testing.assert_close(images[15], loader.images[0])
@@ -553,11 +554,11 @@ def test_robustness_on_a_few_images(tmp_path: Path) -> None:
     write_beton(digits("val"), path, workers=1)
     loader = build_loader(DataConfig(val=str(path)), "val", image_size=8, batch_size=16)
     every = list(loader.epoch(0))
-    images, labels = (torch.cat(parts) for parts in zip(*every, strict=True))
+    images, labels = (torch.cat(parts) for parts in list(zip(*every, strict=True))[:2])
     few = list(Few(loader=loader, count=40).epoch(0))
     index = spread(len(labels), 40)
-    torch.testing.assert_close(torch.cat([part for part, _ in few]), images[index])
-    torch.testing.assert_close(torch.cat([part for _, part in few]), labels[index])
+    torch.testing.assert_close(torch.cat([batch.images for batch in few]), images[index])
+    torch.testing.assert_close(torch.cat([batch.labels for batch in few]), labels[index])
 
 
 def test_a_wrong_subject_is_one_line(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_data_on_s3_is_read_as_data_on_the_disk(bucket: str, beton: Path) -> Non
     batches = []
     for path in (data.train, str(beton)):
         loader = build_loader(DataConfig(train=path), "train", image_size=32, batch_size=64, threads=1)
-        images, labels = next(loader.epoch(0))
+        images, labels, _ = next(loader.epoch(0))
         batches.append((images, labels))
     assert batches[0][0].equal(batches[1][0])
     assert batches[0][1].equal(batches[1][1])

@@ -31,10 +31,11 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from lape_ray.config import DataConfig, TrainConfig, replace_fields
-from lape_ray.data.augment import AugmentSpec, build_augment
+from lape_ray.data.augment import build_augment
 from lape_ray.data.beton import Manifest, write_beton
 from lape_ray.data.loader import Loader
 from lape_ray.data.processes import processes
+from lape_ray.data.readers.reader import ReaderOptions, build_crop
 from lape_ray.data.readers.torchvision import TorchvisionReader
 from lape_ray.data.sources import Source, open_source, select
 from lape_ray.recipes import recipe
@@ -71,14 +72,14 @@ class InMemory(Source):
 class TimmAugment:
     """RandAugment on Pillow images, then normalisation and random erasing, as timm's loader does them."""
 
-    def __init__(self, spec: AugmentSpec, *, image_size: int, mean: Any, std: Any, seed: int) -> None:
-        assert spec.rand_augment
-        fill = tuple(round(255 * m) for m in mean)
+    def __init__(self, data: DataConfig, *, image_size: int, seed: int, fused: bool) -> None:
+        assert data.rand_augment and not fused
+        fill = tuple(round(255 * m) for m in data.mean)
         self.rand_augment = rand_augment_transform(
-            spec.rand_augment, {"translate_const": int(0.45 * image_size), "img_mean": fill}
+            data.rand_augment, {"translate_const": int(0.45 * image_size), "img_mean": fill}
         )  # without an interpolation, each warp takes one of the two at random, as the recipe's
-        self.erase = RandomErasing(spec.erase_prob, mode=spec.erase_mode, device="cpu")
-        self.mean_C11, self.std_C11 = (torch.tensor(x).view(3, 1, 1) for x in (mean, std))
+        self.erase = RandomErasing(data.erase_prob, mode="pixel", device="cpu")
+        self.mean_C11, self.std_C11 = (torch.tensor(x).view(3, 1, 1) for x in (data.mean, data.std))
         random.seed(seed)
         np.random.seed(seed)
 
@@ -126,8 +127,10 @@ def with_oracle(patch: pytest.MonkeyPatch, sources: dict[str, Source]) -> None:
     def loader(data: DataConfig, split: Literal["train", "val"], *, image_size: int, batch_size: int,
                threads: int, seed: int, **place: Any) -> Loader:  # fmt: skip
         path = {"train": data.train, "val": data.val}[split]
-        reader = TorchvisionReader(sources[split], data, split, image_size=image_size,
-                                   batch_size=batch_size, threads=threads, seed=seed)  # fmt: skip
+        options = ReaderOptions(crop=build_crop(data, split), image_size=image_size,
+                                batch_size=batch_size, threads=threads, seed=seed,
+                                device=torch.device("cpu"))  # fmt: skip
+        reader = TorchvisionReader(sources[split], options)
         return Loader(reader, Manifest.load(path), split=split, seed=seed, **place)  # type: ignore[arg-type]
 
     patch.setattr(state_module, "build_loader", loader)
@@ -136,8 +139,8 @@ def with_oracle(patch: pytest.MonkeyPatch, sources: dict[str, Source]) -> None:
 
 
 def with_exchanged_colours(patch: pytest.MonkeyPatch, sources: dict[str, Source]) -> None:
-    def build(spec: AugmentSpec, **kwargs: Any) -> Any:
-        augment = build_augment(spec, **kwargs)
+    def build(data: DataConfig, **kwargs: Any) -> Any:
+        augment = build_augment(data, **kwargs)
         return lambda images_BCHW, **where: augment(images_BCHW[:, [2, 1, 0]], **where)
 
     patch.setattr(state_module, "build_augment", build)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lape_ray.config import Span, TrainConfig, replace_fields
+from lape_ray.data.batch import Batch
 from lape_ray.data.sampler import rank_part, sample_index, train_keys, train_places
 from lape_ray.data.split import SplitFacts
 from lape_ray.recipes import recipe
@@ -49,20 +50,24 @@ class MemoryLoader:
         self.facts = SplitFacts(path=split, num_samples=101, classes=classes, largest_side=32, sha256=None)
         self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
 
-    def _indices(self, epoch: int) -> np.ndarray:
+    def _part(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         place = {"rank": self.rank, "world_size": self.world_size}
         if self.split == "val":
-            return rank_part(np.arange(101), **place)
+            index = rank_part(np.arange(101), **place)
+            return index, index
         size = {"batch_size": self.batch_size, "micro_batches": self.micro_batches}
         keys = train_keys(101, step_samples=math.prod(size.values()), seed=self.seed, epoch=epoch)
-        return sample_index(keys[train_places(len(keys), **size, **place)])
+        places = train_places(len(keys), **size, **place)
+        return sample_index(keys[places]), places
 
     def __len__(self) -> int:
-        return -(-len(self._indices(0)) // self.batch_size)
+        return -(-len(self._part(0)[0]) // self.batch_size)
 
-    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in torch.from_numpy(self._indices(epoch)).split(self.batch_size)[start:]:
-            yield self.images[index], self.labels[index]
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+        index, places = self._part(epoch)
+        for first in range(start * self.batch_size, len(index), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            yield Batch(self.images[index[part]], self.labels[index[part]], places[part])
 
 
 def memory_loader(data: object, split: str, **kwargs: Any) -> MemoryLoader:
@@ -155,9 +160,7 @@ def test_losses_fall_and_lines_read_well() -> None:
 def test_a_step_says_how_long_it_waited_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
     real, times = MemoryLoader.epoch, []
 
-    def slow(
-        self: MemoryLoader, epoch: int, *, start: int = 0
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def slow(self: MemoryLoader, epoch: int, *, start: int = 0) -> Iterator[Batch]:
         for batch in real(self, epoch, start=start):
             time.sleep(0.05)
             yield batch

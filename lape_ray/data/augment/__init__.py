@@ -13,6 +13,6 @@ transfer       many small arrays to a device in one copy
 crop           crops of small images of one size, resized and flipped on their device
 """
 
-from lape_ray.data.augment.pipeline import Augment, AugmentSpec, build_augment
+from lape_ray.data.augment.pipeline import Augment, build_augment
 
-__all__ = ["Augment", "AugmentSpec", "build_augment"]
+__all__ = ["Augment", "build_augment"]

@@ -6,58 +6,24 @@ Shapes: B images, C=3 channels (red, green, blue), H rows, W columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, get_args
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lape_ray.data.augment.erasing import EraseMode, RandomErasing, erase
+from lape_ray.config import DataConfig
+from lape_ray.data.augment.erasing import RandomErasing, erase
 from lape_ray.data.augment.jitter import ColorJitter
 from lape_ray.data.augment.layers import Layer, plan_layers, run_plan
-from lape_ray.data.augment.randaugment import Interpolation, RandAugment, parse_rand_augment
+from lape_ray.data.augment.randaugment import RandAugment, parse_rand_augment
 from lape_ray.data.augment.three_augment import ThreeAugment
 from lape_ray.data.augment.transfer import to_device
 
 # A CPU finishes about so many pixels before it starts on the next, so that they stay in the core's cache. A GPU
 # takes the whole batch at once.
 _CPU_CHUNK_PIXELS = 2**18
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentSpec:
-    """The augmentations of a recipe, in the order in which they act; the default is none.
-
-    Attributes:
-        rand_augment: RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`; none: without.
-        three_augment: DeiT III's 3-Augment.
-        color_jitter: brightness, contrast and saturation, as one number or three; a fourth is the hue's. It acts
-            whenever it is above 0. (timm leaves it out beside RandAugment, so for DeiT's recipe it is 0.)
-        erase_prob: probability of random erasing.
-        erase_mode: what is put into the box: normal noise for each pixel, or the mean colour.
-        interpolation: of RandAugment's rotation, shears and shifts; random: one of the two for each.
-    """
-
-    rand_augment: str | None = None
-    three_augment: bool = False
-    color_jitter: float | tuple[float, ...] = 0.0
-    erase_prob: float = 0.0
-    erase_mode: EraseMode = "pixel"
-    interpolation: Interpolation = "bicubic"
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("erase_mode", self.erase_mode, get_args(EraseMode)),
-            ("interpolation", self.interpolation, get_args(Interpolation)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
-        if not 0 <= self.erase_prob <= 1:
-            raise ValueError(f"erase_prob={self.erase_prob} must be from 0 to 1")
-        if self.rand_augment is not None and self.three_augment:
-            raise ValueError("rand_augment and three_augment are alternatives; leave one of them out")
 
 
 _Run = Callable[[Tensor, Mapping[str, Tensor], Tensor], Iterator[tuple[slice, Tensor]]]
@@ -156,46 +122,32 @@ class Augment:
 
 
 def build_augment(
-    spec: AugmentSpec,
-    *,
-    image_size: int | tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    seed: int,
-    fused: bool = False,
+    data: DataConfig, *, image_size: int | tuple[int, int], seed: int, fused: bool = False
 ) -> Augment:
-    """Build the augmentation of a training run.
+    """Build the augmentation of a training run: RandAugment or 3-Augment, colour jitter, random erasing.
+
+    Colour jitter acts whenever it is above 0. (timm leaves it out beside RandAugment, so for DeiT's recipe it is 0.)
 
     Args:
-        spec: which augmentations.
         image_size: side of the square images, or (height, width), in pixels; at least 8.
-        mean, std: of the three channels, for values in 0..1.
         seed: of the run, from 0 to 2^64 - 1.
         fused: with our kernels, which want a GPU and Triton, in place of PyTorch's operators.
 
     Raises:
-        ValueError: for a spec, size, mean or std that cannot be used.
+        ValueError: for a size or a RandAugment that cannot be used.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if min(height, width) < 8:
         raise ValueError(f"image_size={image_size} must be at least 8 pixels")
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not all(0 <= m <= 1 for m in mean):
-        raise ValueError(f"mean={mean} and std={std} must be three values, mean from 0 to 1 and std above 0")
     size, policies = (height, width), list[_Policy]()
-    if spec.rand_augment is not None:
-        config = parse_rand_augment(spec.rand_augment)
-        policies.append(RandAugment(config, image_size=size, interpolation=spec.interpolation, seed=seed))
-    if spec.three_augment:
+    if data.rand_augment is not None:
+        rand = parse_rand_augment(data.rand_augment)
+        policies.append(RandAugment(rand, image_size=size, interpolation=data.interpolation, seed=seed))
+    if data.three_augment:
         policies.append(ThreeAugment(seed=seed))
-    jitter = ColorJitter(spec.color_jitter, seed=seed)
-    if jitter.properties:
-        policies.append(jitter)
-    erasing = RandomErasing(spec.erase_prob, spec.erase_mode, image_size=size, seed=seed)
-    return Augment(
-        policies,
-        erasing if spec.erase_prob > 0 else None,
-        image_size=size,
-        mean=mean,
-        std=std,
-        fused=fused,
-    )
+    if data.color_jitter > 0:
+        policies.append(ColorJitter(data.color_jitter, seed=seed))
+    erasing = None
+    if data.erase_prob > 0:
+        erasing = RandomErasing(data.erase_prob, "pixel", image_size=size, seed=seed)
+    return Augment(policies, erasing, image_size=size, mean=data.mean, std=data.std, fused=fused)

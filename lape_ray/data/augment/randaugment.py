@@ -12,15 +12,13 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from lape_ray.config import Interpolation
 from lape_ray.data.augment import color
 from lape_ray.data.augment.draws import Stream, box_muller, uniform
 from lape_ray.data.augment.layers import Kind, Layer
-
-Interpolation = Literal["bilinear", "bicubic", "random"]
 
 TRANSFORMS = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast",

@@ -30,6 +30,9 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
 
+from lape_ray.data.beton import set_files
+from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
+
 SEED_BIT = 32  # a key is the sample's index in the low bits and the seed of its augmentation above
 
 
@@ -160,28 +163,41 @@ class BatchIterator(EpochIterator):
 
 
 class BatchLoader(Loader):
-    """FFCV's Loader of one file's images, for passes in orders that the caller gives."""
+    """FFCV's Loader of one file's images, for passes in orders that the caller gives.
+
+    Raises:
+        ValueError: the path is that of a set of files, or numba has no threads.
+    """
 
     reuses_buffers = True
     on_device = False
 
-    def __init__(self, path: str, decoder: SeededCrop, *, batch_size: int, threads: int) -> None:
-        if threads > 1 and numba.threading_layer() == "workqueue":
+    def __init__(self, path: str, options: ReaderOptions) -> None:
+        if len(files := set_files(path)) > 1:
+            raise ValueError(
+                f"{path} is a set of {len(files)} files; FFCV's loader reads one: set data.backend=native, or write "
+                "a single file"
+            )
+        if options.threads > 1 and numba.threading_layer() == "workqueue":
             raise ValueError(
                 "numba found neither TBB nor OpenMP for more than one loader thread; install libtbb"
             )
+        side, crop = options.image_size, options.crop
+        if isinstance(crop, RandomCrop):
+            self._decoder = random_crop(side, crop.scale, crop.ratio, crop.flip)
+        else:
+            self._decoder = center_crop(side, crop.share)
         torch_threads = torch.get_num_threads()
         super().__init__(
             path,
-            batch_size=batch_size,
-            num_workers=min(threads, numba.config.NUMBA_NUM_THREADS),
+            batch_size=options.batch_size,
+            num_workers=min(options.threads, numba.config.NUMBA_NUM_THREADS),
             os_cache=True,
             order=OrderOption.SEQUENTIAL,
-            pipelines={"image": [decoder], "label": None},  # labels are in memory: reader.metadata
+            pipelines={"image": [self._decoder], "label": None},  # labels are in memory: reader.metadata
         )
         torch.set_num_threads(torch_threads)  # FFCV sets torch's threads to its own
         self.labels_N = np.ascontiguousarray(self.reader.metadata["f1"])
-        self._decoder = decoder
 
     @property
     def image_size(self) -> int:

@@ -11,16 +11,16 @@ from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lape_ray.config import DataConfig
 from lape_ray.data.augment.draws import Stream, uniform
 from lape_ray.data.beton import read_contents
 from lape_ray.data.native import FILTERS, Decoder, center_crops, check, flips, random_resized_crops
 from lape_ray.data.readers.buffers import Buffers
+from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
 from lape_ray.data.sampler import sample_index
 
 BATCHES_AHEAD = 2
@@ -36,27 +36,14 @@ class NativeReader:
     reuses_buffers = False
     on_device = False
 
-    def __init__(
-        self,
-        path: str,
-        data: DataConfig,
-        split: Literal["train", "val"],
-        *,
-        image_size: int,
-        batch_size: int,
-        threads: int,
-        seed: int,
-        pin_memory: bool,
-    ) -> None:
+    def __init__(self, path: str, options: ReaderOptions) -> None:
         self.contents = read_contents(path)
-        self.data, self.split = data, split
-        self.image_size, self.batch_size, self.seed = image_size, batch_size, seed
-        self.pin_memory = pin_memory
+        self.options, self.image_size, self.batch_size = options, options.image_size, options.batch_size
         self.labels_N = self.contents.labels_N
         self.files = [file.open("rb", buffering=0) for file in self.contents.files]
         self.descriptors = np.array([file.fileno() for file in self.files], np.int32)
         self.states = [_state(descriptor) for descriptor in self.descriptors]
-        self.decoder = Decoder(threads)
+        self.decoder = Decoder(options.threads)
         self.buffers = Buffers()
 
     def batches(
@@ -88,22 +75,24 @@ class NativeReader:
             pool.shutdown(cancel_futures=True)
 
     def _decode(self, index_B: np.ndarray, positions_B: np.ndarray, epoch: int, side: int) -> np.ndarray:
-        data, contents = self.data, self.contents
+        crop, contents = self.options.crop, self.contents
         images_B = contents.images_N[index_B]
         shape = (len(index_B), side, side, 3)
-        if self.pin_memory:  # torch keeps pinned memory for its next use by itself
+        if self.options.device.type == "cuda":  # torch keeps pinned memory for its next use by itself
             out_BSS3 = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
         else:
             out_BSS3 = self.buffers.take(shape)
         widths_B, heights_B = images_B["width"], images_B["height"]
         boxes_B4: np.ndarray
-        if self.split == "train":
-            boxes_B4, flips_B, cubic_B = train_draws(data, self.seed, epoch, positions_B, widths_B, heights_B)
+        if isinstance(crop, RandomCrop):
+            boxes_B4, flips_B, cubic_B = train_draws(
+                crop, self.options.seed, epoch, positions_B, widths_B, heights_B
+            )
         else:
-            resize = max(side, math.floor(side / data.eval_crop))
+            resize = max(side, math.floor(side / crop.share))
             boxes_B4 = center_crops(widths_B, heights_B, resize=resize, size=side)
             flips_B = np.zeros(len(index_B), bool)
-            cubic_B = np.full(len(index_B), data.interpolation != "bilinear")
+            cubic_B = np.full(len(index_B), crop.interpolation != "bilinear")
         files_B = contents.file_N[index_B]
         statuses_B = self.decoder.decode_batch(
             self.descriptors[files_B],
@@ -116,7 +105,7 @@ class NativeReader:
             flips_B,
             out_BSS3,
             interpolation=np.where(cubic_B, FILTERS["bicubic"], FILTERS["bilinear"]),
-            crop_first=self.split == "train",
+            crop_first=isinstance(crop, RandomCrop),
             checksums=True,
         )
         self._refuse_changes(np.unique(files_B))
@@ -152,7 +141,7 @@ class TrainDraws(NamedTuple):
 
 
 def train_draws(
-    data: DataConfig,
+    crop: RandomCrop,
     seed: int,
     epoch: int,
     positions_N: np.ndarray,
@@ -161,13 +150,13 @@ def train_draws(
 ) -> TrainDraws:
     """Draw for the images at `positions_N` of the epoch's order over all ranks, of these sizes in pixels."""
     boxes_N4 = random_resized_crops(
-        seed, epoch, positions_N, widths_N, heights_N, scale=data.crop_scale, ratio=data.crop_ratio
+        seed, epoch, positions_N, widths_N, heights_N, scale=crop.scale, ratio=crop.ratio
     )
-    if data.interpolation == "random":
+    if crop.interpolation == "random":
         cubic_N = uniform(seed, epoch, positions_N, Stream.INTERPOLATION, 1)[:, 0] < 0.5
     else:
-        cubic_N = np.full(len(positions_N), data.interpolation == "bicubic")
-    return TrainDraws(boxes_N4, flips(seed, epoch, positions_N, data.flip), cubic_N)
+        cubic_N = np.full(len(positions_N), crop.interpolation == "bicubic")
+    return TrainDraws(boxes_N4, flips(seed, epoch, positions_N, crop.flip), cubic_N)
 
 
 def _state(descriptor: int) -> tuple[int, int]:

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Generator
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lape_ray.config import DataConfig
 from lape_ray.data.augment.crop import crop_and_resize
 from lape_ray.data.augment.transfer import to_device
 from lape_ray.data.readers.native import NativeReader, train_draws
+from lape_ray.data.readers.reader import CenterCrop, RandomCrop, ReaderOptions
 from lape_ray.data.sampler import sample_index
 
 _DECODED_AT_ONCE = 1024
@@ -41,32 +40,21 @@ class ResidentReader:
     reuses_buffers = False
     on_device = True
 
-    def __init__(
-        self,
-        path: str,
-        data: DataConfig,
-        split: Literal["train", "val"],
-        *,
-        image_size: int,
-        batch_size: int,
-        threads: int,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.data, self.split, self.seed, self.device = data, split, seed, device
-        self.image_size, self.batch_size = image_size, batch_size
-        whole = dataclasses.replace(data, eval_crop=1.0) if split == "train" else data
+    def __init__(self, path: str, options: ReaderOptions) -> None:
+        self.options, self.image_size, self.batch_size = options, options.image_size, options.batch_size
+        trains = isinstance(options.crop, RandomCrop)
+        whole = CenterCrop(share=1.0, interpolation=options.crop.interpolation) if trains else options.crop
+        host = torch.device("cpu")
         native = NativeReader(
-            path, whole, "val",
-            image_size=image_size, batch_size=_DECODED_AT_ONCE, threads=threads, seed=seed, pin_memory=False,
-        )  # fmt: skip
-        if split == "train":
+            path, dataclasses.replace(options, crop=whole, batch_size=_DECODED_AT_ONCE, device=host)
+        )
+        if trains:
             native.image_size = _square_side(native, path)
         self.labels_N = native.labels_N
         index_N = np.arange(len(self.labels_N))
         self.images_N3SS = torch.cat(
             [
-                torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+                torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(options.device)
                 for images in native.batches(index_N, index_N, 0)
             ]
         )
@@ -82,17 +70,17 @@ class ResidentReader:
         Args:
             positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
         """
-        index_N = sample_index(keys_N)
-        if self.split == "val":
-            for index_B in to_device({"index": index_N}, self.device)["index"].split(self.batch_size):
+        index_N, crop, device = sample_index(keys_N), self.options.crop, self.options.device
+        if not isinstance(crop, RandomCrop):
+            for index_B in to_device({"index": index_N}, device)["index"].split(self.batch_size):
                 yield self.images_N3SS[index_B].permute(0, 2, 3, 1)
             return
         side = self.images_N3SS.shape[2]
         sides_N = np.full(len(index_N), side)
-        draws = train_draws(self.data, self.seed, epoch, positions_N, sides_N, sides_N)
+        draws = train_draws(crop, self.options.seed, epoch, positions_N, sides_N, sides_N)
         sent = to_device(
             {"index": index_N, "boxes": draws.boxes_N4, "flips": draws.flips_N, "cubic": draws.cubic_N},
-            self.device,
+            device,
         )
         at_once = max(1, _CROPPED_PIXELS // (self.batch_size * self.image_size**2)) * self.batch_size
         for start in range(0, len(index_N), at_once):

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as v2
 
-from lape_ray.config import DataConfig
+from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
 from lape_ray.data.sampler import sample_index
 from lape_ray.data.sources import Source
 
@@ -56,19 +56,9 @@ class TorchvisionReader:
     reuses_buffers = False
     on_device = False
 
-    def __init__(
-        self,
-        source: Source,
-        data: DataConfig,
-        split: Literal["train", "val"],
-        *,
-        image_size: int,
-        batch_size: int,
-        threads: int,
-        seed: int,
-    ) -> None:
-        self.source, self.data, self.split = source, data, split
-        self.image_size, self.batch_size, self.threads, self.seed = image_size, batch_size, threads, seed
+    def __init__(self, source: Source, options: ReaderOptions) -> None:
+        self.options, self.image_size, self.batch_size = options, options.image_size, options.batch_size
+        self.source = source
         self.labels_N = source.labels_N
 
     def batches(
@@ -84,7 +74,7 @@ class TorchvisionReader:
         Raises:
             ValueError: an image cannot be read; names it.
         """
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="torchvision")
+        pool = ThreadPoolExecutor(self.options.threads, thread_name_prefix="torchvision")
         pending: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
         index_N = sample_index(keys_N).tolist()
         places_N = positions_N.tolist()
@@ -107,30 +97,27 @@ class TorchvisionReader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def draw(self, image: Image.Image, epoch: int, position: int) -> Draw:
+    def draw(self, crop: RandomCrop, image: Image.Image, epoch: int, position: int) -> Draw:
         """Draw for the image at `position` of the epoch's order: a function of these, the seed and the image's size."""
-        generator = torch.Generator().manual_seed(_draw_seed(self.seed, epoch, position))
+        generator = torch.Generator().manual_seed(_draw_seed(self.options.seed, epoch, position))
         with _RandomFrom(generator):
-            top, left, height, width = RandomResizedCrop.get_params(
-                image, list(self.data.crop_scale), list(self.data.crop_ratio)
-            )
+            top, left, height, width = RandomResizedCrop.get_params(image, list(crop.scale), list(crop.ratio))
         flip, second_filter = torch.rand(2, generator=generator).tolist()
-        interpolation = _filter(self.data.interpolation)
-        if self.data.interpolation == "random" and second_filter < 0.5:
+        interpolation = _filter(crop.interpolation)
+        if crop.interpolation == "random" and second_filter < 0.5:
             interpolation = InterpolationMode.BILINEAR
-        return Draw(left, top, width, height, flip < self.data.flip, interpolation)
+        return Draw(left, top, width, height, flip < crop.flip, interpolation)
 
     def _fill(self, out_PSS3: np.ndarray, index_P: list[int], positions_P: list[int], epoch: int) -> None:
         """Read, crop and resize some images (P) of a batch into their place."""
+        crop = self.options.crop
         for out_SS3, index, position in zip(out_PSS3, index_P, positions_P, strict=True):
             image = self.source.read(index)
-            if self.split == "train":
-                draw = self.draw(image, epoch, position)
+            if isinstance(crop, RandomCrop):
+                draw = self.draw(crop, image, epoch, position)
                 square = resized_crop(image, draw, len(out_SS3))
             else:
-                square = center_crop(
-                    image, len(out_SS3), self.data.eval_crop, _filter(self.data.interpolation)
-                )
+                square = center_crop(image, len(out_SS3), crop.share, _filter(crop.interpolation))
             out_SS3[:] = np.asarray(square)
 
 
