@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from helpers.faults import add_row
 from helpers.nodes import config_of
-from helpers.service import alone
+from helpers.service import ROOT, alone
 
 from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import digits, select
@@ -31,9 +31,9 @@ def run(scenario: str, home: Path) -> dict[str, Any]:
         },
         "RAY_AUTH_MODE": "disabled",
         "LAPE_RAY_HOME": str(home),
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT / "benchmarks"))),
     }
-    command = [sys.executable, str(Path(__file__).parent.parent / "helpers/nodes.py"), scenario, str(home)]
+    command = [sys.executable, str(ROOT / "tests/helpers/nodes.py"), scenario, str(home)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850)
     assert done.returncode == 0, done.stderr[-5000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
