@@ -200,7 +200,7 @@ def test_a_password_in_the_servers_address_ends_the_job_in_one_line(tmp_path: Pa
 LOCAL = """
     import json, os, pathlib, subprocess, urllib.error, urllib.request
     import ray
-    from lape_ray.cluster import connected
+    from lape_ray.cluster.connection import connected
     from lape_ray.cluster.local import executable
 
     def status(**headers):
