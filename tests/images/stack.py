@@ -8,6 +8,7 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -187,17 +188,21 @@ class Stack:
             finally:
                 process.wait(3000)
 
-    def scrape_until(self, names: Sequence[str], timeout_s: float) -> str:
-        pages = [""]
+    def scrape_until(self, patterns: Sequence[str], timeout_s: float) -> None:
+        """Read the metrics of both worker nodes, until each pattern is found in them."""
 
-        def there() -> bool:
-            pages[0] = self.execute(
-                "ray-head", ["python", "-c", self.SCRAPE, "http://ray-worker:8080/metrics", "token"]
-            )
-            return all(name in pages[0] for name in names)
+        def found() -> bool:
+            address = "http://ray-worker:8080/metrics"
+            page = self.execute("ray-head", ["python", "-c", self.SCRAPE, address, "token"])
+            return all(re.search(pattern, page) for pattern in patterns)
 
-        self._wait(there, "metrics", timeout_s)
-        return pages[0]
+        self._wait(found, "metrics", timeout_s)
+
+    def staged_copies(self) -> dict[str, list[str]]:
+        """Return the complete copies of data from S3 in each worker's container, by its name."""
+        code = "from lape_ray import storage; print(*storage.cache().glob('*/.complete'))"
+        workers = [name for name in self.containers() if "_ray-worker_" in name]
+        return {name: self.run(["podman", "exec", name, "python", "-c", code]).split() for name in workers}
 
     # --- looking ---
 
