@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TextIO
 
-from lape_ray.search.ledger import Trial
 from lape_ray.search.plan import Plan
+from lape_ray.search.record import Trial
 from lape_ray.search.tables import first_line
 from lape_ray.training.metrics import duration
 
@@ -18,10 +18,7 @@ RECENT = 5  # epochs of a trial that tell how long the next will take
 
 
 class Display:
-    """Shows one search on `out`, by default the standard output.
-
-    `lanes` maps a worker group to the number of the trial that it trains.
-    """
+    """Show one search on `out`, by default the standard output."""
 
     def __init__(self, plan: Plan, out: TextIO | None = None) -> None:
         out = out or sys.stdout
@@ -36,14 +33,14 @@ class Display:
         self._wipe()
         print(text, file=self._out, flush=True)
 
-    def reported(self, trial: Trial, trials: Sequence[Trial], decision: str, *, lanes: int) -> None:
-        """Show that a trial has reported an epoch; `lanes` train at the moment."""
+    def reported(self, trial: Trial, trials: Sequence[Trial], decision: str) -> None:
+        """Show that a trial has reported an epoch."""
         if not self.draws:
             words = {"go": "", "pause": "  pauses"}.get(decision, "  stopped: among the worse of its rung")
             value = trial.last(self._plan.metric)
             shown = "" if value is None else f"  {self._plan.metric} {value:.2f}"
             place = f"epoch {trial.done:>{len(str(self._plan.epochs))}}/{self._plan.epochs}"
-            left = self.eta(trials, lanes)
+            left = self.eta(trials)
             self.line(f"trial {trial.id}  {trial.label} seed {trial.seed}  {place}{shown}{words}  ETA {left}")
 
     def ended(self, trial: Trial, trials: Sequence[Trial]) -> None:
@@ -59,33 +56,33 @@ class Display:
                 f"{self._plan.metric} {shown}  ({over} of {self._plan.trials} trials)"
             )
 
-    def eta(self, trials: Sequence[Trial], lanes: int) -> str:
-        """Time until the last trial would end if none were stopped, by the latest epochs' speed."""
+    def eta(self, trials: Sequence[Trial]) -> str:
+        """Estimate the time until the last trial ends if none is stopped, by the latest epochs' speed."""
         seconds = [one.seconds for trial in trials for one in trial.epochs[-RECENT:]][-4 * RECENT :]
         if not seconds:
             return "–"
         left = sum(self._plan.epochs - trial.done for trial in trials if not trial.over)
         left += (self._plan.trials - len(trials)) * self._plan.epochs
-        return duration(left * sum(seconds) / len(seconds) / max(1, lanes))
+        return duration(left * sum(seconds) / len(seconds) / max(1, _training(trials)))
 
-    def draw(self, trials: Sequence[Trial], lanes: Mapping[int, int]) -> None:
+    def draw(self, trials: Sequence[Trial]) -> None:
         """Draw the table anew, if this is a terminal and it is time."""
         if not self.draws or time.monotonic() < self._next:
             return
         self._next = time.monotonic() + DRAW_S
-        lines = self.table(trials, lanes, *shutil.get_terminal_size((100, 30)))
+        lines = self.table(trials, *shutil.get_terminal_size((100, 30)))
         self._wipe()
         self._out.write("\n".join(lines) + "\n")
         self._out.flush()
         self._drawn = len(lines)
 
-    def table(self, trials: Sequence[Trial], lanes: Mapping[int, int], width: int, height: int) -> list[str]:
+    def table(self, trials: Sequence[Trial], width: int, height: int) -> list[str]:
         """List the table's lines: a head, then trials that train, then the latest of the others, as many as fit."""
         plan = self._plan
         over = sum(trial.over for trial in trials)
-        left = self.eta(trials, len(lanes))
-        head = f"{plan.name}: {over} of {plan.trials} trials over, {len(lanes)} training, ETA {left}"
-        training = [trial for trial in trials if trial.number in lanes.values()]
+        left = self.eta(trials)
+        head = f"{plan.name}: {over} of {plan.trials} trials over, {_training(trials)} training, ETA {left}"
+        training = [trial for trial in trials if trial.state == "running"]
         others = [trial for trial in trials if trial not in training]
         room = max(1, height - 4 - len(training))
         shown = [*sorted(others, key=lambda each: each.number)[-room:], *training]
@@ -113,3 +110,7 @@ class Display:
                 f"\x1b[{self._drawn}F\x1b[J"
             )  # up to the table's first line, and clear what is below
             self._drawn = 0
+
+
+def _training(trials: Sequence[Trial]) -> int:
+    return sum(trial.state == "running" for trial in trials)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lape_ray.report.figures import save
 from lape_ray.report.page import Page
-from lape_ray.search.ledger import Trial
 from lape_ray.search.pictures import MOST_CELLS, MOST_CURVES, cells_figure, curves_figure, parallel_figure
 from lape_ray.search.plan import Plan
+from lape_ray.search.record import Trial
 from lape_ray.search.statistics import Cell, in_words, unit_of
 from lape_ray.search.tables import cells_csv, first_line, markdown, table, trials_csv
 from lape_ray.training.metrics import duration

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lape_ray.search.ledger import Trial
 from lape_ray.search.plan import Plan
+from lape_ray.search.record import Trial
 from lape_ray.search.space import Choice, as_text
 from lape_ray.search.statistics import Cell, finals, unit_of
 

@@ -5,27 +5,34 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from ray import tune
 
 from lape_ray import storage, tracking
 from lape_ray.cluster.connection import connected
-from lape_ray.cluster.launch import prepared, uses_gpu
+from lape_ray.cluster.controller import worker_variables
+from lape_ray.cluster.launch import prepared, refuse_local_store, uses_gpu
+from lape_ray.config import replace_fields
 from lape_ray.model import build_model
-from lape_ray.search import lanes as worker_groups
+from lape_ray.search import resources
 from lape_ray.search.cells import check_point
-from lape_ray.search.conductor import Conductor
-from lape_ray.search.engine import Engine
-from lape_ray.search.ledger import Ledger, Trial
 from lape_ray.search.live import Display
 from lape_ray.search.page import HTML, write_report
 from lape_ray.search.plan import Plan, check_plan, plan_differences
+from lape_ray.search.record import Trial, read_search, write_search
 from lape_ray.search.runs import Runs
+from lape_ray.search.session import Session, is_over
 from lape_ray.search.statistics import Cell, cells, in_words
 from lape_ray.search.tables import command_line, plain
+from lape_ray.search.trial import Settings
+from lape_ray.search.trials import read_trials
+from lape_ray.search.tuner import opened, run_tuner
+from lape_ray.training.loop import StoppedError
 from lape_ray.training.metrics import duration
 from lape_ray.training.preflight import check_before_start
 
@@ -37,6 +44,8 @@ class SearchResult:
     plan: Plan
     cells: tuple[Cell, ...]
     """The best first."""
+    folder: str
+    """Address of the search's folder, which `tune.Tuner.restore` takes with `LapeTrial`."""
     page: str
     """Address of the HTML report; tables and figures lie beside it."""
     best_command: str
@@ -48,6 +57,11 @@ class SearchResult:
     def trials(self) -> list[Trial]:
         """By number."""
         return sorted((trial for cell in self.cells for trial in cell.trials), key=lambda trial: trial.number)
+
+    def analysis(self) -> tune.ExperimentAnalysis:
+        """Open the search as Ray Tune's analysis of it: `dataframe()` has a row for each trial, by Ray's names."""
+        metric, mode = self.plan.metric, "max" if self.plan.sign > 0 else "min"
+        return tune.ExperimentAnalysis(self.folder, default_metric=metric, default_mode=mode)
 
     def summary(self) -> str:
         return "\n".join(
@@ -80,36 +94,97 @@ def search(
 
     Raises:
         ValueError, OSError: bad input, before any worker starts; says how to mend it.
-        RuntimeError: no worker group could be kept up.
+        StoppedError: SIGTERM or Ctrl-C ended it; the same call continues it.
+        ResourcesGoneError: the cluster cannot hold its trials any more; the same call continues it.
     """
     base, root = prepared(plan.base)
     plan = replace(plan, base=base)
     check_plan(plan)
     uri = tracking.tracking_uri(plan.base)
-    ledger = Ledger(storage.join(root, plan.name))
+    folder = storage.join(root, plan.name)
     check_before_start(plan.base, storage_root=root)
     tracking.check_reachable(uri)
     _check_networks(plan)
-    _earlier(plan, ledger)  # a name that cannot be used is refused before anything waits
+    _earlier(plan, folder)  # a name that cannot be used is refused before anything waits
     display = display or Display(plan)
     command = shlex.join(["python", *sys.argv])
     runs = Runs(plan, uri, command=command, program=sys.argv[0])
     with contextlib.ExitStack() as stack:
-        ledger.lease = stack.enter_context(storage.leased(ledger.folder, f"search {plan.name}"))
-        earlier = _earlier(plan, ledger)
+        lease = stack.enter_context(storage.leased(folder, f"search {plan.name}"))
+        earlier = _earlier(plan, folder)
         if plan.base.run.overwrite:
-            storage.empty_folder(ledger.folder, but=storage.LEASE_FILES)
-        conductor = Conductor(plan, ledger, runs, display, earlier)
-        group = None
-        if not conductor.engine.over:
+            storage.empty_folder(folder, but=storage.LEASE_FILES)
+        record = earlier or {"definition": plan.definition(), "mlflow_run_id": "", "sessions": []}
+        trials = read_trials(folder) if earlier else []
+        if not is_over(plan, trials):
             stack.enter_context(connected(show_logs=not display.draws))
-            group = worker_groups.Group.of(
-                plan.base.run, use_gpu=uses_gpu(plan.base), gpus_per_worker=gpus_per_worker
-            )
-        stack.enter_context(conductor.recorded())
-        if group is not None:
-            conductor.train(group, concurrent)
-        return _conclude(conductor, command)
+            settings = _settings(plan, folder, lease.token, uri, gpus_per_worker)
+        stack.enter_context(_recorded(record, folder, runs, trials, display))
+        if not is_over(plan, trials):
+            trials = _train(Session(plan, settings, concurrent), record, display, runs, lease)
+            lease.check()
+        return _conclude(plan, trials, record, runs, folder, command)
+
+
+def _settings(plan: Plan, folder: str, lease: str, uri: str, gpus_per_worker: float | None) -> Settings:
+    run = plan.base.run
+    need = resources.worker_need(run, use_gpu=uses_gpu(plan.base), gpus_per_worker=gpus_per_worker)
+    return Settings(
+        base=plan.base, name=plan.name, folder=folder, lease=lease, tracking_uri=uri, metric=plan.metric,
+        sign=plan.sign, need=need, workers=run.num_workers, variables=worker_variables(),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _recorded(
+    record: dict[str, Any], folder: str, runs: Runs, trials: list[Trial], display: Display
+) -> Iterator[None]:
+    """Open the search's own record and MLflow run, and close them with the status that is true."""
+    plan = runs.plan
+    record["mlflow_run_id"] = runs.open_parent(record["mlflow_run_id"])
+    write_search(folder, record)
+    if trials:
+        over = f"{sum(trial.over for trial in trials)} of {plan.trials} trials are over"
+        display.line(f"search {plan.name} exists: continuing it, {over}")
+    display.line(f"search {plan.name}  storage {folder}")
+    display.line(f"MLflow run {runs.parent}: {tracking.ui_command(runs.uri)}")
+    status: tracking.Status = "KILLED"
+    try:
+        yield
+        status = "FINISHED"
+    except StoppedError:
+        raise
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        runs.close(status)
+
+
+def _train(
+    session: Session, record: dict[str, Any], display: Display, runs: Runs, lease: storage.Lease
+) -> list[Trial]:
+    """Train until every trial is over; returns them by number."""
+    plan, settings, started = session.plan, session.settings, time.time()
+    need, workers = settings.need, settings.workers
+    room = resources.wait_for_room(
+        need, workers, asked=session.concurrent, wait_s=plan.base.run.wait_s, tell=display.line
+    )
+    refuse_local_store(runs.uri)
+    at_once = min(session.concurrent or room, plan.trials)
+    each = f"{workers} worker" + ("s" if workers > 1 else "")
+    takes = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+    display.line(f"{plan.trials} trials, {at_once} at a time; each {each} with {takes}")
+    with opened(session, display, runs):
+        lease.call_when_lost(lambda: session.supervisor.stop.remote())
+        try:
+            run_tuner(session)
+        finally:
+            runs.settle_unfinished(session.trials)
+    trained = sum(trial.seconds for trial in session.trials)
+    record["sessions"].append({"wall_s": time.time() - started, "trained_s": trained, "concurrent": at_once})
+    write_search(settings.folder, record)
+    return session.trials
 
 
 def _check_networks(plan: Plan) -> None:
@@ -124,13 +199,13 @@ def _check_networks(plan: Plan) -> None:
             raise ValueError(f"the cell {point} cannot be built: {error}") from None
 
 
-def _earlier(plan: Plan, ledger: Ledger) -> dict[str, Any] | None:
+def _earlier(plan: Plan, folder: str) -> dict[str, Any] | None:
     """Read the record of the search that `plan` continues; None where a new one begins.
 
     Raises:
         ValueError: the search of this name has another definition, or its folder holds something else.
     """
-    earlier = ledger.read_search()
+    earlier = read_search(folder)
     if earlier is None or plan.base.run.overwrite:
         return None
     if changed := plan_differences(earlier["definition"], plan.definition()):
@@ -141,23 +216,25 @@ def _earlier(plan: Plan, ledger: Ledger) -> dict[str, Any] | None:
     return earlier
 
 
-def _conclude(conductor: Conductor, command: str) -> SearchResult:
+def _conclude(
+    plan: Plan, trials: Sequence[Trial], record: Mapping[str, Any], runs: Runs, folder: str, command: str
+) -> SearchResult:
     """Write the report, and put it into MLflow."""
-    plan, runs = conductor.plan, conductor.runs
-    found = cells(plan, conductor.engine.trials)
-    best_command, cost = _best_command(conductor.engine, found), _cost(conductor)
-    folder = storage.join(conductor.ledger.folder, "report")
-    with storage.staging(folder) as written:
+    found = cells(plan, trials)
+    best_command, cost = _best_command(plan, found), _cost(trials, record["sessions"])
+    report = storage.join(folder, "report")
+    with storage.staging(report) as written:
         write_report(plan, found, written, command=command, best_command=best_command, cost=cost)
         values = {}
         if (estimate := found[0].estimate) is not None:
             values = {f"best/{plan.metric.partition('/')[2]}": estimate.mean}
         runs.log_results(written, values, {"best": found[0].label, "best_command": best_command})
-        storage.publish(written, folder)
+        storage.publish(written, report)
     return SearchResult(
         plan=plan,
         cells=tuple(found),
-        page=storage.join(folder, HTML),
+        folder=folder,
+        page=storage.join(report, HTML),
         best_command=best_command,
         cost=cost,
         mlflow_run_id=runs.parent,
@@ -165,18 +242,17 @@ def _conclude(conductor: Conductor, command: str) -> SearchResult:
     )
 
 
-def _best_command(engine: Engine, found: Sequence[Cell]) -> str:
+def _best_command(plan: Plan, found: Sequence[Cell]) -> str:
     """Write the command that trains the best cell, as a separate run."""
     best = found[0].trials[0]
-    if best.last(engine.plan.metric) is None:
+    if best.last(plan.metric) is None:
         return "no trial came so far as to be evaluated; see the errors of the trials"
-    run = replace(engine.plan.base.run, seed=engine.plan.seeds[0], name=None, overwrite=False)
-    return command_line(replace(engine.config(best), run=run))
+    config = replace_fields(plan.base, {**best.values, "run.seed": plan.seeds[0]})
+    return command_line(replace(config, run=replace(config.run, name=None, overwrite=False)))
 
 
-def _cost(conductor: Conductor) -> str:
+def _cost(trials: Sequence[Trial], sessions: Sequence[Mapping[str, Any]]) -> str:
     """Say what the search took, beside the sum of its trials' training."""
-    trials, sessions = conductor.engine.trials, conductor.record["sessions"]
     trained = sum(trial.seconds for trial in trials)
     text = f"{len(trials)} trials trained for {duration(trained)} in sum"
     if not trained:

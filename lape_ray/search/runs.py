@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from lape_ray import tracking
 from lape_ray.config import PORTS, TrainConfig
 from lape_ray.data.split import split_facts
-from lape_ray.search.ledger import Trial
 from lape_ray.search.plan import Plan
+from lape_ray.search.record import Trial
 from lape_ray.search.space import as_text
 
 
@@ -17,18 +19,20 @@ class Runs:
     """The MLflow runs of one search, on the driver."""
 
     def __init__(self, plan: Plan, uri: str, *, command: str, program: str) -> None:
-        self._plan, self.uri, self._command = plan, uri, command
+        self.plan, self.uri, self._command = plan, uri, command
         self._source = tracking.source_tags(program)
         splits = {"train": split_facts(plan.base.data, "train"), "val": split_facts(plan.base.data, "val")}
         self._datasets = {role: (facts.path, facts.sha256) for role, facts in splits.items() if facts.sha256}
         self.parent = ""
+        self._opened: set[str] = set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
 
     def open_parent(self, earlier: str | None) -> str:
         """Continue the search's run, or make it; returns its id."""
         if earlier and tracking.reopen_run(self.uri, earlier):
             self.parent = earlier
             return earlier
-        plan = self._plan
+        plan = self.plan
         tags = {"recipe": plan.base.recipe, "search": plan.name, "space": plan.space_name, "sample": plan.sample,
                 "schedule": plan.schedule, "metric": plan.metric, "trials": str(plan.trials)}  # fmt: skip
         tags |= {f"space.{name}": str(axis) for name, axis in plan.space.axes.items()}
@@ -42,21 +46,31 @@ class Runs:
         return self.parent
 
     def open_child(self, trial: Trial, config: TrainConfig) -> str:
-        """Continue the trial's run, or make it; returns its id."""
-        if trial.run_id and tracking.reopen_run(self.uri, trial.run_id):
-            return trial.run_id
-        tags = {"mlflow.parentRunId": self.parent, "search": self._plan.name, "trial": str(trial.number),
+        """Make a trial's run; returns its id."""
+        tags = {"mlflow.parentRunId": self.parent, "search": self.plan.name, "trial": str(trial.number),
                 "cell": trial.label, "seed": str(trial.seed), "recipe": config.recipe}  # fmt: skip
         tags |= {key: str(getattr(config.model, key)) for key in PORTS}
         name = f"{trial.label} seed {trial.seed}"
-        return tracking.create_run(
+        run_id = tracking.create_run(
             config, name=name, command=self._command, tags={**tags, **self._source}, datasets=self._datasets
         )
+        self._opened.add(run_id)
+        return run_id
+
+    def reopen(self, trial: Trial) -> None:
+        """Set the run of a trial that an earlier driver began to running again."""
+        if trial.run_id and trial.run_id not in self._opened:
+            self._opened.add(trial.run_id)
+            self._thread.submit(tracking.reopen_run, self.uri, trial.run_id)
 
     def settle(self, trial: Trial) -> None:
-        """Bring the state of a trial's run into line with the trial, which no worker group trains any more."""
-        status: tracking.Status = {"finished": "FINISHED", "stopped": "FINISHED", "paused": "FINISHED"}.get(
-            trial.state, "FAILED" if trial.state == "failed" else "KILLED"
+        """Bring the state of a trial's run into line with the trial, which nobody trains any more."""
+        if trial.run_id:
+            self._thread.submit(self._settle, replace(trial))
+
+    def _settle(self, trial: Trial) -> None:
+        status: tracking.Status = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}.get(
+            trial.state, "KILLED"
         )  # type: ignore[assignment]
         tags = {"state": trial.state, "checkpoint": trial.checkpoint}
         if trial.error:
@@ -73,9 +87,13 @@ class Runs:
         tracking.log_values(self.uri, self.parent, values)
         tracking.tag_run(self.uri, self.parent, tags)
 
-    def close(self, trials: Sequence[Trial], status: tracking.Status) -> None:
-        """Close the search's run and those of trials that were left in the middle."""
+    def settle_unfinished(self, trials: Sequence[Trial]) -> None:
+        """Close the runs of trials that were left in the middle."""
         for trial in trials:
-            if trial.state == "running" and trial.run_id:
+            if not trial.over:
                 self.settle(trial)
+
+    def close(self, status: tracking.Status) -> None:
+        """Wait until MLflow has all of it, and close the search's run."""
+        self._thread.shutdown()
         tracking.finish_run(self.uri, self.parent, status)

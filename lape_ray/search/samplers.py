@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lape_ray.search.cells import Space
-from lape_ray.search.ledger import Trial, by_point
 from lape_ray.search.plan import Plan, Sample
+from lape_ray.search.record import Trial, by_point
 from lape_ray.search.space import Choice
 
 Point = dict[str, Any]

@@ -1,6 +1,6 @@
 """Which trials go on: pure functions of the plan and the trials' records.
 
-`after` is asked when a trial has reported an epoch, `resume` when a worker group is free and some trials pause.
+`after` is asked when a trial has reported an epoch, `settle` when some trials pause.
 ASHA decides at once by what is there; HyperBand and population-based training wait until all trials that are to be
 compared have arrived, so that their outcome does not depend on which worker was faster.
 """
@@ -13,8 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal
 
-from lape_ray.search.ledger import Clone, Trial
 from lape_ray.search.plan import Plan, Schedule
+from lape_ray.search.record import Clone, Trial
 from lape_ray.search.samplers import share
 
 Decision = Literal["go", "pause", "stop"]
@@ -33,6 +33,10 @@ class Scheduler(ABC):
     def settle(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the paused trials that can go on now, in order; those that lost are set to `stopped`."""
         return []
+
+    def decides_at(self, epoch: int) -> bool:
+        """Tell whether what `after` says of this epoch depends on which trials came to it first."""
+        return False
 
     def _score(self, trial: Trial, epoch: int) -> float:
         """Of an epoch that the trial has reported, larger is better; a metric that is no number is the worst."""
@@ -63,6 +67,10 @@ class Asha(Scheduler):
             found.append(epoch)
             epoch *= self.plan.eta
         return found
+
+    def decides_at(self, epoch: int) -> bool:
+        """Tell whether this epoch is a rung."""
+        return epoch in self.rungs()
 
     def after(self, trial: Trial, trials: Sequence[Trial]) -> Decision:
         if trial.done not in self.rungs():

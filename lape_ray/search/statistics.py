@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lape_ray.report.statistics import LEVEL, Estimate
-from lape_ray.search.ledger import Trial, by_point
 from lape_ray.search.plan import Plan
+from lape_ray.search.record import Trial, by_point
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from lape_ray.config import TrainConfig, flatten
 from lape_ray.recipes import RECIPES, recipe
-from lape_ray.search.ledger import Trial
 from lape_ray.search.plan import Plan
+from lape_ray.search.record import Trial
 from lape_ray.search.space import as_text
 from lape_ray.search.statistics import Cell, unit_of
 from lape_ray.storage import write_rows

@@ -1,240 +1,265 @@
-"""What a worker of a warm group does: trial after trial, until the search has no more for it.
-
-The group is one Ray Train run. A trial's checkpoints go to the trial's own folder instead of `ray.train.report`, which
-would keep the checkpoints of all its trials by one rule and wait for the controller after each.
-"""
+"""One training process of a trial, which trains trial after trial; rank 0 also keeps checkpoints and tells MLflow."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import socket
 import sys
 import time
-import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.collective
-import ray.train.torch
 import torch
+import torch.distributed as dist
 
 from lape_ray import storage, tracking
-from lape_ray.cluster.supervisor import LeavingNodes
-from lape_ray.config import TrainConfig, from_dict
-from lape_ray.search.shelf import Shelf
-from lape_ray.training.checkpoint import Meta, read_meta
+from lape_ray.cluster.supervisor import StopRequest
+from lape_ray.search._training import Training
+from lape_ray.search.checkpoints import History, Trained, TrialFolder, best_of, name_of
+from lape_ray.search.trial import Outcome, Part, Settings
+from lape_ray.training.checkpoint import read_meta
 from lape_ray.training.flags import News
-from lape_ray.training.loop import DivergedError, EndedError, Take, train
-from lape_ray.training.state import World
+from lape_ray.training.loop import DivergedError, StoppedError
 
-HOPELESS = (ValueError, DivergedError, torch.OutOfMemoryError)
+HOPELESS = (ValueError, torch.OutOfMemoryError)
 """What would happen again; anything else is tried again from the newest checkpoint."""
+DRAIN_POLL_S = 5.0
 
 
-class LeaveError(EndedError):
-    """The search wants this trial no more, or not now."""
+def _outcome(method: Callable[..., Any]) -> Callable[..., Outcome]:
+    """Return, as an `Outcome`, what a method of a worker returns, or an error that trying again does not mend."""
 
-
-@dataclass
-class Channel:
-    """A worker group's way to the search; only rank 0 asks."""
-
-    desk: Any
-    lane: int
-
-    def ask(self, **message: Any) -> tuple[int, Any]:
-        """Ask the search; returns the ticket and the answer. LeaveError: the search is gone."""
+    @functools.wraps(method)
+    def call(*arguments: Any) -> Outcome:
         try:
-            ticket, answer = ray.get(self.desk.ask.remote(self.lane, message))
-        except ray.exceptions.RayActorError:
-            raise LeaveError("the search is gone") from None
-        return ticket, answer
+            return Outcome(value=method(*arguments))
+        except StoppedError as error:
+            return Outcome(end="stopped", reason=str(error))
+        except DivergedError as error:
+            return Outcome(end="diverged", reason=f"DivergedError: {error}")
+        except HOPELESS as error:
+            words = f"{type(error).__name__}: {error}"
+            if isinstance(error, torch.OutOfMemoryError):
+                words = f"{words.splitlines()[0]}; lower --data.batch_size, or raise --optim.accumulate"
+            return Outcome(end="failed", reason=words)
 
-    def tell(self, **message: Any) -> None:
-        """Say what needs no answer; if the search is gone, the next order tells so to all workers."""
-        with contextlib.suppress(LeaveError):
-            self.ask(**message)
-
-    def order(self, rank: int) -> dict[str, Any]:
-        """Receive the group's next order, on all ranks. LeaveError, on all of them: the search is gone."""
-        ticket: int | None = None
-        if rank == 0:
-            with contextlib.suppress(LeaveError):
-                ticket = self.ask(kind="ready")[0]
-        ticket = ray.train.collective.broadcast_from_rank_zero(ticket)
-        if ticket is None:
-            raise LeaveError("the search is gone")
-        order: dict[str, Any] = ray.get(self.desk.kept.remote(ticket))
-        return order
+    return call
 
 
-def lane_worker(payload: Mapping[str, Any]) -> None:
-    """One worker of a group, as Ray Train's train function."""
-    channel = Channel(payload["desk"], payload["lane"])
-    rank = ray.train.get_context().get_world_rank()
-    device = ray.train.torch.get_device()
-    with contextlib.suppress(LeaveError, ray.exceptions.RayActorError):
-        while (order := channel.order(rank))["kind"] == "train":
-            _train_one(order, channel, rank, device)
+class Worker:
+    """The worker of one rank. Its methods are called by the trial's leader, on all ranks but for `find` at once."""
 
+    def __init__(self, settings: Settings, rank: int, supervisor: Any) -> None:
+        self._settings, self._rank = settings, rank
+        self._device = torch.device("cuda" if settings.need.get("GPU") else "cpu")
+        self._stop = StopRequest(supervisor)
+        self._closing = ThreadPoolExecutor(1, thread_name_prefix="close")
+        self._closed: Future[Any] | None = None
+        self._keeper: Keeper | None = None
+        self._training: Training | None = None
+        self._opened = contextlib.ExitStack()
 
-def _train_one(order: Mapping[str, Any], channel: Channel, rank: int, device: torch.device) -> None:
-    world = World.current(device)
-    trial = order["trial"]
-    try:
-        with contextlib.suppress(LeaveError):
-            _train_trial(order, channel, rank, device)
-        if rank == 0:
-            channel.tell(kind="left", trial=trial)
-    except Exception as error:
-        kind = "failed" if isinstance(error, HOPELESS) else "crashed"
-        channel.tell(kind=kind, trial=trial, error=_in_words(error))
-        # All workers see a divergence. With any other error they wait for this one, and the group must start anew.
-        if world.size > 1 and not isinstance(error, DivergedError):
-            raise
-    finally:
-        # What the next trial of this process would otherwise inherit. After eight networks of one process torch would
-        # compile no more; where nothing was compiled, asking for it would import the compiler.
+    def address(self) -> str:
+        """Return an address of this node on which nobody listens yet, for the process group to meet."""
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+
+    @_outcome
+    def meet(self, address: str) -> None:
+        """Form the process group of the trial's workers, where there are several; it serves all trials to come."""
+        if self._settings.workers > 1:
+            dist.init_process_group(
+                "nccl" if self._device.type == "cuda" else "gloo", init_method=f"tcp://{address}",
+                rank=self._rank, world_size=self._settings.workers,
+                timeout=timedelta(seconds=self._settings.base.run.start_timeout_s),
+            )  # fmt: skip
+
+    @_outcome
+    def find(self, part: Part) -> dict[str, Any]:
+        """Find, on rank 0, the curve of the trial so far and the checkpoint to begin with; clone one where it is due."""
+        self._keeper = Keeper(self._settings, part)
+        begin_with = self._keeper.find()
+        return {**self._keeper.report(), "begin_with": begin_with}
+
+    @_outcome
+    def begin(self, part: Part, begin_with: str | None) -> None:
+        """Build the training, or restore it from that checkpoint of the trial's folder."""
+        keeper = self._keeper if self._rank == 0 else None
+        if keeper is not None:
+            keeper.open_tracker(begin_with)
+        reporter = TrialReporter(keeper, self._stop)
+        folder = None
+        if begin_with is not None:
+            folder = self._opened.enter_context(TrialFolder(part.folder).opened(begin_with))
+        self._training = Training.begin(
+            part.config, device=self._device, reporter=reporter, resume_from=folder
+        )
+        self._opened.close()
+
+    @_outcome
+    def epoch(self) -> dict[str, Any] | None:
+        """Train the next epoch; rank 0 stores the checkpoint, and returns the curve up to it."""
+        assert self._training is not None
+        metrics = self._training.epoch()
+        if self._rank:
+            return None
+        assert self._keeper is not None
+        self._keeper.epoch(metrics, self._training.snapshot)
+        return self._keeper.report()
+
+    def end(self) -> None:
+        """Give back what the next trial of this process would inherit."""
+        self._opened.close()
+        if self._training is not None:
+            self._training.close()
+        if self._keeper is not None:
+            self._closed = self._closing.submit(self._keeper.close)
+        self._training = self._keeper = None
+        # After eight networks of one process torch would compile no more; where nothing was compiled, asking for it
+        # would import the compiler.
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
         gc.collect()
-        if device.type == "cuda":
+        if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-
-def _in_words(error: Exception) -> str:
-    """Put in words the error's message for a table, then where it came from."""
-    words = f"{type(error).__name__}: {error}"
-    if isinstance(error, torch.OutOfMemoryError):
-        words = f"{words.splitlines()[0]}; lower --data.batch_size, or raise --optim.accumulate"
-    trace = "".join(traceback.format_exception(error)[-6:]) if not isinstance(error, HOPELESS) else ""
-    return f"{words}\n{trace}".strip()
+    def close(self) -> None:
+        """Wait until MLflow has everything."""
+        if self._closed is not None:
+            self._closed.result()
 
 
-def _train_trial(order: Mapping[str, Any], channel: Channel, rank: int, device: torch.device) -> None:
-    config = from_dict(TrainConfig, order["config"])
-    shelf, clone = Shelf(order["folder"]), order["clone"]
-    name: str | None = None
-    if rank == 0:
-        name = shelf.newest_whole(config, clone)
-        if name is None and clone is not None:
-            name, weights = shelf.clone(Shelf(clone["folder"]), config, clone)
-            what = {"epoch": clone["epoch"], "source": clone["source"], "weights": weights}
-            channel.tell(kind="loaded", trial=order["trial"], what=what)
-    name = ray.train.collective.broadcast_from_rank_zero(name)
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(shelf.opened(name)) if name is not None else None
-        meta = read_meta(folder) if folder is not None else None
-        tracker = None
-        if rank == 0:
-            unsent = meta.notes.get("unsent", []) if meta is not None and clone is None else []
-            tracker = tracking.Tracker(order["tracking_uri"], order["run_id"], unsent)
-            stack.callback(tracker.close)
-        reporter = TrialReporter(
-            order, channel, shelf, tracker, World.current(device), protected=name, best=order["best"]
-        )
-        try:
-            if meta is not None:
-                reporter.tell_again(meta)
-            train(config, device=device, reporter=reporter, resume_from=folder, mlflow_run_id=order["run_id"])
-        finally:
-            reporter.keep_lines()
+class Keeper:
+    """Rank 0's way to the trial's folder and to its MLflow run."""
+
+    def __init__(self, settings: Settings, part: Part) -> None:
+        self._settings, self._part = settings, part
+        self._folder = TrialFolder(part.folder)
+        self._history = History()
+        self._protected: str | None = None
+        self._tracker: tracking.Tracker | None = None
+        self._lines: list[str] = []
+        self._clock = time.monotonic()
+
+    def find(self) -> str | None:
+        """Find where the trial goes on; returns the name of the checkpoint, None at its beginning."""
+        part, folder = self._part, self._folder
+        name, self._history = folder.newest(part.config, part.lineage)
+        if name is None and part.lineage:
+            name, self._history = folder.clone(TrialFolder(part.source), part.config, self._history)
+        self._protected = name  # another trial may be cloning it
+        return name
+
+    def report(self) -> dict[str, Any]:
+        """Return what the search hears of the trial: its curve, what it was cloned from, its best checkpoint."""
+        epochs = self._history.epochs
+        curve = [{"epoch": one.epoch, "metrics": dict(one.metrics), "seconds": one.seconds} for one in epochs]
+        best = self._best()
+        checkpoint = self._folder.address(best) if best else ""
+        return {
+            "curve": curve,
+            "checkpoint": checkpoint,
+            "loaded": [dict(one) for one in self._history.loaded],
+        }
+
+    def _best(self) -> str | None:
+        epochs = self._history.epochs
+        best = best_of(epochs, self._settings.metric, self._settings.sign)
+        return best or (name_of(epochs[-1].steps_done) if epochs else None)
+
+    def open_tracker(self, begin_with: str | None) -> None:
+        """Begin to tell MLflow, with what it has not taken of the epochs before."""
+        unsent: Any = ()
+        if begin_with is not None:
+            with self._folder.opened(begin_with) as folder:
+                unsent = read_meta(folder).notes.get("unsent", ())
+        self._tracker = tracking.Tracker(self._settings.tracking_uri, self._part.run_id, unsent)
+        self._clock = time.monotonic()
+
+    def metrics(self, metrics: dict[str, float], step: int) -> None:
+        if self._tracker is not None:
+            self._tracker.metrics(metrics, step=step)
+
+    def line(self, text: str) -> None:
+        self._lines.append(text)
+
+    def epoch(self, metrics: dict[str, float], snapshot: Callable[..., Any]) -> None:
+        """Store the checkpoint of an epoch's end, and with it the epoch."""
+        copy = snapshot(self._tracker.unsent() if self._tracker else ())
+        seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
+        one = Trained(
+            epoch=copy.meta.epochs_done, metrics=metrics, seconds=seconds, steps_done=copy.meta.steps_done,
+            lineage=self._part.lineage,
+        )  # fmt: skip
+        self.metrics(metrics, one.steps_done)
+        self._history = replace(self._history, epochs=(*self._history.epochs, one))
+        self.store(copy)
+
+    def store(self, copy: Any) -> None:
+        """Store a checkpoint, and delete those that are neither new, nor best, nor protected."""
+        run, kept = self._settings.base.run, {name_of(copy.meta.steps_done), self._protected, self._best()}
+
+        def put() -> None:
+            storage.check_lease(self._settings.folder, self._settings.lease)
+            self._folder.put(copy.meta.steps_done, copy.save, self._history)
+            self._folder.drop_all_but({name for name in kept if name is not None})
+
+        storage.patiently(put, run.outage_s, self.line)
+
+    def close(self) -> None:
+        """Add the loop's lines to the trial's log.txt, and wait until MLflow has everything."""
+        if self._lines:
+            address = self._folder.address("log.txt")
+            before = storage.read_text(address) if storage.exists(address) else ""
+            storage.write_text(address, before + "\n".join(self._lines) + "\n")
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 @dataclass
 class TrialReporter:
-    """Carries what the loop reports to the trial's folder, to MLflow and to the search, which decides."""
+    """Carry what the loop reports within an epoch to rank 0's keeper; the other ranks have none."""
 
-    order: Mapping[str, Any]
-    channel: Channel
-    shelf: Shelf
-    tracker: tracking.Tracker | None
-    """Of rank 0 only."""
-    world: World
-    protected: str | None
-    """The checkpoint that this part of the trial began with; another trial may be cloning it."""
-    lines: list[str] = field(default_factory=list)
-    best: tuple[float, str] | None = None
-    """Score and name of the best checkpoint that is kept."""
-    clock: float = field(default_factory=time.monotonic)
-    nodes: LeavingNodes = field(default_factory=LeavingNodes)
+    keeper: Keeper | None
+    stop: StopRequest
+    polled: float = 0.0
+    leaving: bool = False
+    node: str = field(default_factory=lambda: ray.get_runtime_context().get_node_id())
 
     def step(self, metrics: dict[str, float], *, step: int) -> None:
-        if self.tracker is not None:
-            self.tracker.metrics(metrics, step=step)
+        if self.keeper is not None:
+            self.keeper.metrics(metrics, step)
 
-    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
-        leave = False
-        if self.tracker is not None:
-            self.tracker.metrics(metrics, step=step)
-            leave = self._decision(metrics, self._keep(metrics, step, take)) != "go"
-        if self.world.any(leave):
-            raise LeaveError("the search has ended this part of the trial")
-
-    def tell_again(self, meta: Meta) -> None:
-        """Report the epoch of a checkpoint that the search has not heard of: it was stopped in between."""
-        leave = False
-        if self.tracker is not None and meta.epochs_done > self.order["reported"] and not meta.progress.step:
-            self.tracker.metrics(dict(meta.metrics), step=meta.steps_done)
-            assert self.protected is not None
-            leave = self._decision(meta.metrics, self.protected) != "go"
-        if self.world.any(leave):
-            raise LeaveError("the search has ended this part of the trial")
-
-    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
-        if self.tracker is not None:
-            self._keep(metrics, step, take)
+    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[..., Any]) -> None:
+        if self.keeper is not None:
+            self.keeper.store(snapshot())
 
     def stored(self) -> None:
         """Nothing is left to wait for."""
 
     def news(self) -> News:
-        return News.NONE
+        return News.STOP if self.stop else News.NONE
 
-    def leaving(self) -> bool:
-        return self.nodes.news()
+    def node_leaving(self) -> bool:
+        """Tell once that Ray is about to take this worker's node away."""
+        if self.leaving or time.monotonic() - self.polled < DRAIN_POLL_S:
+            return False
+        self.polled = time.monotonic()
+        self.leaving = self.node in draining_nodes()
+        return self.leaving
 
     def line(self, text: str) -> None:
-        if self.tracker is not None:
-            self.lines.append(text)
+        if self.keeper is not None:
+            self.keeper.line(text)
 
-    def keep_lines(self) -> None:
-        """Add the loop's lines to the trial's log.txt."""
-        if not self.lines:
-            return
-        address = storage.join(self.order["folder"], "log.txt")
-        before = storage.read_text(address) if storage.exists(address) else ""
-        storage.write_text(address, before + "\n".join(self.lines) + "\n")
-        self.lines.clear()
 
-    def _decision(self, metrics: Mapping[str, float], name: str) -> str:
-        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
-        best = self.best[1] if self.best else name
-        try:
-            answer = self.channel.ask(
-                kind="epoch",
-                trial=self.order["trial"],
-                epoch=round(metrics["epoch"]),
-                metrics=dict(metrics),
-                seconds=seconds,
-                checkpoint=self.shelf.address(best),
-            )[1]
-        except LeaveError:
-            return "stop"  # and so the other workers hear of it, too
-        return str(answer)
-
-    def _keep(self, metrics: Mapping[str, float], step: int, take: Take) -> str:
-        """Save a checkpoint, and delete those that are neither new, nor best, nor protected."""
-        notes = {"unsent": self.tracker.unsent()} if self.tracker is not None else {}
-        name = self.shelf.put(step, take(notes))
-        value = metrics.get(self.order["metric"])
-        if value is not None and value == value:
-            score = self.order["sign"] * value
-            if self.best is None or score >= self.best[0]:
-                self.best = (score, name)
-        kept = {name, self.protected, self.best[1] if self.best else None}
-        self.shelf.drop_all_but({each for each in kept if each is not None})
-        return name
+def draining_nodes() -> dict[str, int]:
+    """Return the ids of nodes that are about to leave the cluster, by a private name of Ray's (as Ray Train does)."""
+    return ray._private.state.state.get_draining_nodes() or {}

@@ -1,19 +1,14 @@
-"""What is known of each trial, kept in the storage as it happens: `trials/NNNN/trial.json` below the search's folder.
-
-A record holds everything that later decisions depend on, so that a search which was killed anywhere goes on from it.
-"""
+"""What is known of a search and of its trials. Knows no Ray."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lape_ray import storage
 
-State = Literal["running", "paused", "finished", "stopped", "failed"]
+State = Literal["waiting", "running", "paused", "finished", "stopped", "failed"]
 OVER: tuple[State, ...] = ("finished", "stopped", "failed")
 RECORD = "search.json"
 WAY_OUT = "choose another --run.name, or move the folder away"
@@ -57,7 +52,7 @@ class Trial:
     seed: int
     label: str
     first: dict[str, Any]
-    state: State = "running"
+    state: State = "waiting"
     error: str = ""
     run_id: str = ""
     crashes: int = 0
@@ -99,9 +94,8 @@ class Trial:
 
     def at(self, epoch: int, metric: str) -> float | None:
         """Return the metric after `epoch`; None where it was not reported."""
-        for one in self.epochs:
-            if one.epoch == epoch:
-                return one.metrics.get(metric)
+        if 0 < epoch <= len(self.epochs):
+            return self.epochs[epoch - 1].metrics.get(metric)
         return None
 
     def last(self, metric: str) -> float | None:
@@ -113,77 +107,6 @@ class Trial:
         values = [one.metrics[metric] for one in self.epochs if metric in one.metrics]
         return max(values, key=lambda value: sign * value) if values else None
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Trial:
-        values = json.loads(text)
-        values["first"] = {name: _tuples(value) for name, value in values["first"].items()}
-        values["epochs"] = [Epoch(**one) for one in values["epochs"]]
-        values["lineage"] = [
-            Clone(**{**one, "values": {n: _tuples(v) for n, v in one["values"].items()}})
-            for one in values["lineage"]
-        ]
-        return cls(**values)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON has lists where configs have tuples."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-class Ledger:
-    """The records of one search below `folder`, a local path or a remote address."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.lease: storage.Lease | None = None
-
-    def trial_folder(self, number: int) -> str:
-        return storage.join(self.folder, "trials", f"{number:04}")
-
-    def save(self, trial: Trial) -> None:
-        if self.lease is not None:
-            self.lease.check()
-        storage.write_text(storage.join(self.trial_folder(trial.number), "trial.json"), trial.to_json())
-
-    def load(self) -> list[Trial]:
-        """Every trial that was begun, by number. They are begun in order, so that the first gap ends them."""
-        trials: list[Trial] = []
-        while storage.exists(address := storage.join(self.trial_folder(len(trials)), "trial.json")):
-            trials.append(self._read_trial(address))
-        return trials
-
-    def read_search(self) -> dict[str, Any] | None:
-        """Read the record of the search as a whole; None before there is one.
-
-        Raises:
-            ValueError: it is damaged, or the folder holds something else than a search.
-        """
-        address = storage.join(self.folder, RECORD)
-        try:
-            values: dict[str, Any] = storage.read_record(dict[str, Any], address, way_out=WAY_OUT)
-        except FileNotFoundError:
-            if others := [name for name in storage.names(self.folder) if name not in storage.LEASE_FILES]:
-                raise ValueError(f"{self.folder} holds {others[0]!r} and no {RECORD}: {WAY_OUT}") from None
-            return None
-        if "definition" not in values:
-            raise ValueError(f"{address} has no 'definition': {WAY_OUT}")
-        return values
-
-    def write_search(self, values: Mapping[str, Any]) -> None:
-        if self.lease is not None:
-            self.lease.check()
-        storage.write_record(storage.join(self.folder, RECORD), values)
-
-    @staticmethod
-    def _read_trial(address: str) -> Trial:
-        try:
-            return Trial.from_json(storage.read_text(address))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{address} is damaged ({type(error).__name__}: {error}); {WAY_OUT}") from None
-
 
 def by_point(trials: Sequence[Trial]) -> dict[int, list[Trial]]:
     """Trials of the same point, by its number."""
@@ -191,3 +114,34 @@ def by_point(trials: Sequence[Trial]) -> dict[int, list[Trial]]:
     for trial in trials:
         groups.setdefault(trial.point, []).append(trial)
     return dict(sorted(groups.items()))
+
+
+def trial_folder(folder: str, number: int) -> str:
+    """Return the address of a trial's folder in that of its search; Tune's own files of the trial lie there too."""
+    return storage.join(folder, f"trial-{number:04}")
+
+
+# --- the search as a whole --------------------------------------------------------------------------------------
+
+
+def read_search(folder: str) -> dict[str, Any] | None:
+    """Read the record of the search in `folder`; None before there is one.
+
+    Raises:
+        ValueError: it is damaged, or the folder holds something else than a search.
+    """
+    address = storage.join(folder, RECORD)
+    try:
+        values: dict[str, Any] = storage.read_record(dict[str, Any], address, way_out=WAY_OUT)
+    except FileNotFoundError:
+        if others := [name for name in storage.names(folder) if name not in storage.LEASE_FILES]:
+            raise ValueError(f"{folder} holds {others[0]!r} and no {RECORD}: {WAY_OUT}") from None
+        return None
+    if "definition" not in values:
+        raise ValueError(f"{address} has no 'definition': {WAY_OUT}")
+    return values
+
+
+def write_search(folder: str, values: Mapping[str, Any]) -> None:
+    """Write the record of the search in `folder`."""
+    storage.write_record(storage.join(folder, RECORD), values)

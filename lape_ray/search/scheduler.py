@@ -1,0 +1,118 @@
+"""Ray Tune's scheduler of a search: the rules of `schedules`, which are functions of what the trials have reported.
+
+Tune's own schedulers keep their state in themselves, and Tune keeps it in no snapshot: after a restore ASHA decides
+otherwise, and HyperBand waits for ever. A rule has no state to lose.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
+from ray.tune.schedulers import TrialScheduler
+
+from lape_ray.search.session import Session
+
+
+class Rule(TrialScheduler):
+    """Decide by the plan's rule, on Tune's behalf."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+        self._decided = False
+        self._idle = 0
+
+    def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Take up a trial: a new one, one of a restored search, or one that is to be tried again."""
+        session, resources = self.session, self.session.settings.resources
+        known = trial.config["number"] in {one.number for one in session.trials}
+        record = session.records.update(trial)
+        trial.set_config({**trial.config, "folder": session.settings.folder})
+        if trial.is_finished():
+            return
+        if trial.placement_group_factory != resources:
+            trial.update_resources(resources)
+        # A restored search has forgotten which of its trials paused.
+        if not known and record.epochs and session.scheduler.after(record, session.trials) == "pause":
+            trial.set_status(TuneTrial.PAUSED)
+            session.records.update(trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """Decide what becomes of a trial that has reported an epoch other than its last."""
+        session = self.session
+        record = session.records.update(trial, result)
+        if result.get("interrupted"):
+            return self.NOOP
+        if result["epoch"] < record.done:  # known already: its checkpoint was lost, and it is trained again
+            return self.CONTINUE
+        trial.set_config({**trial.config, "done": record.done})
+        decision = session.scheduler.after(record, session.trials)
+        if decision == "pause":
+            tune_controller.pause_trial(trial, should_checkpoint=False)
+            return self.NOOP
+        self._decided = self._decided or session.scheduler.decides_at(record.done)
+        return self.STOP if decision == "stop" else self.CONTINUE
+
+    def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
+        """Return the next trial to run: one whose pause is over, else the first that waits."""
+        trials = {trial.config["number"]: trial for trial in tune_controller.get_trials()}
+        if self._decided:
+            self._decided = False
+            take_snapshot(tune_controller)
+        ready = self._settle(tune_controller, trials)
+        self._keep_idle(tune_controller)
+        if ready and not (self.session.concurrent and self.session.busy >= self.session.concurrent):
+            return ready[0]
+        waiting = sorted(number for number, trial in trials.items() if trial.status == TuneTrial.PENDING)
+        return trials[waiting[0]] if waiting else None
+
+    def _settle(self, controller: Any, trials: dict[int, TuneTrial]) -> list[TuneTrial]:
+        """Stop the paused trials that have lost; returns those that go on, clones with their new config."""
+        session = self.session
+        session.refresh(list(trials.values()))
+        ready = session.scheduler.settle(session.trials)
+        for record in session.trials:
+            trial = trials[record.number]
+            if record.state == "stopped" and trial.status == TuneTrial.PAUSED:
+                controller.stop_trial(trial)
+            if len(record.lineage) > len(trial.config["lineage"]):
+                lineage = [vars(clone) | {"values": dict(clone.values)} for clone in record.lineage]
+                trial.set_config({**trial.config, "lineage": lineage})
+        return [trials[record.number] for record in ready]
+
+    def _keep_idle(self, controller: Any) -> None:
+        """Keep as many idle actors as there are trials that may still need one."""
+        session = self.session
+        later = session.plan.trials - len(session.trials)
+        later += sum(trial.state == "paused" for trial in session.trials)
+        if later != self._idle:
+            keep_actors(controller, session.settings.resources, later - self._idle)
+            self._idle = later
+
+    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+        """Do nothing: what a trial came to is in its record."""
+
+    def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Do nothing: what a trial came to is in its record."""
+
+    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
+        """Do nothing: what a trial came to is in its record."""
+
+    def debug_string(self) -> str:
+        """Return the name of the rule."""
+        return self.session.plan.schedule
+
+
+# --- private names of Ray, each of which has a test that fails where Ray changes it ----------------------------------
+
+
+def keep_actors(controller: Any, resources: tune.PlacementGroupFactory, more: int) -> None:
+    """Let Tune keep `more` idle actors of these resources: by itself it keeps none while all trials pause."""
+    controller._tune_controller._actor_cache.increase_max(resources, by=more)
+
+
+def take_snapshot(controller: Any) -> None:
+    """Make Tune write its snapshot now, so that a decision which depends on who came first is never taken again."""
+    controller._tune_controller.checkpoint(force=True)

@@ -1,0 +1,248 @@
+"""A trial of a search as Ray Tune runs it: an actor that leads the trial's workers, one epoch a step.
+
+The leader computes nothing and sits in no collective: a worker that dies would leave it hanging there, while here the
+first worker that fails ends the step. The workers stay warm from trial to trial; a process imports torch, meets its
+companions and opens MLflow once. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray import tune
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.search.record import trial_folder
+
+NAMESPACE = "lape_ray"
+CLOSE_S = 8.0  # of the ten that Tune gives an actor to end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all trials of a search share while one driver is at work on it.
+
+    Attributes:
+        base: the config that every trial starts from
+        folder: address of the search's folder
+        lease: token of the driver that owns the folder
+        metric: what is compared; `sign` is 1 where more is better, -1 where less is
+        need: what each worker takes of its node, Ray's resource -> amount
+        workers: of each trial
+        variables: environment of the workers
+    """
+
+    base: TrainConfig
+    name: str
+    folder: str
+    lease: str
+    tracking_uri: str
+    metric: str
+    sign: int
+    need: dict[str, float]
+    workers: int
+    variables: dict[str, str]
+
+    @property
+    def resources(self) -> tune.PlacementGroupFactory:
+        """What a trial takes of the cluster: nothing for its leader, `need` for each worker."""
+        return tune.PlacementGroupFactory([{}] + [self.need] * self.workers)
+
+
+def train_config(base: TrainConfig, name: str, trial: dict[str, Any]) -> TrainConfig:
+    """Make the whole config of a trial of the search `name`; a ValueError says which settings contradict each other."""
+    values = dict(trial["values"])
+    for clone in trial["lineage"]:
+        values |= clone["values"]
+    tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return replace_fields(
+        base, {**tuples, "run.seed": trial["seed"], "run.name": f"{name}-{trial['number']:04}"}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What workers are to train: a trial from its beginning, or since it was cloned.
+
+    Attributes:
+        folder: address of the trial's folder
+        lineage: (epoch, source) of each time it was cloned
+        source: folder of the trial that it was cloned from last
+    """
+
+    config: TrainConfig
+    folder: str
+    lineage: tuple[tuple[int, int], ...]
+    source: str
+    run_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a worker's call came to. `failed` is of this worker alone, the other ends come to all of them.
+
+    Attributes:
+        end: `failed` is an error that would come again; any other error is raised
+        reason: in words, where the end is not `done`
+        value: what the call returned
+    """
+
+    end: Literal["done", "stopped", "diverged", "failed"] = "done"
+    reason: str = ""
+    value: Any = None
+
+
+class EndedError(Exception):
+    """A trial ended before its epoch did: `outcome` says how."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.reason)
+        self.outcome = outcome
+
+
+class WorkerProcess:
+    """Hand calls to a `Worker` of this process, which takes seconds to import."""
+
+    def __init__(self, settings: Settings, rank: int, supervisor: Any) -> None:
+        from lape_ray.search.worker import Worker
+
+        self._worker = Worker(settings, rank, supervisor)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._worker, method)(*arguments)
+
+
+class LapeTrial(tune.Trainable):
+    """Train a trial of a search, one epoch a step.
+
+    A step's result holds the trial's whole curve so far. Tune keeps no checkpoints: they are in the trial's folder, and
+    with each the curve up to it. Epochs that are stored there, but that the search has not heard of because it goes on
+    from an older snapshot, are reported again and not trained again.
+    """
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Start the workers in the trial's placement group, without waiting for them."""
+        self._supervisor = ray.get_actor(config["folder"], namespace=NAMESPACE)
+        self._settings: Settings = ray.get(self._supervisor.settings.remote())
+        self._workers: list[Any] = []
+        self._meeting: list[Any] = []
+        self._begun = False
+        self._start_workers()
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Make ready for another trial, or for another part of one."""
+        self._leave()
+        self._trial = new_config
+        self._found: dict[str, Any] = {}
+        self._curve: list[dict[str, Any]] = []
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Report the trial's next epoch: the one that is stored already, else the one that is trained now."""
+        try:
+            if not self._found:
+                self._found = self._find()
+                self._curve = self._found["curve"][: self._trial["done"]]
+            done = len(self._curve)
+            if done < len(self._found["curve"]):
+                self._curve.append(self._found["curve"][done])
+            elif done < self._settings.base.optim.total_epochs:
+                self._train_epoch()
+        except EndedError as error:
+            if error.outcome.end == "stopped":
+                return self._result(interrupted=True)
+            return self._result(failed=error.outcome.reason, done=True)
+        complete = len(self._curve) >= self._settings.base.optim.total_epochs
+        return self._result(complete=complete, done=complete)
+
+    def cleanup(self) -> None:
+        """End the workers; what they have not sent to MLflow yet has some seconds."""
+        self._leave()
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get([worker.call.remote("close") for worker in self._workers], timeout=CLOSE_S)
+        self._end_workers()
+
+    def _result(self, **more: Any) -> dict[str, Any]:
+        last = self._curve[-1] if self._curve else {"epoch": 0, "metrics": {}}
+        found = {name: self._found[name] for name in ("checkpoint", "loaded") if self._found}
+        return {**last["metrics"], "epoch": last["epoch"], "curve": list(self._curve), **found, **more}
+
+    # --- what workers do --------------------------------------------------------------------------------------
+
+    def _find(self) -> dict[str, Any]:
+        """Let rank 0 find where the trial goes on: its curve so far, and the checkpoint to begin with."""
+        try:
+            self._part = self._part_of(self._trial)
+        except ValueError as error:
+            raise EndedError(Outcome(end="failed", reason=f"ValueError: {error}")) from None
+        return self._on(self._workers[:1], "find", self._part)
+
+    def _part_of(self, trial: dict[str, Any]) -> Part:
+        settings, lineage = self._settings, trial["lineage"]
+        return Part(
+            config=train_config(settings.base, settings.name, trial),
+            folder=trial_folder(settings.folder, trial["number"]),
+            lineage=tuple((clone["epoch"], clone["source"]) for clone in lineage),
+            source=trial_folder(settings.folder, lineage[-1]["source"]) if lineage else "",
+            run_id=trial["run_id"],
+        )
+
+    def _train_epoch(self) -> None:
+        """Train the next epoch on all workers, and store it."""
+        if not self._begun:
+            self._begun = True
+            self._on(self._workers, "begin", self._part, self._found["begin_with"])
+        self._found |= self._on(self._workers, "epoch")
+        self._curve = list(self._found["curve"])
+
+    def _on(self, workers: list[Any], method: str, *arguments: Any) -> Any:
+        """Call a method on some workers at once; returns what the first of them does.
+
+        Raises:
+            EndedError: the trial ends here, and the workers can go on to another one.
+            RayError: a worker died, or failed in a way that may not come again.
+        """
+        calls = [worker.call.remote(method, *arguments) for worker in workers]
+        waiting, self._meeting = [*self._meeting, *calls], []
+        while waiting:
+            ready, waiting = ray.wait(waiting)
+            outcome = ray.get(ready[0])
+            if outcome.end == "failed" and waiting:
+                self._start_workers()  # in the place of those that wait for the one which failed
+            if outcome.end == "failed" or (outcome.end != "done" and not waiting):
+                raise EndedError(outcome)
+        return ray.get(calls[0]).value
+
+    def _leave(self) -> None:
+        """Let the workers give back what they hold of a trial."""
+        if self._begun:
+            for worker in self._workers:
+                worker.call.remote("end")
+        self._begun = False
+
+    def _start_workers(self) -> None:
+        """Start a process for each rank in the trial's placement group; they meet while the leader goes on."""
+        self._end_workers()
+        settings, group = self._settings, ray.util.get_current_placement_group()
+        actor = ray.remote(WorkerProcess)
+        for rank in range(settings.workers):
+            self._workers.append(
+                actor.options(
+                    num_cpus=settings.need["CPU"],
+                    num_gpus=settings.need.get("GPU", 0),
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+                    runtime_env={"env_vars": settings.variables},
+                ).remote(settings, rank, self._supervisor)
+            )
+        address = self._workers[0].call.remote("address")
+        self._meeting = [worker.call.remote("meet", address) for worker in self._workers]
+
+    def _end_workers(self) -> None:
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers.clear()

@@ -1,0 +1,112 @@
+"""The trials of a search as Ray Tune holds them, and as the rest of this room sees them.
+
+What the driver decides about a trial lies in its config, and what the trial reports, its whole curve so far, in its
+last result. Both are in every snapshot that Tune takes, so that a record is a view of one and needs no file.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.exceptions import RayError, RayTaskError
+from ray.tune.experiment import Trial as TuneTrial
+
+from lape_ray.search.record import Clone, Epoch, State, Trial
+
+DIED = "its workers died: killed, out of memory, or their node went away"
+
+
+def trial_config(record: Trial) -> dict[str, Any]:
+    """Make the config with which Tune begins a trial; `done` are the epochs that the driver has heard of."""
+    return {
+        "number": record.number, "point": record.point, "seed": record.seed, "label": record.label,
+        "values": record.first, "lineage": [], "run_id": record.run_id, "done": 0,
+    }  # fmt: skip
+
+
+class Records:
+    """The records of one search's trials, brought up to date from Tune's trials."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Trial] = {}
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All that were begun, by number."""
+        return [self._known[number] for number in sorted(self._known)]
+
+    def update(self, trial: TuneTrial, result: Mapping[str, Any] | None = None) -> Trial:
+        """Bring the record of `trial` up to date; `result` is one that Tune has not taken over yet."""
+        config, result = trial.config, (trial.last_result or {}) if result is None else result
+        record = self._known.get(config["number"])
+        if record is None:
+            first = {name: _tuples(value) for name, value in config["values"].items()}
+            names = ("number", "point", "seed", "label")
+            record = Trial(first=first, **{name: config[name] for name in names})
+            self._known[record.number] = record
+        record.epochs += [Epoch(**one) for one in result.get("curve", ())[len(record.epochs) :]]
+        record.lineage += [_clone(one) for one in config["lineage"][len(record.lineage) :]]
+        record.run_id, record.crashes = config["run_id"], trial.num_failures
+        record.checkpoint = result.get("checkpoint") or record.checkpoint
+        record.loaded = result.get("loaded") or record.loaded
+        record.state = _state(trial, result)
+        if record.state == "failed" and not record.error:
+            record.error = result.get("failed") or _given_up(trial)
+        return record
+
+
+def _state(trial: TuneTrial, result: Mapping[str, Any]) -> State:
+    """Tell the state of a Tune trial in the search's terms."""
+    if result.get("failed") or trial.status == TuneTrial.ERROR:
+        return "failed"
+    if result.get("complete"):
+        return "finished"
+    states: dict[str, State] = {
+        TuneTrial.TERMINATED: "stopped", TuneTrial.PAUSED: "paused", TuneTrial.RUNNING: "running",
+    }  # fmt: skip
+    return states.get(trial.status, "waiting")
+
+
+def _given_up(trial: TuneTrial) -> str:
+    """Say why a trial is not tried again."""
+    first, *more = error_of(trial).splitlines()
+    words = f"{first}, {trial.num_failures} times; --run.max_failures allows {trial.max_failures}"
+    return "\n".join([words, *more])
+
+
+def error_of(trial: TuneTrial) -> str:
+    """Put the last error of a trial's actors in words: what it was in the first line, then where it came from."""
+    local = trial.pickled_error_file
+    error = (
+        pickle.loads(Path(local).read_bytes())
+        if local and Path(local).exists()
+        else trial.get_pickled_error()
+    )
+    trace = str(error)
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    if error is None or isinstance(error, RayError):
+        return DIED
+    return f"{type(error).__name__}: {error}\n{trace}"
+
+
+def _clone(values: Mapping[str, Any]) -> Clone:
+    moved = {name: _tuples(value) for name, value in values["values"].items()}
+    return Clone(epoch=values["epoch"], source=values["source"], values=moved)
+
+
+def _tuples(value: Any) -> Any:
+    """Make tuples of the lists that JSON has in their place."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read_trials(folder: str) -> list[Trial]:
+    """Read the trials of the search in `folder` from Tune's newest snapshot of it, by number."""
+    records = Records()
+    for trial in tune.ExperimentAnalysis(folder).trials:
+        records.update(trial)
+    return records.trials
