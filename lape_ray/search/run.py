@@ -131,7 +131,7 @@ def _settings(plan: Plan, folder: str, lease: str, uri: str, gpus_per_worker: fl
     need = resources.worker_need(run, use_gpu=uses_gpu(plan.base), gpus_per_worker=gpus_per_worker)
     return Settings(
         base=plan.base, name=plan.name, folder=folder, lease=lease, tracking_uri=uri, metric=plan.metric,
-        sign=plan.sign, need=need, workers=run.num_workers, variables=worker_variables(),
+        sign=plan.sign, need=need, workers=run.workers.low, variables=worker_variables(),
     )  # fmt: skip
 
 

@@ -29,14 +29,15 @@ class Session:
     A session is pickled as what it was made from, and read again as the one that is open in this process.
     """
 
+    display: Display
+    runs: Runs
+    supervisor: Any
+
     def __init__(self, plan: Plan, settings: Settings, concurrent: int | None) -> None:
         self.plan, self.settings, self.concurrent = plan, settings, concurrent
         self.records = Records()
         self.scheduler = SCHEDULES[plan.schedule](plan)
         self.names = labels(plan.space.points()) if plan.sample == "grid" else None
-        self.display: Display | None = None
-        self.runs: Runs | None = None
-        self.supervisor: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self.plan, self.settings, self.concurrent)

@@ -41,7 +41,7 @@ class Records:
 
     def update(self, trial: TuneTrial, result: Mapping[str, Any] | None = None) -> Trial:
         """Bring the record of `trial` up to date; `result` is one that Tune has not taken over yet."""
-        config, result = trial.config, (trial.last_result or {}) if result is None else result
+        config, result = trial.config, trial.run_metadata.last_result if result is None else result
         record = self._known.get(config["number"])
         if record is None:
             first = {name: _tuples(value) for name, value in config["values"].items()}
