@@ -43,7 +43,7 @@ def configs(options: argparse.Namespace, folder: Path) -> list[TrainConfig]:
     found = []
     for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
         for name in options.recipes.split(","):
-            fields = {**data, "run.seed": seed, "data.backend": "resident", **options.overrides}
+            fields = {**data, "training.seed": seed, "data.backend": "resident", **options.overrides}
             config = replace_fields(recipe(name), fields)
             if options.device == "cuda" and config.micro_batches == 1:
                 config = replace_fields(config, {"run.cuda_graph": True, **options.overrides})
@@ -122,7 +122,7 @@ def train_one(config: TrainConfig, device: str, threads: int) -> Row:
     evaluated = [epoch["val/acc1"] for epoch in recorder.epochs if "val/acc1" in epoch]
     return {
         "recipe": config.recipe,
-        "seed": config.run.seed,
+        "seed": config.training.seed,
         "config": config_hash(config),
         "epochs": config.optim.total_epochs,
         "acc1": metrics["val/acc1"],
@@ -155,7 +155,7 @@ def train_all(options: argparse.Namespace, record: Record) -> None:
     rows = record.sections["runs"]
     done = {(row["recipe"], row["seed"]) for row in rows}
     wanted = configs(options, write_splits(options))
-    left = [config for config in wanted if (config.recipe, config.run.seed) not in done]
+    left = [config for config in wanted if (config.recipe, config.training.seed) not in done]
     # One process for each training, so that threads, caches and compiled code are not shared.
     pool = ProcessPoolExecutor(options.at_once, mp_context=get_context("spawn"), max_tasks_per_child=1)
     with pool:

@@ -26,7 +26,7 @@ from lape_ray.cluster.checkpoint_list import best, recover
 from lape_ray.cluster.connection import connected, refuse_little_shared_memory
 from lape_ray.cluster.controller import supervised, train_to_the_end, variables
 from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
-from lape_ray.config import PORTS, TrainConfig, flatten, from_dict, replace_fields, to_dict
+from lape_ray.config import NETWORK_FIELDS, TrainConfig, flatten, from_dict, replace_fields, to_dict
 from lape_ray.data.split import split_facts
 from lape_ray.recipes import recipe
 from lape_ray.storage import LEASE, LEASE_FILES, LeaseLostError, leased
@@ -122,7 +122,7 @@ def fit(config: TrainConfig) -> FitResult:
                 metrics = read_meta(files).metrics
                 if tracked:
                     tracked = tracking.log_model(uri, run_id, files, metrics)
-            if config.run.pages and tracked:
+            if config.tracking.pages and tracked:
                 _log_pages(config, checkpoint, uri, run_id, use_gpu)
         lease.check()
         whole = tracked and config.run.stop_after_epochs is None
@@ -143,7 +143,7 @@ def _what_it_is(config: TrainConfig) -> str:
     if not config.recipe:
         return "run"
     of_recipe = recipe(config.recipe).model
-    other = [key for key in PORTS if getattr(config.model, key) != getattr(of_recipe, key)]
+    other = [key for key in NETWORK_FIELDS if getattr(config.model, key) != getattr(of_recipe, key)]
     return "-".join([config.recipe, *(f"{key}-{getattr(config.model, key)}" for key in other)])
 
 
@@ -153,7 +153,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     Workers run in other directories, so that a relative path would mean another file there.
     """
     flat = flatten(config)
-    names = ("data.train", "data.val", "run.storage", "run.init_from")
+    names = ("data.train", "data.val", "run.storage", "training.init_from")
     paths = {name: storage.absolute(flat[name]) for name in names if flat[name]}
     if flat["optim.teacher"]:
         kind, name, file = ["", "", *flat["optim.teacher"].split(":", 2)][
@@ -206,8 +206,8 @@ def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None) -> s
         return earlier.mlflow_run_id
     command = shlex.join(["python", *sys.argv])
     model = config.model
-    tags = {"recipe": config.recipe, "seed": str(config.run.seed), **tracking.source_tags(sys.argv[0])}
-    tags |= {key: getattr(model, key) for key in PORTS}
+    tags = {"recipe": config.recipe, "seed": str(config.training.seed), **tracking.source_tags(sys.argv[0])}
+    tags |= {key: getattr(model, key) for key in NETWORK_FIELDS}
     splits = {"train": split_facts(config.data, "train"), "val": split_facts(config.data, "val")}
     datasets = {role: (facts.path, facts.sha256) for role, facts in splits.items() if facts.sha256}
     return tracking.create_run(

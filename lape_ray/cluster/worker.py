@@ -259,7 +259,7 @@ class RayReporter:
         number = round(metrics["epoch"])
         new = Listed(name=f"checkpoint-epoch-{number:06}", steps_done=step, score=metrics.get("val/acc1"))
         self._store(metrics, new, f"after epoch {number}", take)
-        every = self.config.run.position_report_epochs
+        every = self.config.tracking.position_report_epochs
         if every is not None and number % every == 0:
             self._position_report(range(every, number + 1, every))
 

@@ -72,7 +72,7 @@ def find_subjects(
         if RUN_ID.fullmatch(place):
             run_id = place
             config = replace_fields(
-                TrainConfig(), {k: v for k, v in overrides.items() if k == "run.tracking_uri"}
+                TrainConfig(), {k: v for k, v in overrides.items() if k == "tracking.uri"}
             )
             place = str(
                 tracking.download_model(tracking.tracking_uri(config), run_id, downloads / str(index))

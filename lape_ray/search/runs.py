@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lape_ray import tracking
-from lape_ray.config import PORTS, TrainConfig
+from lape_ray.config import NETWORK_FIELDS, TrainConfig
 from lape_ray.data.split import split_facts
 from lape_ray.search.ledger import Trial
 from lape_ray.search.plan import Plan
@@ -47,7 +47,7 @@ class Runs:
             return trial.run_id
         tags = {"mlflow.parentRunId": self.parent, "search": self._plan.name, "trial": str(trial.number),
                 "cell": trial.label, "seed": str(trial.seed), "recipe": config.recipe}  # fmt: skip
-        tags |= {key: str(getattr(config.model, key)) for key in PORTS}
+        tags |= {key: str(getattr(config.model, key)) for key in NETWORK_FIELDS}
         name = f"{trial.label} seed {trial.seed}"
         return tracking.create_run(
             config, name=name, command=self._command, tags={**tags, **self._source}, datasets=self._datasets

@@ -68,7 +68,7 @@ def _one_line(what: str, uri: str) -> Iterator[None]:
             fix = "mend the file, or"
         if "database is locked" in reason:
             fix = "another process holds the file: close that process, or start an MLflow server and"
-        other = "set --run.tracking_uri or MLFLOW_TRACKING_URI"
+        other = "set --tracking.uri or MLFLOW_TRACKING_URI"
         raise ValueError(f"{what}: {reason}; {fix} {other}") from None
 
 
@@ -99,8 +99,8 @@ def tracking_uri(config: TrainConfig) -> str:
     Raises:
         ValueError: the variable's address holds a password; says which variables to use instead.
     """
-    if config.run.tracking_uri:
-        return config.run.tracking_uri
+    if config.tracking.uri:
+        return config.tracking.uri
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     refuse_secret("MLFLOW_TRACKING_URI", uri)
     return uri or f"sqlite:///{home() / 'mlflow.db'}"
@@ -195,7 +195,7 @@ def create_run(
     ]
     with _one_line(f"the MLflow server {uri!r} does not take the run {name!r}", uri):
         client = _client(uri)
-        run = client.create_run(_experiment_id(client, config.run.experiment, uri), run_name=name)
+        run = client.create_run(_experiment_id(client, config.tracking.experiment, uri), run_name=name)
         run_id = str(run.info.run_id)
         client.log_batch(run_id, params=parameters, tags=_tags(labels))
         client.log_inputs(run_id, datasets=inputs)

@@ -229,8 +229,8 @@ def train(
         done, progress, state.metrics = meta.epochs_done, meta.progress, dict(meta.metrics)
         within = f" and step {progress.step} of {state.steps_per_epoch}" if progress.step else ""
         reporter.line(f"continuing after epoch {done} of {config.optim.total_epochs}{within}")
-    elif config.run.init_from is not None:
-        for note in load_initial_weights(state, config.run.init_from):
+    elif config.training.init_from is not None:
+        for note in load_initial_weights(state, config.training.init_from):
             reporter.line(f"init_from: {note}")
     state.world.answers_within(config.run.start_timeout_s)
     last = min(config.optim.total_epochs, config.run.stop_after_epochs or config.optim.total_epochs)

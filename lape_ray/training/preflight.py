@@ -19,8 +19,8 @@ def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
     with torch.device("meta"):
         model = build_model(config.model)
     check_data(config)
-    if config.run.init_from is not None:
-        weights, _ = read_weights(config.run.init_from)
+    if config.training.init_from is not None:
+        weights, _ = read_weights(config.training.init_from)
         load_weights(build_model(config.model), weights, new_head=True)
     storage.check_writable(storage_root)
     check_space(config, storage_root, sum(parameter.numel() for parameter in model.parameters()))

@@ -122,12 +122,12 @@ def build_state(
     spec = resolve(config.model)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are those of the current one
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(config.training.seed)
     network = optimise_blocks(build_model(config.model)).to(device)
-    model, note = compiled(network, config.run, device)
+    model, note = compiled(network, config.run.compile, device)
     if world.size > 1:
         equal = world.size == config.micro_batches
-        model = data_parallel(model, config.run, device, one_micro_batch=equal)
+        model = data_parallel(model, config.training.compression, device, one_micro_batch=equal)
     notes = [note] if note else []
     fused = config.data.fused and device.type == "cuda"
     if fused and (missing := missing_compiler(device)):
@@ -147,12 +147,12 @@ def build_state(
             micro_batches=config.micro_batches,
             rank=world.rank,
             world_size=world.size,
-            seed=config.run.seed,
+            seed=config.training.seed,
             device=device,
             threads=config.data.threads or available_cpus(),
         )
 
-    augment = build_augment(config.data, image_size=spec.image_size, seed=config.run.seed, fused=fused)
+    augment = build_augment(config.data, image_size=spec.image_size, seed=config.training.seed, fused=fused)
     classes = None
     if loaders is None:
         train_loader = loader("train", config.micro_batch_size)
@@ -184,7 +184,9 @@ def build_state(
 
 def autocast_for(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
     """Make the context in which the network runs: bfloat16 where the config, or a GPU by default, says so."""
-    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
+    bf16 = config.training.precision == "bf16" or (
+        config.training.precision == "auto" and device.type == "cuda"
+    )
     return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
 

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.cluster]
 
 @pytest.fixture(scope="module")
 def submitted(service: Service) -> subprocess.CompletedProcess[str]:
-    return service.submit("smoke", "--run.name=one", "--run.position_report_epochs=1")
+    return service.submit("smoke", "--run.name=one", "--tracking.position_report_epochs=1")
 
 
 def test_a_submitted_job_gives_the_golden_losses(

@@ -115,7 +115,7 @@ def test_the_jobs_user_writes_and_does_not_delete_what_is_others(
     trainer = login(TRAINER)
     tracking.check_reachable(uri)
     for experiment in ("lape_ray", "new"):
-        config = replace_fields(recipe("smoke"), {"run.experiment": experiment})
+        config = replace_fields(recipe("smoke"), {"tracking.experiment": experiment})
         data = {"train": ("/data/train.beton", "ab" * 32)}
         run_id = tracking.create_run(
             config, name="one", command="python x", tags={"seed": "0"}, datasets=data

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lape_ray.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from lape_ray.config import DataConfig, ModelConfig, RunConfig, TrackingConfig, TrainConfig
 from lape_ray.data.beton import manifest_path, write_beton
 from lape_ray.data.sources import image_folder, load_image, to_rgb
 from lape_ray.inference import export
@@ -45,9 +45,16 @@ ROOT = Path(__file__).parent.parent.parent
 SIZES = {"embed_dim": 64, "depth": 2, "num_heads": 4, "image_size": 64, "patch_size": 16, "num_classes": 6}
 
 
-def config(data: DataConfig | None = None, run: RunConfig | None = None, **model: object) -> TrainConfig:
+def config(
+    data: DataConfig | None = None, tracking: TrackingConfig | None = None, **model: object
+) -> TrainConfig:
     sized = ModelConfig(**{**SIZES, **model})  # type: ignore[arg-type]
-    return TrainConfig(model=sized, data=data or DataConfig(), run=run or RunConfig(device="cpu"))
+    return TrainConfig(
+        model=sized,
+        data=data or DataConfig(),
+        tracking=tracking or TrackingConfig(),
+        run=RunConfig(device="cpu"),
+    )
 
 
 def weights_file(path: Path, made: TrainConfig) -> Path:
@@ -212,7 +219,7 @@ def test_mlflow_serves_what_pytorch_says(
     photographs: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    made = config(DataConfig(val=str(beton)), RunConfig(tracking_uri=uri, device="cpu"), join="lape")
+    made = config(DataConfig(val=str(beton)), TrackingConfig(uri=uri), join="lape")
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())
     run_id = client.create_run(experiment).info.run_id

@@ -523,7 +523,7 @@ def test_the_report_says_what_it_leaves_out_and_why(official: Path) -> None:
     ],
 )
 def test_a_wrong_subject_is_refused(tmp_path: Path, subject: str, message: str) -> None:
-    overrides = {"run.tracking_uri": "http://127.0.0.1:9"}
+    overrides = {"tracking.uri": "http://127.0.0.1:9"}
     with pytest.raises((ValueError, OSError), match=message):
         build_position_report([subject], tmp_path / "out", overrides=overrides)
     assert not (tmp_path / "out").exists()

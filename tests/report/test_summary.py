@@ -94,7 +94,7 @@ def test_the_page_holds_what_a_reader_needs(tmp_path: Path) -> None:
     assert 'class="card right"><img src="data:image/png;base64,' in text
     assert "ape · 90 %; is cat" in text
     assert "python jobs/imagenet_deit.py demo --x &#x27;&lt;1&gt;&#x27;" in text
-    assert "run.seed = 7" in text
+    assert "training.seed = 7" in text
     assert "hidden" not in text
     assert not re.search(r"""(src|href)=["'](?!data:)""", text)
     assert {path.name for path in tmp_path.iterdir()} == {

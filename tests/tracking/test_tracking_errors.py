@@ -18,7 +18,9 @@ from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.recipes import recipe
 from lape_ray.tracking import Tracker
 
-FIX = "another process holds the file: close that process, or start an MLflow server and set --run.tracking_uri or"
+FIX = (
+    "another process holds the file: close that process, or start an MLflow server and set --tracking.uri or"
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def locked(file: Path, how: str) -> Iterator[None]:
 
 
 def config(uri: str) -> TrainConfig:
-    return replace_fields(recipe("smoke"), {"run.tracking_uri": uri})
+    return replace_fields(recipe("smoke"), {"tracking.uri": uri})
 
 
 def create(uri: str) -> str:
@@ -106,7 +108,7 @@ def test_an_experiment_that_cannot_be_made_is_the_reason(
 ) -> None:
     """Once it was taken for one that another job had made meanwhile, and there is none."""
     uri = f"sqlite:///{database}"
-    new = replace_fields(config(uri), {"run.experiment": "never made"})
+    new = replace_fields(config(uri), {"tracking.experiment": "never made"})
     with locked(database, "IMMEDIATE"), pytest.raises(ValueError, match="database is locked") as caught:
         tracking.create_run(new, name="n", command="c", tags={}, datasets={})
     one_line(caught, capfd)
@@ -115,7 +117,7 @@ def test_an_experiment_that_cannot_be_made_is_the_reason(
 def test_a_store_that_cannot_be_opened_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.db").write_text("not a database, and longer than the header of one" * 20)
     with pytest.raises(
-        ValueError, match=r"file is not a database; mend the file, or set --run\.tracking_uri"
+        ValueError, match=r"file is not a database; mend the file, or set --tracking\.uri"
     ) as caught:
         create(f"sqlite:///{tmp_path / 'text.db'}")
     one_line(caught, capfd)
