@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,8 +30,9 @@ from lape_ray.data.beton import check_beton, write_beton
 from lape_ray.data.sources import open_source, select
 from lape_ray.recipes import recipe
 from lape_ray.report.statistics import LEVEL, Estimate
-from lape_ray.training.flags import News
-from lape_ray.training.loop import Take, train
+from lape_ray.training.checkpoint import Snapshot
+from lape_ray.training.flags import Flags
+from lape_ray.training.loop import train
 
 FIRST_SEED = 121  # of the five that the paper's tables of CIFAR are means of
 FREE = ("at_once", "threads", "seeds", "recipes", "json")  # may change when a record is completed
@@ -97,18 +98,20 @@ class Recorder:
     def step(self, metrics: dict[str, float], *, step: int) -> None:
         self.losses.append(metrics["train/loss"])
 
-    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+    def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         self.epochs.append(dict(metrics))
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None: ...
+    def checkpoint(
+        self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]
+    ) -> None: ...
 
-    def stored(self) -> None: ...
+    def wait_until_saved(self) -> None: ...
 
-    def leaving(self) -> bool:
+    def node_leaving(self) -> bool:
         return False
 
-    def news(self) -> News:
-        return News.NONE
+    def poll_flags(self) -> Flags:
+        return Flags.NONE
 
     def line(self, text: str) -> None: ...
 

@@ -279,6 +279,10 @@ class TrackingConfig:
 
     uri: str | None = option(None, "MLflow server; none: $MLFLOW_TRACKING_URI, else sqlite in $LAPE_RAY_HOME")
     experiment: str = option("lape_ray", "MLflow experiment")
+    tensorboard: str | None = option(
+        None,
+        "folder for TensorBoard event files too, one subfolder a run; needs the extra lape_ray[tensorboard]",
+    )
     pages: bool = option(True, "end the run with its pages in MLflow: summary and position report")
     position_report_epochs: int | None = option(
         None, "epochs between two position reports in MLflow while training; none: at the end only"

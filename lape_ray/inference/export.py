@@ -34,7 +34,7 @@ from lape_ray.inference.samples import folder_images, validation_images
 from lape_ray.model import resolve
 from lape_ray.model.variants import VariantSpec
 from lape_ray.storage import is_remote, written_folder, written_path
-from lape_ray.training.checkpoint import read_meta
+from lape_ray.training.checkpoint import read_metadata
 
 TIMM_NAMES = {
     name: f"{name}_patch16_224"
@@ -261,7 +261,7 @@ def open_predictor(
         (one,) = find_subjects([written], overrides, downloads=Path(downloads))
         run_id, names = one.run_id, None
         if Path(one.checkpoint).is_dir():
-            meta = read_meta(Path(one.checkpoint))
+            meta = read_metadata(Path(one.checkpoint))
             run_id, names = run_id or meta.mlflow_run_id, meta.classes
         names = names or class_names(one.config)
         predictor = make_predictor(one.checkpoint, one.config, classes=names, ema=ema)

@@ -27,7 +27,7 @@ from lape_ray.report import figures, outcome
 from lape_ray.report.outcome import ClassScore, Predictions, by_epoch
 from lape_ray.report.page import Page
 from lape_ray.tracking import RunFacts
-from lape_ray.training.checkpoint import read_meta
+from lape_ray.training.checkpoint import read_metadata
 from lape_ray.training.state import autocast_for, available_cpus
 
 HTML = "summary.html"
@@ -80,7 +80,7 @@ def write_run_summary(config: TrainConfig, checkpoint: Path, facts: RunFacts, fo
         config=config,
         facts=facts,
         predictions=predictions,
-        epoch=read_meta(checkpoint).epochs_done,
+        epoch=read_metadata(checkpoint).epochs_done,
         classes=loader.facts.classes,
         samples=list(zip(chosen.tolist(), images_at(config, chosen), strict=True)),
         unit="GPU" if device.type == "cuda" else "CPU",

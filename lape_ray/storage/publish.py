@@ -11,12 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from lape_ray.storage.address import absolute, is_remote, join
 from lape_ray.storage.files import delete_folder, exists, read_text, sync_folder
 from lape_ray.storage.objects import listing
 from lape_ray.storage.transfer import upload_folder
 
+T = TypeVar("T")
 HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST)
 """Errors that waiting does not mend: no space, no permission, a name that is taken."""
 STAGED = "lape-staging-"
@@ -92,8 +94,8 @@ def publish(folder: Path, address: str, *, last: str = "") -> None:
     sync_folder(target.parent)
 
 
-def patiently(work: Callable[[], None], seconds: float, tell: Callable[[str], None]) -> None:
-    """Do `work`, again and again for `seconds` where storage is away; `tell` hears of the first failure.
+def patiently(work: Callable[[], T], seconds: float, tell: Callable[[str], None]) -> T:
+    """Return what `work` does, tried again for `seconds` where storage is away; `tell` hears of the first failure.
 
     Raises:
         OSError: the last failure, and at once one of `HOPELESS`.

@@ -20,9 +20,9 @@ from helpers.tracking_server import history, tracking_server
 
 from lape_ray.cluster.controller import WorkersFailedError
 from lape_ray.cluster.launch import fit
-from lape_ray.cluster.worker import StorageError
+from lape_ray.cluster.run_end import StorageError
 from lape_ray.config import replace_fields
-from lape_ray.training.checkpoint import MARKER, DamagedError, described
+from lape_ray.training.checkpoint import MARKER, DamagedError, file_checksums
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.cluster, pytest.mark.faults]
 slow = pytest.mark.slow
@@ -295,7 +295,7 @@ def test_a_run_that_fails_again_and_again_gives_up_and_says_why(service: Service
         fit(service.config(run__name="broken", optim__epochs=1))
     (folder / "optimizer.pt").write_bytes(b"no state")  # of which meta.json says the same
     (folder / MARKER).unlink()
-    (folder / MARKER).write_text(json.dumps({**json.loads(whole_meta), "files": described(folder)}))
+    (folder / MARKER).write_text(json.dumps({**json.loads(whole_meta), "files": file_checksums(folder)}))
     with pytest.raises(WorkersFailedError, match=r"failed 2 times without a new checkpoint .*max_failures=1"):
         fit(service.config(run__name="broken", run__max_failures=1, optim__epochs=1))
     assert service.run(first.mlflow_run_id).info.status == "FAILED"

@@ -39,7 +39,7 @@ from lape_ray.inference.samples import folder_images, validation_images
 from lape_ray.inference.serving import ROOT_VARIABLE, decode, encode
 from lape_ray.model import build_model
 from lape_ray.training import checkpoint
-from lape_ray.training.checkpoint import Meta
+from lape_ray.training.checkpoint import Metadata
 
 ROOT = Path(__file__).parent.parent.parent
 SIZES = {"embed_dim": 64, "depth": 2, "num_heads": 4, "image_size": 64, "patch_size": 16, "num_classes": 6}
@@ -201,7 +201,7 @@ def saved_checkpoint(
     folder.mkdir()
     torch.manual_seed(0)
     network = build_model(made.model)
-    facts = Meta(
+    facts = Metadata(
         epochs_done=1,
         steps_done=1,
         config=made,
@@ -211,7 +211,7 @@ def saved_checkpoint(
         mlflow_run_id=run_id,
     )
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    checkpoint.save(folder, checkpoint.snapshot(model=network, ema=None, optimizer=optimizer), facts)
+    checkpoint.snapshot(model=network, ema=None, optimizer=optimizer, metadata=facts).save(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ from lape_ray.report import figures, outcome
 from lape_ray.report.outcome import ClassScore, Predictions
 from lape_ray.report.summary import Results, _chosen, _curves, write_page, write_run_summary
 from lape_ray.tracking import RunFacts, git_commit, source_tags
-from lape_ray.training.flags import News
+from lape_ray.training.flags import Flags
 from lape_ray.training.loop import train
 
 HISTORY = {
@@ -133,20 +133,20 @@ class Keep:
 
     def step(self, metrics: dict[str, float], *, step: int) -> None: ...
 
-    def epoch(self, metrics, *, step, take) -> None:  # type: ignore[no-untyped-def]
+    def epoch(self, metrics, *, step, snapshot) -> None:  # type: ignore[no-untyped-def]
         for key, value in metrics.items():
             self.history.setdefault(key, []).append((step, value))
         self.folder.mkdir(exist_ok=True)
-        take({})(self.folder)
+        snapshot().save(self.folder)
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, take: object) -> None: ...
+    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: object) -> None: ...
 
-    def stored(self) -> None: ...
+    def wait_until_saved(self) -> None: ...
 
-    def news(self) -> News:
-        return News.NONE
+    def poll_flags(self) -> Flags:
+        return Flags.NONE
 
-    def leaving(self) -> bool:
+    def node_leaving(self) -> bool:
         return False
 
     def line(self, text: str) -> None: ...

@@ -28,8 +28,8 @@ from lape_ray.training import checkpoint
 from lape_ray.training import loop as train_module
 from lape_ray.training import state as state_module
 from lape_ray.training import step as step_module
-from lape_ray.training.flags import News
-from lape_ray.training.loop import Take
+from lape_ray.training.checkpoint import Snapshot
+from lape_ray.training.flags import Flags
 
 CPU = torch.device("cpu")
 Workers = Callable[..., dict[str, Any]]
@@ -96,29 +96,29 @@ class Recorder:
     def step(self, metrics: dict[str, float], *, step: int) -> None:
         self.losses.append(metrics["train/loss"])
 
-    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+    def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         self.epochs.append({k: v for k, v in metrics.items() if "per_s" not in k})
         if self.folder is not None:
-            self._keep(self.folder / f"{metrics['epoch']:.0f}", take)
+            self._keep(self.folder / f"{metrics['epoch']:.0f}", snapshot)
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         if self.folder is not None:
-            self._keep(self.folder / f"step-{step}", take)
+            self._keep(self.folder / f"step-{step}", snapshot)
         if step == self.stop_at:
             raise KilledError
 
-    def _keep(self, folder: Path, take: Take) -> None:
+    def _keep(self, folder: Path, snapshot: Callable[[], Snapshot]) -> None:
         folder.mkdir(parents=True)
-        take({"from": "a test"})(folder)
+        snapshot().save(folder)
 
-    def stored(self) -> None: ...
+    def wait_until_saved(self) -> None: ...
 
-    def leaving(self) -> bool:
+    def node_leaving(self) -> bool:
         return self.leaves
 
-    def news(self) -> News:
+    def poll_flags(self) -> Flags:
         self.asked += 1
-        return News.STOP if self.asked == self.told_at else News.NONE
+        return Flags.STOP if self.asked == self.told_at else Flags.NONE
 
     def line(self, text: str) -> None:
         self.lines.append(text)
@@ -290,8 +290,8 @@ def test_a_damaged_checkpoint_is_found(tmp_path: Path, name: str) -> None:
 def test_a_checkpoint_names_the_classes(tmp_path: Path) -> None:
     run(smoke(optim__epochs=1, run__checkpoint_steps=1), tmp_path)
     names = tuple(f"class {label}" for label in range(10))
-    assert checkpoint.read_meta(tmp_path / "1").classes == names
-    assert checkpoint.read_meta(tmp_path / "step-1").classes == names
+    assert checkpoint.read_metadata(tmp_path / "1").classes == names
+    assert checkpoint.read_metadata(tmp_path / "step-1").classes == names
 
 
 def test_a_checkpoint_from_before_class_names_goes_on(tmp_path: Path) -> None:
@@ -300,10 +300,10 @@ def test_a_checkpoint_from_before_class_names_goes_on(tmp_path: Path) -> None:
     values = json.loads(file.read_text())
     del values["classes"]
     file.write_text(json.dumps(values))
-    assert checkpoint.read_meta(tmp_path / "2").classes is None
+    assert checkpoint.read_metadata(tmp_path / "2").classes is None
     recorder = run(smoke(), tmp_path / "again", resume_from=tmp_path / "2")
     assert len(recorder.epochs) == 1
-    assert checkpoint.read_meta(tmp_path / "again/3").classes is not None
+    assert checkpoint.read_metadata(tmp_path / "again/3").classes is not None
 
 
 def test_the_same_seed_repeats_and_another_does_not() -> None:
