@@ -257,6 +257,9 @@ class RunConfig:
     tracking_uri: str | None = option(
         None, "MLflow server; none: $MLFLOW_TRACKING_URI, else sqlite in $LAPE_RAY_HOME"
     )
+    tensorboard: str | None = option(
+        None, "folder for TensorBoard event files, one subfolder a run; needs the extra lape_ray[tensorboard]"
+    )
     seed: int = option(0, "seed of initialisation, order and augmentation")
     num_workers: int | Span = option(
         1, "training processes, one for each GPU; LOW:HIGH: as many of these as the cluster has at the time"
@@ -434,8 +437,8 @@ _PLACE = frozenset(
     | {
         f"run.{name}"
         for name in (
-            "name", "storage", "experiment", "tracking_uri", "num_workers", "device", "cpus_per_worker", "log_steps",
-            "eval_epochs", "pages", "position_report_epochs", "keep_checkpoints", "max_failures", "timeout_s",
+            "name", "storage", "experiment", "tracking_uri", "tensorboard", "num_workers", "device", "cpus_per_worker",
+            "log_steps", "eval_epochs", "pages", "position_report_epochs", "keep_checkpoints", "max_failures", "timeout_s",
             "start_timeout_s", "outage_s", "wait_s", "overwrite", "stop_after_epochs",
             "compile", "cuda_graph", "checkpoint_steps", "checkpoint_minutes",
         )

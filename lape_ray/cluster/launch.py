@@ -85,6 +85,7 @@ def fit(config: TrainConfig) -> FitResult:
     uri = tracking.tracking_uri(config)
     folder = storage.join(root, name)
     check_before_start(config, storage_root=root)
+    tracking.check_tensorboard(config.run.tensorboard)
     earlier_run(config, folder)  # a name that cannot be used is refused before anything waits
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(leased(folder, f"run {name}"))
@@ -111,13 +112,13 @@ def fit(config: TrainConfig) -> FitResult:
         print(f"run {name}  storage {folder}", flush=True)
         print(f"MLflow run {run_id}: {tracking.ui_command(uri)}", flush=True)
         with _status_of(uri, run_id):
-            outcome = train_to_the_end(config, lease, root, uri, run_id, use_gpu, supervisor)
+            train_to_the_end(config, lease, root, uri, run_id, use_gpu, supervisor)
             lease.check()
             chosen = best(recover(folder, log.warning))
             if chosen is None:
                 raise RuntimeError("the training ended without a checkpoint")
             checkpoint = storage.join(folder, chosen.name)
-            tracked = outcome["unsent"] == 0
+            tracked = tracking.send_unsent(folder, uri, run_id)
             with storage.opened(checkpoint) as files:
                 metrics = read_meta(files).metrics
                 if tracked:
@@ -153,7 +154,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     Workers run in other directories, so that a relative path would mean another file there.
     """
     flat = flatten(config)
-    names = ("data.train", "data.val", "run.storage", "run.init_from")
+    names = ("data.train", "data.val", "run.storage", "run.init_from", "run.tensorboard")
     paths = {name: storage.absolute(flat[name]) for name in names if flat[name]}
     if flat["optim.teacher"]:
         kind, name, file = ["", "", *flat["optim.teacher"].split(":", 2)][

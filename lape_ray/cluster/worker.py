@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +26,10 @@ from lape_ray.cluster.supervisor import LeavingNodes, StopRequest
 from lape_ray.config import TrainConfig, from_dict
 from lape_ray.data.remote import stage_data
 from lape_ray.storage import LeaseLostError, check_lease
-from lape_ray.training.checkpoint import MARKER, DamagedError, read_meta, verify
+from lape_ray.training.checkpoint import MARKER, DamagedError, verify
 from lape_ray.training.flags import News
 from lape_ray.training.loop import DivergedError, StoppedError, Take, train
 from lape_ray.training.state import World
-from lape_ray.values.typed import typed
 
 End = Literal["done", "diverged", "stopped", "storage", "failures", "lost"]
 
@@ -47,7 +46,7 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
             `mlflow_run_id` and `supervisor`, the actor's handle.
 
     Returns:
-        end: an `End`; reason: in words, where it is not `done`; unsent: values that MLflow did not take
+        end: an `End`; reason: in words, where it is not `done`
     """
     config = from_dict(TrainConfig, payload["config"])
     _quiet_ray_train()
@@ -56,11 +55,11 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
     reporter = RayReporter(config, folder=payload["folder"], lease=payload["lease"], first=first)
     end, reason = reporter.may_start(payload["supervisor"])
     if end != "done":
-        return {"end": end, "reason": reason, "unsent": 0}
+        return {"end": end, "reason": reason}
     try:
         _stage(config, device)
         with _whole_checkpoint(reporter, device) as folder:
-            reporter.open(payload, folder)
+            reporter.open(payload)
             train(
                 config,
                 device=device,
@@ -77,9 +76,10 @@ def run_worker(payload: dict[str, Any]) -> dict[str, Any]:
     except LeaseLostError as error:
         end, reason = "lost", str(error)
     except BaseException:
-        reporter.close(timeout_s=1)  # what it has not sent is trained again, or in the checkpoint
+        reporter.close(timeout_s=1)  # what it has not sent is trained again, or in the run's folder
         raise
-    return {"end": end, "reason": reason, "unsent": reporter.close()}
+    reporter.close()
+    return {"end": end, "reason": reason}
 
 
 def _stage(config: TrainConfig, device: torch.device) -> None:
@@ -219,13 +219,17 @@ class RayReporter:
             write_list(self.folder, self.listed[:count])
         self.listed = self.listed[:count]
 
-    def open(self, payload: dict[str, Any], folder: Path | None) -> None:
-        """Begin to track, with what the checkpoint in `folder` holds of values that were not stored yet."""
+    def open(self, payload: dict[str, Any]) -> None:
+        """Begin to track."""
         if not self.first:
             return
-        notes = read_meta(folder).notes if folder else {}
-        unsent = typed(tuple[tuple[str, float, int, int], ...], notes.get("unsent", []), "unsent")
-        self.tracker = tracking.Tracker(payload["tracking_uri"], payload["mlflow_run_id"], unsent)
+        self.tracker = tracking.open_tracker(
+            payload["tracking_uri"],
+            payload["mlflow_run_id"],
+            self.folder,
+            tensorboard=self.config.run.tensorboard,
+            check=partial(check_lease, self.folder, self.lease),
+        )
         run, workers = self.config.run, ray.train.get_context().get_world_size()
         if not isinstance(run.num_workers, int):
             most = -(-self.config.micro_batches // workers)
@@ -234,10 +238,11 @@ class RayReporter:
                 f"{self.config.micro_batches} micro-batches, {most} or fewer for each"
             )
 
-    def close(self, timeout_s: float = 60) -> int:
-        """Wait for MLflow to have everything; returns how many values it did not take."""
+    def close(self, timeout_s: float = 60) -> None:
+        """Wait for the tracker to have sent everything."""
         self.threads.shutdown(wait=False, cancel_futures=True)
-        return self.tracker.close(timeout_s) if self.tracker is not None else 0
+        if self.tracker is not None:
+            self.tracker.close(timeout_s)
 
     # --- what the loop calls --------------------------------------------------------------------------------------
 
@@ -325,7 +330,7 @@ class RayReporter:
     def _store(self, metrics: dict[str, float], new: Listed, where: str, take: Take) -> None:
         done = None
         if self.tracker is not None:
-            write = take({"unsent": self.tracker.unsent()})
+            write = take({})
             new = replace(new, name=_unused(new.name, self.used))
             self.used.add(new.name)
             done = self.threads.submit(self._bring, new, write)
@@ -346,6 +351,8 @@ class RayReporter:
                     write(folder)
                     storage.publish(folder, address, last=MARKER)
                 published = True
+            if self.tracker is not None:
+                self.tracker.save_unsent()
             check_lease(self.folder, self.lease)
             self.listed = add(self.folder, self.listed, new, keep=self.config.run.keep_checkpoints)
 

@@ -130,8 +130,9 @@ def _train_trial(order: Mapping[str, Any], channel: Channel, rank: int, device: 
         meta = read_meta(folder) if folder is not None else None
         tracker = None
         if rank == 0:
-            unsent = meta.notes.get("unsent", []) if meta is not None and clone is None else []
-            tracker = tracking.Tracker(order["tracking_uri"], order["run_id"], unsent)
+            tracker = tracking.open_tracker(
+                order["tracking_uri"], order["run_id"], order["folder"], tensorboard=config.run.tensorboard
+            )
             stack.callback(tracker.close)
         reporter = TrialReporter(
             order, channel, shelf, tracker, World.current(device), protected=name, best=order["best"]
@@ -228,8 +229,9 @@ class TrialReporter:
 
     def _keep(self, metrics: Mapping[str, float], step: int, take: Take) -> str:
         """Save a checkpoint, and delete those that are neither new, nor best, nor protected."""
-        notes = {"unsent": self.tracker.unsent()} if self.tracker is not None else {}
-        name = self.shelf.put(step, take(notes))
+        if self.tracker is not None:
+            self.tracker.save_unsent()
+        name = self.shelf.put(step, take({}))
         value = metrics.get(self.order["metric"])
         if value is not None and value == value:
             score = self.order["sign"] * value
