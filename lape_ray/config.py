@@ -438,8 +438,8 @@ _PLACE = frozenset(
         f"run.{name}"
         for name in (
             "name", "storage", "experiment", "tracking_uri", "tensorboard", "num_workers", "device", "cpus_per_worker",
-            "log_steps", "eval_epochs", "pages", "position_report_epochs", "keep_checkpoints", "max_failures", "timeout_s",
-            "start_timeout_s", "outage_s", "wait_s", "overwrite", "stop_after_epochs",
+            "log_steps", "eval_epochs", "pages", "position_report_epochs", "keep_checkpoints", "max_failures",
+            "timeout_s", "start_timeout_s", "outage_s", "wait_s", "overwrite", "stop_after_epochs",
             "compile", "cuda_graph", "checkpoint_steps", "checkpoint_minutes",
         )
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import sqlalchemy
 
 from lape_ray import storage, tracking
 from lape_ray.config import RunConfig, TrainConfig
@@ -31,8 +33,8 @@ class Mlflow:
 
     unsent = "mlflow_unsent.jsonl"
 
-    def __init__(self, home: Path) -> None:
-        self.file, self.folder = home / "mlflow.db", home / "run"
+    def __init__(self, home: Path, database: Path) -> None:
+        self.file, self.folder = Path(shutil.copy(database, home)), home / "run"
         self.uri = f"sqlite:///{self.file}?timeout=0.05"
         config = TrainConfig(run=RunConfig(tracking_uri=self.uri))
         self.run_id = tracking.create_run(config, name="n", command="c", tags={}, datasets={})
@@ -66,7 +68,7 @@ class TensorBoard:
 
     unsent = "tensorboard_unsent.jsonl"
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, _: Path) -> None:
         self.folder, self.logs = home / "run", home / "logs"
         self.run_id = "0123456789abcdef"
         self.events = self.logs / "run-01234567"
@@ -104,13 +106,27 @@ class TensorBoard:
         return (self.events / path).read_text()
 
 
-@pytest.fixture(params=[Mlflow, TensorBoard])
-def service(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Mlflow | TensorBoard:
-    monkeypatch.setenv("LAPE_RAY_HOME", str(tmp_path / "home"))
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database that MLflow has made, which takes it seconds."""
+    file = tmp_path_factory.mktemp("tracking") / "mlflow.db"
+    tracking.check_reachable(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture(autouse=True)
+def haste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for as long as it would in a run; MLflow waits 20 s for a lock."""
+    text = sqlalchemy.sql.text
+    short = ("busy_timeout = 20000", "busy_timeout = 50")
+    monkeypatch.setattr(sqlalchemy.sql, "text", lambda words: text(words.replace(*short)))
     monkeypatch.setattr(Sender, "RETRY_S", 0.05)
-    made: Mlflow | TensorBoard = request.param(tmp_path)
+    monkeypatch.setenv("LAPE_RAY_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(params=[Mlflow, TensorBoard])
+def service(request: pytest.FixtureRequest, tmp_path: Path, database: Path) -> Mlflow | TensorBoard:
+    made: Mlflow | TensorBoard = request.param(tmp_path, database)
     return made
 
 
@@ -332,8 +348,10 @@ def test_nothing_is_written_without_the_right_to(tmp_path: Path, caplog: pytest.
 # --- the driver's last try --------------------------------------------------------------------------------------------
 
 
-def test_the_driver_sends_what_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    service = Mlflow(tmp_path)
+def test_the_driver_sends_what_is_left(
+    tmp_path: Path, database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Mlflow(tmp_path, database)
     arguments = (str(service.folder), service.uri, service.run_id)
     assert tracking.send_unsent(*arguments)
     with service.away():
