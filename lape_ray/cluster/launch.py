@@ -85,6 +85,7 @@ def fit(config: TrainConfig) -> FitResult:
     config, root = prepared(replace_fields(config, {"run.name": name}))
     uri, folder = tracking.tracking_uri(config), storage.join(root, name)
     check_before_start(config, storage_root=root)
+    tracking.check_tensorboard(config.tracking.tensorboard)
     earlier_run(config, folder)  # a name that cannot be used is refused before anything waits
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(leased(folder, f"run {name}"))
@@ -123,7 +124,7 @@ def _tell(text: str) -> None:
 
 def _train_and_conclude(run: Run, lease: Lease, supervisor: Any) -> FitResult:
     """Train, and leave the best checkpoint, the pages and the status in MLflow and in the run's record."""
-    uri, run_id = run.tracking_uri, run.mlflow_run_id
+    uri, run_id = tracking.uri, run.mlflow_run_id
     with _status_of(uri, run_id):
         train_to_the_end(run, lease, supervisor)
         lease.check()
@@ -166,7 +167,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     Workers run in other directories, so that a relative path would mean another file there.
     """
     flat = flatten(config)
-    names = ("data.train", "data.val", "run.storage", "training.init_from")
+    names = ("data.train", "data.val", "run.storage", "training.init_from", "tracking.tensorboard")
     paths = {name: storage.absolute(flat[name]) for name in names if flat[name]}
     if flat["optim.teacher"]:
         kind, name, file = ["", "", *flat["optim.teacher"].split(":", 2)][
@@ -272,7 +273,7 @@ def _make_pages(run: Run, checkpoint: str) -> None:
     from lape_ray.report.build import checkpoint_report  # only here: figures need a second to import
     from lape_ray.report.summary import METRICS, write_run_summary
 
-    uri, run_id = run.tracking_uri, run.mlflow_run_id
+    uri, run_id = tracking.uri, run.mlflow_run_id
     torch.set_num_threads(run.config.run.cpus_per_worker)
     facts = tracking.read_run(uri, run_id, METRICS)
     with storage.opened(checkpoint) as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:

@@ -130,7 +130,12 @@ def _train_trial(order: Mapping[str, Any], channel: Channel, rank: int, device: 
         meta = read_metadata(folder) if folder is not None else None
         tracker = None
         if rank == 0:
-            tracker = tracking.open_tracker(order["tracking_uri"], order["run_id"], order["folder"])
+            tracker = tracking.open_tracker(
+                order["tracking_uri"],
+                order["run_id"],
+                order["folder"],
+                tensorboard=config.tracking.tensorboard,
+            )
             stack.callback(tracker.close)
         reporter = TrialReporter(
             order, channel, shelf, tracker, World.current(device), protected=name, best=order["best"]

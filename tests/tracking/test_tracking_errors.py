@@ -16,7 +16,8 @@ import sqlalchemy
 from lape_ray import tracking
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.recipes import recipe
-from lape_ray.tracking import Tracker
+from lape_ray.tracking.failures import never_raise
+from lape_ray.tracking.sender import Sender
 
 FIX = (
     "another process holds the file: close that process, or start an MLflow server and set --tracking.uri or"
@@ -150,23 +151,26 @@ def test_what_must_not_stop_a_training_is_a_warning(
 @pytest.mark.usefixtures("impatient")
 def test_a_worker_begins_while_the_database_is_locked(
     database: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Its values wait, and are stored when the lock is gone."""
-    monkeypatch.setattr(Tracker, "RETRY_S", 0.1)
+    monkeypatch.setattr(Sender, "RETRY_S", 0.1)
     run_id = create(f"sqlite:///{database}")
     capfd.readouterr()
     new = f"sqlite:///{database}?timeout=0.06"  # as a new process has it
     with locked(database, "EXCLUSIVE"):
-        tracker = Tracker(new, run_id)
+        tracker = tracking.open_tracker(new, run_id, str(tmp_path))
         tracker.metrics({"train/loss": 2.5}, step=3)
         deadline = time.monotonic() + 60
         while "trying again" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert [name for name, *_ in tracker.unsent()] == ["train/loss"]
-    assert tracker.close() == 0
+        tracker.save_unsent()
+        assert '"train/loss"' in (tmp_path / "mlflow_unsent.jsonl").read_text()
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
     (point,) = mlflow.MlflowClient(new).get_metric_history(run_id, "train/loss")
     assert (point.step, point.value) == (3, 2.5)
     assert "Traceback" not in capfd.readouterr().err
@@ -174,7 +178,7 @@ def test_a_worker_begins_while_the_database_is_locked(
 
 
 def test_an_error_without_words_is_named_by_its_kind(caplog: pytest.LogCaptureFixture) -> None:
-    with tracking.mlflow._never_raise("closing the run"):
+    with never_raise("MLflow: closing the run"):
         raise TimeoutError
     assert caplog.messages == ["MLflow: closing the run failed: TimeoutError"]
     assert caplog.records[0].levelno == logging.WARNING
