@@ -124,7 +124,7 @@ def _tell(text: str) -> None:
 
 def _train_and_conclude(run: Run, lease: Lease, supervisor: Any) -> FitResult:
     """Train, and leave the best checkpoint, the pages and the status in MLflow and in the run's record."""
-    uri, run_id = tracking.uri, run.mlflow_run_id
+    uri, run_id = run.tracking_uri, run.mlflow_run_id
     with _status_of(uri, run_id):
         train_to_the_end(run, lease, supervisor)
         lease.check()
@@ -273,7 +273,7 @@ def _make_pages(run: Run, checkpoint: str) -> None:
     from lape_ray.report.build import checkpoint_report  # only here: figures need a second to import
     from lape_ray.report.summary import METRICS, write_run_summary
 
-    uri, run_id = tracking.uri, run.mlflow_run_id
+    uri, run_id = run.tracking_uri, run.mlflow_run_id
     torch.set_num_threads(run.config.run.cpus_per_worker)
     facts = tracking.read_run(uri, run_id, METRICS)
     with storage.opened(checkpoint) as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:

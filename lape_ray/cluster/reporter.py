@@ -188,7 +188,7 @@ def opened_reporter(run: Run, listed: Sequence[Listed], supervisor: Any) -> Iter
     reporter = RayReporter(run, rank=context.get_world_rank(), world_size=context.get_world_size())
     if reporter.rank == 0:
         reporter.tracker = tracking.open_tracker(
-            tracking.uri,
+            run.tracking_uri,
             run.mlflow_run_id,
             run.folder,
             tensorboard=run.config.tracking.tensorboard,

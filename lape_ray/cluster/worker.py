@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,11 @@ def _check_restart_allowed(run: Run, supervisor: Any) -> tuple[RunEnd, tuple[Lis
                 end = RunEnd("failures", reason)
         except LeaseLostError as error:
             end = RunEnd.of(error)
-    found: tuple[RunEnd, tuple[Listed, ...]] = ray.train.collective.broadcast_from_rank_zero((end, listed))
-    return found
+    # Plain values: the actor of Ray Train that hands them on would import torch for ours, which takes 0.5 GB.
+    kind, reason, entries = ray.train.collective.broadcast_from_rank_zero(
+        (end.kind, end.reason, [asdict(one) for one in listed])
+    )
+    return RunEnd(kind, reason), tuple(Listed(**one) for one in entries)
 
 
 def _stage(config: TrainConfig, device: torch.device) -> None:

@@ -253,7 +253,7 @@ def test_tracking_that_is_away_for_a_while_and_a_worker_that_dies_meanwhile(
         dies = Strike(stored(service.home / "runs/away", 48), lambda: workers(service)[-1].kill())
         back = Strike(stored(service.home / "runs/away", 78), server.start)
         with away.armed(), dies.armed(), back.armed():
-            result = fit(service.config(run__name="away", run__tracking_uri=server.uri, **LONG))
+            result = fit(service.config(run__name="away", tracking__uri=server.uri, **LONG))
         assert result.tracked
         assert losses(server.uri, result.mlflow_run_id) == undisturbed
         assert mlflow.MlflowClient(server.uri).get_run(result.mlflow_run_id).info.status == "FINISHED"
@@ -265,7 +265,7 @@ def test_tracking_that_is_gone_until_the_run_is_submitted_again(
 ) -> None:
     """The training comes to its end without it; the same command, later, completes the history and the artifacts."""
     with tracking_server(tmp_path) as server:
-        config = service.config(run__name="gone", run__tracking_uri=server.uri, **LONG)
+        config = service.config(run__name="gone", tracking__uri=server.uri, **LONG)
         with Strike(stored(service.home / "runs/gone", 13), server.kill).armed():
             first = fit(config)
         assert not first.tracked

@@ -152,9 +152,9 @@ BAD = [
         {"run__num_workers": 4, "run__wait_s": 0},
         "needs 4 CPU, but the cluster has 2 CPU: lower --run.num_workers",
     ),
-    ({"run__tracking_uri": "http://127.0.0.1:9"}, "the MLflow server 'http://127.0.0.1:9' cannot be used"),
+    ({"tracking__uri": "http://127.0.0.1:9"}, "the MLflow server 'http://127.0.0.1:9' cannot be used"),
     ({"run__storage": "/proc/nowhere"}, "storage '/proc/nowhere' is not writable"),
-    ({"run__init_from": "/nowhere.pth"}, "checkpoint /nowhere.pth does not exist"),
+    ({"training__init_from": "/nowhere.pth"}, "checkpoint /nowhere.pth does not exist"),
     ({"model__position": "none"}, "position=none has nothing to join"),
 ]
 

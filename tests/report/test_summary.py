@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lape_ray.config import DataConfig, ModelConfig, OptimConfig, RunConfig, Span, TrainConfig
+from lape_ray.config import DataConfig, ModelConfig, OptimConfig, RunConfig, Span, TrainConfig, TrainingConfig
 from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import digits, select
 from lape_ray.inference.evaluate import evaluate_checkpoint
@@ -80,7 +80,12 @@ def results(config: TrainConfig) -> Results:
 
 
 def test_the_page_holds_what_a_reader_needs(tmp_path: Path) -> None:
-    config = TrainConfig(recipe="demo", data=DataConfig(batch_size=64), run=RunConfig(num_workers=2, seed=7))
+    config = TrainConfig(
+        recipe="demo",
+        data=DataConfig(batch_size=64),
+        training=TrainingConfig(seed=7),
+        run=RunConfig(num_workers=2),
+    )
     text = write_page(results(config), tmp_path).read_text()
     assert "run &amp; name" in text
     assert "top-1 of the best checkpoint<b>60.00 %</b>" in text

@@ -18,7 +18,7 @@ import pytest
 import sqlalchemy
 
 from lape_ray import storage, tracking
-from lape_ray.config import RunConfig, TrainConfig
+from lape_ray.config import TrackingConfig, TrainConfig
 from lape_ray.tracking import Tracker
 from lape_ray.tracking.mlflow.tracker import MlflowTracker
 from lape_ray.tracking.sender import Sender
@@ -36,7 +36,7 @@ class Mlflow:
     def __init__(self, home: Path, database: Path) -> None:
         self.file, self.folder = Path(shutil.copy(database, home)), home / "run"
         self.uri = f"sqlite:///{self.file}?timeout=0.05"
-        config = TrainConfig(run=RunConfig(tracking_uri=self.uri))
+        config = TrainConfig(tracking=TrackingConfig(uri=self.uri))
         self.run_id = tracking.create_run(config, name="n", command="c", tags={}, datasets={})
 
     def code(self) -> str:

@@ -101,7 +101,8 @@ def graphed(state: TrainState) -> TapeRecorder:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_replayed_steps_learn_what_steps_do(algorithm: str, precision: str) -> None:
     wanted, found = (
-        synthetic_state(config(optim__algorithm=algorithm, run__precision=precision), CPU) for _ in range(2)
+        synthetic_state(config(optim__algorithm=algorithm, training__precision=precision), CPU)
+        for _ in range(2)
     )
     for state in (wanted, found):
         rate_in_a_tensor(state)

@@ -307,7 +307,7 @@ def test_a_checkpoint_from_before_class_names_goes_on(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_repeats_and_another_does_not() -> None:
-    first, again, other = (run(smoke(**RANDOM, run__seed=seed)).losses for seed in (3, 3, 4))
+    first, again, other = (run(smoke(**RANDOM, training__seed=seed)).losses for seed in (3, 3, 4))
     assert first == again
     assert first != other
 
@@ -403,7 +403,11 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
 def test_training_starts_from_given_weights_with_a_new_head(tmp_path: Path) -> None:
     run(smoke(optim__epochs=1), tmp_path)
     config = smoke(
-        optim__epochs=1, optim__lr=0, optim__min_lr=0, optim__warmup_lr=0, run__init_from=str(tmp_path / "1")
+        optim__epochs=1,
+        optim__lr=0,
+        optim__min_lr=0,
+        optim__warmup_lr=0,
+        training__init_from=str(tmp_path / "1"),
     )
     same = run(config, tmp_path / "same")
     before, _ = checkpoint.read_weights(tmp_path / "1")
@@ -454,7 +458,7 @@ def test_weights_of_any_file_are_read_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["none", "bf16"])
 def test_compressed_gradients_train_nearly_the_same(compression: str, with_workers: Workers) -> None:
-    config = smoke(run__compression=compression, optim__accumulate=2)
+    config = smoke(training__compression=compression, optim__accumulate=2)
     one, two = run(config), with_workers(2, config)
     np.testing.assert_allclose(two["losses"], one.losses, rtol=1e-5 if compression == "none" else 1e-2)
     if compression == "bf16":
