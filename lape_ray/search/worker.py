@@ -199,7 +199,7 @@ class TrialReporter:
         return Flags.NONE
 
     def node_leaving(self) -> bool:
-        return self.nodes.news()
+        return self.nodes.poll()
 
     def line(self, text: str) -> None:
         if self.tracker is not None:
