@@ -116,7 +116,7 @@ class RayReporter:
         self.line(f"checkpoint {saving.where}")
 
     def node_leaving(self) -> bool:
-        return self.nodes.news()
+        return self.nodes.poll()
 
     def poll_flags(self) -> Flags:
         flags = Flags.NONE
