@@ -130,7 +130,7 @@ def _trainer(run: Run, supervisor: Any) -> ray.train.torch.TorchTrainer:
             storage_path=run.root,
             failure_config=FailureConfig(max_failures=-1),  # the supervisor counts
             callbacks=[FailureCount(supervisor)],
-            worker_runtime_env={"env_vars": worker_variables()},
+            worker_runtime_env={"env_vars": variables()},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -143,11 +143,3 @@ def variables() -> dict[str, str]:
     them in its own environment, or the job in its runtime environment.
     """
     return shared_variables()
-
-
-def worker_variables() -> dict[str, str]:
-    """Return the environment variables of Ray Train's workers: the driver's, and the address of its cluster.
-
-    Without that address a clean-up actor of Ray Train looks for clusters on the host, and fails where it finds two.
-    """
-    return {**variables(), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import FrameType
@@ -73,6 +74,11 @@ class FailureCount(UserCallback):
 
     def __init__(self, supervisor: Any) -> None:
         self.supervisor = supervisor
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in the controller's process, whose warning of an option that Ray sets itself helps no user."""
+        self.__dict__.update(state)
+        warnings.filterwarnings("ignore", message=".*exclude_resources. is deprecated")
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         # A worker that hangs never leaves. Ray Train hands this variable on to no controller, but asks for it there.

@@ -70,6 +70,12 @@ def test_mlflow_holds_the_run(service: Service, submitted: subprocess.CompletedP
     assert "model.join = 'lape'" in Path(client.download_artifacts(run.info.run_id, "config.txt")).read_text()
 
 
+def test_the_log_is_free_of_what_a_user_can_do_nothing_about(
+    submitted: subprocess.CompletedProcess[str],
+) -> None:
+    assert not re.search("Traceback|Deprecat", submitted.stdout + submitted.stderr)
+
+
 def test_a_finished_name_is_not_reused_silently(
     service: Service, submitted: subprocess.CompletedProcess[str]
 ) -> None:
