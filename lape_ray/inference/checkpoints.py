@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +15,20 @@ from typing import Any, get_type_hints
 
 from lape_ray import tracking
 from lape_ray.config import ModelConfig, TrainConfig, parse_value, replace_fields
+from lape_ray.data.beton import Manifest, manifest_path, set_files
+from lape_ray.data.remote import remote_manifest
 from lape_ray.inference.evaluate import config_for
+from lape_ray.inference.predict import Predictor, make_predictor
 from lape_ray.model import resolve
-from lape_ray.storage import local
+from lape_ray.storage import is_remote, local
+from lape_ray.training.checkpoint import read_meta
 
 KINDS = get_type_hints(ModelConfig)
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 WRITTEN = re.compile(
     r"(?:(?P<label>[^=/@]+)=)?(?P<place>[^@]+)(?:@(?P<recipe>\w+)(?P<fields>(?:,\w+=[\w.]+)*))?"
 )
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,48 @@ def find_subjects(
         label = match["label"] or config.run.name or match["recipe"] or Path(place).stem
         subjects.append(Subject(label=label, checkpoint=place, config=config, run_id=run_id))
     return _unique_labels(subjects)
+
+
+def open_predictor(
+    written: str, overrides: Mapping[str, Any], *, ema: bool = False
+) -> tuple[Predictor, str | None]:
+    """Open the predictor of what a person types (see `find_subjects`), and name its MLflow run, if any.
+
+    Its classes have the names that the checkpoint holds, else those of `class_names`; else a warning says that they are
+    numbers.
+    """
+    with tempfile.TemporaryDirectory(prefix="lape-model-") as downloads:
+        (one,) = find_subjects([written], overrides, downloads=Path(downloads))
+        run_id, names = one.run_id, None
+        if Path(one.checkpoint).is_dir():
+            meta = read_meta(Path(one.checkpoint))
+            run_id, names = run_id or meta.mlflow_run_id, meta.classes
+        names = names or class_names(one.config)
+        predictor = make_predictor(one.checkpoint, one.config, classes=names, ema=ema)
+    if names is None:
+        log.warning(
+            "%s: classes are named by their number, as their names are neither in the checkpoint nor in a manifest of "
+            "data.val or data.train; give --data.val FILE.beton, beside which there is one",
+            written,
+        )
+    return predictor, run_id
+
+
+def class_names(config: TrainConfig) -> tuple[str, ...] | None:
+    """Read the names of classes in the manifest of `data.val`, else of `data.train`; None where neither exists."""
+    for path in (config.data.val, config.data.train):
+        if path:
+            with contextlib.suppress(FileNotFoundError):
+                return _manifest(path).classes
+    return None
+
+
+def _manifest(path: str) -> Manifest:
+    if is_remote(path):
+        return remote_manifest(path)
+    # A manifest is enough, without its images; a set has one for each of its files.
+    files = (path,) if manifest_path(path).is_file() else set_files(path)
+    return Manifest.of_set([Manifest.load(file) for file in files], path)
 
 
 def _fields(written: str, text: str) -> dict[str, Any]:
