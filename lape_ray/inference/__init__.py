@@ -2,6 +2,7 @@
 
 evaluate     exact accuracy of a checkpoint of any origin
 predict      a checkpoint as a classifier of image files
+classify     the steps behind jobs/predict.py
 export       `export`: every requested format of a checkpoint, MLflow's model among them
 timm         a checkpoint as a folder that timm loads
 onnx         a checkpoint as ONNX, compared with PyTorch

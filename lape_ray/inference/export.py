@@ -28,7 +28,7 @@ from lape_ray.storage import written_folder, written_path
 
 
 def export(
-    subject: str,
+    spec: str,
     *,
     overrides: Mapping[str, Any],
     timm: str | Path | None = None,
@@ -43,9 +43,9 @@ def export(
         raise ValueError(f"--register {register} needs --mlflow")
     if onnx is not None:
         require_packages()
-    predictor, run_id = open_predictor(subject, overrides, ema=ema)
+    predictor, run_id = open_predictor(spec, overrides, ema=ema)
     if mlflow and run_id is None:
-        raise ValueError(f"{subject} does not know its MLflow run: give the run's id instead")
+        raise ValueError(f"{spec} does not know its MLflow run: give the run's id instead")
     if timm is not None:
         with written_folder(timm) as folder:
             written = export_timm(predictor, folder)

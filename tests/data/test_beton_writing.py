@@ -181,7 +181,7 @@ def test_a_killed_writer_goes_on(shared_dir: Path, tmp_path: Path) -> None:
         [sys.executable, str(job), *arguments], env=environment, capture_output=True, text=True
     )
     assert again.returncode == 0, again.stderr
-    assert "going on after" in again.stderr
+    assert "continuing after" in again.stderr
     cifar = select(open_source(arguments[0], "train"), "per-class:1000")
     whole = write_beton(cifar, tmp_path / "y.beton", mode="jpg", workers=2)
     assert check_beton(tmp_path / "x.beton").sha256 == whole.sha256
