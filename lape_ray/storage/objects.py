@@ -83,15 +83,9 @@ def exists(address: str, *, patience_s: float = PATIENCE_S) -> bool:
 
 
 def get_text(address: str) -> str:
-    """Read the text of an object; FileNotFoundError where it does not exist, ValueError where it is no text."""
-    bucket, key = bucket_and_key(address)
-    content: bytes = attempt(
-        lambda: client().get_object(Bucket=bucket, Key=key)["Body"].read(), address, "reading"
-    )
-    try:
-        return content.decode(errors="replace")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{address} is damaged: {error}; write it again") from None
+    """Read the text of an object; FileNotFoundError where it does not exist."""
+    text, _ = get_tagged(address)
+    return text
 
 
 def get_tagged(address: str, *, patience_s: float = PATIENCE_S) -> tuple[str, str]:

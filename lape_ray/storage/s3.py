@@ -38,10 +38,6 @@ _TRANSIENT_CODES = frozenset(
     {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "RequestLimitExceeded", "InternalError",
      "ServiceUnavailable", "BadDigest", "IncompleteBody", "OperationAborted"}
 )  # fmt: skip
-_WRONG_REGION = frozenset(
-    {"301", "PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed",
-     "IllegalLocationConstraintException"}
-)  # fmt: skip
 
 
 def client() -> Any:
@@ -81,7 +77,7 @@ def _client(_process: int, _environment: tuple[tuple[str, str], ...]) -> Any:
         made.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
         return made
     except (exceptions.BotoCoreError, ValueError) as error:
-        raise explained(error, "S3", "opening a connection") from error
+        raise translate_error(error, "S3", "opening a connection") from error
 
 
 def content_md5(content: bytes) -> str:
@@ -114,7 +110,7 @@ def attempt(call: Callable[[], T], address: str, doing: str, *, patience_s: floa
             return call()
         except (exceptions.BotoCoreError, exceptions.ClientError, ConnectionError) as error:
             if not _is_transient(error):
-                raise explained(error, address, doing) from error
+                raise translate_error(error, address, doing) from error
             if time.monotonic() + pause > deadline:
                 raise ConnectionError(
                     f"{address}: {doing} failed for {patience_s:g} s: {_first_line(error)}; check that the server at "
@@ -161,11 +157,11 @@ def _first_line(error: Exception) -> str:
     return first_line(error)
 
 
-def explained(error: Exception, address: str, doing: str) -> OSError:
-    """Translate the error to one of Python's, which says how to mend it."""
+def translate_error(error: Exception, address: str, doing: str) -> OSError:
+    """Translate an error of boto3 to one of Python's, which says how to mend it."""
     from botocore import exceptions
 
-    nobody = (
+    no_credentials = (
         exceptions.NoCredentialsError,
         exceptions.PartialCredentialsError,
         exceptions.CredentialRetrievalError,
@@ -173,51 +169,81 @@ def explained(error: Exception, address: str, doing: str) -> OSError:
         exceptions.UnauthorizedSSOTokenError,
         exceptions.ProfileNotFound,
     )
-    if isinstance(error, nobody):
+    if isinstance(error, no_credentials):
         return PermissionError(
             f"{address}: no credentials for S3 on {os.uname().nodename} ({_first_line(error)}); set AWS_ACCESS_KEY_ID "
             "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in its environment (on a cluster: of every Ray node)"
         )
     if not isinstance(error, exceptions.ClientError):
         return OSError(f"{address}: {doing} failed: {_first_line(error)}")
-    bucket = address.removeprefix("s3://").partition("/")[0]
     code = _code(error)
-    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    if code == "NoSuchBucket":
-        return FileNotFoundError(
-            f"{address}: there is no bucket {bucket!r} at {endpoint()}; create it, or check the name and "
-            "AWS_ENDPOINT_URL"
-        )
-    if code in ("NoSuchKey", "404"):
-        return FileNotFoundError(f"{address} does not exist at {endpoint()}")
-    if code in _WRONG_REGION:
-        region = error.response.get("Error", {}).get("Region") or headers.get("x-amz-bucket-region")
-        fix = (
-            f"set AWS_REGION={region}"
-            if region
-            else "set AWS_REGION to the region that the bucket was made in"
-        )
-        return OSError(f"{address}: bucket {bucket!r} is not in region {client().meta.region_name!r}; {fix}")
-    if code in ("RequestTimeTooSkewed", "RequestInTheFuture"):
-        return OSError(
-            f"{address}: the clock of {os.uname().nodename} is wrong: {_clocks(headers)}; set it (for example with "
-            "`timedatectl set-ntp true`), for S3 refuses requests that are 15 minutes off"
-        )
-    if code == "PreconditionFailed":
-        return OSError(f"{address} was replaced by another object while it was read; start again")
-    known = {
-        "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL",
-        "SignatureDoesNotMatch": "the secret does not fit the access key; check AWS_SECRET_ACCESS_KEY",
-        "ExpiredToken": "the temporary credentials have expired; get new ones",
-        "InvalidToken": "AWS_SESSION_TOKEN does not belong to these credentials; unset it, or get new ones",
-        "AccessDenied": "these credentials do not allow it; grant s3:ListBucket on the bucket, and s3:GetObject, "
-                        "s3:PutObject, s3:DeleteObject and s3:AbortMultipartUpload on its objects",
-    }  # fmt: skip
-    known |= dict.fromkeys(("403", "Forbidden", "AllAccessDisabled"), known["AccessDenied"])
-    if code in known:
-        return PermissionError(f"{address}: {doing} is refused ({code}): {known[code]}")
+    if translate := _SPECIAL_CODES.get(code):
+        return translate(error, address)
+    if code in _REFUSALS:
+        return PermissionError(f"{address}: {doing} is refused ({code}): {_REFUSALS[code]}")
     message = error.response.get("Error", {}).get("Message") or "no reason given"
     return OSError(f"{address}: {doing} is refused by {endpoint()}: {message} ({code})")
+
+
+def _no_bucket(_: exceptions.ClientError, address: str) -> OSError:
+    return FileNotFoundError(
+        f"{address}: there is no bucket {_bucket(address)!r} at {endpoint()}; create it, or check the name and "
+        "AWS_ENDPOINT_URL"
+    )
+
+
+def _no_object(_: exceptions.ClientError, address: str) -> OSError:
+    return FileNotFoundError(f"{address} does not exist at {endpoint()}")
+
+
+def _wrong_region(error: exceptions.ClientError, address: str) -> OSError:
+    region = error.response.get("Error", {}).get("Region") or _headers(error).get("x-amz-bucket-region")
+    fix = f"set AWS_REGION={region}" if region else "set AWS_REGION to the region that the bucket was made in"
+    ours = client().meta.region_name
+    return OSError(f"{address}: bucket {_bucket(address)!r} is not in region {ours!r}; {fix}")
+
+
+def _wrong_clock(error: exceptions.ClientError, address: str) -> OSError:
+    return OSError(
+        f"{address}: the clock of {os.uname().nodename} is wrong: {_clocks(_headers(error))}; set it (for example with "
+        "`timedatectl set-ntp true`), for S3 refuses requests that are 15 minutes off"
+    )
+
+
+def _replaced(_: exceptions.ClientError, address: str) -> OSError:
+    return OSError(f"{address} was replaced by another object while it was read; start again")
+
+
+_NOT_ALLOWED = (
+    "these credentials do not allow it; grant s3:ListBucket on the bucket, and s3:GetObject, s3:PutObject, "
+    "s3:DeleteObject and s3:AbortMultipartUpload on its objects"
+)
+_REFUSALS = {
+    "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL",
+    "SignatureDoesNotMatch": "the secret does not fit the access key; check AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "the temporary credentials have expired; get new ones",
+    "InvalidToken": "AWS_SESSION_TOKEN does not belong to these credentials; unset it, or get new ones",
+    **dict.fromkeys(("AccessDenied", "403", "Forbidden", "AllAccessDisabled"), _NOT_ALLOWED),
+}
+_SPECIAL_CODES: dict[str, Callable[[exceptions.ClientError, str], OSError]] = {
+    "NoSuchBucket": _no_bucket,
+    **dict.fromkeys(("NoSuchKey", "404"), _no_object),
+    **dict.fromkeys(
+        ("301", "PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed",
+         "IllegalLocationConstraintException"),
+        _wrong_region,
+    ),
+    **dict.fromkeys(("RequestTimeTooSkewed", "RequestInTheFuture"), _wrong_clock),
+    "PreconditionFailed": _replaced,
+}  # fmt: skip
+
+
+def _bucket(address: str) -> str:
+    return address.removeprefix("s3://").partition("/")[0]
+
+
+def _headers(error: exceptions.ClientError) -> dict[str, str]:
+    return dict(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
 
 
 def _clocks(headers: dict[str, str]) -> str:

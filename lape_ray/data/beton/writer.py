@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL
@@ -320,10 +320,10 @@ class _File:
             )
         count = len(stored_N)
         records_N, allocations_N = np.zeros(count, RECORD), np.zeros(count, ALLOCATION)
-        images_N = records_N["image"] = stored_N["image"]
-        labels_N = records_N["label"] = source.labels_N[stored_N["index"]]
+        records_N["image"] = stored_N["image"]
+        records_N["label"] = source.labels_N[stored_N["index"]]
         allocations_N["sample_id"] = np.arange(count)
-        allocations_N["ptr"], allocations_N["size"] = images_N["data_ptr"], stored_N["size"]
+        allocations_N["ptr"], allocations_N["size"] = stored_N["image"]["data_ptr"], stored_N["size"]
         self.data.seek(self.end)
         self.data.write(allocations_N.tobytes())
         self.data.truncate()  # an interrupted writer may have come further
@@ -331,12 +331,26 @@ class _File:
         header = np.array([(FORMAT_VERSION, len(FIELDS), PAGE_BYTES, count, self.end)], HEADER)
         self.data.write(header.tobytes() + FIELDS.tobytes() + records_N.tobytes())
         self.journal.commit()  # a full disk may show only now, and the old pair is still whole
+        return self._manifest(
+            stored_N, records_N, allocations_N, source, _made(source, encoding, fingerprint)
+        )
+
+    def _manifest(
+        self,
+        stored_N: np.ndarray,
+        records_N: np.ndarray,
+        allocations_N: np.ndarray,
+        source: Source,
+        made: dict[str, Any],
+    ) -> Manifest:
+        """Describe the file, which is complete."""
+        images_N = records_N["image"]
         self.data.seek(0)
         return Manifest(
             version=MANIFEST_VERSION,
-            num_samples=count,
+            num_samples=len(records_N),
             classes=source.classes,
-            class_counts=tuple(np.bincount(labels_N, minlength=len(source.classes)).tolist()),
+            class_counts=tuple(np.bincount(records_N["label"], minlength=len(source.classes)).tolist()),
             width=(int(images_N["width"].min()), int(images_N["width"].max())),
             height=(int(images_N["height"].min()), int(images_N["height"].max())),
             bytes=self.end + allocations_N.nbytes,
@@ -345,15 +359,20 @@ class _File:
             stored=dict(sorted(Counter(KINDS[kind] for kind in stored_N["kind"]).items())),
             odd=dict(sorted(self.odd.items())),
             skipped=tuple(self.skipped),
-            made={
-                "source": source.origin,
-                **dataclasses.asdict(encoding),
-                "fingerprint": fingerprint,
-                "versions": {
-                    "lape_ray": lape_ray.__version__,
-                    "pillow": PIL.__version__,
-                    "numpy": np.__version__,
-                },
-                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            },
+            made=made,
         )
+
+
+def _made(source: Source, encoding: Encoding, fingerprint: str) -> dict[str, Any]:
+    """Record how a file is made, for its manifest."""
+    return {
+        "source": source.origin,
+        **dataclasses.asdict(encoding),
+        "fingerprint": fingerprint,
+        "versions": {
+            "lape_ray": lape_ray.__version__,
+            "pillow": PIL.__version__,
+            "numpy": np.__version__,
+        },
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

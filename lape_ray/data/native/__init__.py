@@ -143,41 +143,14 @@ class Decoder:
             ValueError: the arrays do not fit together.
         """
         images = len(offsets_B)
-        if isinstance(interpolation, str):
-            if interpolation not in FILTERS:
-                known = ", ".join(FILTERS)
-                raise ValueError(f"interpolation={interpolation!r} is not known; choose one of {known}")
-            interpolation = np.full(images, FILTERS[interpolation], np.uint8)
-        filters_B = _column("interpolation", interpolation, np.uint8, images)
-        if images and filters_B.max() >= len(FILTERS):
-            raise ValueError(f"interpolation must hold indices from 0 to {len(FILTERS) - 1}")
-        if (
-            out_BHW3.dtype != np.uint8
-            or out_BHW3.ndim != 4
-            or out_BHW3.shape[3] != 3
-            or len(out_BHW3) != images
-        ):
-            raise ValueError(
-                f"out is {out_BHW3.dtype} {out_BHW3.shape}; it must be uint8 ({images}, H, W, 3)"
-            )
-        if not out_BHW3.flags.c_contiguous or not out_BHW3.flags.writeable:
-            raise ValueError("out must be C-contiguous and writeable")
-        descriptors_B = np.empty(0, np.int32)
-        if file.dtype == np.int32:
-            descriptors_B, file = _column("descriptors", file, np.int32, images), np.empty(0, np.uint8)
-        elif checksums:
-            raise ValueError("checksums are read from open files only; give their descriptors")
-        if file.dtype != np.uint8 or file.ndim != 1 or not file.flags.c_contiguous:
-            raise ValueError(
-                f"file is {file.dtype} {file.shape}; it must be contiguous uint8 (N,), or int32 (B,)"
-            )
+        filters_B = _filters(interpolation, images)
+        _check_out(out_BHW3, images)
+        bytes_N, descriptors_B = _open_or_in_memory(file, images, checksums)
         height, width = out_BHW3.shape[1:3]
-        if not (1 <= height <= 0xFFFF and 1 <= width <= 0xFFFF):
-            raise ValueError(f"out has {height}x{width} pixels; a side must be from 1 to {0xFFFF}")
         statuses_B = np.empty(images, np.int32)
         _native.decode(
             self._handle,
-            file,
+            bytes_N,
             descriptors_B,
             _column("offsets", offsets_B, np.uint64, images),
             _column("lengths", lengths_B, np.uint64, images),
@@ -196,6 +169,44 @@ class Decoder:
             checksums,
         )
         return statuses_B
+
+
+def _filters(interpolation: Interpolation | Array, images: int) -> Array:
+    """Return each image's index in `FILTERS` (B,); ValueError if a name or an index is not known."""
+    if isinstance(interpolation, str):
+        if interpolation not in FILTERS:
+            known = ", ".join(FILTERS)
+            raise ValueError(f"interpolation={interpolation!r} is not known; choose one of {known}")
+        return np.full(images, FILTERS[interpolation], np.uint8)
+    filters_B = _column("interpolation", interpolation, np.uint8, images)
+    if images and filters_B.max() >= len(FILTERS):
+        raise ValueError(f"interpolation must hold indices from 0 to {len(FILTERS) - 1}")
+    return filters_B
+
+
+def _check_out(out_BHW3: Array, images: int) -> None:
+    """Raise a ValueError where the extension could not write its pixels into `out_BHW3`."""
+    shape = out_BHW3.shape
+    if out_BHW3.dtype != np.uint8 or len(shape) != 4 or (shape[0], shape[3]) != (images, 3):
+        raise ValueError(f"out is {out_BHW3.dtype} {shape}; it must be uint8 ({images}, H, W, 3)")
+    if not out_BHW3.flags.c_contiguous or not out_BHW3.flags.writeable:
+        raise ValueError("out must be C-contiguous and writeable")
+    height, width = shape[1:3]
+    if not (1 <= height <= 0xFFFF and 1 <= width <= 0xFFFF):
+        raise ValueError(f"out has {height}x{width} pixels; a side must be from 1 to {0xFFFF}")
+
+
+def _open_or_in_memory(file: Array, images: int, checksums: bool) -> tuple[Array, Array]:
+    """Return the file's bytes in memory and the descriptors of open files, of which one is empty."""
+    if file.dtype == np.int32:
+        return np.empty(0, np.uint8), _column("descriptors", file, np.int32, images)
+    if checksums:
+        raise ValueError("checksums are read from open files only; give their descriptors")
+    if file.dtype != np.uint8 or file.ndim != 1 or not file.flags.c_contiguous:
+        raise ValueError(
+            f"file is {file.dtype} {file.shape}; it must be contiguous uint8 (N,), or int32 (B,)"
+        )
+    return file, np.empty(0, np.int32)
 
 
 def _column(name: str, values: Array, dtype: type, *shape: int) -> Array:

@@ -209,10 +209,7 @@ class BatchLoader(Loader):
         self._decoder.side = side
 
     def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> BatchIterator:
-        """Make one pass over the samples of `keys_N` (int64; see SEED_BIT), the last batch short.
-
-        The keys hold the seeds of the draws, so that positions and epoch add nothing here.
-        """
+        """Make one pass; see `Reader.batches`. The keys hold the seeds of the draws, and the other arguments none."""
         return BatchIterator(self, np.ascontiguousarray(keys_N))  # numba compiles again for a strided array
 
 

@@ -49,20 +49,10 @@ class NativeReader:
     def batches(
         self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
     ) -> Generator[np.ndarray, None, None]:
-        """Yield the batches uint8 (B, S, S, 3) of one pass over the samples of `keys_N`, the last batch short.
-
-        A key holds the sample's index in its low 32 bits.
-
-        Args:
-            positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
-
-        Raises:
-            ValueError: images cannot be read, or a file was changed; names them.
-        """
+        """Yield the batches of one pass; see `Reader.batches`."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
         pending: deque[Future[np.ndarray]] = deque()
-        index_N = sample_index(keys_N)
-        side = self.image_size
+        index_N, side = sample_index(keys_N), self.image_size
         try:
             for start in range(0, len(index_N), self.batch_size):
                 part = slice(start, start + self.batch_size)

@@ -30,10 +30,14 @@ class Reader(Protocol):
     on_device: bool
 
     def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> Pass:
-        """Yield the batches of a pass over the samples of `keys_N`, the last batch short.
+        """Yield the batches of one pass over the samples of `keys_N`, the last batch short: uint8 (B, S, S, 3).
 
-        `positions_N`, each sample's place in the epoch's order over all ranks, or the keys' high bits say
-        what is drawn for it. ValueError names images that cannot be read.
+        Args:
+            keys_N: int64; the low 32 bits are the sample's index, the high bits a seed for readers that draw by it.
+            positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
+
+        Raises:
+            ValueError: images cannot be read, or a file was changed; names them.
         """
 
 

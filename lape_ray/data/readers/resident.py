@@ -62,13 +62,9 @@ class ResidentReader:
     def batches(
         self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
     ) -> Generator[Tensor, None, None]:
-        """Yield the batches uint8 (B, S, S, 3) of one pass over the samples of `keys_N`, the last batch short.
+        """Yield the batches of one pass; see `Reader.batches`.
 
-        A key holds the sample's index in its low 32 bits. The batches are views of channels-first memory on the device,
-        which nothing else uses.
-
-        Args:
-            positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
+        They are views of channels-first memory on the device, which nothing else uses.
         """
         index_N, crop, device = sample_index(keys_N), self.options.crop, self.options.device
         if not isinstance(crop, RandomCrop):

@@ -64,16 +64,7 @@ class TorchvisionReader:
     def batches(
         self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
     ) -> Generator[np.ndarray, None, None]:
-        """Yield the batches uint8 (B, S, S, 3) of one pass over the samples of `keys_N`, the last batch short.
-
-        A key holds the sample's index in its low 32 bits.
-
-        Args:
-            positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
-
-        Raises:
-            ValueError: an image cannot be read; names it.
-        """
+        """Yield the batches of one pass; see `Reader.batches`."""
         pool = ThreadPoolExecutor(self.options.threads, thread_name_prefix="torchvision")
         pending: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
         index_N = sample_index(keys_N).tolist()
