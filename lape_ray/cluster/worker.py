@@ -198,7 +198,7 @@ class RayReporter:
         reason = ""
         if self.first:
             try:
-                storage.patiently(self._find_checkpoints, self.config.run.outage_s, self.line)
+                storage.retry(self._find_checkpoints, self.config.run.outage_s, self.line)
                 newest = self.listed[-1].name if self.listed else None
                 reason = ray.get(supervisor.started.remote(newest))
                 end = "failures" if reason else "done"
@@ -349,7 +349,7 @@ class RayReporter:
             check_lease(self.folder, self.lease)
             self.listed = add(self.folder, self.listed, new, keep=self.config.run.keep_checkpoints)
 
-        storage.patiently(bring, self.config.run.outage_s, self.line)
+        storage.retry(bring, self.config.run.outage_s, self.line)
         self.gauges.show({"checkpoint_s": time.monotonic() - began})
         return new.name
 

@@ -43,7 +43,7 @@ from lape_ray.storage.lease import (
     leased,
 )
 from lape_ray.storage.objects import Object, listing
-from lape_ray.storage.publish import folders, free_bytes, patiently, publish, staging
+from lape_ray.storage.publish import folders, free_bytes, publish, retry, staging
 from lape_ray.storage.records import read_record, write_record
 from lape_ray.storage.transfer import upload, upload_folder
 
@@ -75,10 +75,10 @@ __all__ = [
     "modified",
     "names",
     "opened",
-    "patiently",
     "publish",
     "read_record",
     "read_text",
+    "retry",
     "safe_relative",
     "stage",
     "staging",

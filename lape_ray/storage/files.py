@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lape_ray.storage import objects
 from lape_ray.storage.address import absolute, is_remote, join
-from lape_ray.storage.s3 import HASTE_S
+from lape_ray.storage.s3 import CHECK_TIMEOUT_S
 from lape_ray.storage.transfer import upload, upload_folder
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
@@ -153,9 +153,9 @@ def check_writable(address: str) -> None:
     probe = join(absolute(address), f".probe-{uuid.uuid4().hex}")
     try:
         if is_remote(address):
-            objects.put(probe, b"probe", patience_s=HASTE_S)
-            objects.delete(probe, patience_s=HASTE_S)
-            objects.check_region(address, patience_s=HASTE_S)
+            objects.put(probe, b"probe", timeout_s=CHECK_TIMEOUT_S)
+            objects.delete(probe, timeout_s=CHECK_TIMEOUT_S)
+            objects.check_region(address, timeout_s=CHECK_TIMEOUT_S)
         else:
             write_text(probe, "probe")
             Path(probe).unlink()

@@ -31,7 +31,7 @@ from typing import Any
 from lape_ray.storage import objects
 from lape_ray.storage.address import absolute, is_remote, join
 from lape_ray.storage.files import read_text, write_text
-from lape_ray.storage.s3 import HASTE_S
+from lape_ray.storage.s3 import CHECK_TIMEOUT_S
 from lape_ray.values.typed import from_json
 
 LEASE = "lease.json"
@@ -120,7 +120,7 @@ class Lease:
     def give_back(self) -> None:
         """End the heartbeat and let the next process have the folder at once."""
         self._ended.set()
-        self._thread.join(2 * HASTE_S)
+        self._thread.join(2 * CHECK_TIMEOUT_S)
         _OWN.discard(self.token)
         self._values["released"] = True
         with contextlib.suppress(OSError):  # where storage is away, the lease gets stale by itself
@@ -324,14 +324,14 @@ class _Bucket:
         """Find out once whether the server knows conditional puts: it refuses to make what exists."""
         if self._conditions is None:
             probe = join(self.address.rpartition("/")[0], f".{LEASE}.probe")
-            objects.put(probe, b"probe", patience_s=HASTE_S)
-            self._conditions = objects.put_if(probe, b"probe", tag=None, patience_s=HASTE_S) is None
-            objects.delete(probe, patience_s=HASTE_S)
+            objects.put(probe, b"probe", timeout_s=CHECK_TIMEOUT_S)
+            self._conditions = objects.put_if(probe, b"probe", tag=None, timeout_s=CHECK_TIMEOUT_S) is None
+            objects.delete(probe, timeout_s=CHECK_TIMEOUT_S)
         return self._conditions
 
     def read(self) -> _Found | None:
         try:
-            return _Found(*objects.get_tagged(self.address, patience_s=HASTE_S))
+            return _Found(*objects.get_tagged(self.address, timeout_s=CHECK_TIMEOUT_S))
         except FileNotFoundError:
             return None
 
@@ -340,4 +340,4 @@ class _Bucket:
             found = self.read()
             if (found.tag if found else None) != tag:
                 return None
-        return objects.put_if(self.address, text.encode(), tag=tag, patience_s=HASTE_S)
+        return objects.put_if(self.address, text.encode(), tag=tag, timeout_s=CHECK_TIMEOUT_S)

@@ -17,7 +17,7 @@ from lape_ray.storage.files import delete_folder, exists, read_text, sync_folder
 from lape_ray.storage.objects import listing
 from lape_ray.storage.transfer import upload_folder
 
-HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST)
+FATAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST)
 """Errors that waiting does not mend: no space, no permission, a name that is taken."""
 STAGED = "lape-staging-"
 JUST_MADE_S = 60.0  # a folder as young may not be locked yet
@@ -92,22 +92,22 @@ def publish(folder: Path, address: str, *, last: str = "") -> None:
     sync_folder(target.parent)
 
 
-def patiently(work: Callable[[], None], seconds: float, tell: Callable[[str], None]) -> None:
-    """Do `work`, again and again for `seconds` where storage is away; `tell` hears of the first failure.
+def retry(work: Callable[[], None], timeout_s: float, warn: Callable[[str], None]) -> None:
+    """Do `work`, and repeat it for `timeout_s` seconds while storage is away; `warn` gets the first failure.
 
     Raises:
-        OSError: the last failure, and at once one of `HOPELESS`.
+        OSError: the last failure; one of `FATAL_ERRNOS` immediately.
     """
-    deadline, pause, told = time.monotonic() + seconds, 1.0, False
+    deadline, pause, warned = time.monotonic() + timeout_s, 1.0, False
     while True:
         try:
             return work()
         except OSError as error:
-            if error.errno in HOPELESS or time.monotonic() + pause > deadline:
+            if error.errno in FATAL_ERRNOS or time.monotonic() + pause > deadline:
                 raise
-            if not told:
-                tell(f"warning: storage fails, trying again for {seconds:g} s: {error}")
-            told = True
+            if not warned:
+                warn(f"warning: storage fails, trying again for {timeout_s:g} s: {error}")
+            warned = True
             time.sleep(pause)
             pause = min(2 * pause, 15.0)
 

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from botocore import exceptions
 
 T = TypeVar("T")
-PATIENCE_S = 120.0
-"""The time that a server may be away before a transfer gives up."""
-HASTE_S = 5.0
-"""The same for checks before a run, which should not keep a person waiting."""
+RETRY_TIMEOUT_S = 120.0
+"""The time for which requests are retried while the server is away."""
+CHECK_TIMEOUT_S = 5.0
+"""The same for checks before a run, which should end soon."""
 CONNECTIONS = 32
 LONGEST_WAIT_S = 15.0
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def _client(_process: int, _environment: tuple[tuple[str, str], ...]) -> Any:
 
 
 def content_md5(content: bytes) -> str:
-    """Compute the value of the header Content-MD5: against errors on the way, not against people."""
+    """Compute the value of the header Content-MD5: for integrity, not for security."""
     return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
 
 
@@ -90,7 +90,9 @@ def _add_md5(request: Any, **_: Any) -> None:
     request.headers["Content-MD5"] = content_md5(request.body)
 
 
-def attempt(call: Callable[[], T], address: str, doing: str, *, patience_s: float = PATIENCE_S) -> T:
+def call_with_retry(
+    call: Callable[[], T], address: str, doing: str, *, timeout_s: float = RETRY_TIMEOUT_S
+) -> T:
     """Return what `call` returns; call it again, with growing pauses, while the server is away or overloaded.
 
     Args:
@@ -99,12 +101,12 @@ def attempt(call: Callable[[], T], address: str, doing: str, *, patience_s: floa
     Raises:
         FileNotFoundError: the bucket or object does not exist.
         PermissionError: no, wrong or expired credentials, or they do not allow it.
-        ConnectionError: the server did not answer properly for `patience_s` seconds.
+        ConnectionError: the server did not answer properly for `timeout_s` seconds.
         OSError: region or clock are wrong, or the server refuses for another reason, which is said.
     """
     from botocore import exceptions
 
-    deadline, pause = time.monotonic() + patience_s, 0.25
+    deadline, pause = time.monotonic() + timeout_s, 0.25
     while True:
         try:
             return call()
@@ -113,7 +115,7 @@ def attempt(call: Callable[[], T], address: str, doing: str, *, patience_s: floa
                 raise translate_error(error, address, doing) from error
             if time.monotonic() + pause > deadline:
                 raise ConnectionError(
-                    f"{address}: {doing} failed for {patience_s:g} s: {_first_line(error)}; check that the server at "
+                    f"{address}: {doing} failed for {timeout_s:g} s: {_first_line(error)}; check that the server at "
                     f"{endpoint()} is up, and that AWS_ENDPOINT_URL and AWS_REGION name the right one"
                 ) from error
             log.warning("%s: %s failed, trying again: %s", address, doing, _first_line(error))

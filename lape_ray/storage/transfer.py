@@ -14,7 +14,7 @@ from typing import Any
 
 from lape_ray.storage.address import bucket_and_key, join
 from lape_ray.storage.objects import Object, put
-from lape_ray.storage.s3 import attempt, client, content_md5
+from lape_ray.storage.s3 import call_with_retry, client, content_md5
 
 PART_BYTES = 16 << 20
 MOST_PARTS = 10_000  # of one upload
@@ -44,9 +44,9 @@ def download(source: Object, target: Path, *, sha256: str | None, threads: int =
 
     Raises:
         DownloadError: the object has another checksum.
-        OSError: see `s3.attempt`; or the disk is full.
+        OSError: see `s3.call_with_retry`; or the disk is full.
     """
-    expected = sha256 or _told_sha256(source)
+    expected = sha256 or _metadata_sha256(source)
     partial = target.with_name(f".{target.name}.part")
     with _Journal(target.with_name(f".{target.name}.parts"), source) as journal:
         resumed = bool(journal.done) and partial.exists()
@@ -70,9 +70,9 @@ def download(source: Object, target: Path, *, sha256: str | None, threads: int =
         journal.forget()
 
 
-def _told_sha256(source: Object) -> str | None:
+def _metadata_sha256(source: Object) -> str | None:
     bucket, key = bucket_and_key(source.address)
-    head = attempt(lambda: client().head_object(Bucket=bucket, Key=key), source.address, "reading")
+    head = call_with_retry(lambda: client().head_object(Bucket=bucket, Key=key), source.address, "reading")
     told = head.get("Metadata", {}).get(SHA256)
     return None if told is None else str(told)
 
@@ -121,7 +121,9 @@ def _fetch(source: Object, partial: Path, journal: _Journal, threads: int) -> st
         if stop.is_set():
             raise _StoppedError
         try:
-            attempt(lambda: _fetch_part(source, descriptor, number), source.address, f"reading part {number}")
+            call_with_retry(
+                lambda: _fetch_part(source, descriptor, number), source.address, f"reading part {number}"
+            )
             journal.add(number)
         except BaseException:
             stop.set()
@@ -176,7 +178,7 @@ def upload(file: Path, address: str, *, threads: int = THREADS) -> None:
     """Copy a file to S3, where it appears whole, with its sha256 in the metadata.
 
     Raises:
-        OSError: see `s3.attempt`.
+        OSError: see `s3.call_with_retry`.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -186,7 +188,7 @@ def upload(file: Path, address: str, *, threads: int = THREADS) -> None:
         return
     bucket, key = bucket_and_key(address)
     where = {"Bucket": bucket, "Key": key}
-    begun = attempt(
+    begun = call_with_retry(
         lambda: client().create_multipart_upload(Metadata=metadata, **where), address, "beginning an upload"
     )
     where["UploadId"] = begun["UploadId"]
@@ -213,7 +215,7 @@ def _send_parts(
                 opened.seek((number - 1) * length)
                 content = opened.read(length)
             digest = content_md5(content)
-            answer = attempt(
+            answer = call_with_retry(
                 lambda: client().upload_part(PartNumber=number, Body=content, ContentMD5=digest, **where),
                 address,
                 f"writing part {number}",
@@ -237,7 +239,7 @@ def _complete(address: str, where: dict[str, Any], parts: list[dict[str, Any]], 
     """Put the parts together; the answer to an earlier try may have been lost on the way."""
     bucket, key = where["Bucket"], where["Key"]
     try:
-        attempt(
+        call_with_retry(
             lambda: client().complete_multipart_upload(MultipartUpload={"Parts": parts}, **where),
             address,
             "ending the upload",
@@ -245,7 +247,7 @@ def _complete(address: str, where: dict[str, Any], parts: list[dict[str, Any]], 
     except OSError as error:
         if "NoSuchUpload" not in str(error):
             raise
-    head = attempt(lambda: client().head_object(Bucket=bucket, Key=key), address, "reading")
+    head = call_with_retry(lambda: client().head_object(Bucket=bucket, Key=key), address, "reading")
     if head["ContentLength"] != size:
         raise OSError(
             f"{address} has {head['ContentLength']:,} bytes after the upload of {size:,}; upload it again"

@@ -383,7 +383,7 @@ def test_a_server_that_stays_away_is_an_error_that_says_where(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("lape_ray.storage.files.HASTE_S", 0.3)
+    monkeypatch.setattr("lape_ray.storage.files.CHECK_TIMEOUT_S", 0.3)
     with pytest.raises(
         ValueError, match=r"failed for 0.3 s: .*check that the server at http://127.0.0.1:9 is up"
     ):
@@ -479,8 +479,8 @@ def test_an_overloaded_server_is_asked_again(bucket: str, monkeypatch: pytest.Mo
     with refusing(503, "SlowDown") as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         with pytest.raises(ConnectionError, match=r"reading failed for 0\.4 s: .*SlowDown"):
-            s3.attempt(
-                lambda: s3.client().get_object(Bucket="b", Key="k"), "s3://b/k", "reading", patience_s=0.4
+            s3.call_with_retry(
+                lambda: s3.client().get_object(Bucket="b", Key="k"), "s3://b/k", "reading", timeout_s=0.4
             )
 
 
