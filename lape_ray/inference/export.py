@@ -66,13 +66,13 @@ def export(
         )
 
 
-def write_served(predictor: Predictor, folder: Path) -> Path:
+def write_pyfunc(predictor: Predictor, folder: Path) -> Path:
     """Write what `lape_ray.inference.serving` loads: weights, config and names of classes. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: t.cpu().contiguous() for name, t in predictor.model.network.state_dict().items()}
     save_file(state, folder / serving.WEIGHTS)
-    facts = {"config": to_dict(predictor.config), "classes": list(predictor.classes)}
-    (folder / serving.FACTS).write_text(json.dumps(facts, indent=1))
+    served = {"config": to_dict(predictor.config), "classes": list(predictor.classes)}
+    (folder / serving.CONFIG).write_text(json.dumps(served, indent=1))
     return folder
 
 
@@ -89,10 +89,10 @@ def log_to_mlflow(
             uri,
             run_id,
             loader_module=serving.__name__,
-            data=write_served(predictor, Path(folder) / "model"),
+            data=write_pyfunc(predictor, Path(folder) / "model"),
             package=Path(lape_ray.__file__).parent,
             requirements=[f"{name}=={version(name)}" for name in serving.REQUIREMENTS],
-            example=serving.encode(images_BCHW[0]),
+            example=serving.image_to_text(images_BCHW[0]),
             columns=serving.COLUMNS,
             register=register,
         )

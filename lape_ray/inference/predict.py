@@ -73,7 +73,7 @@ def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 
-class Pixels(nn.Module):
+class NormalizedModel(nn.Module):
     """uint8 images (B, 3, S, S) to logits (B, K) of `network`: the normalisation belongs to the model."""
 
     def __init__(self, network: nn.Module, data: DataConfig) -> None:
@@ -89,7 +89,7 @@ class Pixels(nn.Module):
 class Predictor:
     """A network in evaluation mode with its names of classes."""
 
-    model: Pixels
+    model: NormalizedModel
     config: TrainConfig
     classes: tuple[str, ...]
     device: torch.device
@@ -138,7 +138,7 @@ def make_predictor(
     if len(names) != outputs:
         raise ValueError(f"{len(names)} names of classes were given, but {checkpoint} has {outputs} classes")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Pixels(network, config.data).eval().to(device)
+    model = NormalizedModel(network, config.data).eval().to(device)
     return Predictor(model=model, config=config, classes=names, device=device)
 
 

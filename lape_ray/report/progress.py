@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lape_ray import storage
-from lape_ray.inference.samples import spread
+from lape_ray.inference.samples import evenly_spaced
 from lape_ray.report import figures
 from lape_ray.report.page import Page
 from lape_ray.report.position import PositionView
@@ -74,7 +74,7 @@ def _place(run: str, epoch: int) -> str:
 def write_training_page(name: str, what: str, maps: Mapping[int, Tensor], folder: Path) -> Path:
     """Write the figure and page of a run's maps (L, Y, X) by epoch; returns the page."""
     epochs = sorted(maps)
-    chosen = [epochs[index] for index in spread(len(epochs), ROWS)]
+    chosen = [epochs[index] for index in evenly_spaced(len(epochs), ROWS)]
     figure = figures.maps_figure(
         [(f"epoch {epoch}", maps[epoch]) for epoch in chosen],
         title="The centre patch against every patch, while the network trains",

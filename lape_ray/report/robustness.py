@@ -18,7 +18,7 @@ from lape_ray.config import TrainConfig
 from lape_ray.data.batch import Batch, Batches
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.ready import Normalized
-from lape_ray.inference.samples import batches_at, spread
+from lape_ray.inference.samples import batches_at, evenly_spaced
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.variants import VariantSpec
@@ -52,7 +52,7 @@ class Few:
     count: int
 
     def epoch(self, epoch: int) -> Generator[Batch, None, None]:
-        index_N = spread(self.loader.num_samples, self.count)
+        index_N = evenly_spaced(self.loader.num_samples, self.count)
         labels_N, device, done = self.loader.labels_N[index_N], self.loader.device, 0
         with contextlib.closing(batches_at(self.loader, index_N)) as batches:
             for images_BCHW in batches:

@@ -21,7 +21,7 @@ from lape_ray.data.loader import build_loader
 from lape_ray.data.ready import Normalized
 from lape_ray.inference.evaluate import choose_device
 from lape_ray.inference.predict import load_network
-from lape_ray.inference.samples import images_at, spread
+from lape_ray.inference.samples import evenly_spaced, images_at
 from lape_ray.model import resolve
 from lape_ray.report import figures, outcome
 from lape_ray.report.outcome import ClassScore, Predictions, by_epoch
@@ -91,9 +91,9 @@ def write_run_summary(config: TrainConfig, checkpoint: Path, facts: RunFacts, fo
 
 def _chosen(predictions: Predictions) -> np.ndarray:
     """Choose images to show: some spread over all, and some spread over the wrong ones."""
-    some_N = spread(len(predictions.labels_N), SAMPLES)
+    some_N = evenly_spaced(len(predictions.labels_N), SAMPLES)
     wrong_N = predictions.wrong
-    wrong_N = wrong_N[spread(len(wrong_N), SAMPLES)] if len(wrong_N) else wrong_N
+    wrong_N = wrong_N[evenly_spaced(len(wrong_N), SAMPLES)] if len(wrong_N) else wrong_N
     return np.concatenate([some_N, wrong_N[~np.isin(wrong_N, some_N)]])
 
 

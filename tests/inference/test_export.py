@@ -39,7 +39,7 @@ from lape_ray.inference.predict import (
     with_csv,
 )
 from lape_ray.inference.samples import folder_images, validation_images
-from lape_ray.inference.serving import ROOT_VARIABLE, decode, encode
+from lape_ray.inference.serving import ROOT_VARIABLE, image_from_text, image_to_text
 from lape_ray.inference.timm import export_timm
 from lape_ray.model import build_model
 from lape_ray.training import checkpoint
@@ -244,7 +244,9 @@ def test_mlflow_serves_what_pytorch_says(
 
 def test_the_example_of_a_request_holds_the_image() -> None:
     image = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
-    np.testing.assert_array_equal(np.asarray(decode(encode(image))), image.permute(1, 2, 0).numpy())
+    np.testing.assert_array_equal(
+        np.asarray(image_from_text(image_to_text(image))), image.permute(1, 2, 0).numpy()
+    )
 
 
 def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from lape_ray.data.loader import build_loader
 from lape_ray.data.normalize import Normalize
 from lape_ray.data.sources import digits
 from lape_ray.inference.checkpoints import resolve_checkpoints
-from lape_ray.inference.samples import spread
+from lape_ray.inference.samples import evenly_spaced
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.position import LayerPosition
 from lape_ray.report import figures, progress, robustness
@@ -557,7 +557,7 @@ def test_robustness_on_a_few_images(tmp_path: Path) -> None:
     every = list(loader.epoch(0))
     images, labels = (torch.cat(parts) for parts in list(zip(*every, strict=True))[:2])
     few = list(Few(loader=loader, count=40).epoch(0))
-    index = spread(len(labels), 40)
+    index = evenly_spaced(len(labels), 40)
     torch.testing.assert_close(torch.cat([batch.images for batch in few]), images[index])
     torch.testing.assert_close(torch.cat([batch.labels for batch in few]), labels[index])
 
@@ -587,8 +587,8 @@ def test_labels_are_unique_and_indices_are_spread(official: Path) -> None:
     path = f"{official}/learnable-basic.pth"
     found = resolve_checkpoints([path, path, f"other={path}"], REFERENCE_SIZES, downloads=official)
     assert [one.label for one in found] == ["learnable-basic (1)", "learnable-basic (2)", "other"]
-    assert spread(10, 4).tolist() == [0, 3, 6, 9]
-    assert spread(3, 64).tolist() == [0, 1, 2]
+    assert evenly_spaced(10, 4).tolist() == [0, 3, 6, 9]
+    assert evenly_spaced(3, 64).tolist() == [0, 1, 2]
 
 
 @pytest.mark.skipif(
