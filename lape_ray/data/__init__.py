@@ -12,7 +12,7 @@
     mixup      `Mixer`: mixup and CutMix of a batch, on its device
     readers/   a pass over a split, by backend: native, resident, ffcv, torchvision
     native/    our decoder, in C++
-    split      the facts of a split that are known before an image is read
+    split      `SplitInfo`: what is known of a split before an image is read
     remote     .beton files on S3, and their copies on this machine
     normalize  pixels as the network reads them
 

@@ -27,21 +27,21 @@ from lape_ray.data.readers import READERS
 from lape_ray.data.readers.reader import Reader, ReaderOptions, build_crop
 from lape_ray.data.remote import local_split
 from lape_ray.data.sampler import rank_part, sample_index, train_keys, train_places
-from lape_ray.data.split import SplitFacts, split_facts, split_path
+from lape_ray.data.split import SplitInfo, read_split_info, split_path
 
 
 class Loader:
     """One rank's batches of a split; made once for a run by `build_loader`.
 
     Attributes:
-        facts: of the split
+        info: the split's description
         num_samples: images of the whole split, over all ranks
     """
 
     def __init__(
         self,
         reader: Reader,
-        facts: SplitFacts,
+        info: SplitInfo,
         *,
         split: Literal["train", "val"],
         rank: int,
@@ -52,8 +52,8 @@ class Loader:
         repeats: int = 1,
     ) -> None:
         self.reader = reader
-        self.facts = facts
-        self.num_samples = facts.num_samples
+        self.info = info
+        self.num_samples = info.num_samples
         self.split = split
         self.micro_batches = micro_batches or world_size
         self.rank, self.world_size, self.seed, self.device = rank, world_size, seed, device
@@ -196,7 +196,7 @@ def build_loader(
     """
     path = local_split(split_path(data, split))
     data = dataclasses.replace(data, train=path) if split == "train" else dataclasses.replace(data, val=path)
-    facts, device = split_facts(data, split), torch.device(device)
+    info, device = read_split_info(data, split), torch.device(device)
     options = ReaderOptions(
         crop=build_crop(data, split),
         image_size=image_size,
@@ -206,8 +206,8 @@ def build_loader(
         device=device,
     )
     return Loader(
-        READERS[data.backend](facts, options),
-        facts,
+        READERS[data.backend](info, options),
+        info,
         split=split,
         micro_batches=micro_batches,
         rank=rank,

@@ -156,7 +156,7 @@ def build_state(
     classes = None
     if loaders is None:
         train_loader = loader("train", config.micro_batch_size)
-        classes = train_loader.facts.classes
+        classes = train_loader.info.classes
         loaders = train_loader, loader("val", config.data.eval_batch_size)
     return TrainState(
         config=config,

@@ -54,7 +54,7 @@ def train(data: DataConfig) -> Loader:
 def of_rank(loader: Loader, rank: int, world_size: int, batch_size: int) -> Loader:
     """Another rank's loader over the same compiled reader (compiling takes seconds)."""
     loader.reader.batch_size = batch_size
-    return Loader(loader.reader, loader.facts, split=loader.split, rank=rank, world_size=world_size,
+    return Loader(loader.reader, loader.info, split=loader.split, rank=rank, world_size=world_size,
                   seed=loader.seed, device=loader.device)  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from lape_ray.config import Span, TrainConfig, replace_fields
 from lape_ray.data.batch import Batch
 from lape_ray.data.sampler import rank_part, sample_index, train_keys, train_places
-from lape_ray.data.split import SplitFacts
+from lape_ray.data.split import SplitInfo
 from lape_ray.recipes import recipe
 from lape_ray.training import checkpoint
 from lape_ray.training import loop as train_module
@@ -47,7 +47,7 @@ class MemoryLoader:
         self.images[:, 0] = (self.labels * 25).to(torch.uint8)[:, None, None]  # something to learn
         self.split, self.batch_size, self.seed = split, batch_size, seed
         classes = tuple(f"class {label}" for label in range(10))
-        self.facts = SplitFacts(path=split, num_samples=101, classes=classes, largest_side=32, sha256=None)
+        self.info = SplitInfo(path=split, num_samples=101, classes=classes, largest_side=32, sha256=None)
         self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
 
     def _part(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
