@@ -34,7 +34,7 @@ class Manifest:
         bytes, sha256: of the whole file; of a set, of its files' sha256
         tables_sha256: of the records and the allocation table
         stored: how many images are kept as `original_jpeg`, encoded as `jpeg`, or `raw` pixels
-        odd: how many images were odd in which way: CMYK, grey, rotated by EXIF, ...
+        odd: how many images had which unusual format: CMYK, grey, rotated by EXIF, ...
         skipped: [name, reason] of each sample that was left out
         made: source, options, library versions and time
     """
@@ -134,7 +134,7 @@ class Manifest:
             f"  {low_w}..{high_w} pixels wide, {low_h}..{high_h} high; stored as {stored}",
             f"  {min(self.class_counts):,}..{max(self.class_counts):,} images a class",
         ]
-        lines += [f"  {count:,} x {oddity}" for oddity, count in self.odd.items()]
+        lines += [f"  {count:,} x {unusual}" for unusual, count in self.odd.items()]
         return "\n".join(lines + [f"  skipped: {reason}" for _, reason in self.skipped])
 
 

@@ -304,7 +304,7 @@ class _File:
             image = (RAW if sample.kind == "raw" else JPEG, sample.width, sample.height, self.end)
             stored[count] = (index, KINDS.index(sample.kind), image, size)
             self.end += size + CHECKSUM_BYTES
-            odd.update([sample.odd] if sample.odd else [])
+            odd.update([sample.unusual] if sample.unusual else [])
             count += 1
         encoded = base64.b64encode(stored[:count].tobytes()).decode()
         entry = _Part(stored=encoded, skipped=tuple(skipped), odd=dict(odd))
