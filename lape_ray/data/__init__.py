@@ -5,7 +5,7 @@
     options    the command line of jobs/write_beton.py
     sampler    the orders of samples: functions of the seed and the epoch alone
     loader     `build_loader`: batches of a .beton on the device, in an order known beforehand
-    batch      `Batch`: images, labels and places; what training and evaluation read
+    batch      `Batch`: images, labels and epoch indices; what training and evaluation read
     ready      `Augmented`, `Normalized`: a loader whose batches are ready for the network
     processes  `map` over processes, in order
     augment/   what follows the crop, batched on the device: RandAugment, 3-Augment, jitter, erasing

@@ -80,7 +80,7 @@ def test_evaluation_is_torchvisions_resize_and_crop(data: DataConfig) -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "random"])
-def test_pixels_depend_on_seed_epoch_and_position_alone(data: DataConfig, interpolation: str) -> None:
+def test_pixels_depend_on_seed_epoch_and_index_alone(data: DataConfig, interpolation: str) -> None:
     data = dataclasses.replace(data, interpolation=interpolation)  # type: ignore[arg-type]
     reference = torch.cat([images for images, *_ in epoch_of(data, "train", batch_size=12)])
     for threads, batch_size, world_size in ((1, 12, 1), (3, 4, 3), (2, 6, 2)):
@@ -163,10 +163,12 @@ def test_an_epoch_can_begin_in_its_middle(data: DataConfig) -> None:
             loader = build_loader(data, split, image_size=SIDE, threads=1, seed=3, **options)  # type: ignore[arg-type]
             rest = list(loader.epoch(2, start=start))
             assert len(rest) == len(whole) - start
-            for (images, labels, places), (expected, right, own) in zip(rest, whole[start:], strict=True):
+            for (images, labels, epoch_index), (expected, right, own) in zip(
+                rest, whole[start:], strict=True
+            ):
                 torch.testing.assert_close(images, expected, atol=0, rtol=0)
                 assert torch.equal(labels, right)
-                assert np.array_equal(places, own)
+                assert np.array_equal(epoch_index, own)
     with pytest.raises(ValueError, match="start=-1 must be from 0 to the 5 batches"):
         next(loader.epoch(0, start=-1))
 
@@ -179,7 +181,7 @@ def test_a_batch_knows_its_places(data: DataConfig) -> None:
     for start in (0, 1):
         for number, batch in enumerate(loader.epoch(0, start=start), start):
             step, micro = number // 2, 1 + 2 * (number % 2)
-            assert batch.places.tolist() == [(4 * step + image) * 4 + micro for image in range(4)]
+            assert batch.epoch_index.tolist() == [(4 * step + image) * 4 + micro for image in range(4)]
         assert number == 3
 
 

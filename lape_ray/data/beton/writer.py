@@ -271,18 +271,20 @@ class _File:
     def _take_earlier(self, part: _Part, first: int) -> None:
         """Take over a part that begins with sample `first`; a ValueError where it cannot be one."""
         stored_N = part.records()
-        index_N, places_N = stored_N["index"], stored_N["image"]["data_ptr"]
+        index_N, offsets_N = stored_N["index"], stored_N["image"]["data_ptr"]
         samples, size = range(first, min(first + PART_SAMPLES, self.samples)), self.data.seek(0, os.SEEK_END)
         if len(stored_N) + len(part.skipped) != len(samples) or not np.isin(index_N, samples).all():
             raise ValueError(f"it does not speak of the samples from {first} on")
         if (stored_N["kind"] >= len(KINDS)).any():
             raise ValueError("it has an image that is stored in no known way")
-        outside_N = (places_N < self.end) | (places_N > size)  # first, so that the sum below cannot overflow
-        if (outside_N | (places_N + stored_N["size"] + CHECKSUM_BYTES > size)).any():
+        outside_N = (offsets_N < self.end) | (
+            offsets_N > size
+        )  # first, so that the sum below cannot overflow
+        if (outside_N | (offsets_N + stored_N["size"] + CHECKSUM_BYTES > size)).any():
             raise ValueError("it has an image outside of what was written")
         self._take(part)
         if len(stored_N):
-            self.end = int(places_N[-1] + stored_N["size"][-1]) + CHECKSUM_BYTES
+            self.end = int(offsets_N[-1] + stored_N["size"][-1]) + CHECKSUM_BYTES
 
     def _take(self, part: _Part) -> None:
         self.parts.append(part.records())

@@ -11,9 +11,9 @@ The pixels are those of Pillow, bit for bit: libjpeg-turbo's accurate DCT and sm
 arithmetic of `Image.crop` and `Image.resize` (which rounds otherwise, by 1 of 255, where a crop is more than 100
 times as high as wide). Only what a crop needs is decoded, which is where the speed is.
 
-Random numbers are counter-based (Philox4x32-10): the key is the seed, the counter is the position in the
-epoch's order, the epoch and the purpose. An image's augmentation is thus a function of (seed, epoch, position)
-and of nothing else: not of threads, batch size, ranks or what was drawn before.
+Random numbers are counter-based (Philox4x32-10): the key is the seed, the counter is the image's index in
+the epoch's order over all ranks, the epoch and the purpose. An image's augmentation is thus a function of
+(seed, epoch, index) and of nothing else: not of threads, batch size, ranks or what was drawn before.
 
 Shape suffixes: B images of a batch, H and W pixels of the output, N anything counted.
 """
@@ -249,7 +249,7 @@ def crc32c(data: bytes, *, portable: bool = False) -> int:
 def random_resized_crops(
     seed: int,
     epoch: int,
-    positions_B: Array,
+    epoch_index_B: Array,
     widths_B: Array,
     heights_B: Array,
     *,
@@ -259,31 +259,31 @@ def random_resized_crops(
     """Draw boxes (B, 4) int32 of x, y, width and height, as torchvision's RandomResizedCrop distributes them.
 
     Args:
-        positions_B: each image's place in the order of the epoch, over all ranks.
+        epoch_index_B: each image's place in the order of the epoch, over all ranks.
         widths_B, heights_B: of the images, in pixels.
         scale: smallest and largest share of the image's area.
         ratio: smallest and largest width over height.
     """
     if not (0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
         raise ValueError(f"scale={scale} and ratio={ratio} must each be two numbers with 0 < low <= high")
-    images = len(positions_B)
+    images = len(epoch_index_B)
     widths_B = _column("widths", widths_B, np.uint32, images)
     heights_B = _column("heights", heights_B, np.uint32, images)
     if images and (min(widths_B.min(), heights_B.min()) < 1 or max(widths_B.max(), heights_B.max()) >= 2**31):
         raise ValueError("widths and heights must be at least 1 pixel")
     boxes_B4 = np.empty((images, 4), np.int32)
-    positions_B = _column("positions", positions_B, np.uint64, images)
+    epoch_index_B = _column("epoch_index", epoch_index_B, np.uint64, images)
     _native.random_resized_crops(
-        *_run(seed, epoch), positions_B, widths_B, heights_B, (*scale, *ratio), boxes_B4
+        *_run(seed, epoch), epoch_index_B, widths_B, heights_B, (*scale, *ratio), boxes_B4
     )
     return boxes_B4
 
 
-def flips(seed: int, epoch: int, positions_B: Array, probability: float = 0.5) -> Array:
+def flips(seed: int, epoch: int, epoch_index_B: Array, probability: float = 0.5) -> Array:
     """Draw whether to flip each image, bool (B,); see `random_resized_crops` for the arguments."""
-    flips_B = np.empty(len(positions_B), np.bool_)
-    positions_B = _column("positions", positions_B, np.uint64, len(positions_B))
-    _native.flips(*_run(seed, epoch), positions_B, probability, flips_B)
+    flips_B = np.empty(len(epoch_index_B), np.bool_)
+    epoch_index_B = _column("epoch_index", epoch_index_B, np.uint64, len(epoch_index_B))
+    _native.flips(*_run(seed, epoch), epoch_index_B, probability, flips_B)
     return flips_B
 
 

@@ -208,7 +208,7 @@ class BatchLoader(Loader):
     def image_size(self, side: int) -> None:
         self._decoder.side = side
 
-    def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> BatchIterator:
+    def batches(self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int) -> BatchIterator:
         """Make one pass; see `Reader.batches`. The keys hold the seeds of the draws, and the other arguments none."""
         return BatchIterator(self, np.ascontiguousarray(keys_N))  # numba compiles again for a strided array
 

@@ -29,12 +29,12 @@ class Reader(Protocol):
     reuses_buffers: bool
     on_device: bool
 
-    def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> Pass:
+    def batches(self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int) -> Pass:
         """Yield the batches of one pass over the samples of `keys_N`, the last batch short: uint8 (B, S, S, 3).
 
         Args:
             keys_N: int64; the low 32 bits are the sample's index, the high bits a seed for readers that draw by it.
-            positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
+            epoch_index_N: each sample's index in the epoch's order over all ranks, which keys its draws.
 
         Raises:
             ValueError: images cannot be read, or a file was changed; names them.

@@ -60,7 +60,7 @@ class ResidentReader:
         )
 
     def batches(
-        self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
+        self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int
     ) -> Generator[Tensor, None, None]:
         """Yield the batches of one pass; see `Reader.batches`.
 
@@ -73,7 +73,7 @@ class ResidentReader:
             return
         side = self.images_N3SS.shape[2]
         sides_N = np.full(len(index_N), side)
-        draws = train_draws(crop, self.options.seed, epoch, positions_N, sides_N, sides_N)
+        draws = train_draws(crop, self.options.seed, epoch, epoch_index_N, sides_N, sides_N)
         sent = to_device(
             {"index": index_N, "boxes": draws.boxes_N4, "flips": draws.flips_N, "cubic": draws.cubic_N},
             device,

@@ -1,7 +1,7 @@
 """Batches of a source through Pillow and torchvision: slow and plain, the measure of the other decoders.
 
 Decoding is Pillow's, boxes are drawn by torchvision's own code, crops and resizes are `transforms.v2` on Pillow
-images. Draws are keyed by (seed, epoch, position) as those of our decoder, but are other numbers.
+images. Draws are keyed by (seed, epoch, index) as those of our decoder, but are other numbers.
 
 Shape suffixes: N samples of a pass, B of a batch, S the side of a crop in pixels.
 """
@@ -62,22 +62,22 @@ class TorchvisionReader:
         self.labels_N = source.labels_N
 
     def batches(
-        self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
+        self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int
     ) -> Generator[np.ndarray, None, None]:
         """Yield the batches of one pass; see `Reader.batches`."""
         pool = ThreadPoolExecutor(self.options.threads, thread_name_prefix="torchvision")
         pending: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
         index_N = sample_index(keys_N).tolist()
-        places_N = positions_N.tolist()
+        order_N = epoch_index_N.tolist()
         side = self.image_size
         try:
             for start in range(0, len(index_N), self.batch_size):
                 index_B = index_N[start : start + self.batch_size]
-                places_B = places_N[start : start + self.batch_size]
+                order_B = order_N[start : start + self.batch_size]
                 out_BSS3 = np.empty((len(index_B), side, side, 3), np.uint8)
                 parts = [slice(i, i + PART_IMAGES) for i in range(0, len(index_B), PART_IMAGES)]
                 work = [
-                    pool.submit(self._fill, out_BSS3[part], index_B[part], places_B[part], epoch)
+                    pool.submit(self._fill, out_BSS3[part], index_B[part], order_B[part], epoch)
                     for part in parts
                 ]
                 pending.append((out_BSS3, work))
@@ -88,9 +88,9 @@ class TorchvisionReader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def draw(self, crop: RandomCrop, image: Image.Image, epoch: int, position: int) -> Draw:
-        """Draw for the image at `position` of the epoch's order: a function of these, the seed and the image's size."""
-        generator = torch.Generator().manual_seed(_draw_seed(self.options.seed, epoch, position))
+    def draw(self, crop: RandomCrop, image: Image.Image, epoch: int, epoch_index: int) -> Draw:
+        """Draw for the image at `epoch_index`: a function of these, the seed and the image's size."""
+        generator = torch.Generator().manual_seed(_draw_seed(self.options.seed, epoch, epoch_index))
         with _RandomFrom(generator):
             top, left, height, width = RandomResizedCrop.get_params(image, list(crop.scale), list(crop.ratio))
         flip, second_filter = torch.rand(2, generator=generator).tolist()
@@ -99,13 +99,13 @@ class TorchvisionReader:
             interpolation = InterpolationMode.BILINEAR
         return Draw(left, top, width, height, flip < crop.flip, interpolation)
 
-    def _fill(self, out_PSS3: np.ndarray, index_P: list[int], positions_P: list[int], epoch: int) -> None:
+    def _fill(self, out_PSS3: np.ndarray, index_P: list[int], epoch_index_P: list[int], epoch: int) -> None:
         """Read, crop and resize some images (P) of a batch into their place."""
         crop = self.options.crop
-        for out_SS3, index, position in zip(out_PSS3, index_P, positions_P, strict=True):
+        for out_SS3, index, epoch_index in zip(out_PSS3, index_P, epoch_index_P, strict=True):
             image = self.source.read(index)
             if isinstance(crop, RandomCrop):
-                draw = self.draw(crop, image, epoch, position)
+                draw = self.draw(crop, image, epoch, epoch_index)
                 square = resized_crop(image, draw, len(out_SS3))
             else:
                 square = center_crop(image, len(out_SS3), crop.share, _filter(crop.interpolation))
@@ -145,8 +145,8 @@ def _finished(out_BSS3: np.ndarray, work: list[Future[None]]) -> np.ndarray:
     return out_BSS3
 
 
-def _draw_seed(seed: int, epoch: int, position: int) -> int:
-    digest = hashlib.blake2b(f"torchvision,{seed},{epoch},{position}".encode(), digest_size=8).digest()
+def _draw_seed(seed: int, epoch: int, epoch_index: int) -> int:
+    digest = hashlib.blake2b(f"torchvision,{seed},{epoch},{epoch_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
