@@ -1,7 +1,7 @@
 """Images from disk to the device: sources -> a .beton file -> batches -> augmented, normalised -> mixup.
 
     sources/   class folders, parquet and tar shards and the bundled digits, as one kind of thing
-    beton/     writes a source as an FFCV file with a manifest beside it, and checks such a file
+    beton/     writes a source as an FFCV file with a manifest, and checks such a file
     options    the command line of jobs/write_beton.py
     sampler    the orders of samples: functions of the seed and the epoch alone
     loader     `build_loader`: batches of a .beton on the device, in an order known beforehand

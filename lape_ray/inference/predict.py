@@ -191,7 +191,7 @@ def with_csv(predictions: Iterable[Prediction], address: str | Path, *, top: int
     ranks = [f"{what}_{rank + 1}" for rank in range(top) for what in ("class", "probability")]
     with (
         written_path(address) as path,
-        # each line is written at once, and any file name as it is
+        # each line is written when it is complete, and any file name as it is
         path.open("w", newline="", buffering=1, encoding="utf-8", errors="surrogateescape") as stream,
     ):
         write_rows(stream, [["image", *ranks, "error"]])

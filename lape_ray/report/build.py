@@ -105,7 +105,7 @@ def _log_to_runs(checkpoints: Sequence[ResolvedCheckpoint], report: Path) -> lis
 def _artifact_folder(labels: Sequence[str]) -> str:
     """Name the folder in which a run keeps a report.
 
-    It is that of its own report, or that of a comparison, which has the names of the compared.
+    A report of one network has a fixed name; a comparison is named after the compared networks.
     """
     if len(labels) == 1:
         return "position_report"

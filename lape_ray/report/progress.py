@@ -1,6 +1,6 @@
 """The change of a network's position maps while it trains: a row for each epoch, a column for each layer.
 
-An epoch has a row where it was looked at. The maps of earlier epochs lie beside the run's checkpoints, so that a run
+An epoch has a row where it was looked at. The maps of earlier epochs lie next to the run's checkpoints, so that a run
 that was continued still has them.
 
 Shapes: L layers, Y rows and X columns of the patch grid.

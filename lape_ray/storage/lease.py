@@ -4,11 +4,11 @@ The folder's `lease.json` names its owner, whose heartbeat replaces the file eve
 replaced by conditional puts, on a disk under a lock of the kernel. A process that wants the folder watches the file:
 
     it is absent, or its owner gave it back         take it
-    its owner is known to be dead                   take it (a process of this machine that is gone)
+    its owner is known to be dead                   take it (a process of this machine that has ended)
     it beats                                        refused
     it has not changed for `STALE_S` seconds        take it, by no clock but the watcher's own
 
-An owner that could not beat, because storage was away or the machine asleep, goes on where nobody took the lease
+An owner that could not beat, because storage was away or the machine asleep, continues if nobody took the lease
 meanwhile, and must end where somebody did. So it is asked again before anything is committed.
 """
 
@@ -118,7 +118,7 @@ class Lease:
         self._on_lost = call
 
     def give_back(self) -> None:
-        """End the heartbeat and let the next process have the folder at once."""
+        """End the heartbeat and let the next process have the folder immediately."""
         self._ended.set()
         self._thread.join(2 * CHECK_TIMEOUT_S)
         _OWN.discard(self.token)

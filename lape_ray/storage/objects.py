@@ -184,7 +184,7 @@ def check_region(address: str, *, timeout_s: float = RETRY_TIMEOUT_S) -> None:
             "looking for the bucket",
             timeout_s=timeout_s,
         )
-    except PermissionError:  # reading and writing may be allowed all the same
+    except PermissionError:  # reading and writing may be allowed nevertheless
         return
     region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
     ours = client().meta.region_name

@@ -1,4 +1,4 @@
-"""Folders that appear whole: written on this machine, then brought to their place at once."""
+"""Folders that appear whole: written on this machine, then moved to their place in one step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ JUST_MADE_S = 60.0  # a folder as young may not be locked yet
 
 @contextlib.contextmanager
 def staging(address: str) -> Iterator[Path]:
-    """Make an empty folder of this machine for what `publish` will bring to `address`; it is gone at the end."""
+    """Make an empty folder of this machine for what `publish` will bring to `address`; it is deleted at the end."""
     if is_remote(address):
         _sweep_staged()
         with tempfile.TemporaryDirectory(prefix=STAGED) as temporary, _locked(temporary):
@@ -67,7 +67,7 @@ def _sweep_staged() -> None:
 def publish(folder: Path, address: str, *, last: str = "") -> None:
     """Bring a staged folder to its place, and replace what an interrupted call left there.
 
-    A local one appears all at once; of a remote one the file `last`, which marks it as whole, comes last. A folder with
+    A local one appears in one step; of a remote one the file `last`, which marks it as whole, comes last. A folder with
     such a mark is never replaced: it may be all that is left of a run. If its mark is the staged one's, an earlier try
     succeeded, and nothing is left to do.
 

@@ -119,7 +119,9 @@ def call_with_retry(
                     f"{endpoint()} is up, and that AWS_ENDPOINT_URL and AWS_REGION name the right one"
                 ) from error
             log.warning("%s: %s failed, trying again: %s", address, doing, _first_line(error))
-            time.sleep(pause * random.uniform(0.5, 1.0))  # not all processes of a cluster at once
+            time.sleep(
+                pause * random.uniform(0.5, 1.0)
+            )  # so that the processes of a cluster do not retry together
             pause = min(2 * pause, LONGEST_WAIT_S)
 
 

@@ -36,7 +36,7 @@ class DownloadError(ValueError):
 def download(source: Object, target: Path, *, sha256: str | None, threads: int = THREADS) -> None:
     """Fetch an object to `target`, which has that name only when it is whole and its checksum is right.
 
-    What an interrupted call left beside `target` is used. The parts are hashed in order while later ones still come.
+    What an interrupted call left next to `target` is used. The parts are hashed in order while later ones still come.
 
     Args:
         sha256: of the whole object; None: what its metadata says, if it was uploaded by `upload`, else only sizes
@@ -78,7 +78,7 @@ def _metadata_sha256(source: Object) -> str | None:
 
 
 class _Journal:
-    """The parts of an object that are on the disk: a line for each, behind one that says of which object."""
+    """The journal of the parts that are on the disk: a line that names the object, then a line for each part."""
 
     def __init__(self, path: Path, source: Object) -> None:
         self.path = path
@@ -196,7 +196,7 @@ def upload(file: Path, address: str, *, threads: int = THREADS) -> None:
         parts = _send_parts(file, size, address, where, threads)
         _complete(address, where, parts, size)
     except BaseException:
-        with contextlib.suppress(Exception):  # what is left of it is the bucket's lifecycle's to remove
+        with contextlib.suppress(Exception):  # the bucket's lifecycle rule removes what is left
             client().abort_multipart_upload(**where)
         raise
 

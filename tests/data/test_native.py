@@ -344,7 +344,7 @@ CMYK = encode(Image.new("CMYK", (20, 20)))
     ],
 )  # fmt: skip
 def test_statuses(status: Status, data: bytes, change: dict[str, Any]) -> None:
-    """Each fails alone: the images beside it are whole, and its own pixels are zeros, never stale ones."""
+    """Each fails alone: the other images are right, and its own pixels are zeros, never stale ones."""
     one = Stored.of([data], [JPEG], [(200, 150)])
     change = dict(change)
     box = change.pop("box", (0, 0, 200, 150) if status != Status.UNSUPPORTED else (0, 0, 20, 20))

@@ -155,7 +155,7 @@ def test_a_damaged_image_is_named_and_not_black(damaged: DataConfig, split: str)
 
 
 def test_an_epoch_can_begin_in_its_middle(data: DataConfig) -> None:
-    """As a resumed run needs it, in a loader of its own: the rest is what it would have been."""
+    """As a resumed run needs it, in another loader: the rest is what it would have been."""
     for split, world_size in (("train", 1), ("train", 2), ("val", 2)):
         options = {"rank": world_size - 1, "world_size": world_size, "batch_size": 4}
         whole = epoch_of(data, split, epoch=2, **options)

@@ -82,7 +82,7 @@ def predictor() -> Predictor:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder that requests may read, with all that they may not in it and beside it."""
+    """A folder that requests may read, with files in it and next to it that they may not."""
     inside, beside = tmp_path / "root", tmp_path / "root-secret"
     (inside / "birds").mkdir(parents=True)
     beside.mkdir()

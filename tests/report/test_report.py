@@ -62,7 +62,7 @@ def network(**kwargs: object) -> VisionTransformer:
 
 
 def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """The textbook's formula, beside torch's."""
+    """The textbook's formula against torch's."""
     mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
     return (x - mean) / (var + norm.eps).sqrt() * norm.weight + norm.bias
 
@@ -414,7 +414,7 @@ def test_both_tokens_before_the_patches_are_shown() -> None:
 
 
 def test_a_training_is_followed_over_restarts(tmp_path: Path) -> None:
-    """Maps are kept in the run's folder; the page shows a row for each epoch that is there."""
+    """Maps are kept in the run's folder; the page shows a row for each epoch that has them."""
     run, seen = str(tmp_path / "run"), {}
     for epoch in (2, 4, 8):
         one = view(network(join="lape"), label="a")
@@ -530,7 +530,7 @@ def test_a_wrong_spec_is_refused(tmp_path: Path, spec: str, message: str) -> Non
 
 
 def test_each_spec_has_its_own_fields(official: Path) -> None:
-    """A relative bias beside a learnable embedding; what is written for all holds for both."""
+    """A relative bias next to a learnable embedding; what is written for all holds for both."""
     written = [
         f"a={official}/learnable-basic.pth@deit_tiny_basic",
         f"b={official}/2D_RPE-LN.pth@deit_tiny_basic,position=none,bias=relative2d,bias_join=lape",

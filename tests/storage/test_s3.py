@@ -44,7 +44,7 @@ def bucket(server: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delenv(name)
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no profiles of whoever runs this
+    monkeypatch.setenv("HOME", str(tmp_path))  # without the profiles of the user
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("LAPE_RAY_CACHE", str(tmp_path / "cache"))
     name = f"b{os.urandom(6).hex()}"

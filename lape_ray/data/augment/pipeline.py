@@ -22,7 +22,7 @@ from lape_ray.data.augment.three_augment import ThreeAugment
 from lape_ray.data.augment.transfer import to_device
 
 # A CPU finishes about so many pixels before it starts on the next, so that they stay in the core's cache. A GPU
-# takes the whole batch at once.
+# takes the whole batch in one step.
 _CPU_CHUNK_PIXELS = 2**18
 
 
@@ -126,7 +126,7 @@ def build_augment(
 ) -> Augment:
     """Build the augmentation of a training run: RandAugment or 3-Augment, colour jitter, random erasing.
 
-    Colour jitter acts whenever it is above 0. (timm leaves it out beside RandAugment, so for DeiT's recipe it is 0.)
+    Colour jitter acts whenever it is above 0. (timm leaves it out with RandAugment, so for DeiT's recipe it is 0.)
 
     Args:
         image_size: side of the square images, or (height, width), in pixels; at least 8.

@@ -1,4 +1,4 @@
-"""Images as .beton files, FFCV's file format, each with a manifest beside it.
+"""Images as .beton files, FFCV's file format, each with a manifest.
 
 format    the layout, and how one file or a set of shards is read
 manifest  the description of a file: its contents and how it was made

@@ -1,4 +1,4 @@
-"""The manifest beside a .beton: what the file holds and how it was made."""
+"""The manifest of a .beton: what the file holds and how it was made."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPAIR = "copy it again, or write the .beton again"
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The contents of a .beton, or a set of shards; kept beside each file as <name>.beton.json.
+    """The contents of a .beton, or a set of shards; kept next to each file as <name>.beton.json.
 
     Attributes:
         version: of this description
@@ -61,7 +61,7 @@ class Manifest:
             text = file.read_bytes()
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{file} is missing; copy it with its .beton, or make both from the .beton that is there: "
+                f"{file} is missing; copy it with its .beton, or make both from the existing .beton: "
                 f"jobs/write_beton.py {path} NEW.beton"
             ) from None
         return cls.parse(text, file)
@@ -121,7 +121,7 @@ class Manifest:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write it beside the .beton at `path`."""
+        """Write it next to the .beton at `path`."""
         with appearing(manifest_path(path)) as file:
             file.write((json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 

@@ -74,8 +74,8 @@ def write_beton(
 ) -> Manifest:
     """Write `source` to `path` in the source's order, with its manifest.
 
-    If that fails or is killed, what was there under that name stays, and the same call later goes on where this
-    one ended, from hidden files beside `path`.
+    If that fails or is killed, an earlier file of that name stays, and the same call later continues where this
+    one ended, from hidden files next to `path`.
 
     Args:
         max_size: longest side in pixels; larger images are resized once, bicubic with antialiasing. None: never.
@@ -123,7 +123,7 @@ def _refuse_two_sets(path: Path, shards: int) -> None:
     ]
     if others:
         raise ValueError(
-            f"{others[0]} is there already, of another number of shards; remove it, or choose another name"
+            f"{others[0]} exists already, of another number of shards; remove it, or choose another name"
         )
 
 

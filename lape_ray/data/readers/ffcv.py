@@ -76,7 +76,7 @@ class SeededCrop(SimpleRGBImageDecoder):
                     out_BSSC[slot] = out_BSSC[slot, :, ::-1].copy()
             return out_BSSC[: len(keys_B)]
 
-        decode.is_parallel = True  # type: ignore[attr-defined]  # how FFCV's compiler is told
+        decode.is_parallel = True  # type: ignore[attr-defined]  # read by FFCV's compiler
         return decode
 
 

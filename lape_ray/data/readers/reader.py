@@ -81,7 +81,7 @@ Crop = RandomCrop | CenterCrop
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderOptions:
-    """What every reader is told.
+    """The options of every reader.
 
     Attributes:
         crop: what is cut out of an image

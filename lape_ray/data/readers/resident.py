@@ -78,9 +78,9 @@ class ResidentReader:
             {"index": index_N, "boxes": draws.boxes_N4, "flips": draws.flips_N, "cubic": draws.cubic_N},
             device,
         )
-        at_once = max(1, _CROPPED_PIXELS // (self.batch_size * self.image_size**2)) * self.batch_size
-        for start in range(0, len(index_N), at_once):
-            index_B, boxes_B4, flips_B, cubic_B = (sent[name][start : start + at_once] for name in sent)
+        group_size = max(1, _CROPPED_PIXELS // (self.batch_size * self.image_size**2)) * self.batch_size
+        for start in range(0, len(index_N), group_size):
+            index_B, boxes_B4, flips_B, cubic_B = (sent[name][start : start + group_size] for name in sent)
             cropped = crop_and_resize(self.images_N3SS[index_B], boxes_B4, flips_B, cubic_B, self.image_size)
             for images_B3SS in cropped.split(self.batch_size):
                 yield images_B3SS.permute(0, 2, 3, 1)

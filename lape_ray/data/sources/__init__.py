@@ -1,6 +1,6 @@
 """Labelled images as they come: class folders, parquet or tar shards, or scikit-learn's digits.
 
-A source knows every label at once but opens an image only when asked. It pickles as plain arrays of names, and
+A source knows all labels from the start but opens an image only when asked. It pickles as plain arrays of names, and
 `take` cuts it into parts, so that a worker process is sent the few names it works on.
 
     base         `Source`, and how an image file becomes RGB
@@ -9,7 +9,7 @@ A source knows every label at once but opens an image only when asked. It pickle
     parquet      rows of parquet files, as dataset hubs have them
     tar          WebDataset shards
     handwritten  the digits
-    unusual      `unusual_format`: what is unusual about an image that is read all the same
+    unusual      `unusual_format`: what is unusual about an image that can be read
     subset       `select`: parts that are the same each time
     names        `named`: readable names of the classes
     beton        a .beton as a source, to write it again

@@ -1,4 +1,4 @@
-"""Describe what is unusual about an image that is read all the same."""
+"""Describe what is unusual about an image that can be read."""
 
 from __future__ import annotations
 
