@@ -16,7 +16,7 @@ from lape_ray.storage import local
 
 @dataclass(frozen=True, kw_only=True)
 class Classified:
-    """How many images of a folder were classified, and how many could not be read."""
+    """The counts of classified and of unreadable images, and the CSV file if there is one."""
 
     images: int
     skipped: int

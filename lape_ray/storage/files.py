@@ -171,8 +171,7 @@ def written_path(address: str | Path) -> Iterator[Path]:
     if not is_remote(address):
         yield Path(address)
         return
-    with tempfile.TemporaryDirectory(prefix="lape-written-") as folder:
-        path = Path(folder, str(address).rpartition("/")[2])
+    with _temporary(str(address)) as path:
         yield path
         upload(path, str(address))
 
@@ -183,8 +182,14 @@ def written_folder(address: str | Path) -> Iterator[Path]:
     if not is_remote(address):
         yield Path(address)
         return
-    with tempfile.TemporaryDirectory(prefix="lape-written-") as temporary:
-        folder = Path(temporary, str(address).rstrip("/").rpartition("/")[2])
+    with _temporary(str(address)) as folder:
         folder.mkdir()
         yield folder
         upload_folder(folder, str(address))
+
+
+@contextlib.contextmanager
+def _temporary(address: str) -> Iterator[Path]:
+    """Give a path on this machine with the last name of `address`; it is deleted at the end."""
+    with tempfile.TemporaryDirectory(prefix="lape-written-") as folder:
+        yield Path(folder, address.rstrip("/").rpartition("/")[2])

@@ -55,8 +55,8 @@ def _client(_process: int, _environment: tuple[tuple[str, str], ...]) -> Any:
     from botocore import exceptions
     from botocore.config import Config
 
-    other = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    refuse_secret("AWS_ENDPOINT_URL", other)
+    endpoint_url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    refuse_secret("AWS_ENDPOINT_URL", endpoint_url)
     config = Config(
         # One policy of retries, below: botocore's own would multiply with it and does not cover answers' bodies.
         retries={"total_max_attempts": 1, "mode": "standard"},
@@ -66,16 +66,15 @@ def _client(_process: int, _environment: tuple[tuple[str, str], ...]) -> Any:
         # Parts carry Content-MD5, which every server checks; trailing checksums are refused by many.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        # A server of one's own has no host name for each bucket.
-        s3={"addressing_style": "path" if other else "auto"},
+        # A private server has no host name for each bucket.
+        s3={"addressing_style": "path" if endpoint_url else "auto"},
     )
-    region = os.environ.get("AWS_REGION") or os.environ.get(
-        "AWS_DEFAULT_REGION"
-    )  # boto3 knows only the second
+    # boto3 knows only the second name.
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     try:
-        made = boto3.session.Session().client("s3", config=config, region_name=region)
-        made.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
-        return made
+        s3 = boto3.session.Session().client("s3", config=config, region_name=region)
+        s3.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
+        return s3
     except (exceptions.BotoCoreError, ValueError) as error:
         raise translate_error(error, "S3", "opening a connection") from error
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +18,10 @@ import torch
 from lape_ray.data.augment.draws import Stream, uniform
 from lape_ray.data.beton import read_contents
 from lape_ray.data.native import FILTERS, Decoder, center_crops, check, flips, random_resized_crops
+from lape_ray.data.readers.ahead import read_ahead
 from lape_ray.data.readers.buffers import Buffers
 from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
 from lape_ray.data.sampler import sample_index
-
-BATCHES_AHEAD = 2
 
 
 class NativeReader:
@@ -50,17 +48,14 @@ class NativeReader:
         self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int
     ) -> Generator[np.ndarray, None, None]:
         """Yield the batches of one pass; see `Reader.batches`."""
-        pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        pending: deque[Future[np.ndarray]] = deque()
         index_N, side = sample_index(keys_N), self.image_size
+        parts = (slice(start, start + self.batch_size) for start in range(0, len(index_N), self.batch_size))
+        pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
         try:
-            for start in range(0, len(index_N), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                pending.append(pool.submit(self._decode, index_N[part], epoch_index_N[part], epoch, side))
-                if len(pending) > BATCHES_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            yield from read_ahead(
+                pool.submit(self._decode, index_N[part], epoch_index_N[part], epoch, side).result
+                for part in parts
+            )
         finally:
             pool.shutdown(cancel_futures=True)
 

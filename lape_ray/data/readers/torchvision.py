@@ -8,11 +8,11 @@ Shape suffixes: N samples of a pass, B of a batch, S the side of a crop in pixel
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as v2
 
+from lape_ray.data.readers.ahead import read_ahead
 from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
 from lape_ray.data.sampler import sample_index
 from lape_ray.data.sources import Source
 
-BATCHES_AHEAD = 2
 PART_IMAGES = 8  # that a thread works on at a time
 
 
@@ -65,28 +65,28 @@ class TorchvisionReader:
         self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int
     ) -> Generator[np.ndarray, None, None]:
         """Yield the batches of one pass; see `Reader.batches`."""
+        index_N, side = sample_index(keys_N), self.image_size
+        parts = (slice(start, start + self.batch_size) for start in range(0, len(index_N), self.batch_size))
         pool = ThreadPoolExecutor(self.options.threads, thread_name_prefix="torchvision")
-        pending: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
-        index_N = sample_index(keys_N).tolist()
-        order_N = epoch_index_N.tolist()
-        side = self.image_size
         try:
-            for start in range(0, len(index_N), self.batch_size):
-                index_B = index_N[start : start + self.batch_size]
-                order_B = order_N[start : start + self.batch_size]
-                out_BSS3 = np.empty((len(index_B), side, side, 3), np.uint8)
-                parts = [slice(i, i + PART_IMAGES) for i in range(0, len(index_B), PART_IMAGES)]
-                work = [
-                    pool.submit(self._fill, out_BSS3[part], index_B[part], order_B[part], epoch)
-                    for part in parts
-                ]
-                pending.append((out_BSS3, work))
-                if len(pending) > BATCHES_AHEAD:
-                    yield _finished(*pending.popleft())
-            while pending:
-                yield _finished(*pending.popleft())
+            yield from read_ahead(
+                self._start(pool, index_N[part].tolist(), epoch_index_N[part].tolist(), epoch, side)
+                for part in parts
+            )
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def _start(
+        self, pool: Executor, index_B: list[int], epoch_index_B: list[int], epoch: int, side: int
+    ) -> Callable[[], np.ndarray]:
+        """Begin to read a batch in parts; returns what waits for it."""
+        out_BSS3 = np.empty((len(index_B), side, side, 3), np.uint8)
+        parts = [slice(start, start + PART_IMAGES) for start in range(0, len(index_B), PART_IMAGES)]
+        work = [
+            pool.submit(self._fill, out_BSS3[part], index_B[part], epoch_index_B[part], epoch)
+            for part in parts
+        ]
+        return functools.partial(_finished, out_BSS3, work)
 
     def draw(self, crop: RandomCrop, image: Image.Image, epoch: int, epoch_index: int) -> Draw:
         """Draw for the image at `epoch_index`: a function of these, the seed and the image's size."""
