@@ -32,8 +32,8 @@ def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifes
             raise FileNotFoundError(
                 f"{place}/{manifest_name} is missing; copy it with its .beton, or write both again"
             )
-        address = objects[manifest_name].address
-        manifest = Manifest.parse(storage.read_text(address), address)
+        manifest_address = objects[manifest_name].address
+        manifest = Manifest.parse(storage.read_text(manifest_address), manifest_address)
         if objects[file].size != manifest.bytes:
             raise ValueError(
                 f"{place}/{file} has {objects[file].size:,} bytes but its manifest says {manifest.bytes:,}; "

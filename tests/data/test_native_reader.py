@@ -8,7 +8,7 @@ import os
 import resource
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from lape_ray.data.batch import Batch
 from lape_ray.data.beton import Manifest, read_contents, write_beton
 from lape_ray.data.beton.format import HEADER, RECORD, RECORDS_START, read_tables, tables_sha256
 from lape_ray.data.loader import build_loader
+from lape_ray.data.readers.ahead import read_ahead
 from lape_ray.data.readers.buffers import Buffers
 from lape_ray.data.sampler import train_keys
 from lape_ray.data.sources import Source, image_folder
@@ -349,3 +350,16 @@ def test_memory_of_batches_is_used_again_but_never_under_one_that_is_kept() -> N
     many = [buffers.take((10,)) for _ in range(30)]
     del many
     assert len(buffers._free) <= 8
+
+
+def test_the_next_batches_are_started_before_one_is_delivered() -> None:
+    started: list[int] = []
+
+    def start(number: int) -> Callable[[], int]:
+        started.append(number)
+        return lambda: number
+
+    results = read_ahead(map(start, range(5)), 2)
+    assert (next(results), started) == (0, [0, 1, 2])
+    assert (next(results), started) == (1, [0, 1, 2, 3])
+    assert (list(results), started) == ([2, 3, 4], [0, 1, 2, 3, 4])
