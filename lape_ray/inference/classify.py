@@ -23,7 +23,7 @@ class Classified:
     csv: str | None
 
     def summary(self) -> str:
-        """Say it in one line."""
+        """Describe the outcome in one line."""
         file = f"; {self.csv}" if self.csv else ""
         return f"{self.images} images classified, {self.skipped} skipped{file}"
 

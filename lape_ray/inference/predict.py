@@ -113,7 +113,7 @@ class Predictor:
 
 
 def load_network(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> VisionTransformer:
-    """Build `config.model` with the weights of a checkpoint of any origin, on the CPU; computes no token in vain."""
+    """Build `config.model` with the weights of a checkpoint of any origin, on the CPU, with optimised blocks."""
     network = build_model(config.model)
     weights, _ = read_weights(checkpoint, ema=ema)
     load_weights(network, weights)
@@ -185,7 +185,7 @@ def with_csv(predictions: Iterable[Prediction], address: str | Path, *, top: int
     """Yield the same predictions, and write a CSV row of each: path, class and probability of `top` ranks, error.
 
     The row of an image that could not be read has nothing but path and error. A local file holds the row of every
-    prediction that was handed on, whatever ends the process; an s3:// address gets the file at the end. Text that a
+    prediction that was handed on, even if the process is killed; an s3:// address gets the file at the end. Text that a
     spreadsheet would run as a formula has an apostrophe in front (see `storage.csv_rows.inert`).
     """
     ranks = [f"{what}_{rank + 1}" for rank in range(top) for what in ("class", "probability")]

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def evenly_spaced(total: int, count: int) -> np.ndarray:
-    """Spread at most `count` indices evenly over `total` things, so that each class of a sorted file has its share."""
+    """Choose at most `count` evenly spaced indices below `total`, so that each class of a sorted file has its share."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
 
 

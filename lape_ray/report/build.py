@@ -1,4 +1,4 @@
-"""Make a position report from what a person types: the steps behind jobs/position_report.py."""
+"""Build a position report: the steps behind jobs/position_report.py."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def local(address: str | Path) -> Path:
 
 @contextlib.contextmanager
 def opened(address: str) -> Iterator[Path]:
-    """Open the folder that an address means, on this machine; a copy goes with the last process that has it open.
+    """Open the folder that an address means, on this machine; the last process that has a copy open deletes it.
 
     Raises:
         FileNotFoundError: nothing exists at the address.

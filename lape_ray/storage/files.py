@@ -1,4 +1,4 @@
-"""The same few verbs for folders of this machine and for S3."""
+"""Read, write, list and delete files in folders of this machine and on S3."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_text(address: str) -> str:
 
 
 def write_text(address: str, text: str) -> None:
-    """Write a small file whole and bring it to the disk: whatever happens, its name holds the old text or the new."""
+    """Write a small file and bring it to the disk; after any failure its name holds the old text or the new."""
     if is_remote(address):
         objects.put(address, text.encode())
         return

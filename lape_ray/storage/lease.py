@@ -181,7 +181,7 @@ class Lease:
 
 @contextlib.contextmanager
 def leased(folder: str, what: str) -> Iterator[Lease]:
-    """Own `folder` while the block runs; `what` tells other people what is at work in it.
+    """Own `folder` while the block runs; `what` describes the owner to other people.
 
     Raises:
         LeaseHeldError: another process is at work in it.
@@ -213,7 +213,7 @@ def check_lease(folder: str, token: str) -> None:
 
 
 def _values(found: _Found, address: str) -> dict[str, Any]:
-    """Read a lease's values; nothing where it is damaged: such a one is watched until it is stale."""
+    """Read a lease's values; none where it is damaged, and then it is watched until it is stale."""
     try:
         values: dict[str, Any] = from_json(dict[str, Any], found.text, address, "")
         return values

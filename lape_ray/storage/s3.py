@@ -1,9 +1,9 @@
-"""The connection to S3: who we are, what is tried again, and errors that say what to do.
+"""The connection to S3: credentials, retries, and errors that say what to do.
 
 boto3 finds endpoint, region and credentials as every tool of AWS does: AWS_ENDPOINT_URL, AWS_REGION or
 AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of the machine.
 
-It is imported where a connection is made: a machine without S3 can do without it.
+boto3 is imported where a connection is made, so that a machine without S3 needs no boto3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Large files to and from S3, in parts that travel side by side, each of them tried again by itself."""
+"""Transfer large files to and from S3 in parallel parts, each of which is retried separately."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _StoppedError(Exception):
 
 
 class DownloadError(ValueError):
-    """The bytes that came are not those that were expected, however often they are fetched."""
+    """The object does not have the expected checksum, also when it is fetched again."""
 
 
 def download(source: Object, target: Path, *, sha256: str | None, threads: int = THREADS) -> None:
