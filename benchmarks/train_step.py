@@ -155,11 +155,11 @@ class Synthetic:
         for number in range(BATCHES):
             images_BSS3 = torch.randint(256, shape, dtype=torch.uint8, generator=draws)
             labels_B = torch.randint(spec.num_classes, (size,), generator=draws)
-            images_B3SS, places_B = (
+            images_B3SS, epoch_index_B = (
                 images_BSS3.to(device).permute(0, 3, 1, 2),
                 np.arange(size) + number * size,
             )
-            self.batches.append(Batch(images_B3SS, labels_B.to(device), places_B))
+            self.batches.append(Batch(images_B3SS, labels_B.to(device), epoch_index_B))
 
     def __len__(self) -> int:
         return STEPS_PER_EPOCH

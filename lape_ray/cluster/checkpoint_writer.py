@@ -66,7 +66,7 @@ class CheckpointWriter:
             self._before_listing()
             self._listed = add(run.folder, self._listed, entry, keep=run.config.run.keep_checkpoints)
 
-        storage.patiently(store, run.config.run.outage_s, self._tell)
+        storage.retry(store, run.config.run.outage_s, self._tell)
         return entry.name, time.monotonic() - began
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from lape_ray.cluster.controller import supervised, train_to_the_end, variables
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
 from lape_ray.config import NETWORK_FIELDS, TrainConfig, flatten, replace_fields
-from lape_ray.data.split import split_facts
+from lape_ray.data.split import read_split_info
 from lape_ray.recipes import recipe
 from lape_ray.storage import LEASE, LEASE_FILES, Lease, LeaseLostError, leased
 from lape_ray.training.checkpoint import read_metadata
@@ -222,7 +222,7 @@ def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None) -> s
     model = config.model
     tags = {"recipe": config.recipe, "seed": str(config.training.seed), **tracking.source_tags(sys.argv[0])}
     tags |= {key: getattr(model, key) for key in NETWORK_FIELDS}
-    splits = {"train": split_facts(config.data, "train"), "val": split_facts(config.data, "val")}
+    splits = {"train": read_split_info(config.data, "train"), "val": read_split_info(config.data, "val")}
     datasets = {role: (facts.path, facts.sha256) for role, facts in splits.items() if facts.sha256}
     return tracking.create_run(
         config, name=config.run.name or "", command=command, tags=tags, datasets=datasets

@@ -70,7 +70,7 @@ def _check_restart_allowed(run: Run, supervisor: Any) -> tuple[RunEnd, tuple[Lis
 
     if ray.train.get_context().get_world_rank() == 0:
         try:
-            listed = storage.patiently(find_checkpoints, run.config.run.outage_s, _tell)
+            listed = storage.retry(find_checkpoints, run.config.run.outage_s, _tell)
             newest = listed[-1].name if listed else None
             if reason := ray.get(supervisor.started.remote(newest)):
                 end = RunEnd("failures", reason)

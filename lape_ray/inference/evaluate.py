@@ -1,4 +1,4 @@
-"""Exact accuracy of a checkpoint of any origin, on this machine's device. Knows no Ray and no tracker."""
+"""Exact accuracy of a checkpoint of any origin, on this machine's device, without Ray and without a tracker."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The change of a network's position maps while it trains: a row for each epoch, a column for each layer.
 
-An epoch has a row where it was looked at. The maps of earlier epochs lie beside the run's checkpoints, so that a run
+An epoch has a row where it was looked at. The maps of earlier epochs lie next to the run's checkpoints, so that a run
 that was continued still has them.
 
 Shapes: L layers, Y rows and X columns of the patch grid.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lape_ray import storage
 from lape_ray.config import TrainConfig
-from lape_ray.inference.samples import spread
+from lape_ray.inference.samples import evenly_spaced
 from lape_ray.report import figures
 from lape_ray.report.build import checkpoint_report
 from lape_ray.report.page import Page
@@ -105,7 +105,7 @@ def _place(run: str, epoch: int) -> str:
 def write_training_page(name: str, what: str, maps: Mapping[int, Tensor], folder: Path) -> Path:
     """Write the figure and page of a run's maps (L, Y, X) by epoch; returns the page."""
     epochs = sorted(maps)
-    chosen = [epochs[index] for index in spread(len(epochs), ROWS)]
+    chosen = [epochs[index] for index in evenly_spaced(len(epochs), ROWS)]
     figure = figures.maps_figure(
         [(f"epoch {epoch}", maps[epoch]) for epoch in chosen],
         title="The centre patch against every patch, while the network trains",

@@ -95,7 +95,7 @@ def build_state(
     classes = None
     if loaders is None:
         loaders = _build_loader(config, "train", world), _build_loader(config, "val", world)
-        classes = loaders[0].facts.classes
+        classes = loaders[0].info.classes
     augment = build_augment(config.data, image_size=spec.image_size, seed=config.training.seed, fused=fused)
     return TrainState(
         config=config,

@@ -424,7 +424,7 @@ PATHS = {
 
 
 def note(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook of Python: it is told of every file that is opened, made, renamed or deleted."""
+    """An audit hook of Python: it gets every file that is opened, made, renamed or deleted."""
     if not OUTSIDE or (event != "open" and event not in PATHS):
         return
     folder, found = OUTSIDE[-1]
@@ -455,7 +455,7 @@ def nothing_else_is_touched(folder: Path) -> Iterator[None]:
 
 
 def survive(kind: Kind, name: str, cases: range, home: Path) -> Counter[str]:
-    """Read `cases` damaged files; returns how many were read all the same, and how many were refused."""
+    """Read `cases` damaged files; returns how many could be read, and how many were refused."""
     above, ends = home / "above", Counter[str]()
     folder = above / "folder"
     for _ in range(2):  # the first time it imports what it needs

@@ -35,7 +35,7 @@ TAGS = {
     "join": "lape",
     "mlflow.note.content": "hidden",
 }
-FACTS = RunFacts(name="run & name", status="FINISHED", tags=TAGS, history=HISTORY)
+RUN = RunFacts(name="run & name", status="FINISHED", tags=TAGS, history=HISTORY)
 PREDICTIONS = Predictions(
     labels_N=np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2]),
     best_N=np.array([0, 0, 0, 0, 0, 1, 1, 1, 0, 2]),
@@ -75,7 +75,7 @@ def test_curves_are_by_epoch() -> None:
 
 def results(config: TrainConfig) -> Results:
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    return Results(config=config, facts=FACTS, predictions=PREDICTIONS, classes=("ape", "bee", "cat", "dog"),
+    return Results(config=config, run=RUN, predictions=PREDICTIONS, classes=("ape", "bee", "cat", "dog"),
                    epoch=2, samples=[(0, picture), (8, picture)], unit="GPU", per_worker=1)  # fmt: skip
 
 
@@ -180,8 +180,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path
 def test_a_real_run_ends_in_a_page_that_agrees_with_evaluation(
     trained: tuple[TrainConfig, Path, RunFacts], tmp_path: Path
 ) -> None:
-    config, checkpoint, facts = trained
-    text = write_run_summary(config, checkpoint, facts, tmp_path).read_text()
+    config, checkpoint, run = trained
+    text = write_run_summary(config, checkpoint, run, tmp_path).read_text()
     expected = evaluate_checkpoint(str(checkpoint), config)["acc1"]
     assert f"top-1 of the best checkpoint<b>{expected:.2f} %</b>" in text
     assert "CPU-hours of training" in text

@@ -83,7 +83,7 @@ class TimmAugment:
         random.seed(seed)
         np.random.seed(seed)
 
-    def __call__(self, images_BCHW: Tensor, *, epoch: int, positions: np.ndarray) -> Tensor:
+    def __call__(self, images_BCHW: Tensor, *, epoch: int, epoch_index: np.ndarray) -> Tensor:
         pictures = [Image.fromarray(image) for image in images_BCHW.permute(0, 2, 3, 1).numpy()]
         augmented = np.stack([np.asarray(self.rand_augment(picture)) for picture in pictures])
         floats = torch.from_numpy(augmented).permute(0, 3, 1, 2).float() / 255

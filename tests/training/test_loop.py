@@ -21,8 +21,8 @@ from torch import Tensor
 
 from lape_ray.config import Span, TrainConfig, replace_fields
 from lape_ray.data.batch import Batch
-from lape_ray.data.sampler import rank_part, sample_index, train_keys, train_places
-from lape_ray.data.split import SplitFacts
+from lape_ray.data.sampler import rank_part, sample_index, train_epoch_index, train_keys
+from lape_ray.data.split import SplitInfo
 from lape_ray.recipes import recipe
 from lape_ray.training import checkpoint
 from lape_ray.training import loop as train_module
@@ -47,7 +47,7 @@ class MemoryLoader:
         self.images[:, 0] = (self.labels * 25).to(torch.uint8)[:, None, None]  # something to learn
         self.split, self.batch_size, self.seed = split, batch_size, seed
         classes = tuple(f"class {label}" for label in range(10))
-        self.facts = SplitFacts(path=split, num_samples=101, classes=classes, largest_side=32, sha256=None)
+        self.info = SplitInfo(path=split, num_samples=101, classes=classes, largest_side=32, sha256=None)
         self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
 
     def _part(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,17 +57,17 @@ class MemoryLoader:
             return index, index
         size = {"batch_size": self.batch_size, "micro_batches": self.micro_batches}
         keys = train_keys(101, step_samples=math.prod(size.values()), seed=self.seed, epoch=epoch)
-        places = train_places(len(keys), **size, **place)
-        return sample_index(keys[places]), places
+        epoch_index = train_epoch_index(len(keys), **size, **place)
+        return sample_index(keys[epoch_index]), epoch_index
 
     def __len__(self) -> int:
         return -(-len(self._part(0)[0]) // self.batch_size)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        index, places = self._part(epoch)
+        index, epoch_index = self._part(epoch)
         for first in range(start * self.batch_size, len(index), self.batch_size):
             part = slice(first, first + self.batch_size)
-            yield Batch(self.images[index[part]], self.labels[index[part]], places[part])
+            yield Batch(self.images[index[part]], self.labels[index[part]], epoch_index[part])
 
 
 def memory_loader(data: object, split: str, **kwargs: Any) -> MemoryLoader:
