@@ -14,7 +14,14 @@ import torch
 
 from lape_ray import storage
 from lape_ray.config import TrainConfig
-from lape_ray.training.checkpoint import MARKER, DamagedError, described, differences, read_meta, verify
+from lape_ray.training.checkpoint import (
+    MARKER,
+    DamagedError,
+    differences,
+    file_checksums,
+    read_metadata,
+    verify,
+)
 from lape_ray.values.typed import from_json
 
 PREFIX = "checkpoint-"
@@ -107,7 +114,7 @@ class TrialFolder:
                 history = read_history(folder)
                 if not known.epochs:
                     known = history.of(lineage)
-                if history.lineage == lineage and not differences(read_meta(folder).config, config):
+                if history.lineage == lineage and not differences(read_metadata(folder).config, config):
                     return name, known
         return None, known
 
@@ -124,7 +131,7 @@ class TrialFolder:
             with source.opened(name) as folder:
                 try:
                     verify(folder)
-                    meta = read_meta(folder)
+                    meta = read_metadata(folder)
                 except DamagedError:
                     continue
                 if meta.epochs_done != epoch or meta.progress.step:
@@ -171,6 +178,6 @@ def _rewrite(source: Path, target: Path, config: TrainConfig) -> None:
     for group in state["param_groups"][:-1]:
         group["weight_decay"] = config.optim.weight_decay
     torch.save(state, target / "optimizer.pt")
-    files = described(target)
-    meta = replace(read_meta(source), config=config)
+    files = file_checksums(target)
+    meta = replace(read_metadata(source), config=config)
     (target / MARKER).write_text(meta.to_json(files))

@@ -15,7 +15,7 @@ from ray import tune
 
 from lape_ray import storage, tracking
 from lape_ray.cluster.connection import connected
-from lape_ray.cluster.controller import worker_variables
+from lape_ray.cluster.controller import variables
 from lape_ray.cluster.launch import prepared, refuse_local_store, uses_gpu
 from lape_ray.config import replace_fields
 from lape_ray.model import build_model
@@ -104,6 +104,7 @@ def search(
     folder = storage.join(root, plan.name)
     check_before_start(plan.base, storage_root=root)
     tracking.check_reachable(uri)
+    tracking.check_tensorboard(base.tracking.tensorboard)
     _check_networks(plan)
     _earlier(plan, folder)  # a name that cannot be used is refused before anything waits
     display = display or Display(plan)
@@ -131,7 +132,7 @@ def _settings(plan: Plan, folder: str, lease: str, uri: str, gpus_per_worker: fl
     need = resources.worker_need(run, use_gpu=uses_gpu(plan.base), gpus_per_worker=gpus_per_worker)
     return Settings(
         base=plan.base, name=plan.name, folder=folder, lease=lease, tracking_uri=uri, metric=plan.metric,
-        sign=plan.sign, need=need, workers=run.workers.low, variables=worker_variables(),
+        sign=plan.sign, need=need, workers=run.workers.low, variables=variables(),
     )  # fmt: skip
 
 
@@ -247,7 +248,7 @@ def _best_command(plan: Plan, found: Sequence[Cell]) -> str:
     best = found[0].trials[0]
     if best.last(plan.metric) is None:
         return "no trial came so far as to be evaluated; see the errors of the trials"
-    config = replace_fields(plan.base, {**best.values, "run.seed": plan.seeds[0]})
+    config = replace_fields(plan.base, {**best.values, "training.seed": plan.seeds[0]})
     return command_line(replace(config, run=replace(config.run, name=None, overwrite=False)))
 
 

@@ -15,6 +15,7 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from lape_ray.cluster.supervisor import Supervisor
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.search.record import trial_folder
 
@@ -53,6 +54,18 @@ class Settings:
         return tune.PlacementGroupFactory([{}] + [self.need] * self.workers)
 
 
+class SearchSupervisor(Supervisor):
+    """What a search's driver and its trials share: the wish to end it, and its settings."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(max_failures=0)
+        self._settings = settings
+
+    async def settings(self) -> Settings:
+        """Return what all trials share."""
+        return self._settings
+
+
 def train_config(base: TrainConfig, name: str, trial: dict[str, Any]) -> TrainConfig:
     """Make the whole config of a trial of the search `name`; a ValueError says which settings contradict each other."""
     values = dict(trial["values"])
@@ -60,7 +73,7 @@ def train_config(base: TrainConfig, name: str, trial: dict[str, Any]) -> TrainCo
         values |= clone["values"]
     tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return replace_fields(
-        base, {**tuples, "run.seed": trial["seed"], "run.name": f"{name}-{trial['number']:04}"}
+        base, {**tuples, "training.seed": trial["seed"], "run.name": f"{name}-{trial['number']:04}"}
     )
 
 
@@ -168,7 +181,7 @@ class LapeTrial(tune.Trainable):
         self._end_workers()
 
     def _result(self, **more: Any) -> dict[str, Any]:
-        last = self._curve[-1] if self._curve else {"epoch": 0, "metrics": {}}
+        last: dict[str, Any] = self._curve[-1] if self._curve else {"epoch": 0, "metrics": {}}
         found = {name: self._found[name] for name in ("checkpoint", "loaded") if self._found}
         return {**last["metrics"], "epoch": last["epoch"], "curve": list(self._curve), **found, **more}
 
@@ -235,7 +248,9 @@ class LapeTrial(tune.Trainable):
                 actor.options(
                     num_cpus=settings.need["CPU"],
                     num_gpus=settings.need.get("GPU", 0),
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(
+                        group, placement_group_bundle_index=rank
+                    ),
                     runtime_env={"env_vars": settings.variables},
                 ).remote(settings, rank, self._supervisor)
             )

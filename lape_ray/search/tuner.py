@@ -16,14 +16,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lape_ray import storage
 from lape_ray.cluster.connection import only_actor
-from lape_ray.cluster.supervisor import Supervisor, until_stopped
+from lape_ray.cluster.supervisor import until_stopped
 from lape_ray.search.callbacks import Show, Watch
 from lape_ray.search.live import Display
 from lape_ray.search.runs import Runs
 from lape_ray.search.scheduler import Rule
 from lape_ray.search.searcher import Points
 from lape_ray.search.session import Session
-from lape_ray.search.trial import LapeTrial, Settings
+from lape_ray.search.trial import LapeTrial, SearchSupervisor
 
 SNAPSHOT, SEARCHER = "experiment_state-", "search_gen_state-"
 _ENVIRONMENT = {
@@ -33,18 +33,6 @@ _ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-
-
-class SearchSupervisor(Supervisor):
-    """What a search's driver and its trials share: the wish to end it, and its settings."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(max_failures=0)
-        self._settings = settings
-
-    async def settings(self) -> Settings:
-        """Return what all trials share."""
-        return self._settings
 
 
 @contextlib.contextmanager

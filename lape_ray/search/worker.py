@@ -20,16 +20,16 @@ import torch.distributed as dist
 
 from lape_ray import storage, tracking
 from lape_ray.cluster.supervisor import StopRequest
-from lape_ray.search._training import Training
 from lape_ray.search.checkpoints import History, Trained, TrialFolder, best_of, name_of
 from lape_ray.search.trial import Outcome, Part, Settings
-from lape_ray.training.checkpoint import read_meta
-from lape_ray.training.flags import News
-from lape_ray.training.loop import DivergedError, StoppedError
+from lape_ray.training.checkpoint import Snapshot
+from lape_ray.training.flags import Flags
+from lape_ray.training.loop import DivergedError, StoppedError, Training
 
 HOPELESS = (ValueError, torch.OutOfMemoryError)
 """What would happen again; anything else is tried again from the newest checkpoint."""
 DRAIN_POLL_S = 5.0
+STOP_POLL_S = 0.2
 
 
 def _outcome(method: Callable[..., Any]) -> Callable[..., Outcome]:
@@ -83,7 +83,7 @@ class Worker:
 
     @_outcome
     def find(self, part: Part) -> dict[str, Any]:
-        """Find, on rank 0, the curve of the trial so far and the checkpoint to begin with; clone one where it is due."""
+        """Find, on rank 0, the curve so far and the checkpoint to begin with, which may have to be cloned."""
         self._keeper = Keeper(self._settings, part)
         begin_with = self._keeper.find()
         return {**self._keeper.report(), "begin_with": begin_with}
@@ -93,7 +93,7 @@ class Worker:
         """Build the training, or restore it from that checkpoint of the trial's folder."""
         keeper = self._keeper if self._rank == 0 else None
         if keeper is not None:
-            keeper.open_tracker(begin_with)
+            keeper.open_tracker()
         reporter = TrialReporter(keeper, self._stop)
         folder = None
         if begin_with is not None:
@@ -111,7 +111,7 @@ class Worker:
         if self._rank:
             return None
         assert self._keeper is not None
-        self._keeper.epoch(metrics, self._training.snapshot)
+        self._keeper.epoch(metrics, self._training.snapshot())
         return self._keeper.report()
 
     def end(self) -> None:
@@ -174,14 +174,20 @@ class Keeper:
         best = best_of(epochs, self._settings.metric, self._settings.sign)
         return best or (name_of(epochs[-1].steps_done) if epochs else None)
 
-    def open_tracker(self, begin_with: str | None) -> None:
-        """Begin to tell MLflow, with what it has not taken of the epochs before."""
-        unsent: Any = ()
-        if begin_with is not None:
-            with self._folder.opened(begin_with) as folder:
-                unsent = read_meta(folder).notes.get("unsent", ())
-        self._tracker = tracking.Tracker(self._settings.tracking_uri, self._part.run_id, unsent)
+    def open_tracker(self) -> None:
+        """Begin to tell MLflow, first what an earlier part of the trial has left unsent."""
+        settings = self._settings
+        self._tracker = tracking.open_tracker(
+            settings.tracking_uri,
+            self._part.run_id,
+            self._part.folder,
+            tensorboard=settings.base.tracking.tensorboard,
+            check=self._check_lease,
+        )
         self._clock = time.monotonic()
+
+    def _check_lease(self) -> None:
+        storage.check_lease(self._settings.folder, self._settings.lease)
 
     def metrics(self, metrics: dict[str, float], step: int) -> None:
         if self._tracker is not None:
@@ -190,28 +196,34 @@ class Keeper:
     def line(self, text: str) -> None:
         self._lines.append(text)
 
-    def epoch(self, metrics: dict[str, float], snapshot: Callable[..., Any]) -> None:
+    def epoch(self, metrics: dict[str, float], snapshot: Snapshot) -> None:
         """Store the checkpoint of an epoch's end, and with it the epoch."""
-        copy = snapshot(self._tracker.unsent() if self._tracker else ())
         seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
         one = Trained(
-            epoch=copy.meta.epochs_done, metrics=metrics, seconds=seconds, steps_done=copy.meta.steps_done,
+            epoch=snapshot.metadata.epochs_done,
+            metrics=dict(metrics),
+            seconds=seconds,
+            steps_done=snapshot.metadata.steps_done,
             lineage=self._part.lineage,
-        )  # fmt: skip
+        )
         self.metrics(metrics, one.steps_done)
         self._history = replace(self._history, epochs=(*self._history.epochs, one))
-        self.store(copy)
+        self.store(snapshot)
 
-    def store(self, copy: Any) -> None:
+    def store(self, snapshot: Snapshot) -> None:
         """Store a checkpoint, and delete those that are neither new, nor best, nor protected."""
-        run, kept = self._settings.base.run, {name_of(copy.meta.steps_done), self._protected, self._best()}
+        metadata = replace(snapshot.metadata, mlflow_run_id=self._part.run_id)
+        steps, write = metadata.steps_done, replace(snapshot, metadata=metadata).save
+        kept = {name_of(steps), self._protected, self._best()}
 
         def put() -> None:
-            storage.check_lease(self._settings.folder, self._settings.lease)
-            self._folder.put(copy.meta.steps_done, copy.save, self._history)
+            self._check_lease()
+            if self._tracker is not None:
+                self._tracker.save_unsent()
+            self._folder.put(steps, write, self._history)
             self._folder.drop_all_but({name for name in kept if name is not None})
 
-        storage.patiently(put, run.outage_s, self.line)
+        storage.retry(put, self._settings.base.run.outage_s, self.line)
 
     def close(self) -> None:
         """Add the loop's lines to the trial's log.txt, and wait until MLflow has everything."""
@@ -230,6 +242,7 @@ class TrialReporter:
     keeper: Keeper | None
     stop: StopRequest
     polled: float = 0.0
+    looked: float = 0.0
     leaving: bool = False
     node: str = field(default_factory=lambda: ray.get_runtime_context().get_node_id())
 
@@ -237,21 +250,27 @@ class TrialReporter:
         if self.keeper is not None:
             self.keeper.metrics(metrics, step)
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[..., Any]) -> None:
+    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         if self.keeper is not None:
             self.keeper.store(snapshot())
 
-    def stored(self) -> None:
-        """Nothing is left to wait for."""
+    def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
+        """Do nothing: the worker stores the checkpoint of an epoch's end itself."""
 
-    def news(self) -> News:
-        return News.STOP if self.stop else News.NONE
+    def wait_until_saved(self) -> None:
+        """Do nothing: every checkpoint is stored before the training continues."""
+
+    def poll_flags(self) -> Flags:
+        if self.keeper is None or time.monotonic() - self.polled < STOP_POLL_S:
+            return Flags.NONE
+        self.polled = time.monotonic()
+        return Flags.STOP if self.stop else Flags.NONE
 
     def node_leaving(self) -> bool:
         """Tell once that Ray is about to take this worker's node away."""
-        if self.leaving or time.monotonic() - self.polled < DRAIN_POLL_S:
+        if self.leaving or time.monotonic() - self.looked < DRAIN_POLL_S:
             return False
-        self.polled = time.monotonic()
+        self.looked = time.monotonic()
         self.leaving = self.node in draining_nodes()
         return self.leaving
 

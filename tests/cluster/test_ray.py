@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.cluster]
 
 @pytest.fixture(scope="module")
 def submitted(service: Service) -> subprocess.CompletedProcess[str]:
-    return service.submit("smoke", "--run.name=one", "--run.position_report_epochs=1")
+    return service.submit("smoke", "--run.name=one", "--tracking.position_report_epochs=1")
 
 
 def test_a_submitted_job_gives_the_golden_losses(
@@ -68,6 +68,12 @@ def test_mlflow_holds_the_run(service: Service, submitted: subprocess.CompletedP
     folder = Path(client.download_artifacts(run.info.run_id, "model"))
     assert "head.weight" in load_file(folder / "model.safetensors")
     assert "model.join = 'lape'" in Path(client.download_artifacts(run.info.run_id, "config.txt")).read_text()
+
+
+def test_the_log_is_free_of_what_a_user_can_do_nothing_about(
+    submitted: subprocess.CompletedProcess[str],
+) -> None:
+    assert not re.search("Traceback|Deprecat", submitted.stdout + submitted.stderr)
 
 
 def test_a_finished_name_is_not_reused_silently(
@@ -152,9 +158,9 @@ BAD = [
         {"run__num_workers": 4, "run__wait_s": 0},
         "needs 4 CPU, but the cluster has 2 CPU: lower --run.num_workers",
     ),
-    ({"run__tracking_uri": "http://127.0.0.1:9"}, "the MLflow server 'http://127.0.0.1:9' cannot be used"),
+    ({"tracking__uri": "http://127.0.0.1:9"}, "the MLflow server 'http://127.0.0.1:9' cannot be used"),
     ({"run__storage": "/proc/nowhere"}, "storage '/proc/nowhere' is not writable"),
-    ({"run__init_from": "/nowhere.pth"}, "checkpoint /nowhere.pth does not exist"),
+    ({"training__init_from": "/nowhere.pth"}, "checkpoint /nowhere.pth does not exist"),
     ({"model__position": "none"}, "position=none has nothing to join"),
 ]
 

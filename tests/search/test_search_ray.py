@@ -18,14 +18,14 @@ import psutil
 import pytest
 import ray
 from helpers.service import ROOT, Service, alone
+from lape_ray.search.engine import Engine
+from lape_ray.search.ledger import Ledger, Trial
+from lape_ray.search.shelf import Shelf
 
 from lape_ray.config import replace_fields
 from lape_ray.search.command import plan_of
-from lape_ray.search.engine import Engine
-from lape_ray.search.ledger import Ledger, Trial
 from lape_ray.search.plan import Plan
 from lape_ray.search.run import search
-from lape_ray.search.shelf import Shelf
 from lape_ray.storage import LeaseHeldError, leased
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.cluster]
@@ -132,7 +132,7 @@ def test_a_warm_worker_trains_as_a_fresh_process_would(
     trial = undisturbed(service)[6]
     given = plan(service, space="joins", seeds=2, overrides=FIXED)
     config = Engine(given, Ledger("unused")).config(trial)
-    assert (config.model.join, config.run.seed) == ("lape", 1)
+    assert (config.model.join, config.training.seed) == ("lape", 1)
     expected = [
         {name: value for name, value in metrics.items() if "images_per_s" not in name}
         for metrics in alone(config).epochs
