@@ -1,0 +1,180 @@
+"""A trial's checkpoints: whole or not there, no more than are needed, and clones; in a folder and on a remote store."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.s3_server import Gateway, gateway
+from torch import nn
+
+from lape_ray import storage
+from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.recipes import recipe
+from lape_ray.search.checkpoints import History, Trained, TrialFolder, best_of, read_history
+from lape_ray.storage import s3
+from lape_ray.training import checkpoint
+from lape_ray.training.checkpoint import DamagedError, read_metadata, verify
+
+BASE = recipe("smoke")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with gateway(tmp_path_factory.mktemp("s3")) as running:
+        yield running
+
+
+@pytest.fixture(params=["folder", "remote"])
+def root(
+    request: pytest.FixtureRequest, server: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Where trials are: a folder, or a bucket of a real server."""
+    if request.param == "folder":
+        return str(tmp_path / "here")
+    for name, value in {**server.environment, "LAPE_RAY_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"search-{uuid.uuid4().hex}"
+    s3.client().create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+def history(epochs: int, lineage: tuple[tuple[int, int], ...] = ()) -> History:
+    """Of a trial of that many epochs, trained under the lineage as far as it goes back."""
+    trained = [
+        Trained(
+            epoch=at, metrics={"val/acc1": 10.0 * at}, seconds=1.0, steps_done=5 * at,
+            lineage=tuple(clone for clone in lineage if clone[0] < at),
+        )
+        for at in range(1, epochs + 1)
+    ]  # fmt: skip
+    return History(lineage=lineage, epochs=tuple(trained))
+
+
+def put(
+    folder: TrialFolder,
+    epoch: int,
+    config: TrainConfig = BASE,
+    *,
+    seed: int = 0,
+    lineage: tuple[tuple[int, int], ...] = (),
+) -> str:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
+    optimizer = torch.optim.AdamW(  # several groups that are decayed, as Muon has, before the one that is not
+        [
+            {"params": [model[0].weight], "weight_decay": 0.05},
+            {"params": [model[1].weight], "weight_decay": 0.05},
+            {"params": [model[0].bias], "weight_decay": 0.0},
+        ]
+    )
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    metadata = checkpoint.Metadata(
+        epochs_done=epoch, steps_done=5 * epoch, config=config, metrics={"epoch": epoch}, world_size=1
+    )
+    copy = checkpoint.snapshot(model=model, ema=None, optimizer=optimizer, metadata=metadata)
+    return folder.put(5 * epoch, copy.save, history(epoch, lineage))
+
+
+def test_the_newest_whole_checkpoint_of_the_config_is_found(root: str) -> None:
+    """With it the curve, which lies beside the weights and is as whole as they."""
+    folder = TrialFolder(storage.join(root, "trial"))
+    assert folder.names() == []
+    assert folder.newest(BASE, ()) == (None, History())
+    names = [put(folder, epoch) for epoch in (1, 2, 12)]
+    assert names == ["checkpoint-000000005", "checkpoint-000000010", "checkpoint-000000060"]
+    assert folder.names() == names[::-1]
+    assert folder.newest(BASE, ()) == (names[2], history(12))
+    storage.write_text(storage.join(folder.address(names[2]), "model.safetensors"), "torn")
+    assert folder.newest(BASE, ()) == (names[1], history(2))
+    assert folder.newest(replace_fields(BASE, {"optim.lr": 0.5}), ())[0] is None
+    storage.write_text(storage.join(folder.address(names[1]), "history.json"), "{}")
+    assert folder.newest(BASE, ()) == (names[0], history(1))
+    folder.drop_all_but({names[0]})
+    assert folder.names() == [names[0]]
+    with folder.opened(names[0]) as files:
+        verify(files)
+        assert read_metadata(files).epochs_done == 1
+
+
+def test_an_interrupted_write_leaves_no_checkpoint(root: str) -> None:
+    folder = TrialFolder(storage.join(root, "trial"))
+    first = put(folder, 1)
+
+    def torn(to: Path) -> None:
+        (to / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        folder.put(10, torn, history(2))
+    assert folder.names() == [first]
+
+
+def test_a_clone_has_the_sources_weights_its_own_settings_and_its_own_curve(root: str) -> None:
+    source, own = TrialFolder(storage.join(root, "source")), TrialFolder(storage.join(root, "own"))
+    put(source, 1, seed=1)
+    from_source = put(source, 2, seed=2)
+    before = put(own, 2, seed=3)
+    config = replace_fields(BASE, {"optim.lr": 0.25, "optim.weight_decay": 0.2})
+    lineage = ((2, 7),)
+    missing, known = own.newest(config, lineage)
+    assert missing is None
+    name, known = own.clone(source, config, known)
+    assert name == before
+    with own.opened(name) as ours, source.opened(from_source) as theirs:
+        verify(ours)
+        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+        weights = json.loads((theirs / "meta.json").read_text())["files"]["model.safetensors"]["sha256"]
+        assert read_history(ours) == known
+        assert known.loaded == ({"epoch": 2, "source": 7, "weights": weights},)
+        assert known.epochs == history(2).epochs
+        assert read_metadata(ours).config == config
+        mine, other = (torch.load(files / "optimizer.pt") for files in (ours, theirs))
+        assert [group["weight_decay"] for group in mine["param_groups"]] == [0.2, 0.2, 0.0]
+        assert torch.equal(mine["state"][0]["exp_avg"], other["state"][0]["exp_avg"])
+
+
+def test_after_a_clone_nothing_older_is_taken_up_again(root: str) -> None:
+    """Also where the clone's settings happen to be the old ones, which the config cannot tell apart."""
+    source, own = TrialFolder(storage.join(root, "source")), TrialFolder(storage.join(root, "own"))
+    put(source, 2, seed=2)
+    put(own, 2, seed=3)
+    lineage = ((2, 7),)
+    assert own.newest(BASE, ())[0] is not None
+    missing, known = own.newest(BASE, lineage)
+    assert missing is None
+    name, _ = own.clone(source, BASE, known)
+    assert own.newest(BASE, lineage)[0] == name
+    assert own.newest(BASE, ((2, 8),))[0] is None
+    later = put(own, 3, lineage=lineage)
+    assert own.newest(BASE, lineage) == (later, history(3, lineage))
+
+
+def test_epochs_from_before_a_clone_are_known_without_their_weights(root: str) -> None:
+    """A search that lost all of Tune's snapshots asks for them again, from the beginning."""
+    own = TrialFolder(storage.join(root, "own"))
+    name = put(own, 5, lineage=((2, 7), (4, 3)))
+    own.drop_all_but({name})
+    for lineage, epochs in (((), 2), (((2, 7),), 4), (((2, 7), (4, 3)), 5), (((2, 8),), 2)):
+        found, known = own.newest(BASE, lineage)
+        assert len(known.epochs) == epochs
+        assert (found == name) == (epochs == 5)
+
+
+def test_a_source_without_that_epoch_is_told(root: str) -> None:
+    source, own = TrialFolder(storage.join(root, "source")), TrialFolder(storage.join(root, "own"))
+    put(source, 1)
+    with pytest.raises(DamagedError, match="no whole checkpoint of epoch 2 to be cloned"):
+        own.clone(source, BASE, history(2, ((2, 7),)))
+
+
+def test_the_best_checkpoint_is_that_of_the_best_epoch() -> None:
+    epochs = history(3).epochs
+    assert best_of(epochs, "val/acc1", 1) == "checkpoint-000000015"
+    assert best_of(epochs, "val/acc1", -1) == "checkpoint-000000005"
+    assert best_of(epochs, "val/loss", 1) is None
