@@ -8,6 +8,7 @@ companions and opens MLflow once. Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -144,6 +145,7 @@ class LapeTrial(tune.Trainable):
         self._workers: list[Any] = []
         self._meeting: list[Any] = []
         self._begun = False
+        self._left = time.monotonic()
         self._start_workers()
         self.reset_config(config)
 
@@ -157,21 +159,31 @@ class LapeTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Report the trial's next epoch: the one that is stored already, else the one that is trained now."""
+        idle_s = time.monotonic() - self._left
         try:
-            if not self._found:
-                self._found = self._find()
-                self._curve = self._found["curve"][: self._trial["done"]]
-            done = len(self._curve)
-            if done < len(self._found["curve"]):
-                self._curve.append(self._found["curve"][done])
-            elif done < self._settings.base.optim.total_epochs:
-                self._train_epoch()
+            self._next_epoch()
+            complete = len(self._curve) >= self._settings.base.optim.total_epochs
+            more: dict[str, Any] = {"complete": complete, "done": complete}
         except EndedError as error:
-            if error.outcome.end == "stopped":
-                return self._result(interrupted=True)
-            return self._result(failed=error.outcome.reason, done=True)
-        complete = len(self._curve) >= self._settings.base.optim.total_epochs
-        return self._result(complete=complete, done=complete)
+            stopped = error.outcome.end == "stopped"
+            more = {"interrupted": True} if stopped else {"failed": error.outcome.reason, "done": True}
+        last: dict[str, Any] = self._curve[-1] if self._curve else {"epoch": 0, "metrics": {}}
+        found = {name: self._found[name] for name in ("checkpoint", "loaded") if self._found}
+        self._left = time.monotonic()
+        return {
+            **last["metrics"], "epoch": last["epoch"], "curve": list(self._curve), **found, **more, "idle_s": idle_s,
+        }  # fmt: skip
+
+    def _next_epoch(self) -> None:
+        """Add the next epoch to the curve, where there is one."""
+        if not self._found:
+            self._found = self._find()
+            self._curve = self._found["curve"][: self._trial["done"]]
+        done = len(self._curve)
+        if done < len(self._found["curve"]):
+            self._curve.append(self._found["curve"][done])
+        elif done < self._settings.base.optim.total_epochs:
+            self._train_epoch()
 
     def cleanup(self) -> None:
         """End the workers; what they have not sent to MLflow yet has some seconds."""
@@ -179,11 +191,6 @@ class LapeTrial(tune.Trainable):
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get([worker.call.remote("close") for worker in self._workers], timeout=CLOSE_S)
         self._end_workers()
-
-    def _result(self, **more: Any) -> dict[str, Any]:
-        last: dict[str, Any] = self._curve[-1] if self._curve else {"epoch": 0, "metrics": {}}
-        found = {name: self._found[name] for name in ("checkpoint", "loaded") if self._found}
-        return {**last["metrics"], "epoch": last["epoch"], "curve": list(self._curve), **found, **more}
 
     # --- what workers do --------------------------------------------------------------------------------------
 
@@ -224,7 +231,11 @@ class LapeTrial(tune.Trainable):
         waiting, self._meeting = [*self._meeting, *calls], []
         while waiting:
             ready, waiting = ray.wait(waiting)
-            outcome = ray.get(ready[0])
+            try:
+                outcome = ray.get(ready[0])
+            except Exception:
+                self._end_workers()  # the others may wait for this one in a collective
+                raise
             if outcome.end == "failed" and waiting:
                 self._start_workers()  # in the place of those that wait for the one which failed
             if outcome.end == "failed" or (outcome.end != "done" and not waiting):

@@ -57,7 +57,7 @@ def opened(session: Session, display: Display, runs: Runs) -> Iterator[None]:
         ray.kill(supervisor)
 
 
-def run_tuner(session: Session) -> tune.ResultGrid:
+def run_tuner(session: Session, trainable: type[LapeTrial] = LapeTrial) -> tune.ResultGrid:
     """Train until every trial is over; SIGTERM or Ctrl-C ends it after a checkpoint of each.
 
     Raises:
@@ -65,18 +65,20 @@ def run_tuner(session: Session) -> tune.ResultGrid:
         ResourcesGoneError: the cluster can hold no trial any more.
     """
     folder = session.settings.folder
-    tuner = make_tuner(session)  # also of a restored search, for Tune to read these objects and no older ones
+    tuner = make_tuner(
+        session, trainable
+    )  # also of a restored search, for Tune to read these objects and no older ones
     if whole_snapshot(folder, session.display.line):
-        tuner = tune.Tuner.restore(folder, LapeTrial)
+        tuner = tune.Tuner.restore(folder, trainable)
     return until_stopped(tuner.fit, session.supervisor)
 
 
-def make_tuner(session: Session) -> tune.Tuner:
+def make_tuner(session: Session, trainable: type[LapeTrial]) -> tune.Tuner:
     """Make the Tuner of a new search."""
     plan = session.plan
     root, _, name = session.settings.folder.rpartition("/")
     return tune.Tuner(
-        LapeTrial,
+        trainable,
         param_space={},
         tune_config=tune.TuneConfig(
             metric=plan.metric,

@@ -1,0 +1,120 @@
+"""A search whose trials are a formula, on the real Ray Tune: a driver to be killed and started again.
+
+toy_search.py FOLDER SCHEDULE SAMPLE LANES KILL_AFTER RESULT: trains below FOLDER, kills itself as soon as it has heard of
+so many epochs (0: never), and writes the records of its trials to the file RESULT at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+
+from lape_ray.search.command import plan_of
+from lape_ray.search.session import Session
+from lape_ray.search.trial import LapeTrial, Settings, trial_folder
+from lape_ray.search.tuner import opened, run_tuner
+
+STORED = "stored.json"
+
+
+class ToyTrial(LapeTrial):
+    """A trial without workers, whose accuracy depends on its learning rates; it stores as the real one does."""
+
+    def _start_workers(self) -> None:
+        pass
+
+    def _find(self) -> dict[str, Any]:
+        trial = self._trial
+        self._file = Path(trial_folder(self._settings.folder, trial["number"]), STORED)
+        self._stored = json.loads(self._file.read_text()) if self._file.exists() else []
+        self._lineage = [[clone["epoch"], clone["source"]] for clone in trial["lineage"]]
+        curve = []
+        for entry, lineage in self._stored:
+            if lineage != [clone for clone in self._lineage if clone[0] < entry["epoch"]]:
+                break
+            curve.append(entry)
+        self._stored = self._stored[: len(curve)]
+        return {"curve": curve, "checkpoint": "", "loaded": []}
+
+    def _train_epoch(self) -> None:
+        trial = self._trial
+        values = dict(trial["values"])
+        for clone in trial["lineage"]:
+            values |= clone["values"]
+        before = self._curve[-1]["metrics"]["val/acc1"] if self._curve else 30 + trial["number"] % 7 / 10
+        gained = 6 - 2 * abs(math.log10(values["optim.lr"]) + 3)
+        time.sleep(0.05)
+        entry = {"epoch": len(self._curve) + 1, "metrics": {"val/acc1": before + gained}, "seconds": 1.0}
+        self._stored.append((entry, self._lineage))
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.with_suffix(".new").write_text(json.dumps(self._stored))
+        self._file.with_suffix(".new").replace(self._file)
+        with self._file.with_name("trained.txt").open("a") as file:
+            file.write(f"{entry['epoch']}\n")
+        self._found["curve"].append(entry)
+        self._curve.append(entry)
+
+
+class Kill:
+    """A display that counts epochs, and ends the process as nothing else can."""
+
+    draws = False
+
+    def __init__(self, after: int) -> None:
+        self.after, self.heard = after, 0
+
+    def reported(self, trial: Any, trials: Any, decision: str) -> None:
+        self.heard += 1
+        if self.heard == self.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+    def ended(self, trial: Any, trials: Any) -> None:
+        pass
+
+    def draw(self, trials: Any) -> None:
+        pass
+
+
+def toy_session(folder: str, schedule: str, sample: str, lanes: int) -> Session:
+    trials = {"pbt": 6, "hyperband": None}.get(schedule, 9)
+    plan = plan_of(
+        space="free", recipe="demo", axes=["optim.lr=loguniform(1e-4,1e-2)"], schedule=schedule, sample=sample,
+        trials=trials, grace=3 if schedule == "pbt" else 1, overrides={"optim.epochs": 9, "run.name": "toy"},
+    )  # fmt: skip
+    settings = Settings(
+        base=plan.base, name="toy", folder=folder, lease="", tracking_uri="", metric=plan.metric, sign=plan.sign,
+        need={"CPU": 1}, workers=1, variables={},
+    )  # fmt: skip
+    return Session(plan, settings, lanes)
+
+
+RUNS = SimpleNamespace(
+    open_child=lambda trial, config: f"run-{trial.number}",
+    reopen=lambda trial: None,
+    settle=lambda trial: None,
+)
+
+
+def main(folder: str, schedule: str, sample: str, lanes: str, kill_after: str, result: str) -> None:
+    ray.init(log_to_driver=False)
+    session = toy_session(folder, schedule, sample, int(lanes))
+    with opened(session, Kill(int(kill_after)), RUNS):  # type: ignore[arg-type]
+        run_tuner(session, ToyTrial)
+    Path(result).write_text(json.dumps([dataclasses.asdict(trial) for trial in session.trials]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
