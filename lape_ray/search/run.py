@@ -31,7 +31,7 @@ from lape_ray.search.statistics import Cell, cells, in_words
 from lape_ray.search.tables import command_line, plain
 from lape_ray.search.trial import Settings
 from lape_ray.search.trials import read_trials
-from lape_ray.search.tuner import opened, run_tuner
+from lape_ray.search.tuner import opened, run_tuner, whole_snapshot
 from lape_ray.training.loop import StoppedError
 from lape_ray.training.metrics import duration
 from lape_ray.training.preflight import check_before_start
@@ -116,7 +116,7 @@ def search(
         if plan.base.run.overwrite:
             storage.empty_folder(folder, but=storage.LEASE_FILES)
         record = earlier or {"definition": plan.definition(), "mlflow_run_id": "", "sessions": []}
-        trials = read_trials(folder) if earlier else []
+        trials = read_trials(folder) if earlier and whole_snapshot(folder, display.line) else []
         if not is_over(plan, trials):
             stack.enter_context(connected(show_logs=not display.draws))
             settings = _settings(plan, folder, lease.token, uri, gpus_per_worker)
@@ -182,6 +182,7 @@ def _train(
             run_tuner(session)
         finally:
             runs.settle_unfinished(session.trials)
+    runs.send_unsent(settings.folder, session.trials)
     trained = sum(trial.seconds for trial in session.trials)
     record["sessions"].append({"wall_s": time.time() - started, "trained_s": trained, "concurrent": at_once})
     write_search(settings.folder, record)

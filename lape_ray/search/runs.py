@@ -11,8 +11,11 @@ from lape_ray import tracking
 from lape_ray.config import NETWORK_FIELDS, TrainConfig
 from lape_ray.data.split import read_split_info
 from lape_ray.search.plan import Plan
-from lape_ray.search.record import Trial
+from lape_ray.search.record import Trial, trial_folder
 from lape_ray.search.space import as_text
+
+TRIAL = "trial"
+"""The tag that holds a trial's number."""
 
 
 class Runs:
@@ -27,6 +30,7 @@ class Runs:
         }
         self._datasets = {role: (facts.path, facts.sha256) for role, facts in splits.items() if facts.sha256}
         self.parent = ""
+        self._children: dict[str, str] = {}  # what an earlier driver has made, by the trials' numbers
         self._opened: set[str] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
 
@@ -34,6 +38,7 @@ class Runs:
         """Continue the search's run, or make it; returns its id."""
         if earlier and tracking.reopen_run(self.uri, earlier):
             self.parent = earlier
+            self._children = tracking.runs_below(self.uri, earlier, TRIAL)
             return earlier
         plan = self.plan
         tags = {"recipe": plan.base.recipe, "search": plan.name, "space": plan.space_name, "sample": plan.sample,
@@ -49,8 +54,10 @@ class Runs:
         return self.parent
 
     def open_child(self, trial: Trial, config: TrainConfig) -> str:
-        """Make a trial's run; returns its id."""
-        tags = {"mlflow.parentRunId": self.parent, "search": self.plan.name, "trial": str(trial.number),
+        """Make a trial's run, or find the one that an earlier driver made; returns its id."""
+        if known := self._children.get(str(trial.number)):
+            return known
+        tags = {"mlflow.parentRunId": self.parent, "search": self.plan.name, TRIAL: str(trial.number),
                 "cell": trial.label, "seed": str(trial.seed), "recipe": config.recipe}  # fmt: skip
         tags |= {key: str(getattr(config.model, key)) for key in NETWORK_FIELDS}
         name = f"{trial.label} seed {trial.seed}"
@@ -95,6 +102,12 @@ class Runs:
         for trial in trials:
             if not trial.over:
                 self.settle(trial)
+
+    def send_unsent(self, folder: str, trials: Sequence[Trial]) -> None:
+        """Send what workers of the search in `folder` could not."""
+        for trial in trials:
+            if trial.run_id:
+                tracking.send_unsent(trial_folder(folder, trial.number), self.uri, trial.run_id)
 
     def close(self, status: tracking.Status) -> None:
         """Wait until MLflow has all of it, and close the search's run."""

@@ -152,14 +152,14 @@ class LapeTrial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Make ready for another trial, or for another part of one."""
         self._leave()
-        self._trial = new_config
+        self._trial, self._idle_s = new_config, 0.0
         self._found: dict[str, Any] = {}
         self._curve: list[dict[str, Any]] = []
         return True
 
     def step(self) -> dict[str, Any]:
         """Report the trial's next epoch: the one that is stored already, else the one that is trained now."""
-        idle_s = time.monotonic() - self._left
+        self._idle_s = self._idle_s or time.monotonic() - self._left
         try:
             self._next_epoch()
             complete = len(self._curve) >= self._settings.base.optim.total_epochs
@@ -171,7 +171,8 @@ class LapeTrial(tune.Trainable):
         found = {name: self._found[name] for name in ("checkpoint", "loaded") if self._found}
         self._left = time.monotonic()
         return {
-            **last["metrics"], "epoch": last["epoch"], "curve": list(self._curve), **found, **more, "idle_s": idle_s,
+            **last["metrics"], "epoch": last["epoch"], "curve": list(self._curve), **found, **more,
+            "first_idle_s": self._idle_s,
         }  # fmt: skip
 
     def _next_epoch(self) -> None:

@@ -24,6 +24,7 @@ from lape_ray.tracking.mlflow.runs import (
     read_run,
     reopen_run,
     run_page,
+    runs_below,
     tag_run,
 )
 from lape_ray.tracking.mlflow.tracker import send_unsent
@@ -51,6 +52,7 @@ __all__ = [
     "read_run",
     "reopen_run",
     "run_page",
+    "runs_below",
     "send_unsent",
     "serving_error",
     "source_tags",

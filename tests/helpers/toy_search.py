@@ -1,7 +1,7 @@
 """A search whose trials are a formula, on the real Ray Tune: a driver to be killed and started again.
 
-toy_search.py FOLDER SCHEDULE SAMPLE LANES KILL_AFTER RESULT: trains below FOLDER, kills itself as soon as it has heard of
-so many epochs (0: never), and writes the records of its trials to the file RESULT at the end.
+toy_search.py FOLDER SCHEDULE SAMPLE LANES KILL_AFTER RESULT: trains below FOLDER, kills itself as soon as it has heard
+of so many epochs (0: never), and writes the records of its trials to the file RESULT at the end.
 """
 
 from __future__ import annotations

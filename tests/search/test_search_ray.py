@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -18,11 +20,13 @@ import psutil
 import pytest
 import ray
 from helpers.service import ROOT, Service, alone
-from lape_ray.search.engine import Engine
-from lape_ray.search.ledger import Ledger, Trial
-from lape_ray.search.shelf import Shelf
+from lape_ray.search.ledger import Trial
+from ray import tune
+from ray.util.state import list_actors
 
-from lape_ray.config import replace_fields
+from lape_ray import storage
+from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.search.checkpoints import History, TrialFolder
 from lape_ray.search.command import plan_of
 from lape_ray.search.plan import Plan
 from lape_ray.search.run import search
@@ -53,6 +57,14 @@ def learned(trials: list[Trial]) -> list[tuple[object, ...]]:
     ]
 
 
+def config_of(plan: Plan, trial: Trial) -> TrainConfig:
+    """The whole config of a trial as it is now."""
+    lineage = [
+        {"epoch": clone.epoch, "source": clone.source, "values": clone.values} for clone in trial.lineage
+    ]
+    return train_config(plan.base, plan.name, {**trial_config(trial), "lineage": lineage})
+
+
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -60,11 +72,12 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120) -
         time.sleep(0.1)
 
 
-def train_workers(service: Service) -> list[psutil.Process]:
+def processes(service: Service, name: str = "WorkerProcess|LapeTrial") -> list[psutil.Process]:
+    """The processes of trials: their leaders and workers."""
     found = []
     for process in psutil.Process(service.cluster.pid).children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if re.search(name, " ".join(process.cmdline())):
                 found.append(process)
         except psutil.Error:  # gone in between
             continue
@@ -72,11 +85,23 @@ def train_workers(service: Service) -> list[psutil.Process]:
 
 
 def assert_nothing_is_left(service: Service) -> None:
-    """No worker process, no placement group, and every CPU is free again."""
-    wait_for(lambda: not train_workers(service), "the end of the workers")
+    """No process, no actor, no placement group, and every CPU is free again."""
+    wait_for(lambda: not processes(service), "the end of the workers")
     wait_for(lambda: ray.available_resources().get("CPU") == 2, "both CPUs")
     groups = ray.util.placement_group_table().values()
     assert {group["state"] for group in groups} <= {"REMOVED"}
+    alive = list_actors(service.cluster.dashboard, filters=[("state", "!=", "DEAD")])
+    assert not [actor for actor in alive if actor.class_name != "JobSupervisor"]
+
+
+def stored(service: Service, name: str) -> list[int]:
+    """Epochs that each trial of a search has stored, by number; it may be at work."""
+    found = []
+    for folder in sorted((service.home / "runs" / name).glob("trial-*")):
+        newest = max(folder.glob("checkpoint-*/history.json"), default=None)
+        with contextlib.suppress(OSError, TypeError):
+            found.append(len(json.loads(newest.read_text())["epochs"]))  # type: ignore[union-attr]
+    return found
 
 
 def test_a_second_driver_is_refused(service: Service) -> None:
@@ -104,7 +129,7 @@ def submitted(service: Service) -> subprocess.CompletedProcess[str]:
 
 
 def undisturbed(service: Service) -> list[Trial]:
-    return Ledger(str(service.home / "runs/undisturbed")).load()
+    return read_trials(str(service.home / "runs/undisturbed"))
 
 
 def test_a_submitted_search_ends_with_its_table_and_report(
@@ -131,13 +156,38 @@ def test_a_warm_worker_trains_as_a_fresh_process_would(
     """The sixth trial of the search, in a process that has trained others before it."""
     trial = undisturbed(service)[6]
     given = plan(service, space="joins", seeds=2, overrides=FIXED)
-    config = Engine(given, Ledger("unused")).config(trial)
+    config = config_of(given, trial)
     assert (config.model.join, config.training.seed) == ("lape", 1)
     expected = [
         {name: value for name, value in metrics.items() if "images_per_s" not in name}
         for metrics in alone(config).epochs
     ]
     assert learned([trial])[0][3] == expected
+
+
+def test_trials_follow_each_other_in_no_time_in_the_same_processes(
+    service: Service, submitted: subprocess.CompletedProcess[str]
+) -> None:
+    results = tune.Tuner.restore(str(service.home / "runs/undisturbed"), LapeTrial).get_results()
+    assert not results.errors
+    frame = results.get_dataframe()
+    assert len(frame) == 8
+    assert set(frame["pid"].value_counts()) <= {3, 4, 5}, "two leaders, warm from trial to trial"
+    gaps = sorted(frame["first_idle_s"])
+    assert gaps[5] < 0.2, "but for the first trials of both"
+
+
+def test_results_open_in_rays_ways(service: Service, submitted: subprocess.CompletedProcess[str]) -> None:
+    results = tune.Tuner.restore(str(service.home / "runs/undisturbed"), LapeTrial).get_results()
+    best = results.get_best_result()
+    trial = max(undisturbed(service), key=lambda trial: trial.last("val/acc1") or 0)
+    assert best.metrics is not None
+    assert best.metrics["val/acc1"] == trial.last("val/acc1")
+    assert best.metrics["epoch"] == 2
+    with storage.opened(best.metrics["checkpoint"]) as folder:
+        assert read_metadata(folder).epochs_done in (1, 2)
+    frame = tune.ExperimentAnalysis(str(service.home / "runs/undisturbed")).dataframe()
+    assert set(frame["config/values/model.join"]) == {"basic", "share", "lape", "lape_shared"}
 
 
 def test_mlflow_holds_parent_and_children(
@@ -171,40 +221,72 @@ def test_mlflow_holds_parent_and_children(
 def test_a_killed_search_continues_to_what_an_undisturbed_one_gives(
     service: Service, submitted: subprocess.CompletedProcess[str]
 ) -> None:
-    """SIGKILL of the driver in the midst of its trials; the same command goes on, and repeats nothing."""
+    """SIGKILL of the driver in the midst of its trials; the same command goes on, and trains nothing again."""
     words = [*WORDS, "--model.position=sincos1d", *service.data(), "--run.name=killed"]
     command = [sys.executable, str(ROOT / "jobs/tune_position.py"), *words]
-    ledger = Ledger(str(service.home / "runs/killed"))
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def three_are_over() -> bool:
         assert first.poll() is None, first.communicate()[0][-3000:]
-        return sum(trial.over for trial in ledger.load()) >= 3
+        return sum(epochs == 2 for epochs in stored(service, "killed")) >= 3
 
     try:
         wait_for(three_are_over, "the end of three trials", timeout_s=600)
     finally:
         first.kill()
         first.communicate()
-    before = [trial for trial in ledger.load() if trial.over]
-    assert 3 <= len(before) < 8
-    wait_for(lambda: not train_workers(service), "the end of the killed driver's workers")
+    wait_for(lambda: not processes(service), "the end of the killed driver's workers")
+    times = {
+        file: file.stat().st_mtime_ns
+        for file in (service.home / "runs/killed").glob("trial-*/*/history.json")
+    }
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-3000:]
-    assert f"continuing it, {len(before)} of 8 trials are over" in second.stdout
-    after = ledger.load()
+    assert re.search(r"continuing it, \d of 8 trials are over", second.stdout)
+    after = read_trials(str(service.home / "runs/killed"))
     assert learned(after) == learned(undisturbed(service))
-    for trial in before:
-        assert after[trial.number].run_id == trial.run_id
-        assert [one.seconds for one in after[trial.number].epochs] == [one.seconds for one in trial.epochs]
-        assert f"trial {trial.id} " not in second.stdout
+    assert not [file for file, time in times.items() if file.exists() and file.stat().st_mtime_ns != time]
     client = mlflow.MlflowClient(service.uri)
     for trial in after:
         history = client.get_metric_history(trial.run_id, "val/acc1")
         assert len({point.step for point in history}) == len(history) == 2
+    parent = service.run_of(second.stdout)
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    assert {child.info.run_id for child in children} == {trial.run_id for trial in after}
+    assert len(children) == 8
     third = subprocess.run(command, capture_output=True, text=True)  # finished: shows what is there
     assert third.returncode == 0
     assert second.stdout[second.stdout.index("cell ") :] == third.stdout[third.stdout.index("cell ") :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_search_that_is_asked_to_end_leaves_checkpoints_within_epochs(
+    service: Service, number: signal.Signals
+) -> None:
+    """As a run does: with exit code 143, and what it had trained of an epoch is not trained again."""
+    name = f"asked-{number.name}"
+    words = ["free", "smoke", "--space=optim.lr=choice(1e-3,5e-4)", *service.data(), f"--run.name={name}"]
+    words += ["--optim.epochs=100", "--run.log_steps=1"]
+    command = [sys.executable, str(ROOT / "jobs/tune_position.py"), *words]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(lambda: len(stored(service, name)) == 2, "an epoch of both", timeout_s=600)
+        driver.send_signal(number)
+        output, _ = driver.communicate(timeout=120)
+    finally:
+        driver.kill()
+    assert driver.returncode == 143, output[-3000:]
+    assert "ends after a checkpoint" in output
+    for folder in (service.home / "runs" / name).glob("trial-*"):
+        newest = read_metadata(max(folder.glob("checkpoint-*")))
+        assert newest.progress.step or not newest.steps_done % 5
+    assert_nothing_is_left(service)
+    trials = read_trials(str(service.home / "runs" / name)) or []
+    assert not any(trial.over for trial in trials)
+    assert {service.run(trial.run_id).info.status for trial in trials if trial.run_id} <= {"KILLED"}
 
 
 # --- schedules ------------------------------------------------------------------------------------------------
@@ -259,19 +341,17 @@ def test_pbt_clones_the_weights_of_the_best(service: Service) -> None:
     found = search(given)
     clones = [trial for trial in found.trials if trial.lineage]
     assert len(clones) == 2
-    engine = Engine(found.plan, Ledger(str(service.home / "runs/pbt")))
     for trial in clones:
         clone = trial.lineage[0]
-        source = Shelf(engine.ledger.trial_folder(clone.source))
+        source = TrialFolder(trial_folder(found.folder, clone.source))
         name = "checkpoint-000000005"
         weights = json.loads((Path(source.address(name)) / "meta.json").read_text())["files"]
         assert trial.loaded == [
             {"epoch": 1, "source": clone.source, "weights": weights["model.safetensors"]["sha256"]}
         ]
-        copied = Shelf(str(service.home / f"by-hand-{trial.id}"))
-        what = {"epoch": 1, "source": clone.source}
-        kept, _ = copied.clone(source, engine.config(trial), what)
-        expected = alone(engine.config(trial), Path(copied.address(kept))).epochs[0]
+        copied, config = TrialFolder(str(service.home / f"by-hand-{trial.id}")), config_of(found.plan, trial)
+        kept, _ = copied.clone(source, config, History(lineage=((1, clone.source),)))
+        expected = alone(config, Path(copied.address(kept))).epochs[0]
         assert trial.epochs[1].metrics["val/loss"] == expected["val/loss"]
         assert trial.epochs[1].metrics["val/loss"] != trial.epochs[0].metrics["val/loss"]
 
@@ -280,21 +360,27 @@ def test_pbt_clones_the_weights_of_the_best(service: Service) -> None:
 
 
 @pytest.mark.slow
-def test_a_distributed_trial_survives_its_workers(
-    service: Service, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("victim", ["WorkerProcess", "LapeTrial"])
+def test_a_distributed_trial_survives_its_processes(
+    service: Service, capfd: pytest.CaptureFixture[str], victim: str
 ) -> None:
-    """SIGKILL of a worker in the second of three epochs; two workers learn what one does."""
+    """SIGKILL of a worker or of their leader in the second of three epochs; two workers learn what one does."""
     given = plan(
         service,
         axes=["optim.lr=choice(1e-3,5e-4)"],
-        overrides={"optim.epochs": 3, "run.num_workers": 2, "run.name": "dying", "run.timeout_s": 60},
+        overrides={
+            "optim.epochs": 3,
+            "run.num_workers": 2,
+            "run.name": "dying",
+            "run.timeout_s": 60,
+            "run.overwrite": True,
+        },
     )
-    ledger = Ledger(str(service.home / "runs/dying"))
     killed: list[int] = []
 
     def kill() -> None:
-        wait_for(lambda: any(trial.done == 1 for trial in ledger.load()), "an epoch", timeout_s=600)
-        process = train_workers(service)[0]
+        wait_for(lambda: 1 in stored(service, "dying"), "an epoch", timeout_s=600)
+        process = processes(service, victim)[0]
         process.kill()
         killed.append(process.pid)
 
@@ -307,7 +393,7 @@ def test_a_distributed_trial_survives_its_workers(
     assert [trial.state for trial in found.trials] == ["finished"] * 2
     assert "goes on from its newest checkpoint, as it was interrupted: " in capfd.readouterr().out
     for trial in found.trials:
-        config = replace_fields(Engine(found.plan, Ledger("unused")).config(trial), {"run.num_workers": 1})
+        config = replace_fields(config_of(found.plan, trial), {"run.num_workers": 1})
         expected = [metrics["val/loss"] for metrics in alone(config).epochs]
         assert [one.metrics["val/loss"] for one in trial.epochs] == pytest.approx(expected, rel=1e-4)
     assert_nothing_is_left(service)

@@ -145,6 +145,23 @@ def log_values(uri: str, run_id: str, values: Mapping[str, float], *, step: int 
         connect(uri).log_batch(run_id, metrics=as_metrics(values, step))
 
 
+def runs_below(uri: str, parent: str, tag: str) -> dict[str, str]:
+    """Return the runs below another one: what each has in `tag` -> its id; a ValueError says why that failed."""
+    found: dict[str, str] = {}
+    token: str | None = None
+    with one_line(f"the runs below MLflow run {parent} at {uri!r} cannot be read", uri):
+        client = connect(uri)
+        experiments = [client.get_run(parent).info.experiment_id]
+        while True:
+            page = client.search_runs(
+                experiments, f"tags.`mlflow.parentRunId` = '{parent}'", max_results=500, page_token=token
+            )
+            found |= {run.data.tags[tag]: str(run.info.run_id) for run in page if tag in run.data.tags}
+            if (token := page.token) is None:
+                break
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
     """The facts of a run so far."""
