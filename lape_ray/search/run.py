@@ -20,6 +20,7 @@ from lape_ray.cluster.launch import prepared, refuse_local_store, uses_gpu
 from lape_ray.config import replace_fields
 from lape_ray.model import build_model
 from lape_ray.search import resources
+from lape_ray.search import trials as trials_of_tune
 from lape_ray.search.cells import check_point
 from lape_ray.search.live import Display
 from lape_ray.search.page import HTML, write_report
@@ -30,7 +31,6 @@ from lape_ray.search.session import Session, is_over
 from lape_ray.search.statistics import Cell, cells, in_words
 from lape_ray.search.tables import command_line, plain
 from lape_ray.search.trial import Settings
-from lape_ray.search.trials import read_trials
 from lape_ray.search.tuner import opened, run_tuner, whole_snapshot
 from lape_ray.training.loop import StoppedError
 from lape_ray.training.metrics import duration
@@ -59,9 +59,8 @@ class SearchResult:
         return sorted((trial for cell in self.cells for trial in cell.trials), key=lambda trial: trial.number)
 
     def analysis(self) -> tune.ExperimentAnalysis:
-        """Open the search as Ray Tune's analysis of it: `dataframe()` has a row for each trial, by Ray's names."""
-        metric, mode = self.plan.metric, "max" if self.plan.sign > 0 else "min"
-        return tune.ExperimentAnalysis(self.folder, default_metric=metric, default_mode=mode)
+        """Open the search as Ray Tune's analysis of it, see `trials.analysis`."""
+        return trials_of_tune.analysis(self.folder, self.plan.metric, "max" if self.plan.sign > 0 else "min")
 
     def summary(self) -> str:
         return "\n".join(
@@ -116,7 +115,9 @@ def search(
         if plan.base.run.overwrite:
             storage.empty_folder(folder, but=storage.LEASE_FILES)
         record = earlier or {"definition": plan.definition(), "mlflow_run_id": "", "sessions": []}
-        trials = read_trials(folder) if earlier and whole_snapshot(folder, display.line) else []
+        trials = (
+            trials_of_tune.read_trials(folder) if earlier and whole_snapshot(folder, display.line) else []
+        )
         if not is_over(plan, trials):
             stack.enter_context(connected(show_logs=not display.draws))
             settings = _settings(plan, folder, lease.token, uri, gpus_per_worker)

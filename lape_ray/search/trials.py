@@ -6,6 +6,7 @@ last result. Both are in every snapshot that Tune takes, so that a record is a v
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,9 +105,19 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def analysis(folder: str, metric: str | None = None, mode: str | None = None) -> tune.ExperimentAnalysis:
+    """Open the search in `folder` as Ray Tune's analysis of it.
+
+    Its `results_df` has a row for each trial, with all that it reported at last; `curve` holds its epochs.
+    """
+    # It warns of files by which it would read epochs, and which no trial here writes.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    return tune.ExperimentAnalysis(folder, default_metric=metric, default_mode=mode)
+
+
 def read_trials(folder: str) -> list[Trial]:
     """Read the trials of the search in `folder` from Tune's newest snapshot of it, by number."""
     records = Records()
-    for trial in tune.ExperimentAnalysis(folder).trials:
+    for trial in analysis(folder).trials:
         records.update(trial)
     return records.trials

@@ -39,8 +39,7 @@ _ENVIRONMENT = {
 def opened(session: Session, display: Display, runs: Runs) -> Iterator[None]:
     """Open a session: start its supervisor, by whose name trials find it; a second driver is refused."""
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    for name in ("ray.tune", "ray.tune.analysis.experiment_analysis"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     supervisor = only_actor(
         SearchSupervisor,
