@@ -8,6 +8,7 @@ companions and opens MLflow once. Nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -140,6 +141,7 @@ class LapeTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Start the workers in the trial's placement group, without waiting for them."""
+        logging.getLogger("ray.tune").setLevel(logging.WARNING)
         self._supervisor = ray.get_actor(config["folder"], namespace=NAMESPACE)
         self._settings: Settings = ray.get(self._supervisor.settings.remote())
         self._workers: list[Any] = []

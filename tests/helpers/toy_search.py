@@ -31,7 +31,7 @@ class ToyTrial(LapeTrial):
     """A trial without workers, whose accuracy depends on its learning rates; it stores as the real one does."""
 
     def _start_workers(self) -> None:
-        pass
+        """There are none."""
 
     def _find(self) -> dict[str, Any]:
         trial = self._trial
@@ -53,14 +53,14 @@ class ToyTrial(LapeTrial):
             values |= clone["values"]
         before = self._curve[-1]["metrics"]["val/acc1"] if self._curve else 30 + trial["number"] % 7 / 10
         gained = 6 - 2 * abs(math.log10(values["optim.lr"]) + 3)
-        time.sleep(0.05)
+        time.sleep(float(os.environ.get("TOY_EPOCH_S", "0.05")))
         entry = {"epoch": len(self._curve) + 1, "metrics": {"val/acc1": before + gained}, "seconds": 1.0}
         self._stored.append((entry, self._lineage))
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.with_suffix(".new").write_text(json.dumps(self._stored))
         self._file.with_suffix(".new").replace(self._file)
         with self._file.with_name("trained.txt").open("a") as file:
-            file.write(f"{entry['epoch']}\n")
+            file.write(f"{entry['epoch']} {os.getpid()}\n")
         self._found["curve"].append(entry)
         self._curve.append(entry)
 
@@ -92,7 +92,9 @@ def toy_session(folder: str, schedule: str, sample: str, lanes: int) -> Session:
     trials = {"pbt": 6, "hyperband": None}.get(schedule, 9)
     plan = plan_of(
         space="free", recipe="demo", axes=["optim.lr=loguniform(1e-4,1e-2)"], schedule=schedule, sample=sample,
-        trials=trials, grace=3 if schedule == "pbt" else 1, overrides={"optim.epochs": 9, "run.name": "toy"},
+        trials=trials, grace=3 if schedule == "pbt" else 1, overrides={
+            "optim.epochs": 9, "run.name": "toy", "run.wait_s": float(os.environ.get("TOY_WAIT_S", "300")),
+        },
     )  # fmt: skip
     settings = Settings(
         base=plan.base, name="toy", folder=folder, lease="", tracking_uri="", metric=plan.metric, sign=plan.sign,

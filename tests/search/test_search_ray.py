@@ -332,6 +332,21 @@ def test_asha_stops_losers_and_a_failing_trial_is_shown(
 
 
 @pytest.mark.slow
+def test_workers_that_wait_for_one_which_failed_are_replaced(service: Service) -> None:
+    """The second trial trains, in the processes that took their place."""
+    given = plan(
+        service,
+        axes=["data.rand_augment=choice(bogus,none)"],
+        overrides={"optim.epochs": 1, "run.num_workers": 2, "run.name": "both"},
+    )
+    assert [(trial.state, trial.crashes) for trial in search(given).trials] == [
+        ("failed", 0),
+        ("finished", 0),
+    ]
+    assert_nothing_is_left(service)
+
+
+@pytest.mark.slow
 def test_pbt_clones_the_weights_of_the_best(service: Service) -> None:
     """A clone's next epoch is what its source's weights give under the clone's own settings."""
     given = plan(

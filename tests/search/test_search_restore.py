@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from helpers.service import ROOT
 
-from lape_ray.cluster.local import LocalCluster, local_cluster
+from lape_ray.cluster.local import LocalCluster, executable, local_cluster, stop_tree
+from lape_ray.search.trials import read_trials
+from lape_ray.search.worker import draining_nodes
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.cluster]
 TOY = ROOT / "tests/helpers/toy_search.py"
@@ -25,20 +30,21 @@ def cluster() -> Iterator[LocalCluster]:
         yield running
 
 
+def command(cluster: LocalCluster, folder: Path, *words: str) -> tuple[list[str], dict[str, str]]:
+    """The toy's driver, and its environment."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    result = folder.with_name(f"{folder.name}.json")
+    environment = {**os.environ, **cluster.environment, "PYTHONPATH": path}
+    return [sys.executable, str(TOY), str(folder), *words, str(result)], environment
+
+
 def drive(
     cluster: LocalCluster, folder: Path, *words: str, kill_after: int = 0, snapshots_s: str = "10"
 ) -> tuple[int, str]:
     """Run the toy's driver; returns its exit code and what it printed."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {
-        **os.environ,
-        **cluster.environment,
-        "PYTHONPATH": path,
-        "TUNE_GLOBAL_CHECKPOINT_S": snapshots_s,
-    }
-    result = folder.with_name(f"{folder.name}.json")
-    command = [sys.executable, str(TOY), str(folder), *words, str(kill_after), str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    driver, environment = command(cluster, folder, *words, str(kill_after))
+    environment["TUNE_GLOBAL_CHECKPOINT_S"] = snapshots_s
+    done = subprocess.run(driver, capture_output=True, text=True, env=environment, timeout=600)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -49,9 +55,17 @@ def came_to(folder: Path) -> list[dict[str, Any]]:
 
 def trained(folder: Path) -> list[tuple[str, str]]:
     """Every epoch that was trained, of every trial."""
-    return [
-        (file.parent.name, line) for file in folder.rglob("trained.txt") for line in file.read_text().split()
-    ]
+    return [(trial, epoch) for trial, epoch, _ in _trained(folder)]
+
+
+def leaders(folder: Path) -> set[str]:
+    """The processes that trained them."""
+    return {process for _, _, process in _trained(folder)}
+
+
+def _trained(folder: Path) -> list[tuple[str, str, str]]:
+    lines = [(file, line) for file in folder.rglob("trained.txt") for line in file.read_text().splitlines()]
+    return [(file.parent.name, *line.split()) for file, line in lines]  # type: ignore[misc]
 
 
 # What waits for whom is all that decides in these; ASHA and TPE decide by what is there, so one at a time.
@@ -70,6 +84,7 @@ def test_killed_again_and_again_equals_undisturbed(
     words = (schedule, sample, lanes)
     code, output = drive(cluster, tmp_path / "whole", *words)
     assert code == 0, output
+    assert len(leaders(tmp_path / "whole")) <= int(lanes), "they stay warm, also while all trials pause"
     for attempt in range(30):
         kill_after = 7 + 4 * (attempt % 3)
         code, output = drive(
@@ -111,3 +126,83 @@ def test_a_snapshot_that_is_cut_in_half_loses_nothing(
     assert came_to(tmp_path / "torn") == came_to(tmp_path / "whole")
     epochs = trained(tmp_path / "torn")
     assert len(set(epochs)) == len(epochs)
+
+
+def test_a_decision_at_a_rung_is_in_a_snapshot_at_once(cluster: LocalCluster, tmp_path: Path) -> None:
+    """Of ASHA's first stopped trial, though the next snapshot would come in a quarter of an hour."""
+    code, output = drive(cluster, tmp_path / "asha", "asha", "random", "1", kill_after=25, snapshots_s="1000")
+    assert code == -9, output
+    assert "stopped" in {trial.state for trial in read_trials(str(tmp_path / "asha"))}
+
+
+def test_ray_tells_of_nodes_that_leave(cluster: LocalCluster) -> None:
+    with connected_to(cluster):
+        assert ray.get(ray.remote(num_cpus=0)(draining_nodes).remote()) == {}
+
+
+@contextlib.contextmanager
+def connected_to(cluster: LocalCluster) -> Iterator[None]:
+    """This process, in a driver of the cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cluster.environment.items():
+            patch.setenv(name, value)
+        ray._raylet.Config.initialize("")
+        ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+# --- nodes that come and go ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def node(cluster: LocalCluster) -> Iterator[None]:
+    """Another node of one CPU, until the block ends."""
+    words = [
+        "start",
+        f"--address={cluster.address}",
+        "--num-cpus=1",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+    ]
+    environment = {**os.environ, **cluster.environment}
+    process = subprocess.Popen([executable("ray"), *words], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        stop_tree(process.pid)
+
+
+@pytest.mark.slow
+def test_nodes_that_join_are_used_and_without_any_the_search_ends_to_be_continued(tmp_path: Path) -> None:
+    folder = tmp_path / "nodes"
+    with local_cluster(num_cpus=0) as cluster:
+        driver, environment = command(cluster, folder, "full", "random", "2", "0")
+        environment |= {"TOY_EPOCH_S": "0.5", "TOY_WAIT_S": "20"}
+        with contextlib.ExitStack() as nodes:
+            nodes.enter_context(node(cluster))
+            first = subprocess.Popen(
+                driver, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            )
+            wait_for(lambda: len(trained(folder)) > 2, "some epochs")
+            assert len(leaders(folder)) == 1
+            nodes.enter_context(node(cluster))
+            wait_for(lambda: len(leaders(folder)) > 1, "epochs on the second node")
+        output, _ = first.communicate(timeout=120)
+        assert first.returncode == 1
+        assert "waiting up to 20 s for nodes: a trial needs 1 CPU, but the cluster has 0 CPU" in output
+        assert "ResourcesGoneError" in output
+        assert "the same command continues the search" in output
+        with node(cluster):
+            second = subprocess.run(driver, capture_output=True, text=True, env=environment)
+        assert second.returncode == 0, second.stdout + second.stderr
+    assert [trial["state"] for trial in came_to(folder)] == ["finished"] * 9
+    assert len(set(trained(folder))) == len(trained(folder)) == 81
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come in {timeout_s} s"
+        time.sleep(0.1)
