@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray import tune
@@ -22,6 +22,9 @@ from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.search.record import trial_folder
 
 NAMESPACE = "lape_ray"
+OF_ALL = ("StoppedError", "DivergedError")
+"""Errors that come to all workers of a trial at the same step; by name, as their module takes seconds to import."""
+FAIL_TOGETHER_S = 1.0  # in which all workers of a trial meet the same error, where it is not of one alone
 CLOSE_S = 8.0  # of the ten that Tune gives an actor to end
 
 
@@ -96,27 +99,12 @@ class Part:
     run_id: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a worker's call came to. `failed` is of this worker alone, the other ends come to all of them.
-
-    Attributes:
-        end: `failed` is an error that would come again; any other error is raised
-        reason: in words, where the end is not `done`
-        value: what the call returned
-    """
-
-    end: Literal["done", "stopped", "diverged", "failed"] = "done"
-    reason: str = ""
-    value: Any = None
-
-
 class EndedError(Exception):
-    """A trial ended before its epoch did: `outcome` says how."""
+    """A trial ended before its epoch did, in a way that comes again."""
 
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(outcome.reason)
-        self.outcome = outcome
+
+class StoppedTrialError(EndedError):
+    """It was asked to end, and left a checkpoint."""
 
 
 class WorkerProcess:
@@ -166,9 +154,10 @@ class LapeTrial(tune.Trainable):
             self._next_epoch()
             complete = len(self._curve) >= self._settings.base.optim.total_epochs
             more: dict[str, Any] = {"complete": complete, "done": complete}
+        except StoppedTrialError:
+            more = {"interrupted": True}
         except EndedError as error:
-            stopped = error.outcome.end == "stopped"
-            more = {"interrupted": True} if stopped else {"failed": error.outcome.reason, "done": True}
+            more = {"failed": str(error), "done": True}
         last: dict[str, Any] = self._curve[-1] if self._curve else {"epoch": 0, "metrics": {}}
         found = {name: self._found[name] for name in ("checkpoint", "loaded") if self._found}
         self._left = time.monotonic()
@@ -202,7 +191,7 @@ class LapeTrial(tune.Trainable):
         try:
             self._part = self._part_of(self._trial)
         except ValueError as error:
-            raise EndedError(Outcome(end="failed", reason=f"ValueError: {error}")) from None
+            raise EndedError(f"ValueError: {error}") from None
         return self._on(self._workers[:1], "find", self._part)
 
     def _part_of(self, trial: dict[str, Any]) -> Part:
@@ -235,15 +224,20 @@ class LapeTrial(tune.Trainable):
         while waiting:
             ready, waiting = ray.wait(waiting)
             try:
-                outcome = ray.get(ready[0])
-            except Exception:
-                self._end_workers()  # the others may wait for this one in a collective
-                raise
-            if outcome.end == "failed" and waiting:
-                self._start_workers()  # in the place of those that wait for the one which failed
-            if outcome.end == "failed" or (outcome.end != "done" and not waiting):
-                raise EndedError(outcome)
-        return ray.get(calls[0]).value
+                ray.get(ready[0])
+            except Exception as error:
+                ended = _ended(error)
+                if not waiting and ended is not None:
+                    raise ended from None
+                if type(_cause(error)).__name__ in OF_ALL:
+                    continue
+                if ended is None:
+                    self._end_workers()  # the others may wait for this one in a collective
+                    raise
+                if ray.wait(waiting, num_returns=len(waiting), timeout=FAIL_TOGETHER_S)[1]:
+                    self._start_workers()
+                raise ended from None
+        return ray.get(calls[0])
 
     def _leave(self) -> None:
         """Let the workers give back what they hold of a trial."""
@@ -275,3 +269,24 @@ class LapeTrial(tune.Trainable):
         for worker in self._workers:
             ray.kill(worker)
         self._workers.clear()
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what a worker raised."""
+    while isinstance(error, ray.exceptions.RayTaskError):
+        error = error.cause
+    return error
+
+
+def _ended(error: BaseException) -> EndedError | None:
+    """Say how the trial ended with what a worker raised; None where another try may help."""
+    cause = _cause(error)
+    name = type(cause).__name__
+    if name == "StoppedError":
+        return StoppedTrialError(str(cause))
+    if name == "OutOfMemoryError" and not isinstance(cause, ray.exceptions.RayError):
+        first = str(cause).splitlines()[0]
+        return EndedError(f"{name}: {first}; lower --data.batch_size, or raise --optim.accumulate")
+    if name == "DivergedError" or isinstance(cause, ValueError):
+        return EndedError(f"{name}: {cause}")
+    return None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
+import math
 import socket
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -21,49 +21,27 @@ import torch.distributed as dist
 from lape_ray import storage, tracking
 from lape_ray.cluster.supervisor import StopRequest
 from lape_ray.search.checkpoints import History, Trained, TrialFolder, best_of, name_of
-from lape_ray.search.trial import Outcome, Part, Settings
+from lape_ray.search.trial import Part, Settings
 from lape_ray.training.checkpoint import Snapshot
 from lape_ray.training.flags import Flags
-from lape_ray.training.loop import DivergedError, StoppedError, Training
+from lape_ray.training.loop import Training
 
-HOPELESS = (ValueError, torch.OutOfMemoryError)
-"""What would happen again; anything else is tried again from the newest checkpoint."""
-DRAIN_POLL_S = 5.0
-STOP_POLL_S = 0.2
-
-
-def _outcome(method: Callable[..., Any]) -> Callable[..., Outcome]:
-    """Return, as an `Outcome`, what a method of a worker returns, or an error that trying again does not mend."""
-
-    @functools.wraps(method)
-    def call(*arguments: Any) -> Outcome:
-        try:
-            return Outcome(value=method(*arguments))
-        except StoppedError as error:
-            return Outcome(end="stopped", reason=str(error))
-        except DivergedError as error:
-            return Outcome(end="diverged", reason=f"DivergedError: {error}")
-        except HOPELESS as error:
-            words = f"{type(error).__name__}: {error}"
-            if isinstance(error, torch.OutOfMemoryError):
-                words = f"{words.splitlines()[0]}; lower --data.batch_size, or raise --optim.accumulate"
-            return Outcome(end="failed", reason=words)
-
-    return call
+STOP_POLL_S, DRAIN_POLL_S = 0.2, 5.0
 
 
 class Worker:
-    """The worker of one rank. Its methods are called by the trial's leader, on all ranks but for `find` at once."""
+    """The worker of one rank. Its methods are called by the trial's leader, on all ranks but for `find` at once.
+
+    What they raise ends the trial where it would come again (see `trial.LapeTrial`), or is tried again.
+    """
 
     def __init__(self, settings: Settings, rank: int, supervisor: Any) -> None:
         self._settings, self._rank = settings, rank
         self._device = torch.device("cuda" if settings.need.get("GPU") else "cpu")
         self._stop = StopRequest(supervisor)
         self._closing = ThreadPoolExecutor(1, thread_name_prefix="close")
-        self._closed: Future[Any] | None = None
-        self._keeper: Keeper | None = None
+        self._reporter: TrialReporter | None = None
         self._training: Training | None = None
-        self._opened = contextlib.ExitStack()
 
     def address(self) -> str:
         """Return an address of this node on which nobody listens yet, for the process group to meet."""
@@ -71,7 +49,6 @@ class Worker:
             free.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
-    @_outcome
     def meet(self, address: str) -> None:
         """Form the process group of the trial's workers, where there are several; it serves all trials to come."""
         if self._settings.workers > 1:
@@ -81,47 +58,43 @@ class Worker:
                 timeout=timedelta(seconds=self._settings.base.run.start_timeout_s),
             )  # fmt: skip
 
-    @_outcome
     def find(self, part: Part) -> dict[str, Any]:
         """Find, on rank 0, the curve so far and the checkpoint to begin with, which may have to be cloned."""
-        self._keeper = Keeper(self._settings, part)
-        begin_with = self._keeper.find()
-        return {**self._keeper.report(), "begin_with": begin_with}
+        self._reporter = TrialReporter(self._settings, part, self._stop)
+        return self._reporter.find()
 
-    @_outcome
     def begin(self, part: Part, begin_with: str | None) -> None:
         """Build the training, or restore it from that checkpoint of the trial's folder."""
-        keeper = self._keeper if self._rank == 0 else None
-        if keeper is not None:
-            keeper.open_tracker()
-        reporter = TrialReporter(keeper, self._stop)
-        folder = None
-        if begin_with is not None:
-            folder = self._opened.enter_context(TrialFolder(part.folder).opened(begin_with))
-        self._training = Training.begin(
-            part.config, device=self._device, reporter=reporter, resume_from=folder
-        )
-        self._opened.close()
+        if self._rank or self._reporter is None:
+            self._reporter = TrialReporter(self._settings, part, None)
+        else:
+            self._reporter.open_tracker()
+        with contextlib.ExitStack() as stack:
+            folder = None
+            if begin_with is not None:
+                folder = stack.enter_context(TrialFolder(part.folder).opened(begin_with))
+            self._training = Training.begin(
+                part.config, device=self._device, reporter=self._reporter, resume_from=folder
+            )
 
-    @_outcome
     def epoch(self) -> dict[str, Any] | None:
-        """Train the next epoch; rank 0 stores the checkpoint, and returns the curve up to it."""
-        assert self._training is not None
-        metrics = self._training.epoch()
+        """Train the next epoch; rank 0 stores it, and returns what the search hears of the trial."""
+        training, reporter = self._training, self._reporter
+        assert training is not None
+        assert reporter is not None
+        metrics = training.epoch()
         if self._rank:
             return None
-        assert self._keeper is not None
-        self._keeper.epoch(metrics, self._training.snapshot())
-        return self._keeper.report()
+        reporter.epoch(metrics, step=training.steps_done, snapshot=training.snapshot)
+        return reporter.report()
 
     def end(self) -> None:
         """Give back what the next trial of this process would inherit."""
-        self._opened.close()
         if self._training is not None:
             self._training.close()
-        if self._keeper is not None:
-            self._closed = self._closing.submit(self._keeper.close)
-        self._training = self._keeper = None
+        if self._reporter is not None:
+            self._closing.submit(self._reporter.close)
+        self._training = self._reporter = None
         # After eight networks of one process torch would compile no more; where nothing was compiled, asking for it
         # would import the compiler.
         if "torch._dynamo" in sys.modules:
@@ -132,35 +105,43 @@ class Worker:
 
     def close(self) -> None:
         """Wait until MLflow has everything."""
-        if self._closed is not None:
-            self._closed.result()
+        self._closing.shutdown()
 
 
-class Keeper:
-    """Rank 0's way to the trial's folder and to its MLflow run."""
+class TrialReporter:
+    """Carry what the loop reports to the trial's folder and its MLflow run, from rank 0.
 
-    def __init__(self, settings: Settings, part: Part) -> None:
-        self._settings, self._part = settings, part
-        self._folder = TrialFolder(part.folder)
-        self._history = History()
-        self._protected: str | None = None
+    Args:
+        stop: the request to end the search; None: this is another rank, which only looks for nodes that leave.
+    """
+
+    def __init__(self, settings: Settings, part: Part, stop: StopRequest | None) -> None:
+        self._settings, self._part, self._stop = settings, part, stop
+        self._folder, self._history = TrialFolder(part.folder), History()
         self._tracker: tracking.Tracker | None = None
+        self._began_with: str | None = None
         self._lines: list[str] = []
+        self._node = ray.get_runtime_context().get_node_id()
         self._clock = time.monotonic()
+        self._polled = self._looked = 0.0
 
-    def find(self) -> str | None:
-        """Find where the trial goes on; returns the name of the checkpoint, None at its beginning."""
+    # --- before and after --------------------------------------------------------------------------------------
+
+    def find(self) -> dict[str, Any]:
+        """Find where the trial goes on: what `report` says, and the name of the checkpoint to begin with."""
         part, folder = self._part, self._folder
         name, self._history = folder.newest(part.config, part.lineage)
         if name is None and part.lineage:
             name, self._history = folder.clone(TrialFolder(part.source), part.config, self._history)
-        self._protected = name  # another trial may be cloning it
-        return name
+        self._began_with = name
+        return {**self.report(), "begin_with": name}
 
     def report(self) -> dict[str, Any]:
         """Return what the search hears of the trial: its curve, what it was cloned from, its best checkpoint."""
-        epochs = self._history.epochs
-        curve = [{"epoch": one.epoch, "metrics": dict(one.metrics), "seconds": one.seconds} for one in epochs]
+        curve = [
+            {"epoch": one.epoch, "metrics": dict(one.metrics), "seconds": one.seconds}
+            for one in self._history.epochs
+        ]
         best = self._best()
         checkpoint = self._folder.address(best) if best else ""
         return {
@@ -176,107 +157,79 @@ class Keeper:
 
     def open_tracker(self) -> None:
         """Begin to tell MLflow, first what an earlier part of the trial has left unsent."""
-        settings = self._settings
         self._tracker = tracking.open_tracker(
-            settings.tracking_uri,
-            self._part.run_id,
-            self._part.folder,
-            tensorboard=settings.base.tracking.tensorboard,
-            check=self._check_lease,
-        )
+            self._settings.tracking_uri, self._part.run_id, self._part.folder,
+            tensorboard=self._settings.base.tracking.tensorboard, check=self._check_lease,
+        )  # fmt: skip
         self._clock = time.monotonic()
-
-    def _check_lease(self) -> None:
-        storage.check_lease(self._settings.folder, self._settings.lease)
-
-    def metrics(self, metrics: dict[str, float], step: int) -> None:
-        if self._tracker is not None:
-            self._tracker.metrics(metrics, step=step)
-
-    def line(self, text: str) -> None:
-        self._lines.append(text)
-
-    def epoch(self, metrics: dict[str, float], snapshot: Snapshot) -> None:
-        """Store the checkpoint of an epoch's end, and with it the epoch."""
-        seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
-        one = Trained(
-            epoch=snapshot.metadata.epochs_done,
-            metrics=dict(metrics),
-            seconds=seconds,
-            steps_done=snapshot.metadata.steps_done,
-            lineage=self._part.lineage,
-        )
-        self.metrics(metrics, one.steps_done)
-        self._history = replace(self._history, epochs=(*self._history.epochs, one))
-        self.store(snapshot)
-
-    def store(self, snapshot: Snapshot) -> None:
-        """Store a checkpoint, and delete those that are neither new, nor best, nor protected."""
-        metadata = replace(snapshot.metadata, mlflow_run_id=self._part.run_id)
-        steps, write = metadata.steps_done, replace(snapshot, metadata=metadata).save
-        kept = {name_of(steps), self._protected, self._best()}
-
-        def put() -> None:
-            self._check_lease()
-            if self._tracker is not None:
-                self._tracker.save_unsent()
-            self._folder.put(steps, write, self._history)
-            self._folder.drop_all_but({name for name in kept if name is not None})
-
-        storage.retry(put, self._settings.base.run.outage_s, self.line)
 
     def close(self) -> None:
         """Add the loop's lines to the trial's log.txt, and wait until MLflow has everything."""
-        if self._lines:
+        if self._lines and self._stop is not None:
             address = self._folder.address("log.txt")
             before = storage.read_text(address) if storage.exists(address) else ""
             storage.write_text(address, before + "\n".join(self._lines) + "\n")
         if self._tracker is not None:
             self._tracker.close()
 
-
-@dataclass
-class TrialReporter:
-    """Carry what the loop reports within an epoch to rank 0's keeper; the other ranks have none."""
-
-    keeper: Keeper | None
-    stop: StopRequest
-    polled: float = 0.0
-    looked: float = 0.0
-    leaving: bool = False
-    node: str = field(default_factory=lambda: ray.get_runtime_context().get_node_id())
+    # --- what the loop calls -----------------------------------------------------------------------------------
 
     def step(self, metrics: dict[str, float], *, step: int) -> None:
-        if self.keeper is not None:
-            self.keeper.metrics(metrics, step)
-
-    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
-        if self.keeper is not None:
-            self.keeper.store(snapshot())
+        if self._tracker is not None:
+            self._tracker.metrics(metrics, step=step)
 
     def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
-        """Do nothing: the worker stores the checkpoint of an epoch's end itself."""
+        self.step(metrics, step=step)
+        seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
+        one = Trained(
+            epoch=round(metrics["epoch"]), metrics=dict(metrics), seconds=seconds, steps_done=step,
+            lineage=self._part.lineage,
+        )  # fmt: skip
+        self._history = replace(self._history, epochs=(*self._history.epochs, one))
+        self.checkpoint(metrics, step=step, snapshot=snapshot)
+
+    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
+        """Store a checkpoint, and delete those that are neither new, nor best, nor what this part began with.
+
+        Another trial may be cloning that one.
+        """
+        if self._stop is None:
+            return
+        copy = snapshot()
+        copy = replace(copy, metadata=replace(copy.metadata, mlflow_run_id=self._part.run_id))
+        kept = {name for name in (name_of(step), self._began_with, self._best()) if name is not None}
+
+        def store() -> None:
+            self._check_lease()
+            if self._tracker is not None:
+                self._tracker.save_unsent()
+            self._folder.put(step, copy.save, self._history)
+            self._folder.drop_all_but(kept)
+
+        storage.retry(store, self._settings.base.run.outage_s, self.line)
+
+    def _check_lease(self) -> None:
+        storage.check_lease(self._settings.folder, self._settings.lease)
 
     def wait_until_saved(self) -> None:
         """Do nothing: every checkpoint is stored before the training continues."""
 
     def poll_flags(self) -> Flags:
-        if self.keeper is None or time.monotonic() - self.polled < STOP_POLL_S:
+        if self._stop is None or time.monotonic() - self._polled < STOP_POLL_S:
             return Flags.NONE
-        self.polled = time.monotonic()
-        return Flags.STOP if self.stop else Flags.NONE
+        self._polled = time.monotonic()
+        return Flags.STOP if self._stop else Flags.NONE
 
     def node_leaving(self) -> bool:
         """Tell once that Ray is about to take this worker's node away."""
-        if self.leaving or time.monotonic() - self.looked < DRAIN_POLL_S:
+        if time.monotonic() - self._looked < DRAIN_POLL_S:
             return False
-        self.looked = time.monotonic()
-        self.leaving = self.node in draining_nodes()
-        return self.leaving
+        leaving = self._node in draining_nodes()
+        self._looked = math.inf if leaving else time.monotonic()
+        return leaving
 
     def line(self, text: str) -> None:
-        if self.keeper is not None:
-            self.keeper.line(text)
+        self._lines.append(text)
 
 
 def draining_nodes() -> dict[str, int]:
