@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from helpers.s3_server import gateway
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -98,10 +101,8 @@ def test_runs_do_not_mix(tmp_path: Path) -> None:
     }
 
 
-def test_both_trackers_get_the_same(tmp_path: Path) -> None:
-    import mlflow
-
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+def test_both_trackers_get_the_same(tmp_path: Path, database: Path) -> None:
+    uri = f"sqlite:///{database}"
     config = TrainConfig(run=RunConfig(tracking_uri=uri))
     run_id = tracking.create_run(config, name="n", command="c", tags={}, datasets={})
     tracker = tracking.open_tracker(uri, run_id, str(tmp_path / "run"), tensorboard=str(tmp_path / "logs"))
@@ -122,6 +123,7 @@ def test_both_trackers_get_the_same(tmp_path: Path) -> None:
 
 
 def test_what_waits_lies_on_s3_where_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "server").mkdir()
     with gateway(tmp_path / "server") as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
@@ -165,6 +167,12 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     ):
         check_tensorboard(str(tmp_path / "file/logs"))
     check_tensorboard(str(tmp_path / "new/logs"))
+
+
+def test_neither_package_is_imported_before_it_is_used() -> None:
+    """They take seconds, and every process of a run imports this room."""
+    code = "import sys, lape_ray.tracking; sys.exit(bool({'mlflow', 'tensorboard'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_workers_get_the_folder_of_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

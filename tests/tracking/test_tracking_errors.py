@@ -22,14 +22,6 @@ from lape_ray.tracking.sender import Sender
 FIX = "another process holds the file: close that process, or start an MLflow server and set --run.tracking_uri or"
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tracking database that MLflow has made."""
-    file = tmp_path_factory.mktemp("tracking") / "mlflow.db"
-    tracking.check_reachable(f"sqlite:///{file}")
-    return file
-
-
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow waits 20 s for a lock; here it does not."""
