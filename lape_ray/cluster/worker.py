@@ -349,10 +349,10 @@ class RayReporter:
             if not published:
                 with storage.staging(address) as folder:
                     write(folder)
+                    if self.tracker is not None:  # before: one that is whole counts, listed or not
+                        self.tracker.save_unsent()
                     storage.publish(folder, address, last=MARKER)
                 published = True
-            if self.tracker is not None:
-                self.tracker.save_unsent()
             check_lease(self.folder, self.lease)
             self.listed = add(self.folder, self.listed, new, keep=self.config.run.keep_checkpoints)
 

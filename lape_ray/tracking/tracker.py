@@ -14,7 +14,8 @@ from lape_ray.tracking.tensorboard import TensorBoardTracker
 class Tracker(Protocol):
     """The way of a run's metrics and files to where people look at them.
 
-    Only `save_unsent` raises: tracking never ends a training, and a checkpoint that is listed takes its values along.
+    Only `save_unsent` raises: tracking never ends a training, and no checkpoint is whole before its values are stored
+    or kept.
     """
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
@@ -24,7 +25,7 @@ class Tracker(Protocol):
         """Keep every file of `folder` below the name `to`; a failure is a warning."""
 
     def save_unsent(self) -> None:
-        """Keep what is not stored yet in the run's folder; it is called before a checkpoint is listed.
+        """Keep what is not stored yet in the run's folder; it is called before a checkpoint is published.
 
         Raises:
             OSError: that folder cannot be written.
