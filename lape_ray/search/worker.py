@@ -131,10 +131,10 @@ def _train_trial(order: Mapping[str, Any], channel: Channel, rank: int, device: 
         tracker = None
         if rank == 0:
             tracker = tracking.open_tracker(
+                config.tracking,
                 order["tracking_uri"],
                 order["run_id"],
                 order["folder"],
-                tensorboard=config.tracking.tensorboard,
             )
             stack.callback(tracker.close)
         reporter = TrialReporter(

@@ -29,6 +29,7 @@ SHORT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": 
 
 
 def connect(uri: str) -> mlflow.MlflowClient:
+    """Make a client, which keeps its remarks to itself; whatever the store's driver raises is raised."""
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
