@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lape_ray.cluster.checkpoint_list import Listed
-from lape_ray.cluster.worker import RayReporter
+from lape_ray.cluster.checkpoint_writer import CheckpointWriter
+from lape_ray.cluster.run import Run
 from lape_ray.config import TrainConfig
 from lape_ray.storage import leased
-from lape_ray.training.checkpoint import MARKER
+from lape_ray.training.checkpoint import Metadata, Snapshot
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -25,13 +26,21 @@ def test_values_are_kept_before_a_checkpoint_is_published(tmp_path: Path, full: 
         if full:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    metadata = Metadata(epochs_done=1, steps_done=5, config=TrainConfig(), metrics={}, world_size=1)
+    snapshot = Snapshot(model={"weight": torch.zeros(1)}, ema=None, optimizer={}, metadata=metadata)
     with leased(str(tmp_path / "run"), "run one") as lease:
-        reporter = RayReporter(TrainConfig(), folder=str(tmp_path / "run"), lease=lease.token, first=True)
-        reporter.__dict__["gauges"] = SimpleNamespace(show=lambda values: None)  # they want a Ray
-        reporter.tracker = SimpleNamespace(save_unsent=save_unsent)
-        new = Listed(name=address.name, steps_done=5)
+        run = Run(
+            config=TrainConfig(),
+            folder=str(tmp_path / "run"),
+            lease=lease.token,
+            tracking_uri="",
+            mlflow_run_id="",
+            use_gpu=False,
+        )
+        writer = CheckpointWriter(run, (), before_publishing=save_unsent, tell=print)
+        saved = writer.begin(Listed(name=address.name, steps_done=5), snapshot)
         try:
-            reporter._bring(new, lambda folder: (folder / MARKER).touch())
+            saved.result()
         except OSError as error:
             assert full and error.errno == errno.ENOSPC
     assert seen == [False]

@@ -103,7 +103,7 @@ def test_runs_do_not_mix(tmp_path: Path) -> None:
 
 def test_both_trackers_get_the_same(tmp_path: Path, database: Path) -> None:
     uri = f"sqlite:///{database}"
-    config = TrainConfig(run=RunConfig(tracking_uri=uri))
+    config = TrainConfig(tracking=TrackingConfig(uri=uri))
     run_id = tracking.create_run(config, name="n", command="c", tags={}, datasets={})
     tracker = tracking.open_tracker(
         TrackingConfig(tensorboard=str(tmp_path / "logs")), uri, run_id, str(tmp_path / "run")
@@ -147,7 +147,9 @@ def test_what_waits_lies_on_s3_where_the_run_does(tmp_path: Path, monkeypatch: p
 
 
 def test_a_folder_on_s3_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"--run\.tensorboard s3://b/x is no folder .* objects of S3 cannot"):
+    with pytest.raises(
+        ValueError, match=r"--tracking\.tensorboard s3://b/x is no folder .* objects of S3 cannot"
+    ):
         check_tensorboard("s3://b/x")
 
 
@@ -165,7 +167,7 @@ def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        ValueError, match=r"--run\.tensorboard \S+/file/logs cannot be written: .*choose another"
+        ValueError, match=r"--tracking\.tensorboard \S+/file/logs cannot be written: .*choose another"
     ):
         check_tensorboard(str(tmp_path / "file/logs"))
     check_tensorboard(str(tmp_path / "new/logs"))
@@ -179,5 +181,5 @@ def test_neither_package_is_imported_before_it_is_used() -> None:
 
 def test_workers_get_the_folder_of_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    config, _ = prepared(TrainConfig(run=RunConfig(tensorboard="logs")))
+    config, _ = prepared(TrainConfig(tracking=TrackingConfig(tensorboard="logs")))
     assert config.tracking.tensorboard == str(tmp_path / "logs")
