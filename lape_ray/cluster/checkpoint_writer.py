@@ -21,7 +21,7 @@ class CheckpointWriter:
 
     Args:
         listed: the run's checkpoints so far, oldest first.
-        before_listing: is called before each change of the list.
+        before_publishing: is called before a checkpoint appears: from then on a restart may begin with it.
         tell: shows a line to people.
     """
 
@@ -30,11 +30,11 @@ class CheckpointWriter:
         run: Run,
         listed: Sequence[Listed],
         *,
-        before_listing: Callable[[], None],
+        before_publishing: Callable[[], None],
         tell: Callable[[str], None],
     ) -> None:
         self._run, self._listed = run, tuple(listed)
-        self._before_listing, self._tell = before_listing, tell
+        self._before_publishing, self._tell = before_publishing, tell
         self._used = set(storage.folders(run.folder))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
@@ -58,12 +58,12 @@ class CheckpointWriter:
             nonlocal published
             run.check_lease()
             if not published:
+                self._before_publishing()
                 with storage.staging(address) as folder:
                     snapshot.save(folder)
                     storage.publish(folder, address, last=MARKER)
                 published = True
             run.check_lease()
-            self._before_listing()
             self._listed = add(run.folder, self._listed, entry, keep=run.config.run.keep_checkpoints)
 
         storage.retry(store, run.config.run.outage_s, self._tell)

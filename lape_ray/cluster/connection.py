@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lape_ray.cluster.local import free_ports, own_token
 from lape_ray.data.processes import Mapper
+from lape_ray.values.environment import environment
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -75,24 +76,15 @@ def _address() -> str | None:
     return given if "://" in given else canonicalize_bootstrap_address(None)
 
 
-@contextlib.contextmanager
-def _known_address() -> Iterator[None]:
+def _known_address() -> contextlib.AbstractContextManager[None]:
     """Let all processes of the Ray that is started in the context know its address, from their environment.
 
     Helpers of Ray Train look for it there, and else among the processes of the host, where they fail if it has another
     Ray.
     """
     (port,) = free_ports(1)
-    variables = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    address = f"{ray.util.get_node_ip_address()}:{port}"
+    return environment({"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": address})
 
 
 @contextlib.contextmanager
@@ -101,14 +93,11 @@ def _token_of_its_own() -> Iterator[None]:
 
     Ray itself would write one to ~/.ray/auth_token, where every user of the machine may read it.
     """
-    variables = {name: value for name, value in own_token().items() if name not in os.environ}
-    os.environ.update(variables)
-    _read_authentication()
     try:
-        yield
+        with environment({name: value for name, value in own_token().items() if name not in os.environ}):
+            _read_authentication()
+            yield
     finally:
-        for name in variables:
-            del os.environ[name]
         _read_authentication()
 
 

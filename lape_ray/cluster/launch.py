@@ -85,7 +85,7 @@ def fit(config: TrainConfig) -> FitResult:
     config, root = prepared(replace_fields(config, {"run.name": name}))
     uri, folder = tracking.tracking_uri(config), storage.join(root, name)
     check_before_start(config, storage_root=root)
-    tracking.check_tensorboard(config.tracking.tensorboard)
+    tracking.check_trackers(config.tracking)
     earlier_run(config, folder)  # a name that cannot be used is refused before anything waits
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(leased(folder, f"run {name}"))

@@ -188,14 +188,14 @@ def opened_reporter(run: Run, listed: Sequence[Listed], supervisor: Any) -> Iter
     reporter = RayReporter(run, rank=context.get_world_rank(), world_size=context.get_world_size())
     if reporter.rank == 0:
         reporter.tracker = tracking.open_tracker(
+            run.config.tracking,
             run.tracking_uri,
             run.mlflow_run_id,
             run.folder,
-            tensorboard=run.config.tracking.tensorboard,
             check=run.check_lease,
         )
         reporter.writer = CheckpointWriter(
-            run, listed, before_listing=reporter.tracker.save_unsent, tell=reporter.line
+            run, listed, before_publishing=reporter.tracker.save_unsent, tell=reporter.line
         )
         reporter.stop_request = StopRequest(supervisor)
     patience_s = 60.0

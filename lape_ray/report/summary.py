@@ -104,7 +104,8 @@ def write_page(results: Results, folder: Path) -> Path:
     model = config.model
     embedding = f"position {model.position}, join {model.join}, bias {model.bias}, rotary {model.rotary}"
     page = Page(
-        run.name, f"{config.recipe or model.variant}: {model.variant}, {embedding}; seed {config.training.seed}"
+        run.name,
+        f"{config.recipe or model.variant}: {model.variant}, {embedding}; seed {config.training.seed}",
     )
     page.facts(_headline(results))
     page.heading("Curves")

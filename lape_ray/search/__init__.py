@@ -1,15 +1,15 @@
 """Searches on Ray Tune: many trials over position embeddings, joins and hyper-parameters, and what they say.
 
-    command     from what a person types to a plan
-    plan        all that decides which trials there are and what becomes of them
-    space       axes over fields of a config; `cells`: the named spaces
-    samplers    which point comes next, `schedules` which trials go on: functions of the trials' records
-    record      a trial as the rest of this room sees it; `trials`: the view of Ray Tune's trial that it is
-    run         a search from its checks to its report
-    tuner       the Tuner, made or restored; `session`: what its parts share in the driver
-    scheduler   Tune's scheduler, `searcher` its searcher, `callbacks` what is shown, tracked and watched
-    trial       a trial as an actor that leads its workers; `worker`: what these do; `checkpoints`: where they keep it
-    resources   what a trial takes of the cluster
-    runs        the search in MLflow; `live`: in a terminal or a log
-    statistics  what came out, as numbers and words; `tables`, `pictures` and `page`: for people
+command     from what a person types to a plan
+plan        all that decides which trials there are and what becomes of them
+space       axes over fields of a config; `cells`: the named spaces
+samplers    which point comes next, `schedules` which trials go on: functions of the trials' records
+record      a trial as the rest of this room sees it; `trials`: the view of Ray Tune's trial that it is
+run         a search from its checks to its report
+tuner       the Tuner, made or restored; `session`: what its parts share in the driver
+scheduler   Tune's scheduler, `searcher` its searcher, `callbacks` what is shown, tracked and watched
+trial       a trial as an actor that leads its workers; `worker`: what these do; `checkpoints`: where they keep it
+resources   what a trial takes of the cluster
+runs        the search in MLflow; `live`: in a terminal or a log
+statistics  what came out, as numbers and words; `tables`, `pictures` and `page`: for people
 """

@@ -103,7 +103,7 @@ def search(
     folder = storage.join(root, plan.name)
     check_before_start(plan.base, storage_root=root)
     tracking.check_reachable(uri)
-    tracking.check_tensorboard(base.tracking.tensorboard)
+    tracking.check_trackers(base.tracking)
     _check_networks(plan)
     _earlier(plan, folder)  # a name that cannot be used is refused before anything waits
     display = display or Display(plan)

@@ -157,10 +157,10 @@ class TrialReporter:
 
     def open_tracker(self) -> None:
         """Begin to tell MLflow, first what an earlier part of the trial has left unsent."""
+        settings, part = self._settings, self._part
         self._tracker = tracking.open_tracker(
-            self._settings.tracking_uri, self._part.run_id, self._part.folder,
-            tensorboard=self._settings.base.tracking.tensorboard, check=self._check_lease,
-        )  # fmt: skip
+            settings.base.tracking, settings.tracking_uri, part.run_id, part.folder, check=self._check_lease
+        )
         self._clock = time.monotonic()
 
     def close(self) -> None:

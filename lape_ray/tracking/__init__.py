@@ -29,8 +29,7 @@ from lape_ray.tracking.mlflow.runs import (
 )
 from lape_ray.tracking.mlflow.tracker import send_unsent
 from lape_ray.tracking.source import git_commit, source_tags
-from lape_ray.tracking.tensorboard import check_tensorboard
-from lape_ray.tracking.tracker import Tracker, open_tracker
+from lape_ray.tracking.tracker import Tracker, check_trackers, open_tracker
 
 __all__ = [
     "Datasets",
@@ -38,7 +37,7 @@ __all__ = [
     "Status",
     "Tracker",
     "check_reachable",
-    "check_tensorboard",
+    "check_trackers",
     "create_run",
     "download_model",
     "finish_run",

@@ -2,8 +2,9 @@
 
 The thread sends everything that waits as one batch, and tries again, in order, while the service is away. What the
 service holds already, because training went on from an older checkpoint or an answer was lost on the way, is not sent
-twice. What waits is kept in a file of the run's folder before each checkpoint is listed, and queued again by the worker
-that goes on. So whatever dies, a value is either stored, or in that file, or belongs to a step that is trained again.
+twice. What waits is kept in a file of the run's folder before each checkpoint is published, and queued again by the
+worker that goes on. So whatever dies, a value is either stored, or in that file, or belongs to a step that is trained
+again.
 """
 
 from __future__ import annotations

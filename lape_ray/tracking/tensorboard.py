@@ -44,9 +44,10 @@ def check_tensorboard(folder: str | None) -> None:
 
 
 class TensorBoardTracker:
-    """The tracker of one run's event files. They lie in the subfolder RUN-ID, the run's name and 8 digits of its id.
+    """The tracker of one run's event files.
 
-    So runs of one name do not mix, and a run that goes on adds to its own.
+    They lie in a subfolder that is named after the run's folder and its id in MLflow: runs of one name do not mix, and
+    a run that goes on adds to its own.
     """
 
     def __init__(

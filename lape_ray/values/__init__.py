@@ -1,5 +1,6 @@
 """Values that come from outside, before anything relies on them. Standard library only.
 
-typed      values that came from JSON, as the types that their reader needs
-redaction  secrets: names of variables, passwords in addresses
+typed        values that came from JSON, as the types that their reader needs
+environment  variables for as long as a block lasts
+redaction    secrets: names of variables, passwords in addresses
 """

@@ -247,7 +247,7 @@ def test_a_full_disk(service: Service, undisturbed: list[float], tmp_path: Path)
 def test_tracking_that_is_away_for_a_while_and_a_worker_that_dies_meanwhile(
     service: Service, undisturbed: list[float], tmp_path: Path
 ) -> None:
-    """What the dead worker had not sent is in the checkpoint that the next one goes on from."""
+    """What the dead worker had not sent lies in the run's folder, and the next one sends it."""
     with tracking_server(tmp_path) as server:
         away = Strike(stored(service.home / "runs/away", 13), server.kill)
         dies = Strike(stored(service.home / "runs/away", 48), lambda: workers(service)[-1].kill())

@@ -13,6 +13,7 @@ import mlflow
 import pytest
 from helpers.service import Service, alone
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lape_ray.cluster.launch import fit
 from lape_ray.data.beton import check_beton, write_beton
@@ -105,7 +106,11 @@ def test_two_workers_and_a_run_that_resumes_before_a_damaged_checkpoint(
 ) -> None:
     """Two workers stop after an epoch; the same name continues, in the same MLflow run, as if never stopped."""
     changes = {"run__name": "parts", "run__num_workers": 2, "optim__epochs": 2}
-    changes |= {"run__checkpoint_steps": 2, "run__log_steps": 1}
+    changes |= {
+        "run__checkpoint_steps": 2,
+        "run__log_steps": 1,
+        "tracking__tensorboard": str(service.home / "logs"),
+    }
     first = fit(service.config(**changes, run__stop_after_epochs=1))
     weights = service.home / "runs/parts/checkpoint-epoch-000001/model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -124,6 +129,12 @@ def test_two_workers_and_a_run_that_resumes_before_a_damaged_checkpoint(
     assert second.metrics["val/acc1"] == expected.epochs[-1]["val/acc1"]
     names = {path.name for path in weights.parent.parent.iterdir() if "checkpoint-" in path.name}
     assert names & {"checkpoint-epoch-000001-2", "checkpoint-epoch-000002"}
+    events = EventAccumulator(str(service.home / "logs" / f"parts-{second.mlflow_run_id[:8]}"))
+    events.Reload()
+    for name in ("train/loss", "train/lr", "val/acc1"):
+        points = mlflow.MlflowClient(service.uri).get_metric_history(second.mlflow_run_id, name)
+        assert [one.step for one in events.Scalars(name)] == sorted(one.step for one in points)
+    assert [one.value for one in events.Scalars("train/loss")] == pytest.approx(service.losses(run))
 
 
 def test_two_drivers_of_one_run(service: Service) -> None:

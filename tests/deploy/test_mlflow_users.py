@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from lape_ray import tracking
 from lape_ray.cluster.local import free_ports
-from lape_ray.config import replace_fields
+from lape_ray.config import TrackingConfig, replace_fields
 from lape_ray.recipes import recipe
 
 SCRIPT = Path(__file__).parent.parent.parent / "docker/mlflow-server"
@@ -120,7 +120,7 @@ def test_the_jobs_user_writes_and_does_not_delete_what_is_others(
         run_id = tracking.create_run(
             config, name="one", command="python x", tags={"seed": "0"}, datasets=data
         )
-        tracker = tracking.open_tracker(uri, run_id, str(tmp_path / "run"))
+        tracker = tracking.open_tracker(TrackingConfig(), uri, run_id, str(tmp_path / "run"))
         tracker.metrics({"train/loss": 1.5}, step=1)
         tracker.close()
         assert not (tmp_path / "run").exists(), "nothing is left to send"

@@ -106,14 +106,6 @@ class TensorBoard:
         return (self.events / path).read_text()
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database that MLflow has made, which takes it seconds."""
-    file = tmp_path_factory.mktemp("tracking") / "mlflow.db"
-    tracking.check_reachable(f"sqlite:///{file}")
-    return file
-
-
 @pytest.fixture(autouse=True)
 def haste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits for as long as it would in a run; MLflow waits 20 s for a lock."""
@@ -325,6 +317,15 @@ def test_a_damaged_line_is_a_warning_and_the_others_are_sent(
     assert message.startswith(warning)
     assert len(message) < 1000
     assert service.history() == {"train/loss": [(1, 1.5), (2, 2.0)]}
+    assert files(service) == []
+
+
+def test_extreme_values_of_the_file_hold_nothing_up(service: Mlflow | TensorBoard) -> None:
+    service.folder.mkdir()
+    extreme = f'{{"name": "odd", "value": 1e999, "time_ms": {2**63 - 1}, "step": {2**63 - 1}}}\n'
+    (service.folder / service.unsent).write_text(extreme + extreme.replace("1e999", "NaN") + LINE)
+    service.open().close()
+    assert service.history()["train/loss"] == [(1, 1.5)]
     assert files(service) == []
 
 

@@ -14,7 +14,7 @@ import pytest
 import sqlalchemy
 
 from lape_ray import tracking
-from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.config import TrackingConfig, TrainConfig, replace_fields
 from lape_ray.recipes import recipe
 from lape_ray.tracking.failures import never_raise
 from lape_ray.tracking.sender import Sender
@@ -22,14 +22,6 @@ from lape_ray.tracking.sender import Sender
 FIX = (
     "another process holds the file: close that process, or start an MLflow server and set --tracking.uri or"
 )
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tracking database that MLflow has made."""
-    file = tmp_path_factory.mktemp("tracking") / "mlflow.db"
-    tracking.check_reachable(f"sqlite:///{file}")
-    return file
 
 
 @pytest.fixture
@@ -162,7 +154,7 @@ def test_a_worker_begins_while_the_database_is_locked(
     capfd.readouterr()
     new = f"sqlite:///{database}?timeout=0.06"  # as a new process has it
     with locked(database, "EXCLUSIVE"):
-        tracker = tracking.open_tracker(new, run_id, str(tmp_path))
+        tracker = tracking.open_tracker(TrackingConfig(), new, run_id, str(tmp_path))
         tracker.metrics({"train/loss": 2.5}, step=3)
         deadline = time.monotonic() + 60
         while "trying again" not in caplog.text and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""MLflow.
+"""Log into MLflow.
 
 client     the connection, and its errors in one line
 runs       the driver's run: made, tagged, read and closed

@@ -12,6 +12,7 @@ from pathlib import Path
 from lape_ray.tracking.failures import never_raise
 from lape_ray.tracking.mlflow.client import connect, impatient, one_line
 from lape_ray.tracking.mlflow.runs import as_metrics
+from lape_ray.values.environment import environment
 
 
 def log_model(uri: str, run_id: str, checkpoint: Path, metrics: Mapping[str, float]) -> bool:
@@ -56,18 +57,14 @@ def _process_wide(uri: str, experiment_id: str) -> Iterator[None]:
     """
     import mlflow
 
-    names = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
-    before = {name: os.environ.get(name) for name in names}
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_experiment(experiment_id=experiment_id)
-    try:
-        yield
-    finally:
-        mlflow.set_tracking_uri(before["MLFLOW_TRACKING_URI"])  # None: the default
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    with environment({"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_ID": experiment_id}):
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_experiment(experiment_id=experiment_id)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)  # None: the default
 
 
 def log_pyfunc(

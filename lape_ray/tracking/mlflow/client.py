@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from lape_ray.config import TrainConfig
 from lape_ray.storage import home
 from lape_ray.tracking.failures import reason
+from lape_ray.values.environment import environment
 from lape_ray.values.redaction import refuse_secret
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ SHORT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": 
 
 
 def connect(uri: str) -> mlflow.MlflowClient:
+    """Make a client, which keeps its remarks to itself; whatever the store's driver raises is raised."""
     import mlflow
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -52,19 +54,9 @@ def one_line(what: str, uri: str) -> Iterator[None]:
         raise ValueError(f"{what}: {why}; {fix} {other}") from None
 
 
-@contextlib.contextmanager
-def impatient() -> Iterator[None]:
+def impatient() -> contextlib.AbstractContextManager[None]:
     """Shorten MLflow's retries, which last minutes by default; a check before the run should not."""
-    before = {name: os.environ.get(name) for name in SHORT}
-    os.environ.update(SHORT)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
+    return environment(SHORT)
 
 
 def tracking_uri(config: TrainConfig) -> str:
