@@ -28,9 +28,9 @@ from lape_ray.search.plan import Plan, check_plan, plan_differences
 from lape_ray.search.record import Trial, read_search, write_search
 from lape_ray.search.runs import Runs
 from lape_ray.search.session import Session, is_over
+from lape_ray.search.settings import Settings
 from lape_ray.search.statistics import Cell, cells, in_words
 from lape_ray.search.tables import command_line, plain
-from lape_ray.search.trial import Settings
 from lape_ray.search.tuner import opened, run_tuner, whole_snapshot
 from lape_ray.training.loop import StoppedError
 from lape_ray.training.metrics import duration

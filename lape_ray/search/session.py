@@ -15,8 +15,8 @@ from lape_ray.search.record import Trial
 from lape_ray.search.runs import Runs
 from lape_ray.search.samplers import SAMPLERS
 from lape_ray.search.schedules import SCHEDULES
+from lape_ray.search.settings import Settings, train_config
 from lape_ray.search.space import differing
-from lape_ray.search.trial import Settings, train_config
 from lape_ray.search.trials import Records, trial_config
 
 _OPEN: dict[str, Session] = {}

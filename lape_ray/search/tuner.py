@@ -23,7 +23,8 @@ from lape_ray.search.runs import Runs
 from lape_ray.search.scheduler import Rule
 from lape_ray.search.searcher import Points
 from lape_ray.search.session import Session
-from lape_ray.search.trial import LapeTrial, SearchSupervisor
+from lape_ray.search.settings import SearchSupervisor
+from lape_ray.search.trial import LapeTrial
 
 SNAPSHOT, SEARCHER = "experiment_state-", "search_gen_state-"
 _ENVIRONMENT = {

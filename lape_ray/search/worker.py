@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lape_ray import storage, tracking
 from lape_ray.cluster.supervisor import StopRequest
 from lape_ray.search.checkpoints import History, Trained, TrialFolder, best_of, name_of
-from lape_ray.search.trial import Part, Settings
+from lape_ray.search.settings import Part, Settings
 from lape_ray.training.checkpoint import Snapshot
 from lape_ray.training.flags import Flags
 from lape_ray.training.loop import Training

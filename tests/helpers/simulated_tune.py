@@ -15,7 +15,7 @@ from lape_ray.search.record import Trial
 from lape_ray.search.scheduler import Rule
 from lape_ray.search.searcher import Points
 from lape_ray.search.session import Session
-from lape_ray.search.trial import Settings
+from lape_ray.search.settings import Settings
 
 Entry = tuple[dict[str, Any], list[list[int]]]
 """An epoch as a trial reports it, and the trial's lineage as it was trained."""

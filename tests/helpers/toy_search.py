@@ -20,8 +20,10 @@ from typing import Any
 import ray
 
 from lape_ray.search.command import plan_of
+from lape_ray.search.record import trial_folder
 from lape_ray.search.session import Session
-from lape_ray.search.trial import LapeTrial, Settings, trial_folder
+from lape_ray.search.settings import Settings
+from lape_ray.search.trial import LapeTrial
 from lape_ray.search.tuner import opened, run_tuner
 
 STORED = "stored.json"

@@ -29,10 +29,10 @@ from lape_ray.search.plan import Plan
 from lape_ray.search.record import Epoch, Trial
 from lape_ray.search.resources import places, worker_need
 from lape_ray.search.schedules import SCHEDULES, HyperBand
+from lape_ray.search.settings import train_config
 from lape_ray.search.space import Choice, Range, parse_axes
 from lape_ray.search.statistics import cells, in_words
 from lape_ray.search.tables import cells_csv, command_line, markdown, trials_csv
-from lape_ray.search.trial import train_config
 from lape_ray.search.trials import trial_config
 
 LR = "optim.lr=loguniform(1e-4,1e-2)"

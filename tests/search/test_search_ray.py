@@ -30,7 +30,8 @@ from lape_ray.search.command import plan_of
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Trial, trial_folder
 from lape_ray.search.run import search
-from lape_ray.search.trial import LapeTrial, train_config
+from lape_ray.search.settings import train_config
+from lape_ray.search.trial import LapeTrial
 from lape_ray.search.trials import analysis, read_trials, trial_config
 from lape_ray.storage import LeaseHeldError, leased
 from lape_ray.training.checkpoint import read_metadata
