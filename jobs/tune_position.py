@@ -7,58 +7,16 @@ python jobs/tune_position.py joins vit_lite_7_4_lape --seeds 3 --data.train c10_
 python jobs/tune_position.py free deit_tiny_lape --space 'optim.lr=loguniform(1e-4,3e-3)' --trials 16 --schedule asha
 """
 
-from lape_ray.cli import ConfigParser, run_job
-
-SPACES = "positions, paper_table7, paper_table2, joins, recipe, or free (nothing but --space)"
+from lape_ray.cli import run_job
+from lape_ray.search.options import parse_search_options
 
 
 def main() -> None:
-    parser = ConfigParser(
-        usage="%(prog)s SPACE RECIPE [--space FIELD=KIND(...)] [options] [--section.field VALUE ...]",
-        description=__doc__,
-    )
-    add = parser.add_argument
-    add("space", metavar="SPACE", help=SPACES)
-    add("recipe", metavar="RECIPE", help="the config that every trial starts from")
-    add("--space", dest="axes", action="append", default=[], metavar="FIELD=KIND(...)",
-        help="an axis: choice(a,b,...), uniform(low,high), loguniform(low,high) or randint(low,high)")  # fmt: skip
-    add(
-        "--sample", choices=("grid", "random", "tpe"), help="how points are chosen (default: grid, or random)"
-    )
-    add("--schedule", default="full", choices=("full", "asha", "hyperband", "pbt", "bohb"),
-        help="which trials train to the end: all, or the better (default: full)")  # fmt: skip
-    add("--trials", type=int, metavar="N", help="points to try (default: the whole grid, or 16)")
-    add(
-        "--seeds",
-        type=int,
-        default=1,
-        metavar="N",
-        help="seeds of every point, from training.seed on (default: 1)",
-    )
-    add("--metric", default="val/acc1", help="what is compared (default: val/acc1)")
-    add(
-        "--grace",
-        type=int,
-        default=1,
-        metavar="EPOCHS",
-        help="that every trial gets; between generations of pbt",
-    )
-    add("--eta", type=int, default=3, metavar="N", help="one in N goes on, or is replaced (default: 3)")
-    add(
-        "--concurrent",
-        type=int,
-        metavar="N",
-        help="trials at once (default: as many as the cluster has room for)",
-    )
-    add("--gpus-per-worker", type=float, metavar="SHARE", help="such as 0.25 for small networks (default: 1)")
-    add("--list", action="store_true", help="print the points of the space and exit")
-    values = vars(parser.parse_args())
-    names = ("space", "recipe", "axes", "sample", "schedule", "trials", "seeds", "metric", "grace", "eta")
-    options = {name: values.pop(name) for name in names}
-    concurrent, share, only_list = (values.pop(name) for name in ("concurrent", "gpus_per_worker", "list"))
+    options, overrides = parse_search_options(__doc__)
+    concurrent, share, only_list = (options.pop(name) for name in ("concurrent", "gpus_per_worker", "list"))
     from lape_ray.search.command import listing, plan_of  # after parsing, so that --help is instant
 
-    plan = plan_of(**options, overrides=values)
+    plan = plan_of(**options, overrides=overrides)
     if only_list:
         print(listing(plan))
         return

@@ -1,6 +1,6 @@
 """Searches on Ray Tune: many trials over position embeddings, joins and hyper-parameters, and what they say.
 
-command     from what a person types to a plan
+options     the command line; `command`: from what a person types to a plan
 plan        all that decides which trials there are and what becomes of them
 space       axes over fields of a config; `cells`: the named spaces
 samplers    which point comes next, `schedules` which trials go on: functions of the trials' records

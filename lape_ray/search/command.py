@@ -36,11 +36,6 @@ def plan_of(
         ValueError: what was given is unknown, empty or contradictory; says what to give instead.
     """
     overrides = dict(overrides or {})
-    if schedule == "bohb":
-        raise ValueError(
-            "bohb is not offered: its model lives in a package of its own that is not maintained. Use --schedule "
-            "hyperband --sample tpe, the same idea: HyperBand's brackets, filled by a model of what is known"
-        )
     if seeds < 1:
         raise ValueError(f"--seeds {seeds} trains nothing; give 1 or more")
     base = replace_fields(recipe_of(recipe), overrides)
