@@ -25,6 +25,7 @@ _STACKS = (
     (re.compile(r"^pos_embed(\d+)$"), "pos_embed"),
 )
 _DERIVED = re.compile(r"(relative_position_index|attn_mask)$")
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 _ANCHOR = re.compile(r"((?:.*\.)?)blocks\.0\.norm1\.weight")
 _AVERAGE = re.compile(r"(^|[._])ema([._]|$)")
 _HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
@@ -53,8 +54,8 @@ KINDS = tuple(
 def one_network(state: Mapping[str, Tensor], *, ema: bool = False) -> dict[str, Tensor]:
     """Take a network's own names out of a state dict: what DDP, torch.compile, Lightning or an averager put before them.
 
-    What lies beside the network (losses, projection heads, counters) is left out. A state dict without blocks, or with
-    nothing before their names, is returned as it is. With `ema` the network is the one whose prefix says so.
+    What lies beside the network (losses, projection heads, counters) is left out. Of one without
+    blocks only what DDP and torch.compile put there is taken off. With `ema` the network is the one whose prefix says so.
 
     Raises:
         ValueError: there are several networks, or no moving average; says which there are.
@@ -68,7 +69,7 @@ def one_network(state: Mapping[str, Tensor], *, ema: bool = False) -> dict[str, 
     if len(chosen) > 1:
         raise ValueError(f"holds {len(chosen)} networks, {', '.join(map(repr, chosen))}; save one of them alone")
     if not chosen or chosen[0] == "":
-        return dict(state)
+        return {_WRAPPERS.sub("", name): value for name, value in state.items()}
     prefix = chosen[0]
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     parents = [prefix[: place + 1] for place, letter in enumerate(prefix[:-1]) if letter == "."]

@@ -8,7 +8,7 @@ import pickle
 import re
 import reprlib
 import shlex
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,26 +112,16 @@ def _unpickle(file: Path) -> object:
         except pickle.UnpicklingError as error:
             refused = _REFUSED.search(str(error))
             name = refused[1] if refused else ""
-            seen = any(isinstance(one, tuple) and one[1] == name for one in known)
-            if seen or not _CONFIGS.match(name):
+            if not _CONFIGS.match(name) or (_StandIn, name) in known:
                 raise
-            known.append((type("StandIn", (_StandIn,), {}), name))
+            known.append((_StandIn, name))
 
 
-class _StandIn(dict[Any, Any]):
-    """An object of a config's class, which nobody reads."""
+class _StandIn:
+    """Stands for a config's class: an object of it becomes a plain dict, which the unpickler fills and nobody reads."""
 
-    def __new__(cls, *args: object, **options: object) -> _StandIn:
-        return super().__new__(cls)
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__()
-
-    def __setstate__(self, state: object) -> None:
-        """Forget the state."""
-
-    def append(self, item: object) -> None:
-        """Forget the item."""
+    def __new__(cls, *args: object, **options: object) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
 
 
 def _numpy_parts() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
@@ -157,8 +147,12 @@ def _unwrap(loaded: object, file: Path, *, ema: bool) -> tuple[Mapping[Any, Any]
     """Find the state dict in what a file holds, through any containers; returns also whether it is the average."""
     inner, averaged = loaded, False
     while True:
-        if isinstance(inner, _StandIn) or not isinstance(inner, Mapping):
+        if not isinstance(inner, Mapping):
             raise DamagedError(f"{file} holds a {type(inner).__name__}, not a state dict; {RESTORE}")
+        if not inner:
+            raise DamagedError(
+                f"{file} holds no weights, or a whole pickled network; save {{'model': MODEL.state_dict()}} of it"
+            )
         names = _containers(inner, CONTAINERS)
         averages = [] if averaged else _containers(inner, AVERAGES)
         if averages and (ema or not names):
