@@ -7,6 +7,7 @@ Shapes: B images, K classes, S side of the model's input in pixels.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,8 +25,10 @@ from lape_ray.data.sources import EXTENSIONS, load_image, to_rgb
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.storage import write_rows, written_path
-from lape_ray.training.checkpoint import read_weights
+from lape_ray.training.checkpoint import about, read_weights
 from lape_ray.training.recompute import optimise_blocks
+
+log = logging.getLogger(__name__)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -113,10 +116,15 @@ class Predictor:
 
 
 def load_network(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> VisionTransformer:
-    """Build `config.model` with the weights of a checkpoint of any origin, on the CPU, with optimised blocks."""
+    """Build `config.model` with the weights of a checkpoint of any origin, on the CPU, with optimised blocks.
+
+    A warning says which table was resized.
+    """
     network = build_model(config.model)
     weights, _ = read_weights(checkpoint, ema=ema)
-    load_weights(network, weights)
+    with about(checkpoint):
+        for note in load_weights(network, weights):
+            log.warning("%s: %s", checkpoint, note)
     return optimise_blocks(network)
 
 

@@ -28,7 +28,7 @@ _DERIVED = re.compile(r"(relative_position_index|attn_mask)$")
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 _ANCHOR = re.compile(r"((?:.*\.)?)blocks\.0\.norm1\.weight")
 _AVERAGE = re.compile(r"(^|[._])ema([._]|$)")
-_HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
+HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 # Parts of pre-training that a new training leaves out, with a line.
 _PRETRAINING = re.compile(r"decoder_|mask_token$|head(_dist)?\.")
 KINDS = tuple(
@@ -40,11 +40,11 @@ KINDS = tuple(
         (r"blocks_token_only\.", "a CaiT"),
         (r"blocks\.\d+\.(gamma_1|ls1\.)", "a network with LayerScale, such as DeiT III or DINOv2"),
         (r"blocks\.\d+\.\d+\.norm1", "a DINOv2 in chunks"),
-        (r"(layer1\.0\.conv1|trunk_output|features\.0)\b", "a convolutional network of torchvision (as a teacher: torchvision:NAME:FILE)"),
-        (r"(\w+\.)?(embeddings|encoder\.layer)\.", "in the names of Hugging Face's transformers (give timm's file of the same weights)"),
-        (r"encoder\.layers\.encoder_layer_", "in the names of torchvision's ViT (give timm's file of the same weights)"),
+        (r"(layer1\.0\.conv1|trunk_output|features\.0)\b", "a CNN of torchvision (a teacher: torchvision:NAME:FILE)"),
+        (r"(\w+\.)?(embeddings|encoder\.layer)\.", "in Hugging Face's names (give timm's file of the same weights)"),
+        (r"encoder\.layers\.encoder_layer_", "a ViT in torchvision's names (give timm's file)"),
         (r"(visual\.)?transformer\.resblocks\.", "a CLIP"),
-        (r"(classifier|tokenizer)\.(blocks|conv_layers)\.", "in the names of the Compact Transformers' code, which are not read"),
+        (r"(classifier|tokenizer)\.(blocks|conv_layers)\.", "in the Compact Transformers' names"),
         (r"fc_norm\.", "a network whose head reads the mean of all tokens (fc_norm)"),
     )
 )  # fmt: skip
@@ -52,31 +52,33 @@ KINDS = tuple(
 
 
 def one_network(state: Mapping[str, Tensor], *, ema: bool = False) -> dict[str, Tensor]:
-    """Take a network's own names out of a state dict: what DDP, torch.compile, Lightning or an averager put before them.
+    """Take the prefixes of DDP, torch.compile, Lightning or an averager off the names of a state dict.
 
-    What lies beside the network (losses, projection heads, counters) is left out. Of one without
-    blocks only what DDP and torch.compile put there is taken off. With `ema` the network is the one whose prefix says so.
+    What lies beside the network (losses, projection heads, counters) is left out. Of one without blocks only the
+    prefixes of DDP and torch.compile are taken off. With `ema` the network is the one whose prefix says so.
 
     Raises:
         ValueError: there are several networks, or no moving average; says which there are.
     """
     prefixes = [match[1] for name in state if (match := _ANCHOR.fullmatch(name))]
-    prefixes = [prefix for prefix in prefixes if not re.search(r"(^|\.)layers\.\d+\.$", prefix)]  # Swin's stages
+    prefixes = [
+        prefix for prefix in prefixes if not re.search(r"(^|\.)layers\.\d+\.$", prefix)
+    ]  # Swin's stages
     averages = [prefix for prefix in prefixes if _AVERAGE.search(prefix)]
     chosen = averages if ema else [one for one in prefixes if one not in averages] or averages
     if ema and not chosen:
         raise ValueError("holds no moving average; leave --ema out")
     if len(chosen) > 1:
-        raise ValueError(f"holds {len(chosen)} networks, {', '.join(map(repr, chosen))}; save one of them alone")
+        raise ValueError(
+            f"holds {len(chosen)} networks, {', '.join(map(repr, chosen))}; save one of them alone"
+        )
     if not chosen or chosen[0] == "":
         return {_WRAPPERS.sub("", name): value for name, value in state.items()}
     prefix = chosen[0]
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     parents = [prefix[: place + 1] for place, letter in enumerate(prefix[:-1]) if letter == "."]
     for parent in ("", *parents):  # a classifier that was put behind a backbone
-        own |= {
-            name: state[parent + name] for name in _HEADS if parent + name in state and name not in own
-        }
+        own |= {name: state[parent + name] for name in HEADS if parent + name in state and name not in own}
     return own
 
 
@@ -200,7 +202,7 @@ def _without_head(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[s
     extra = [name for name in state if name not in own and _PRETRAINING.match(name)]
     for name in extra:
         del state[name]
-    fresh = [name for name in _HEADS if name in own and name not in state]
+    fresh = [name for name in HEADS if name in own and name not in state]
     state.update({name: own[name] for name in fresh})
     notes = [f"{extra[0]} and {len(extra) - 1} more left out: they are of its pre-training"] if extra else []
     return notes + [f"{name} starts fresh: the checkpoint has none" for name in fresh if "weight" in name]

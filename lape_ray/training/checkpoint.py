@@ -10,9 +10,10 @@ A checkpoint is a folder:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,16 @@ def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Tens
     if not file.exists() and ema:
         raise ValueError(f"{path} holds no moving average: its run had optim.ema_decay=0; leave --ema out")
     return read_weight_file(file), meta.config
+
+
+@contextlib.contextmanager
+def about(checkpoint: str | Path) -> Iterator[None]:
+    """Name the checkpoint in what is said of its weights."""
+    try:
+        yield
+    except ValueError as error:
+        named = str(checkpoint) in str(error)
+        raise error if named else ValueError(f"{checkpoint}: {error}") from None
 
 
 def file_checksums(folder: Path) -> dict[str, dict[str, Any]]:

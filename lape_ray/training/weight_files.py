@@ -7,7 +7,6 @@ import logging
 import pickle
 import re
 import reprlib
-import shlex
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,8 @@ from lape_ray.model.convert import one_network
 
 RESTORE = "restore the checkpoint from a copy, or use another"
 CONTAINERS = (
-    "model", "state_dict", "model_state_dict", "net", "network", "module", "model_state", "weights", "params", "teacher",
+    "model", "state_dict", "model_state_dict", "net", "network", "module", "model_state", "weights", "params",
+    "teacher",
 )  # fmt: skip
 """The entries in which other code keeps its weights, the first that a file has counts (of DINO's two the teacher)."""
 AVERAGES = (
@@ -30,7 +30,22 @@ AVERAGES = (
 )  # fmt: skip
 """The entries in which other code keeps the weights' moving average."""
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")  # in torch's error
-_TYPES = (dict, list, tuple, set, frozenset, int, float, complex, str, bool, bytes, object, slice, defaultdict)
+_TYPES = (
+    dict,
+    list,
+    tuple,
+    set,
+    frozenset,
+    int,
+    float,
+    complex,
+    str,
+    bool,
+    bytes,
+    object,
+    slice,
+    defaultdict,
+)
 # Classes of configs and hyperparameters that are saved beside weights.
 _CONFIGS = re.compile(
     r"(__main__|yacs|omegaconf|pytorch_lightning|lightning|lightning_fabric|mmengine|mmcv|ml_collections|easydict|"
@@ -89,9 +104,9 @@ def _load(file: Path) -> object:
 
 def _more_than_tensors(file: Path, name: str) -> str:
     return (
-        f"{file} holds more than tensors: {name}, which could run code, and is not opened; where you trust it, save its "
-        "weights alone, by the code that it comes from: torch.save({'model': MODEL.state_dict()}, 'weights.pth') "
-        f"of MODEL = torch.load({shlex.quote(file.name)!s}, weights_only=False) or its entry"
+        f"{file} holds more than tensors: {name}, which could run code, and is not opened; where you trust it, save "
+        "its weights alone, by the code that it comes from: torch.save({'model': MODEL.state_dict()}, 'weights.pth') "
+        f"of MODEL = torch.load({file.name!r}, weights_only=False), or of its entry"
     )
 
 
@@ -126,7 +141,7 @@ class _StandIn:
 
 def _numpy_parts() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """List what a pickled scalar or array of numpy is made by, under its names in numpy 1 and 2."""
-    made: Any = np._core.multiarray
+    made: Any = np._core.multiarray  # type: ignore[attr-defined]
     both = [
         (getattr(made, name), f"{place}.multiarray.{name}")
         for place in ("numpy.core", "numpy._core")
@@ -170,7 +185,7 @@ def _unwrap(loaded: object, file: Path, *, ema: bool) -> tuple[Mapping[Any, Any]
 
 
 def _containers(holder: Mapping[Any, Any], known: tuple[str, ...]) -> list[str]:
-    """List those of the `known` entries that hold something other than a tensor: only 'model' must hold a state dict."""
+    """List those of the `known` entries that hold no tensor: a state dict, or in 'model' what should be one."""
     return [
         name
         for name in known
