@@ -81,8 +81,8 @@ def other_classes(data: Sequence[str], known: Sequence[str], of: str) -> str:
         else "a name stands for several classes of it or of"
     )
     return (
-        f"has other classes than {of}: {what} the checkpoint, such as {known[0]!r}; write the .beton from class folders "
-        "of the checkpoint's names, or with jobs/write_beton.py --class-names FILE, a line 'FOLDER NAME' for each"
+        f"has other classes than {of}: {what} the checkpoint, such as {known[0]!r}; write the .beton from class "
+        "folders of the checkpoint's names, or with jobs/write_beton.py --class-names FILE, lines 'FOLDER NAME'"
     )
 
 
