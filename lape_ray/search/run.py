@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from lape_ray.search.plan import Plan, check_plan, plan_differences
 from lape_ray.search.runs import Runs
 from lape_ray.search.statistics import Cell, cells, in_words
 from lape_ray.search.tables import command_line, plain
+from lape_ray.training.inputs import changed_inputs, input_digests
 from lape_ray.training.metrics import duration
 from lape_ray.training.preflight import check_before_start
 
@@ -92,16 +93,18 @@ def search(
     tracking.check_reachable(uri)
     tracking.check_trackers(base.tracking)
     _check_networks(plan)
-    _earlier(plan, ledger)  # a name that cannot be used is refused before anything waits
+    inputs = input_digests(base)
+    _earlier(plan, ledger, inputs)  # a name that cannot be used is refused before anything waits
     display = display or Display(plan)
     command = shlex.join(["python", *sys.argv])
     runs = Runs(plan, uri, command=command, program=sys.argv[0])
     with contextlib.ExitStack() as stack:
         ledger.lease = stack.enter_context(storage.leased(ledger.folder, f"search {plan.name}"))
-        earlier = _earlier(plan, ledger)
+        earlier = _earlier(plan, ledger, inputs)
         if plan.base.run.overwrite:
             storage.empty_folder(ledger.folder, but=storage.LEASE_FILES)
         conductor = Conductor(plan, ledger, runs, display, earlier)
+        conductor.record["inputs"] = inputs
         group = None
         if not conductor.engine.over:
             stack.enter_context(connected(show_logs=not display.draws))
@@ -126,16 +129,18 @@ def _check_networks(plan: Plan) -> None:
             raise ValueError(f"the cell {point} cannot be built: {error}") from None
 
 
-def _earlier(plan: Plan, ledger: Ledger) -> dict[str, Any] | None:
+def _earlier(plan: Plan, ledger: Ledger, inputs: Mapping[str, str]) -> dict[str, Any] | None:
     """Read the record of the search that `plan` continues; None where a new one begins.
 
     Raises:
-        ValueError: the search of this name has another definition, or its folder holds something else.
+        ValueError: the search of this name has another definition or other files as inputs, or its folder holds
+            something else.
     """
     earlier = ledger.read_search()
     if earlier is None or plan.base.run.overwrite:
         return None
-    if changed := plan_differences(earlier["definition"], plan.definition()):
+    changed = plan_differences(earlier["definition"], plan.definition())
+    if changed := changed + changed_inputs(earlier.get("inputs", {}), inputs):
         raise ValueError(
             f"search {plan.name!r} exists with another definition ({'; '.join(changed)}); "
             "choose another --run.name, or --run.overwrite true to delete it"

@@ -274,6 +274,16 @@ def about(checkpoint: str | Path) -> Iterator[None]:
         raise error if named else ValueError(f"{checkpoint}: {error}") from None
 
 
+def weights_sha256(path: Path) -> str:
+    """Return the sha256 of the weights in a file, or of those that a checkpoint folder of ours says it holds."""
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"checkpoint {path} does not exist")
+        return str(_size_and_hash(path)["sha256"])
+    _, files = _read_meta(path)
+    return str(files.get("model.safetensors", {}).get("sha256"))
+
+
 def file_checksums(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the size and sha256 of every file of a folder, as meta.json keeps them."""
     return {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}
