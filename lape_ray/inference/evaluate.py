@@ -64,6 +64,13 @@ def choose_device(config: TrainConfig) -> torch.device:
     return torch.device("cuda" if gpu else "cpu")
 
 
+def seen_as(config: TrainConfig) -> str:
+    """Say in a few words what evaluation sees of an image."""
+    data, size = config.data, resolve(config.model).image_size
+    kind = "bilinear" if data.interpolation == "bilinear" else "bicubic"
+    return f"{size} px, crop {data.eval_crop:g} of the shorter side, {kind}"
+
+
 def evaluate_checkpoint(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> dict[str, float]:
     """Evaluate `config.model` with the checkpoint's weights on `data.val`.
 
