@@ -17,18 +17,9 @@ def main() -> None:
     add("--recipe", help="recipe whose network and data settings are used")
     add("--ema", action="store_true", help="evaluate the moving average that the checkpoint holds")
     options, overrides = parser.parse_job()
-    from lape_ray.inference.evaluate import (
-        config_for,
-        evaluate_checkpoint,
-        seen_as,
-    )  # after parsing: --help is instant
-    from lape_ray.storage import local
+    from lape_ray.inference.evaluate import evaluation  # after parsing, so that --help is instant
 
-    checkpoint = str(local(options["checkpoint"]))
-    config = config_for(checkpoint, options["recipe"], overrides)
-    result = evaluate_checkpoint(checkpoint, config, ema=options["ema"])
-    line = "{images:.0f} images  top-1 {acc1:.3f}  top-5 {acc5:.3f}  loss {loss:.4f}"
-    print(f"{line.format(**result)}  ({seen_as(config)})")
+    print(evaluation(**options, overrides=overrides))
 
 
 if __name__ == "__main__":

@@ -27,14 +27,14 @@ from lape_ray.cluster.connection import connected, refuse_little_shared_memory
 from lape_ray.cluster.controller import supervised, train_to_the_end, variables
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
-from lape_ray.config import NETWORK_FIELDS, TrainConfig, flatten, replace_fields
+from lape_ray.config import NETWORK_FIELDS, TrainConfig, replace_fields
 from lape_ray.data.split import read_split_info
 from lape_ray.recipes import recipe
 from lape_ray.storage import LEASE, LEASE_FILES, Lease, LeaseLostError, leased
 from lape_ray.training.checkpoint import read_metadata
 from lape_ray.training.inputs import input_digests
 from lape_ray.training.loop import StoppedError
-from lape_ray.training.preflight import check_before_start
+from lape_ray.training.preflight import check_before_start, with_absolute_paths
 
 PAGES_LIMIT_S = 1800.0
 log = logging.getLogger(__name__)
@@ -168,24 +168,6 @@ def _what_it_is(config: TrainConfig) -> str:
     return "-".join([config.recipe, *(f"{key}-{getattr(config.model, key)}" for key in other)])
 
 
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Make paths absolute.
-
-    Workers run in other directories, so that a relative path would mean another file there.
-    """
-    flat = flatten(config)
-    names = ("data.train", "data.val", "run.storage", "training.init_from", "tracking.tensorboard")
-    paths = {name: storage.absolute(flat[name]) for name in names if flat[name]}
-    if flat["tracking.uri"]:
-        paths["tracking.uri"] = storage.absolute_store(flat["tracking.uri"])
-    if flat["optim.teacher"]:
-        kind, name, file = ["", "", *flat["optim.teacher"].split(":", 2)][
-            -3:
-        ]  # torchvision:NAME:FILE, or a path
-        paths["optim.teacher"] = ":".join(filter(None, (kind, name, storage.absolute(file))))
-    return replace_fields(config, paths)
-
-
 def uses_gpu(config: TrainConfig) -> bool:
     """Tell whether workers of this config compute on GPUs of the connected cluster."""
     if config.run.device == "auto":
@@ -269,7 +251,7 @@ def _status_of(uri: str, run_id: str) -> Iterator[_End]:
 
 def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
     """Prepare `config`: paths that mean the same on every worker, and the storage that its runs lie in."""
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     return config, config.run.storage or str(storage.home() / "runs")
 
 

@@ -19,11 +19,12 @@ from lape_ray.data.ready import Normalized
 from lape_ray.data.split import read_split_info
 from lape_ray.inference.predict import load_network
 from lape_ray.model import resolve
-from lape_ray.recipes import recipe
+from lape_ray.recipes import recipe as recipe_of
+from lape_ray.storage import local
 from lape_ray.training.checkpoint import read_metadata
 from lape_ray.training.classes import checkpoint_classes, match_classes
 from lape_ray.training.loop import evaluate
-from lape_ray.training.preflight import check_split
+from lape_ray.training.preflight import check_split, with_absolute_paths
 from lape_ray.training.preprocessing import timm_fields
 from lape_ray.training.state import autocast_for, available_cpus
 
@@ -37,14 +38,14 @@ def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str,
     to the file says of its images, with a warning, and the `overrides`.
     """
     if recipe_name is not None:
-        base = recipe(recipe_name)
+        base = recipe_of(recipe_name)
     elif Path(checkpoint).is_dir():
         base = read_metadata(Path(checkpoint)).config
     else:
         base = TrainConfig()
     if Path(checkpoint).is_dir():
-        return replace_fields(base, overrides)
-    made = replace_fields(base, overrides)
+        return with_absolute_paths(replace_fields(base, overrides))
+    made = with_absolute_paths(replace_fields(base, overrides))
     here = flatten(made) | {"model.image_size": resolve(made.model).image_size}
     said = timm_fields(Path(checkpoint))
     taken = {name: value for name, value in said.items() if name not in overrides and here[name] != value}
@@ -62,6 +63,17 @@ def choose_device(config: TrainConfig) -> torch.device:
     """Choose this machine's GPU where the config asks for it, or leaves it open and the machine has one."""
     gpu = config.run.device == "gpu" or (config.run.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if gpu else "cpu")
+
+
+def evaluation(
+    checkpoint: str, *, overrides: Mapping[str, Any], recipe: str | None = None, ema: bool = False
+) -> str:
+    """Evaluate the checkpoint at an address by the config of `config_for`, and say the result in a line."""
+    path = str(local(checkpoint))
+    config = config_for(path, recipe, overrides)
+    result = evaluate_checkpoint(path, config, ema=ema)
+    line = "{images:.0f} images  top-1 {acc1:.3f}  top-5 {acc5:.3f}  loss {loss:.4f}".format(**result)
+    return f"{line}  ({seen_as(config)})"
 
 
 def seen_as(config: TrainConfig) -> str:

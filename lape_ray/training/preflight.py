@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from lape_ray import storage
-from lape_ray.config import TrainConfig
+from lape_ray.config import TrainConfig, flatten, replace_fields
 from lape_ray.data.split import SplitInfo, read_split_info
 from lape_ray.model import build_model, resolve
 from lape_ray.training.classes import checkpoint_classes, match_classes
@@ -16,6 +16,27 @@ from lape_ray.training.initial import load_initial
 from lape_ray.training.loss import load_teacher
 
 log = logging.getLogger(__name__)
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Make paths absolute.
+
+    Workers run in other directories, so that a relative path would mean another file there.
+
+    Raises:
+        ValueError: see `storage.absolute_store`.
+    """
+    flat = flatten(config)
+    names = ("data.train", "data.val", "run.storage", "training.init_from", "tracking.tensorboard")
+    paths = {name: storage.absolute(flat[name]) for name in names if flat[name]}
+    if flat["tracking.uri"]:
+        paths["tracking.uri"] = storage.absolute_store(flat["tracking.uri"])
+    if flat["optim.teacher"]:
+        kind, name, file = ["", "", *flat["optim.teacher"].split(":", 2)][
+            -3:
+        ]  # torchvision:NAME:FILE, or a path
+        paths["optim.teacher"] = ":".join(filter(None, (kind, name, storage.absolute(file))))
+    return replace_fields(config, paths)
 
 
 def check_before_start(config: TrainConfig, *, storage_root: str) -> None:

@@ -121,7 +121,7 @@ def test_evaluate_agrees_with_the_run(service: Service, submitted: subprocess.Co
     assert f"160 images  top-1 {run.data.metrics['val/acc1']:.3f}" in done.stdout
     mixed = subprocess.run([*command, "--model.join=basic"], capture_output=True, text=True)
     assert mixed.returncode == 2
-    assert "error: the checkpoint is of another model: unknown join.norms.0" in mixed.stderr
+    assert f"error: {found[1]}: the checkpoint is of another model: unknown join.norms.0" in mixed.stderr
 
 
 def test_two_workers_and_a_run_that_resumes_before_a_damaged_checkpoint(
