@@ -1,8 +1,8 @@
 """Evaluate a checkpoint's exact top-1 and top-5: evaluate.py CHECKPOINT --data.val FILE.beton [options].
 
-CHECKPOINT is a checkpoint folder of ours, which knows its network, or a .pth or .safetensors file of the
-official LaPE code, DeiT or timm, whose network is described by --recipe or by --model.* options; or the
-s3:// address of one.
+CHECKPOINT is a checkpoint folder of ours, which knows its network, or a file of the official LaPE code, DeiT or timm
+(docs/training.md has the table), whose network is described by --recipe or by --model.* options; or the s3:// address
+of one. --data.eval_crop 1.0 evaluates as the official LaPE code does, instead of DeiT's 0.875.
 """
 
 from lape_ray.cli import ConfigParser, run_job
@@ -15,18 +15,11 @@ def main() -> None:
     add = parser.add_argument
     add("checkpoint", help="folder, .pth or .safetensors")
     add("--recipe", help="recipe whose network and data settings are used")
-    add("--ema", action="store_true", help="evaluate the moving average that our checkpoints hold")
+    add("--ema", action="store_true", help="evaluate the moving average that the checkpoint holds")
     options, overrides = parser.parse_job()
-    from lape_ray.inference.evaluate import (
-        config_for,
-        evaluate_checkpoint,
-    )  # after parsing: --help is instant
-    from lape_ray.storage import local
+    from lape_ray.inference.evaluate import evaluation  # after parsing, so that --help is instant
 
-    checkpoint = str(local(options["checkpoint"]))
-    config = config_for(checkpoint, options["recipe"], overrides)
-    result = evaluate_checkpoint(checkpoint, config, ema=options["ema"])
-    print("{images:.0f} images  top-1 {acc1:.3f}  top-5 {acc5:.3f}  loss {loss:.4f}".format(**result))
+    print(evaluation(**options, overrides=overrides))
 
 
 if __name__ == "__main__":

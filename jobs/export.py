@@ -20,7 +20,7 @@ def main() -> None:
     add("--mlflow", action="store_true", help="log a servable model to the run")
     add("--register", metavar="NAME", help="with --mlflow: make it a new version of this registered model")
     add("--images", type=Path, help="folder of real images for comparison and example (default: data.val)")
-    add("--ema", action="store_true", help="the moving average that our checkpoints hold")
+    add("--ema", action="store_true", help="the moving average that the checkpoint holds")
     options, overrides = parser.parse_job()
     if options["register"] and not options["mlflow"]:
         parser.error(f"--register {options['register']} needs --mlflow")

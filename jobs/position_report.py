@@ -24,7 +24,7 @@ def main() -> None:
     add("--count", type=int, default=64, help="images of that measurement (default: %(default)s)")
     add("--robustness", action="store_true", help="also accuracy at other sizes and shifts, on data.val")
     add("--robustness-images", type=int, metavar="N", help="on N images, spread over data.val (default: all)")
-    add("--ema", action="store_true", help="the moving average that our checkpoints hold")
+    add("--ema", action="store_true", help="the moving average that the checkpoint holds")
     options, overrides = parser.parse_job()
     from lape_ray.report.build import build_position_report  # after parsing, so that --help is instant
 

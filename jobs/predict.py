@@ -18,7 +18,7 @@ def main() -> int:
         help="write path, classes, probabilities and error, row by row (default: lines on the screen)")  # fmt: skip
     add("--top", type=at_least_one, default=5, help="classes of an image (default: %(default)s)")
     add("--batch", type=at_least_one, default=32, help="images at a time (default: %(default)s)")
-    add("--ema", action="store_true", help="the moving average that our checkpoints hold")
+    add("--ema", action="store_true", help="the moving average that the checkpoint holds")
     options, overrides = parser.parse_job()
     from lape_ray.inference.classify import classify_folder  # after parsing, so that --help is instant
 

@@ -30,12 +30,14 @@ def _deit(variant: Variant, join: Join) -> TrainConfig:
 
     1024 images a step on 4 to 16 workers, AdamW 1e-3, cosine to 1e-5 over 300 epochs after 5 of warm-up,
     weight decay 0.05, stochastic depth 0.1, RandAugment, random erasing 0.25, three copies of an image (repeated
-    augmentation), mixup 0.8 and cutmix 1.0, label smoothing 0.1.
+    augmentation), mixup 0.8 and cutmix 1.0, label smoothing 0.1. Evaluation keeps 0.875 of the shorter side (256 to
+    224 px), as DeiT's code; LaPE's own code keeps all of it (Resize(224)), which is `--data.eval_crop 1.0`.
     """
     return TrainConfig(
         model=ModelConfig(variant=variant, join=join, drop_path=0.1),
         data=DataConfig(
             batch_size=1024,
+            eval_crop=0.875,
             mixup=0.8,
             cutmix=1.0,
             rand_augment="rand-m9-mstd0.5-inc1",

@@ -140,6 +140,13 @@ def variables() -> dict[str, str]:
     """Return those of the driver's environment variables that the other processes of a run need.
 
     Secrets are not among them: Ray writes environments into its logs and shows them in its dashboard. Each node has
-    them in its own environment, or the job in its runtime environment.
+    them in its own environment, or the job in its runtime environment. Relative paths become absolute, as these
+    processes run in other folders.
     """
-    return shared_variables()
+    shared = shared_variables()
+    for name in ("LAPE_RAY_HOME", "LAPE_RAY_CACHE"):
+        if shared.get(name):
+            shared[name] = storage.absolute(shared[name])
+    if uri := shared.get("MLFLOW_TRACKING_URI"):
+        shared["MLFLOW_TRACKING_URI"] = storage.absolute_store(uri)
+    return shared

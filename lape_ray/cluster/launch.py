@@ -22,18 +22,19 @@ import ray.train
 import torch
 
 from lape_ray import storage, tracking
-from lape_ray.cluster.checkpoint_list import best, recover
+from lape_ray.cluster.checkpoint_list import best, read_list, recover
 from lape_ray.cluster.connection import connected, refuse_little_shared_memory
 from lape_ray.cluster.controller import supervised, train_to_the_end, variables
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
-from lape_ray.config import NETWORK_FIELDS, TrainConfig, flatten, replace_fields
+from lape_ray.config import NETWORK_FIELDS, TrainConfig, replace_fields
 from lape_ray.data.split import read_split_info
 from lape_ray.recipes import recipe
 from lape_ray.storage import LEASE, LEASE_FILES, Lease, LeaseLostError, leased
 from lape_ray.training.checkpoint import read_metadata
+from lape_ray.training.inputs import input_digests
 from lape_ray.training.loop import StoppedError
-from lape_ray.training.preflight import check_before_start
+from lape_ray.training.preflight import check_before_start, with_absolute_paths
 
 PAGES_LIMIT_S = 1800.0
 log = logging.getLogger(__name__)
@@ -86,10 +87,11 @@ def fit(config: TrainConfig) -> FitResult:
     uri, folder = tracking.tracking_uri(config), storage.join(root, name)
     check_before_start(config, storage_root=root)
     tracking.check_trackers(config.tracking)
-    earlier_run(config, folder)  # a name that cannot be used is refused before anything waits
+    inputs = input_digests(config)
+    earlier_run(config, folder, inputs)  # a name that cannot be used is refused before anything waits
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(leased(folder, f"run {name}"))
-        earlier = earlier_run(config, folder)
+        earlier = earlier_run(config, folder, inputs)
         if earlier is None:  # a run that continues can wait for the server
             tracking.check_reachable(uri)
         else:
@@ -112,6 +114,7 @@ def fit(config: TrainConfig) -> FitResult:
             tracking_uri=uri,
             mlflow_run_id=_open_mlflow_run(config, uri, earlier),
             use_gpu=use_gpu,
+            inputs=inputs,
         )
         write_run(run, finished=False)
         _tell(f"run {name}  storage {folder}\nMLflow run {run.mlflow_run_id}: {tracking.ui_command(uri)}")
@@ -125,7 +128,8 @@ def _tell(text: str) -> None:
 def _train_and_conclude(run: Run, lease: Lease, supervisor: Any) -> FitResult:
     """Train, and leave the best checkpoint, the pages and the status in MLflow and in the run's record."""
     uri, run_id = run.tracking_uri, run.mlflow_run_id
-    with _status_of(uri, run_id):
+    with _status_of(uri, run_id) as end:
+        before = read_list(run.folder)
         train_to_the_end(run, lease, supervisor)
         lease.check()
         chosen = best(recover(run.folder, log.warning))
@@ -134,9 +138,12 @@ def _train_and_conclude(run: Run, lease: Lease, supervisor: Any) -> FitResult:
         checkpoint = storage.join(run.folder, chosen.name)
         with storage.opened(checkpoint) as files:
             metrics = read_metadata(files).metrics
-            tracked = tracking.send_unsent(run.folder, uri, run_id) and tracking.log_model(
-                uri, run_id, files, metrics
+            tracked = (
+                tracking.send_unsent(run.folder, uri, run_id)
+                and (read_list(run.folder) == before or tracking.holds_metric(uri, run_id, "epoch"))
+                and tracking.log_model(uri, run_id, files, metrics)
             )
+            end.tracked = tracked
         if run.config.tracking.pages and tracked:
             _log_pages(run, checkpoint)
     lease.check()
@@ -159,22 +166,6 @@ def _what_it_is(config: TrainConfig) -> str:
     of_recipe = recipe(config.recipe).model
     other = [key for key in NETWORK_FIELDS if getattr(config.model, key) != getattr(of_recipe, key)]
     return "-".join([config.recipe, *(f"{key}-{getattr(config.model, key)}" for key in other)])
-
-
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Make paths absolute.
-
-    Workers run in other directories, so that a relative path would mean another file there.
-    """
-    flat = flatten(config)
-    names = ("data.train", "data.val", "run.storage", "training.init_from", "tracking.tensorboard")
-    paths = {name: storage.absolute(flat[name]) for name in names if flat[name]}
-    if flat["optim.teacher"]:
-        kind, name, file = ["", "", *flat["optim.teacher"].split(":", 2)][
-            -3:
-        ]  # torchvision:NAME:FILE, or a path
-        paths["optim.teacher"] = ":".join(filter(None, (kind, name, storage.absolute(file))))
-    return replace_fields(config, paths)
 
 
 def uses_gpu(config: TrainConfig) -> bool:
@@ -229,11 +220,19 @@ def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None) -> s
     )
 
 
+@dataclass
+class _End:
+    """The end of a run: whether MLflow has all of it."""
+
+    tracked: bool = True
+
+
 @contextlib.contextmanager
-def _status_of(uri: str, run_id: str) -> Iterator[None]:
-    """Close the MLflow run with the status that is true."""
+def _status_of(uri: str, run_id: str) -> Iterator[_End]:
+    """Close the MLflow run with the status that is true: KILLED, too, where it does not have all of it."""
+    end = _End()
     try:
-        yield
+        yield end
     except StoppedError:
         tracking.finish_run(uri, run_id, "KILLED")
         raise
@@ -245,12 +244,14 @@ def _status_of(uri: str, run_id: str) -> Iterator[None]:
     except BaseException:  # Ctrl-C, or the SystemExit by which a stopped job's driver ends
         tracking.finish_run(uri, run_id, "KILLED")
         raise
-    tracking.finish_run(uri, run_id, "FINISHED")
+    if not end.tracked:
+        tracking.tag_run(uri, run_id, {"incomplete": "not all of the run is stored here; submit it again"})
+    tracking.finish_run(uri, run_id, "FINISHED" if end.tracked else "KILLED")
 
 
 def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
     """Prepare `config`: paths that mean the same on every worker, and the storage that its runs lie in."""
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     return config, config.run.storage or str(storage.home() / "runs")
 
 

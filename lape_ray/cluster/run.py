@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lape_ray import storage
 from lape_ray.config import TrainConfig
@@ -19,6 +20,7 @@ class Run:
         tracking_uri: of MLflow
         mlflow_run_id: of the run in MLflow
         use_gpu: whether its workers compute on GPUs
+        inputs: sha256 of the files that it learns from (`training.inputs`)
     """
 
     config: TrainConfig
@@ -27,6 +29,7 @@ class Run:
     tracking_uri: str
     mlflow_run_id: str
     use_gpu: bool
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from lape_ray import storage
@@ -11,8 +12,11 @@ from lape_ray.cluster.checkpoint_list import newest_meta
 from lape_ray.cluster.run import Run
 from lape_ray.config import TrainConfig, from_dict, to_dict
 from lape_ray.training.checkpoint import differences
+from lape_ray.training.inputs import CLASSES, changed_inputs, classes_digest
+from lape_ray.values.typed import typed
 
 RECORD = "run.json"
+WAY_OUT = "it is made again from the newest checkpoint"
 NOTHING_YET = (
     "lease.json",
     ".lease.json",
@@ -25,25 +29,33 @@ NOTHING_YET = (
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The contents of `run.json`; `config` as `to_dict` made it."""
+    """The contents of `run.json`; `config` as `to_dict` made it, and the `inputs` as `input_digests` finds them."""
 
     finished: bool
     mlflow_run_id: str
     config: Mapping[str, Any]
+    inputs: Mapping[str, str]
 
 
 def write_run(run: Run, *, finished: bool) -> None:
     """Write the record of a run into its folder."""
-    record = Record(finished=finished, mlflow_run_id=run.mlflow_run_id, config=to_dict(run.config))
+    record = Record(
+        finished=finished,
+        mlflow_run_id=run.mlflow_run_id,
+        config=to_dict(run.config),
+        inputs=dict(run.inputs),
+    )
     storage.write_record(storage.join(run.folder, RECORD), vars(record))
 
 
-def earlier_run(config: TrainConfig, folder: str) -> Record | None:
+def earlier_run(
+    config: TrainConfig, folder: str, inputs: Mapping[str, str] = MappingProxyType({})
+) -> Record | None:
     """Read the record of the unfinished run that `config` continues; None where a new one begins.
 
     Raises:
-        ValueError: the run of this name is finished, or of another config; or what lies in the folder is no run of this
-            name, so that it can neither be continued nor overwritten.
+        ValueError: the run of this name is finished, or of another config or `inputs`; or what lies in the folder is no
+            run of this name, so that it can neither be continued nor overwritten.
     """
     name = config.run.name
     earlier = _read_run(folder)
@@ -61,6 +73,11 @@ def earlier_run(config: TrainConfig, folder: str) -> Record | None:
             f"run {name!r} exists with another config ({'; '.join(changed)}); "
             "choose another --run.name, or --run.overwrite true to delete it"
         )
+    if changed := changed_inputs(earlier.inputs, inputs):
+        raise ValueError(
+            f"run {name!r} exists with other files behind the same names ({'; '.join(changed)}); put the earlier ones "
+            "back, choose another --run.name, or --run.overwrite true to delete it"
+        )
     if earlier.finished:
         raise ValueError(
             f"run {name!r} is finished already; choose another --run.name, or --run.overwrite true to delete it"
@@ -72,9 +89,11 @@ def _read_run(folder: str) -> Record | None:
     """Read the record, or make it again from the newest checkpoint; None where the folder is free."""
     address = storage.join(folder, RECORD)
     try:
-        record: Record = storage.read_record(
-            Record, address, way_out="it is made again from the newest checkpoint"
-        )
+        values = storage.read_record(dict[str, Any], address, way_out=WAY_OUT)
+        try:
+            record: Record = typed(Record, {"inputs": {}, **values})  # older ones do not know them
+        except ValueError as error:
+            raise ValueError(f"{address} is damaged: {error}; {WAY_OUT}") from None
         return record
     except FileNotFoundError:
         others = [name for name in storage.names(folder) if not name.startswith(NOTHING_YET)]
@@ -89,4 +108,9 @@ def _read_run(folder: str) -> Record | None:
             f"{reason}, and no checkpoint of ours is in it: choose another --run.name, or move it away"
         )
     print(f"warning: {reason}; going by the newest checkpoint", flush=True)
-    return Record(finished=False, mlflow_run_id=meta.mlflow_run_id or "", config=to_dict(meta.config))
+    return Record(
+        finished=False,
+        mlflow_run_id=meta.mlflow_run_id or "",
+        config=to_dict(meta.config),
+        inputs={} if meta.classes is None else {CLASSES: classes_digest(meta.classes)},
+    )

@@ -22,6 +22,7 @@ from lape_ray.inference.predict import Predictor, make_predictor
 from lape_ray.model import resolve
 from lape_ray.storage import is_remote, local
 from lape_ray.training.checkpoint import read_metadata
+from lape_ray.training.classes import checkpoint_classes, text_order
 
 KINDS = get_type_hints(ModelConfig)
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -105,16 +106,18 @@ def open_predictor(
 ) -> tuple[Predictor, str | None]:
     """Open the predictor of one spec (see `resolve_checkpoints`), and return it with its MLflow run's id, if any.
 
-    Its classes have the names that the checkpoint holds, else those of `class_names`; else a warning says that they are
-    numbers.
+    Its classes have the names that the checkpoint or its config.json holds, else those of `class_names`; else a warning
+    says that they are numbers.
     """
     with tempfile.TemporaryDirectory(prefix="lape-model-") as downloads:
         (checkpoint,) = resolve_checkpoints([spec], overrides, downloads=Path(downloads))
-        run_id, names = checkpoint.run_id, None
+        run_id, names = checkpoint.run_id, checkpoint_classes(checkpoint.path)
         if Path(checkpoint.path).is_dir():
-            meta = read_metadata(Path(checkpoint.path))
-            run_id, names = run_id or meta.mlflow_run_id, meta.classes
-        names = names or class_names(checkpoint.config)
+            run_id = run_id or read_metadata(Path(checkpoint.path)).mlflow_run_id
+        if names is None:
+            names = class_names(checkpoint.config)
+            if note := text_order(names or (), of=spec, path="the manifest that names the classes"):
+                log.warning("%s", note)
         predictor = make_predictor(checkpoint.path, checkpoint.config, classes=names, ema=ema)
     if names is None:
         log.warning(

@@ -2,42 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import logging
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.config import TrainConfig, flatten, replace_fields
+from lape_ray.data.batch import Batch, Batches
 from lape_ray.data.loader import build_loader
 from lape_ray.data.ready import Normalized
+from lape_ray.data.split import read_split_info
 from lape_ray.inference.predict import load_network
 from lape_ray.model import resolve
-from lape_ray.recipes import recipe
+from lape_ray.recipes import recipe as recipe_of
+from lape_ray.storage import local
 from lape_ray.training.checkpoint import read_metadata
+from lape_ray.training.classes import checkpoint_classes, match_classes
 from lape_ray.training.loop import evaluate
-from lape_ray.training.preflight import check_split
+from lape_ray.training.preflight import check_split, with_absolute_paths
+from lape_ray.training.preprocessing import timm_fields
 from lape_ray.training.state import autocast_for, available_cpus
+
+log = logging.getLogger(__name__)
 
 
 def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str, Any]) -> TrainConfig:
     """Choose the config by which a checkpoint is evaluated.
 
-    It is the named recipe, else the checkpoint's own config, else the defaults; then come the `overrides`.
+    It is the named recipe, else the checkpoint's own config, else the defaults; then come what timm's config.json next
+    to the file says of its images, with a warning, and the `overrides`.
     """
     if recipe_name is not None:
-        base = recipe(recipe_name)
+        base = recipe_of(recipe_name)
     elif Path(checkpoint).is_dir():
         base = read_metadata(Path(checkpoint)).config
     else:
         base = TrainConfig()
-    return replace_fields(base, overrides)
+    if Path(checkpoint).is_dir():
+        return with_absolute_paths(replace_fields(base, overrides))
+    made = with_absolute_paths(replace_fields(base, overrides))
+    here = flatten(made) | {"model.image_size": resolve(made.model).image_size}
+    said = timm_fields(Path(checkpoint))
+    taken = {name: value for name, value in said.items() if name not in overrides and here[name] != value}
+    if taken:
+        fields = " ".join(f"--{name} {_shown(value)}" for name, value in taken.items())
+        log.warning("%s: its config.json is followed, as by %s; options come before it", checkpoint, fields)
+    return replace_fields(made, taken)
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def choose_device(config: TrainConfig) -> torch.device:
     """Choose this machine's GPU where the config asks for it, or leaves it open and the machine has one."""
     gpu = config.run.device == "gpu" or (config.run.device == "auto" and torch.cuda.is_available())
     return torch.device("cuda" if gpu else "cpu")
+
+
+def evaluation(
+    checkpoint: str, *, overrides: Mapping[str, Any], recipe: str | None = None, ema: bool = False
+) -> str:
+    """Evaluate the checkpoint at an address by the config of `config_for`, and say the result in a line."""
+    path = str(local(checkpoint))
+    config = config_for(path, recipe, overrides)
+    result = evaluate_checkpoint(path, config, ema=ema)
+    line = "{images:.0f} images  top-1 {acc1:.3f}  top-5 {acc5:.3f}  loss {loss:.4f}".format(**result)
+    return f"{line}  ({seen_as(config)})"
+
+
+def seen_as(config: TrainConfig) -> str:
+    """Say in a few words what evaluation sees of an image."""
+    data, size = config.data, resolve(config.model).image_size
+    kind = "bilinear" if data.interpolation == "bilinear" else "bicubic"
+    return f"{size} px, crop {data.eval_crop:g} of the shorter side, {kind}"
 
 
 def evaluate_checkpoint(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> dict[str, float]:
@@ -48,8 +91,8 @@ def evaluate_checkpoint(checkpoint: str, config: TrainConfig, *, ema: bool = Fal
     """
     spec, device = resolve(config.model), choose_device(config)
     network = load_network(checkpoint, config, ema=ema)
-    check_split(config, "val")
-    loader = build_loader(
+    places_K = val_places(checkpoint, config)
+    loader: Batches = build_loader(
         config.data,
         "val",
         image_size=spec.image_size,
@@ -58,4 +101,39 @@ def evaluate_checkpoint(checkpoint: str, config: TrainConfig, *, ema: bool = Fal
         threads=available_cpus(),
     )
     with autocast_for(config, device)():
-        return evaluate(network.to(device), Normalized(loader, config.data, device))
+        return evaluate(network.to(device), by_name(Normalized(loader, config.data, device), places_K))
+
+
+def val_places(checkpoint: str, config: TrainConfig) -> list[int] | None:
+    """Find the checkpoint's output for each class (K) of `data.val`, by name, with a warning where they differ.
+
+    None: they are as they stand.
+
+    Raises:
+        FileNotFoundError, ValueError: the data cannot be read, or has other classes or too small images.
+    """
+    info = read_split_info(config.data, "val")
+    known = checkpoint_classes(checkpoint)
+    places_K, note = match_classes(info.classes, known, of=checkpoint, path=info.path)
+    if note:
+        log.warning("%s", note)
+    check_split(config, "val", subset=places_K is not None)
+    return places_K
+
+
+def by_name(loader: Batches, places_K: Sequence[int] | None) -> Batches:
+    """Give a loader the labels of a checkpoint's outputs, as `val_places` finds them."""
+    return loader if places_K is None else _Relabelled(loader, torch.tensor(places_K))
+
+
+@dataclass(frozen=True)
+class _Relabelled:
+    """A loader whose labels are the places of a checkpoint's classes."""
+
+    loader: Batches
+    places_K: Tensor
+
+    def epoch(self, epoch: int) -> Generator[Batch, None, None]:
+        with contextlib.closing(self.loader.epoch(epoch)) as batches:
+            for batch in batches:
+                yield batch._replace(labels=self.places_K.to(batch.labels.device)[batch.labels])

@@ -7,7 +7,7 @@ Shapes: B images, K classes, S side of the model's input in pixels.
 
 from __future__ import annotations
 
-import math
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lape_ray.config import DataConfig, TrainConfig
+from lape_ray.data.center_crop import center_crop
 from lape_ray.data.normalize import Normalize
 from lape_ray.data.sources import EXTENSIONS, load_image, to_rgb
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.storage import write_rows, written_path
-from lape_ray.training.checkpoint import read_weights
+from lape_ray.training.checkpoint import about, read_weights
 from lape_ray.training.recompute import optimise_blocks
+
+BYTES = 2**29
+"""The largest file of an image that is read. Of its pixels Pillow decodes 179 million at most."""
+log = logging.getLogger(__name__)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -44,28 +49,17 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """Read the RGB image in a file; a ValueError or OSError names one that cannot be read."""
+    """Read the RGB image in a file; a ValueError or OSError names one that cannot be read, or is too large."""
+    if path.stat().st_size > BYTES:
+        raise ValueError(
+            f"{path} cannot be read: it has more than {BYTES:,} bytes; give a smaller copy of it"
+        )
     return to_rgb(load_image(path.read_bytes(), str(path)), str(path))
 
 
-def center_crop(image: Image.Image, *, size: int, data: DataConfig) -> Image.Image:
-    """Return the RGB square (S, S) that evaluation sees: shorter side to S / eval_crop, then the centre of S pixels.
-
-    Only the square is resized: the whole of a strip of 1 x 60,000 pixels would become 256 x 15,360,000.
-    """
-    resize = max(size, math.floor(size / data.eval_crop))
-    width, height = image.size
-    short = min(width, height)
-    new_width, new_height = resize * width // short, resize * height // short
-    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-    box = (
-        left * width / new_width,
-        top * height / new_height,
-        (left + size) * width / new_width,
-        (top + size) * height / new_height,
-    )
-    kind = Image.Resampling.BILINEAR if data.interpolation == "bilinear" else Image.Resampling.BICUBIC
-    return image.resize((size, size), kind, box=box)
+def square(image: Image.Image, *, size: int, data: DataConfig) -> Image.Image:
+    """Return the RGB square (S, S) of an RGB image that evaluation sees."""
+    return center_crop(image, size=size, share=data.eval_crop, interpolation=data.interpolation)
 
 
 def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
@@ -103,20 +97,30 @@ class Predictor:
 
         Of each image only its square is kept, so that an iterator that decodes them holds one whole image at a time.
         """
-        squares = [
-            np.asarray(center_crop(to_rgb(image, f"image {i}"), size=self.size, data=self.config.data))
-            for i, image in enumerate(images)
-        ]
+        squares = [self.square(to_rgb(image, f"image {i}")) for i, image in enumerate(images)]
+        return self.probabilities_of(squares)
+
+    def square(self, image: Image.Image) -> np.ndarray:
+        """Return what the network sees of an RGB image: uint8 (S, S, 3)."""
+        return np.asarray(square(image, size=self.size, data=self.config.data))
+
+    def probabilities_of(self, squares: Sequence[np.ndarray]) -> np.ndarray:
+        """Compute (B, K) float32 probabilities of uint8 squares (S, S, 3); each row sums to 1."""
         with torch.inference_mode():
             logits_BK = self.model(to_tensor(squares).to(self.device))
         return np.asarray(logits_BK.float().softmax(-1).cpu())
 
 
 def load_network(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> VisionTransformer:
-    """Build `config.model` with the weights of a checkpoint of any origin, on the CPU, with optimised blocks."""
+    """Build `config.model` with the weights of a checkpoint of any origin, on the CPU, with optimised blocks.
+
+    A warning says which table was resized.
+    """
     network = build_model(config.model)
     weights, _ = read_weights(checkpoint, ema=ema)
-    load_weights(network, weights)
+    with about(checkpoint):
+        for note in load_weights(network, weights):
+            log.warning("%s: %s", checkpoint, note)
     return optimise_blocks(network)
 
 
@@ -154,26 +158,29 @@ class Prediction:
 def predict_files(
     predictor: Predictor, paths: Sequence[Path], *, top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction]:
-    """Yield predictions in the order of `paths`; an image that cannot be read becomes one with `error`."""
+    """Yield predictions in the order of `paths`; an image that cannot be read becomes one with `error`.
+
+    Of a batch only the squares are kept, and one whole image at a time.
+    """
     for start in range(0, len(paths), batch_size):
         part = paths[start : start + batch_size]
-        loaded: dict[Path, Image.Image] = {}
+        squares: dict[Path, np.ndarray] = {}
         errors: dict[Path, str] = {}
         for path in part:
             try:
-                loaded[path] = read_image(path)
+                squares[path] = predictor.square(read_image(path))
             except (ValueError, OSError) as error:
                 errors[path] = str(error)
-        best = _best(predictor, list(loaded.values()), top) if loaded else []
-        found = dict(zip(loaded, best, strict=True))
+        best = _best(predictor, list(squares.values()), top) if squares else []
+        found = dict(zip(squares, best, strict=True))
         for path in part:
             yield Prediction(path, error=errors[path]) if path in errors else Prediction(path, found[path])
 
 
 def _best(
-    predictor: Predictor, images: Sequence[Image.Image], top: int
+    predictor: Predictor, squares: Sequence[np.ndarray], top: int
 ) -> list[tuple[tuple[str, float], ...]]:
-    probabilities_BK = predictor.probabilities(images)
+    probabilities_BK = predictor.probabilities_of(squares)
     order_BK = np.argsort(-probabilities_BK, axis=1, kind="stable")[:, :top]
     return [
         tuple((predictor.classes[k], float(row_K[k])) for k in order_K)

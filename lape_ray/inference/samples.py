@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lape_ray.config import TrainConfig
 from lape_ray.data.loader import Loader, build_loader
-from lape_ray.inference.predict import center_crop, find_images, read_image, to_tensor
+from lape_ray.inference.predict import find_images, read_image, square, to_tensor
 from lape_ray.model import resolve
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def folder_images(folder: Path, config: TrainConfig, count: int) -> Tensor:
         except (ValueError, OSError) as error:
             log.warning("skipped: %s", error)
             continue
-        squares.append(center_crop(image, size=size, data=config.data))
+        squares.append(square(image, size=size, data=config.data))
     if not squares:
         raise ValueError(
             f"none of the images of {folder} that were tried can be read; give a folder of images that can"

@@ -15,7 +15,7 @@ from lape_ray import tracking
 from lape_ray.config import TrainConfig
 from lape_ray.data.normalize import Normalize
 from lape_ray.inference.checkpoints import ResolvedCheckpoint, resolve_checkpoints
-from lape_ray.inference.evaluate import choose_device
+from lape_ray.inference.evaluate import choose_device, val_places
 from lape_ray.inference.predict import load_network
 from lape_ray.inference.samples import folder_images, validation_images
 from lape_ray.report.position import PositionView, view
@@ -86,7 +86,13 @@ def _robustness(
     weights, _ = read_weights(checkpoint.path, ema=ema)
     config, device = checkpoint.config, choose_device(checkpoint.config)
     return measure_robustness(
-        checkpoint.label, config, weights, device=device, images=images, progress=progress
+        checkpoint.label,
+        config,
+        weights,
+        device=device,
+        images=images,
+        places_K=val_places(checkpoint.path, config),
+        progress=progress,
     )
 
 

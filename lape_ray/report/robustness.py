@@ -18,6 +18,7 @@ from lape_ray.config import TrainConfig
 from lape_ray.data.batch import Batch, Batches
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.ready import Normalized
+from lape_ray.inference.evaluate import by_name
 from lape_ray.inference.samples import batches_at, evenly_spaced
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
@@ -104,14 +105,17 @@ def measure_robustness(
     *,
     device: torch.device,
     images: int | None = None,
+    places_K: Sequence[int] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Robustness:
     """Measure top-1 on `images` of `data.val` (None: all) for each size of `sizes_for` and shift of `shifts_for`.
 
+    The network's output for each class of the data is `places_K` (see `val_places`).
+
     Images smaller than a size are enlarged to it, as `data.upscale` does.
     """
     spec = resolve(config.model)
-    measure = _Measurement(config, weights, device, images)
+    measure = _Measurement(config, weights, device, images, places_K)
     sizes, shifts = {}, {}
     image_sizes = sizes_for(spec)
     for number, size in enumerate(image_sizes, 1):
@@ -132,8 +136,14 @@ class _Measurement:
     """A checkpoint's networks and its validation images, at any size."""
 
     def __init__(
-        self, config: TrainConfig, weights: Mapping[str, Any], device: torch.device, images: int | None
+        self,
+        config: TrainConfig,
+        weights: Mapping[str, Any],
+        device: torch.device,
+        images: int | None,
+        places_K: Sequence[int] | None,
     ) -> None:
+        self.places_K = places_K
         self.config, self.weights, self.device, self.images = config, weights, device, images
         self.autocast = autocast_for(config, device)
 
@@ -153,7 +163,7 @@ class _Measurement:
             threads=available_cpus(),
         )
         chosen = loader if self.images is None else Few(loader=loader, count=self.images)
-        return Normalized(chosen, data, self.device)
+        return by_name(Normalized(chosen, data, self.device), self.places_K)
 
     def top1(self, network: torch.nn.Module, loader: Batches) -> float:
         """Return top-1 in percent."""

@@ -32,6 +32,7 @@ from lape_ray.search.settings import Settings
 from lape_ray.search.statistics import Cell, cells, in_words
 from lape_ray.search.tables import command_line, plain
 from lape_ray.search.tuner import opened, run_tuner, whole_snapshot
+from lape_ray.training.inputs import changed_inputs, input_digests
 from lape_ray.training.loop import StoppedError
 from lape_ray.training.metrics import duration
 from lape_ray.training.preflight import check_before_start
@@ -105,16 +106,18 @@ def search(
     tracking.check_reachable(uri)
     tracking.check_trackers(base.tracking)
     _check_networks(plan)
-    _earlier(plan, folder)  # a name that cannot be used is refused before anything waits
+    inputs = input_digests(base)
+    _earlier(plan, folder, inputs)  # a name that cannot be used is refused before anything waits
     display = display or Display(plan)
     command = shlex.join(["python", *sys.argv])
     runs = Runs(plan, uri, command=command, program=sys.argv[0])
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(storage.leased(folder, f"search {plan.name}"))
-        earlier = _earlier(plan, folder)
+        earlier = _earlier(plan, folder, inputs)
         if plan.base.run.overwrite:
             storage.empty_folder(folder, but=storage.LEASE_FILES)
         record = earlier or {"definition": plan.definition(), "mlflow_run_id": "", "sessions": []}
+        record["inputs"] = inputs
         trials = (
             trials_of_tune.read_trials(folder) if earlier and whole_snapshot(folder, display.line) else []
         )
@@ -202,16 +205,18 @@ def _check_networks(plan: Plan) -> None:
             raise ValueError(f"the cell {point} cannot be built: {error}") from None
 
 
-def _earlier(plan: Plan, folder: str) -> dict[str, Any] | None:
+def _earlier(plan: Plan, folder: str, inputs: Mapping[str, str]) -> dict[str, Any] | None:
     """Read the record of the search that `plan` continues; None where a new one begins.
 
     Raises:
-        ValueError: the search of this name has another definition, or its folder holds something else.
+        ValueError: the search of this name has another definition or other files as inputs, or its folder holds
+            something else.
     """
     earlier = read_search(folder)
     if earlier is None or plan.base.run.overwrite:
         return None
-    if changed := plan_differences(earlier["definition"], plan.definition()):
+    changed = plan_differences(earlier["definition"], plan.definition())
+    if changed := changed + changed_inputs(earlier.get("inputs", {}), inputs):
         raise ValueError(
             f"search {plan.name!r} exists with another definition ({'; '.join(changed)}); "
             "choose another --run.name, or --run.overwrite true to delete it"

@@ -14,7 +14,7 @@
 Credentials, region and endpoint of S3 come from the usual environment variables and profiles (AWS_*).
 """
 
-from lape_ray.storage.address import absolute, home, is_remote, join, safe_relative
+from lape_ray.storage.address import absolute, absolute_store, home, is_remote, join, safe_relative
 from lape_ray.storage.copies import cache, local, opened, stage
 from lape_ray.storage.csv_rows import write_rows
 from lape_ray.storage.files import (
@@ -56,6 +56,7 @@ __all__ = [
     "Object",
     "Stored",
     "absolute",
+    "absolute_store",
     "cache",
     "check_lease",
     "check_writable",

@@ -18,8 +18,17 @@ def home() -> Path:
 
     A job that `ray job submit` runs has no folder to come back to, so the current directory is no
     place to keep anything.
+
+    Raises:
+        ValueError: this process's user has no home, or none by the name that the variable gives.
     """
-    return Path(os.environ.get("LAPE_RAY_HOME") or Path.home() / "lape_ray").expanduser().absolute()
+    given = os.environ.get("LAPE_RAY_HOME")
+    try:
+        return Path(given or Path.home() / "lape_ray").expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{given or '~'}: {error}; set LAPE_RAY_HOME to a folder that can be written"
+        ) from None
 
 
 def is_remote(address: str | Path) -> bool:
@@ -31,6 +40,36 @@ def absolute(address: str) -> str:
     if is_remote(address):
         return address.rstrip("/")
     return str(Path(address.removeprefix("file://")).expanduser().absolute())
+
+
+def absolute_store(uri: str, *, of: Path | None = None) -> str:
+    """Return the address of a tracking store that means the same in every process: files of this machine absolute.
+
+    Args:
+        of: the folder that the file of an SQLite address lies in, where this package chose it.
+
+    Raises:
+        ValueError: it is a database in memory, which no other process sees, or no address of SQLite; or the file's
+            folder has a character that stands for something else in one.
+    """
+    if uri.startswith("sqlite"):
+        match = re.fullmatch(r"(sqlite(?:\+\w+)?:///)([^?]*)(\?.*)?", uri)
+        if match is None or match[2] in ("", ":memory:"):
+            raise ValueError(f"{uri!r} names no file that other processes can open; write sqlite:///FILE.db")
+        if match[2].startswith("file:"):
+            return uri
+        path = Path(match[2]).expanduser()
+        folder = of or (Path() if path.is_absolute() else Path.cwd())
+        if wrong := next((letter for letter in "?%" if letter in str(folder)), None):
+            raise ValueError(
+                f"{folder} has a {wrong!r}, which the address of an SQLite file cannot hold; set LAPE_RAY_HOME to a "
+                "folder without one, or --tracking.uri or MLFLOW_TRACKING_URI to another store"
+            )
+        return match[1] + str(path.absolute()) + (match[3] or "")
+    if "://" in uri or re.fullmatch(r"databricks(-uc)?|uc(:.*)?", uri):
+        return uri
+    file = uri.removeprefix("file:")
+    return uri.removesuffix(file) + str(Path(file).expanduser().absolute())
 
 
 def join(address: str, *parts: str) -> str:

@@ -45,7 +45,7 @@ def local(address: str | Path) -> Path:
         ValueError, OSError: see `s3.call_with_retry` and `stage`.
     """
     if not is_remote(address):
-        return Path(str(address).removeprefix("file://"))
+        return Path(str(address).removeprefix("file://")).expanduser()
     address = str(address).rstrip("/")
     found = listing(address)
     objects = [one for one in found if one.address == address]

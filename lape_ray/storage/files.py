@@ -161,7 +161,7 @@ def check_writable(address: str) -> None:
             Path(probe).unlink()
     except OSError as error:
         raise ValueError(
-            f"storage {address!r} is not writable: {error}; choose another with --run.storage"
+            f"storage {address!r} is not writable: {error}; choose another with --run.storage, or by LAPE_RAY_HOME"
         ) from None
 
 

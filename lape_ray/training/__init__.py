@@ -1,17 +1,22 @@
 """Train a network: the loop and what it needs. Nothing here knows Ray, a tracker or a cluster.
 
-loop         `train`: epochs, evaluation and checkpoints
-step         an optimizer step, from the loader's images to new weights
-state        `build_state`: network, optimizer, loaders and the process group of a worker
-distributed  this process among the workers of a run
-cuda_graph   an optimizer step as one CUDA graph
-parallelize  compilation and data parallelism, put around the network
-recompute    blocks that keep less for the backward pass, fold beta into w, and compute no token that no head reads
-optim        parameter groups, the learning rate, the weights' moving average
-muon         Muon, for the matrices of the blocks
-loss         the loss with soft targets, and distillation from a teacher
-metrics      exact counts of an evaluation, speed and waiting
-checkpoint   the checkpoint of a run, written and read, and weights of any origin, read
-flags        the flags that the ranks of a run exchange at every step
-preflight    checks before any worker starts
+loop           `train`: epochs, evaluation and checkpoints
+step           an optimizer step, from the loader's images to new weights
+state          `build_state`: network, optimizer, loaders and the process group of a worker
+distributed    this process among the workers of a run
+cuda_graph     an optimizer step as one CUDA graph
+parallelize    compilation and data parallelism, put around the network
+recompute      blocks that keep less for the backward pass, fold beta into w, and compute no token that no head reads
+optim          parameter groups, the learning rate, the weights' moving average
+muon           Muon, for the matrices of the blocks
+loss           the loss with soft targets, and distillation from a teacher
+metrics        exact counts of an evaluation, speed and waiting
+checkpoint     the checkpoint of a run, written and read, and weights of any origin, read
+weight_files   files of other code, opened without running anything, down to the state dict
+classes        classes of data and of a checkpoint, matched by name
+preprocessing  what weights of other code say of their images
+initial        the weights that a run starts from
+inputs         sha256 of the files that a run learns from
+flags          the flags that the ranks of a run exchange at every step
+preflight      checks before any worker starts
 """

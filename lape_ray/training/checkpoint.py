@@ -10,12 +10,10 @@ A checkpoint is a folder:
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import hashlib
 import json
-import pickle
-import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,21 +24,19 @@ from torch import Tensor, nn
 
 from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_is_learned
 from lape_ray.storage import local, safe_relative
+from lape_ray.training.weight_files import RESTORE, DamagedError, read_weight_file
 from lape_ray.values.typed import Count, from_json, typed
 
 FORMAT = 4
 MARKER = "meta.json"
 """The file that is written last, so that a folder which holds it is whole."""
-_RESTORE = "restore the checkpoint from a copy, or use another"
+FOREIGN = ("model.safetensors", "*.safetensors", "pytorch_model.bin", "*.pth", "*.pt", "*.ckpt", "*.bin")
+"""Names of other code's weights in a folder, such as a snapshot of timm's from the hub."""
 _DEVICE_OPTIONS = ("lr", "fused", "capturable")
 """The fields of an optimizer's group that say how its step is executed.
 
 A checkpoint of another device or mode does not decide them. The loop sets the learning rate at every step.
 """
-
-
-class DamagedError(ValueError):
-    """A checkpoint is torn, incomplete or changed; an older one may be whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +106,9 @@ def _read_meta(folder: Path) -> tuple[Metadata, Mapping[str, Any]]:
     try:
         return parse_metadata((folder / MARKER).read_bytes(), str(folder / MARKER))
     except FileNotFoundError:
-        raise DamagedError(f"{folder} is no checkpoint: it has no {MARKER}") from None
+        files = [file for name in FOREIGN for file in sorted(folder.glob(name))]
+        other = f"; for the weights in it give {files[0]}" if files else ""
+        raise DamagedError(f"{folder} is no checkpoint of ours: it has no {MARKER}{other}") from None
 
 
 def parse_metadata(text: str | bytes, address: str) -> tuple[Metadata, Mapping[str, Any]]:
@@ -121,7 +119,7 @@ def parse_metadata(text: str | bytes, address: str) -> tuple[Metadata, Mapping[s
         ValueError: it is of another version.
     """
     try:
-        values: dict[str, Any] = from_json(dict[str, Any], text, address, _RESTORE)
+        values: dict[str, Any] = from_json(dict[str, Any], text, address, RESTORE)
     except ValueError as error:
         raise DamagedError(str(error)) from None
     try:
@@ -135,7 +133,7 @@ def parse_metadata(text: str | bytes, address: str) -> tuple[Metadata, Mapping[s
             # Older checkpoints of this format do not name classes.
             return typed(Metadata, {"classes": None, **values}), files
     except ValueError as error:
-        raise DamagedError(f"{address} is damaged: {error}; {_RESTORE}") from None
+        raise DamagedError(f"{address} is damaged: {error}; {RESTORE}") from None
     raise ValueError(f"{address} has checkpoint format {version}; this version reads 3 and {FORMAT}")
 
 
@@ -144,14 +142,14 @@ def verify(folder: Path) -> None:
     _, files = _read_meta(folder)
     for name in sorted({"model.safetensors", *files}):
         try:
-            file = folder / safe_relative(name, f"the entry of {folder}/meta.json for a file", _RESTORE)
+            file = folder / safe_relative(name, f"the entry of {folder}/meta.json for a file", RESTORE)
         except ValueError as error:
             raise DamagedError(str(error)) from None
         if not file.is_file():
-            raise DamagedError(f"{file} is missing; {_RESTORE}")
+            raise DamagedError(f"{file} is missing; {RESTORE}")
         if _size_and_hash(file) != files.get(name):
             raise DamagedError(
-                f"{file} is damaged: its size or sha256 is not the one in meta.json; {_RESTORE}"
+                f"{file} is damaged: its size or sha256 is not the one in meta.json; {RESTORE}"
             )
 
 
@@ -246,52 +244,44 @@ def restore(
     return meta
 
 
-def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Any], TrainConfig | None]:
-    """Read a state dict as it was saved, and the config if the checkpoint is ours.
+def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Tensor], TrainConfig | None]:
+    """Read a state dict, and the config if the checkpoint is ours.
 
-    `path` is a checkpoint folder, a .safetensors file, or a .pth/.pt file of the official LaPE code, DeiT or timm; or
-    the s3:// address of one, of which this machine then gets a copy.
+    `path` is a checkpoint folder, a .safetensors file, or a .pth/.pt/.ckpt file of other code (docs/training.md has the
+    table); or the s3:// address of one, of which this machine then gets a copy. With `ema` the weights are their moving
+    average.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_weight_file`; or a folder is no checkpoint of ours.
     """
     path = local(path)
-    if path.is_dir():
-        meta = read_metadata(path)
-        file = path / ("ema.safetensors" if ema else "model.safetensors")
-        if not file.exists() and ema:
-            raise ValueError(f"{path} holds no moving average: its run had optim.ema_decay=0")
-        return _read_tensors(file), meta.config
-    if ema:
-        raise ValueError(f"{path} is a single file; only our checkpoint folders hold a moving average")
-    return _read_tensors(path), None
+    if not path.is_dir():
+        return read_weight_file(path, ema=ema), None
+    meta = read_metadata(path)
+    file = path / ("ema.safetensors" if ema else "model.safetensors")
+    if not file.exists() and ema:
+        raise ValueError(f"{path} holds no moving average: its run had optim.ema_decay=0; leave --ema out")
+    return read_weight_file(file), meta.config
 
 
-def _read_tensors(file: Path) -> dict[str, Any]:
-    """Read a state dict, or an object that holds one as its `model`, from a file that may be anything."""
-    if not file.exists():
-        raise FileNotFoundError(f"checkpoint {file} does not exist")
-    if not file.stat().st_size:
-        raise DamagedError(f"{file} is empty; {_RESTORE}")
+@contextlib.contextmanager
+def about(checkpoint: str | Path) -> Iterator[None]:
+    """Name the checkpoint in what is said of its weights."""
     try:
-        if file.suffix == ".safetensors":
-            loaded = load_file(file)
-        else:  # the official code and DeiT save their parsed arguments beside the weights
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # these readers raise whatever a file brings them to
-        more = isinstance(error, pickle.UnpicklingError)
-        what = "holds more than tensors, or is damaged" if more else "is no readable checkpoint"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DamagedError(f"{file} {what}: {reason}; {_RESTORE}") from None
-    state = loaded.get("model", loaded) if isinstance(loaded, Mapping) else loaded
-    if not isinstance(state, Mapping):
-        raise DamagedError(f"{file} holds a {type(state).__name__}, not a state dict; {_RESTORE}")
-    for name, value in state.items():
-        dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-        if not (dense and isinstance(name, str)):
-            raise DamagedError(
-                f"{file}: its entry {reprlib.repr(name)} is a {type(value).__name__}, not a dense tensor with a "
-                f"name; {_RESTORE}"
-            )
-    return dict(loaded)
+        yield
+    except ValueError as error:
+        named = str(checkpoint) in str(error)
+        raise error if named else ValueError(f"{checkpoint}: {error}") from None
+
+
+def weights_sha256(path: Path) -> str:
+    """Return the sha256 of the weights in a file, or of those that a checkpoint folder of ours says it holds."""
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"checkpoint {path} does not exist")
+        return str(_size_and_hash(path)["sha256"])
+    _, files = _read_meta(path)
+    return str(files.get("model.safetensors", {}).get("sha256"))
 
 
 def file_checksums(folder: Path) -> dict[str, dict[str, Any]]:

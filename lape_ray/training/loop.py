@@ -14,10 +14,10 @@ from torch import nn
 
 from lape_ray.config import TrainConfig
 from lape_ray.data.batch import Batches
-from lape_ray.model.convert import load_weights
 from lape_ray.training import checkpoint
 from lape_ray.training.checkpoint import EpochProgress, Metadata, Snapshot
 from lape_ray.training.flags import Flags
+from lape_ray.training.initial import load_initial
 from lape_ray.training.metrics import EvalCounts, LogWindow, Waited, duration
 from lape_ray.training.optim import lr_at
 from lape_ray.training.state import TrainState, build_state
@@ -333,8 +333,7 @@ def _validate(state: TrainState) -> dict[str, float]:
 
 def load_initial_weights(state: TrainState, path: str) -> list[str]:
     """Start from another run's weights; a head for other classes is left fresh."""
-    weights, _ = checkpoint.read_weights(path)
-    notes = load_weights(state.network, weights, new_head=True)
+    notes = load_initial(state.network, path, state.config.data, state.classes)
     if state.ema is not None:
         state.ema.model.load_state_dict(state.network.state_dict())
     return notes

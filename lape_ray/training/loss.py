@@ -5,13 +5,18 @@ Shapes: B images, K classes; a distilled student gives logits_B2K, class token f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lape_ray.config import DataConfig
 from lape_ray.model import build_model
 from lape_ray.model.convert import load_weights
-from lape_ray.training.checkpoint import read_weights
+from lape_ray.training.checkpoint import about, read_weights
+from lape_ray.training.classes import checkpoint_classes, match_classes
+from lape_ray.training.preprocessing import differs
 from lape_ray.training.recompute import optimise_blocks
 
 
@@ -30,25 +35,50 @@ def training_loss(logits: Tensor, targets_BK: Tensor, teacher_logits_BK: Tensor 
     return (labelled + F.cross_entropy(logits[:, 1], teacher_logits_BK.argmax(dim=1))) / 2
 
 
-def load_teacher(source: str, *, num_classes: int, image_size: int) -> nn.Module:
-    """Load a frozen teacher that reads the student's images.
+def load_teacher(
+    source: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    classes: Sequence[str] | None = None,
+    data: DataConfig | None = None,
+) -> nn.Module:
+    """Load a frozen teacher that reads the student's images and answers in the order of the student's classes.
 
-    `source` is `torchvision:NAME:WEIGHTS_FILE` (DeiT's own teacher is regnet_y_16gf) or a checkpoint folder of
-    ours. A ValueError says why a teacher does not fit.
+    Args:
+        source: `torchvision:NAME:WEIGHTS_FILE` (DeiT's own teacher is regnet_y_16gf) or a checkpoint folder of ours.
+        classes: names of the student's (K); None: they have none.
+        data: how the student's images are normalised; None: as the teacher's.
+
+    Raises:
+        FileNotFoundError, ValueError: says why a teacher does not fit.
     """
-    teacher = (
-        _torchvision_teacher(source, num_classes)
-        if source.startswith("torchvision:")
-        else _own_teacher(source)
-    )
+    foreign = source.startswith("torchvision:")
+    teacher = _torchvision_teacher(source, num_classes) if foreign else _own_teacher(source, data)
     teacher = teacher.eval().requires_grad_(False)
     try:
-        classes = teacher(torch.zeros(1, 3, image_size, image_size)).shape[-1]
+        outputs = teacher(torch.zeros(1, 3, image_size, image_size)).shape[-1]
     except RuntimeError as error:
         raise ValueError(f"teacher {source!r} cannot read images of {image_size} px: {error}") from None
-    if classes != num_classes:
-        raise ValueError(f"teacher {source!r} has {classes} classes, the student {num_classes}")
-    return teacher
+    if outputs != num_classes:
+        raise ValueError(f"teacher {source!r} has {outputs} classes, the student {num_classes}")
+    known = None if foreign or classes is None else checkpoint_classes(source)
+    if classes is None or known is None:
+        return teacher
+    places_K, _ = match_classes(classes, known, of=f"the teacher {source}", path="the student's data")
+    return teacher if places_K is None else _InOrder(teacher, places_K)
+
+
+class _InOrder(nn.Module):
+    """A teacher whose logits (B, K) come in the order of the student's classes."""
+
+    def __init__(self, teacher: nn.Module, places_K: Sequence[int]) -> None:
+        super().__init__()
+        self.teacher = teacher
+        self.register_buffer("places_K", torch.tensor(places_K))
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.teacher(images_BCHW)[:, self.places_K]
 
 
 def _torchvision_teacher(source: str, num_classes: int) -> nn.Module:
@@ -68,10 +98,16 @@ def _torchvision_teacher(source: str, num_classes: int) -> nn.Module:
     return teacher
 
 
-def _own_teacher(source: str) -> nn.Module:
+def _own_teacher(source: str, data: DataConfig | None) -> nn.Module:
     state, config = read_weights(source)
     if config is None:
-        raise ValueError(f"teacher {source!r} is no checkpoint folder of ours, so its network is not known")
+        raise ValueError(
+            f"teacher {source!r} is no checkpoint folder of ours, so its network is not known; give a folder of ours, "
+            f"or torchvision:NAME:{source}"
+        )
+    if data is not None and (notes := differs(config.data, data)):
+        raise ValueError(f"teacher {source!r}: {notes[0]}")
     teacher = build_model(config.model)
-    load_weights(teacher, state)
+    with about(source):
+        load_weights(teacher, state)
     return optimise_blocks(teacher)

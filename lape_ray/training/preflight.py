@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import torch
 
 from lape_ray import storage
-from lape_ray.config import TrainConfig
+from lape_ray.config import TrainConfig, flatten, replace_fields
 from lape_ray.data.split import SplitInfo, read_split_info
 from lape_ray.model import build_model, resolve
-from lape_ray.model.convert import load_weights
-from lape_ray.training.checkpoint import read_weights
+from lape_ray.training.classes import checkpoint_classes, match_classes
+from lape_ray.training.initial import load_initial
+from lape_ray.training.loss import load_teacher
+
+log = logging.getLogger(__name__)
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Make paths absolute.
+
+    Workers run in other directories, so that a relative path would mean another file there.
+
+    Raises:
+        ValueError: see `storage.absolute_store`.
+    """
+    flat = flatten(config)
+    names = ("data.train", "data.val", "run.storage", "training.init_from", "tracking.tensorboard")
+    paths = {name: storage.absolute(flat[name]) for name in names if flat[name]}
+    if flat["tracking.uri"]:
+        paths["tracking.uri"] = storage.absolute_store(flat["tracking.uri"])
+    if flat["optim.teacher"]:
+        kind, name, file = ["", "", *flat["optim.teacher"].split(":", 2)][
+            -3:
+        ]  # torchvision:NAME:FILE, or a path
+        paths["optim.teacher"] = ":".join(filter(None, (kind, name, storage.absolute(file))))
+    return replace_fields(config, paths)
 
 
 def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
@@ -19,11 +44,24 @@ def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
     with torch.device("meta"):
         model = build_model(config.model)
     check_data(config)
-    if config.training.init_from is not None:
-        weights, _ = read_weights(config.training.init_from)
-        load_weights(build_model(config.model), weights, new_head=True)
+    check_other_weights(config)
     storage.check_writable(storage_root)
     check_space(config, storage_root, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def check_other_weights(config: TrainConfig) -> None:
+    """Check that the weights which the run starts from, and its teacher, fit its network and its classes."""
+    train, source = read_split_info(config.data, "train"), config.optim.teacher
+    if config.training.init_from is not None:
+        load_initial(build_model(config.model), config.training.init_from, config.data, train.classes)
+    if source is not None:
+        spec = resolve(config.model)
+        sizes = {"num_classes": spec.num_classes, "image_size": spec.image_size}
+        load_teacher(source, **sizes, classes=train.classes, data=config.data)
+        known = None if source.startswith("torchvision:") else checkpoint_classes(source)
+        _, note = match_classes(train.classes, known, of=f"the teacher {source}", path=train.path)
+        if note:
+            log.warning("%s", note)
 
 
 def check_space(config: TrainConfig, storage_root: str, parameters: int) -> None:
@@ -57,10 +95,14 @@ def check_data(config: TrainConfig) -> None:
         )
 
 
-def check_split(config: TrainConfig, split: Literal["train", "val"]) -> SplitInfo:
-    """Check that one split is whole and fits the model's classes and image size."""
+def check_split(config: TrainConfig, split: Literal["train", "val"], *, subset: bool = False) -> SplitInfo:
+    """Check that one split is whole and fits the model's classes and image size.
+
+    Args:
+        subset: whether the split may have fewer classes, which were found among the model's.
+    """
     info, spec = read_split_info(config.data, split), resolve(config.model)
-    if len(info.classes) != spec.num_classes:
+    if len(info.classes) != spec.num_classes and not subset:
         raise ValueError(
             f"{info.path} has {len(info.classes)} classes, the model {spec.num_classes}: "
             f"set --model.num_classes {len(info.classes)}"

@@ -113,7 +113,7 @@ def build_state(
         train_loader=Augmented(loaders[0], augment),
         val_loader=Normalized(loaders[1], config.data, device),
         mixer=Mixer(config.data, num_classes=spec.num_classes, label_smoothing=config.optim.label_smoothing),
-        teacher=_build_teacher(config, device),
+        teacher=_build_teacher(config, device, classes),
         autocast=autocast_for(config, device),
         graph=StepGraph(CudaRecorder()) if graph else None,
         classes=classes,
@@ -147,11 +147,19 @@ def _build_loader(config: TrainConfig, split: Literal["train", "val"], world: Wo
     )
 
 
-def _build_teacher(config: TrainConfig, device: torch.device) -> nn.Module | None:
+def _build_teacher(
+    config: TrainConfig, device: torch.device, classes: tuple[str, ...] | None
+) -> nn.Module | None:
     if config.optim.teacher is None:
         return None
     spec = resolve(config.model)
-    teacher = load_teacher(config.optim.teacher, num_classes=spec.num_classes, image_size=spec.image_size)
+    teacher = load_teacher(
+        config.optim.teacher,
+        num_classes=spec.num_classes,
+        image_size=spec.image_size,
+        classes=classes,
+        data=config.data,
+    )
     return teacher.to(device)
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 from helpers.service import Service, alone
 from safetensors.torch import load_file
@@ -88,6 +89,28 @@ def test_a_finished_name_is_not_reused_silently(
         fit(service.config(run__name="one", optim__lr=0.5))
 
 
+def test_a_name_does_not_go_on_with_other_data(
+    service: Service, submitted: subprocess.CompletedProcess[str], tmp_path: Path
+) -> None:
+    other = str(tmp_path / "train.beton")
+    write_beton(digits("train").take(np.arange(160)), other, workers=1)
+    with pytest.raises(
+        ValueError, match=r"run 'one' exists with other files .*data\.train had sha256 \w+ and has"
+    ):
+        fit(service.config(run__name="one", data__train=other))
+
+
+def test_a_relative_store_is_the_drivers(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = fit(service.config(run__name="relative", tracking__uri="sqlite:///here.db"))
+    assert result.tracked
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/here.db")
+    assert client.get_run(result.mlflow_run_id).info.status == "FINISHED"
+    assert len(client.get_metric_history(result.mlflow_run_id, "train/loss")) == 5
+
+
 def test_evaluate_agrees_with_the_run(service: Service, submitted: subprocess.CompletedProcess[str]) -> None:
     found = re.search(r"best checkpoint: (\S+)", submitted.stdout)
     assert found
@@ -98,7 +121,7 @@ def test_evaluate_agrees_with_the_run(service: Service, submitted: subprocess.Co
     assert f"160 images  top-1 {run.data.metrics['val/acc1']:.3f}" in done.stdout
     mixed = subprocess.run([*command, "--model.join=basic"], capture_output=True, text=True)
     assert mixed.returncode == 2
-    assert "error: the checkpoint is of another model: unknown join.norms.0" in mixed.stderr
+    assert f"error: {found[1]}: the checkpoint is of another model: unknown join.norms.0" in mixed.stderr
 
 
 def test_two_workers_and_a_run_that_resumes_before_a_damaged_checkpoint(

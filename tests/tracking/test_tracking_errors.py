@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import shlex
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +18,11 @@ import pytest
 import sqlalchemy
 
 from lape_ray import tracking
+from lape_ray.cluster.controller import variables
+from lape_ray.cluster.launch import prepared
 from lape_ray.config import TrackingConfig, TrainConfig, replace_fields
 from lape_ray.recipes import recipe
+from lape_ray.storage import check_writable
 from lape_ray.tracking.failures import never_raise
 from lape_ray.tracking.sender import Sender
 
@@ -174,3 +181,142 @@ def test_an_error_without_words_is_named_by_its_kind(caplog: pytest.LogCaptureFi
         raise TimeoutError
     assert caplog.messages == ["MLflow: closing the run failed: TimeoutError"]
     assert caplog.records[0].levelno == logging.WARNING
+
+
+# --- deleted experiments and runs -----------------------------------------------------------------------------
+
+
+def test_a_deleted_experiment_is_told_with_the_command_that_restores_it(database: Path) -> None:
+    uri = f"sqlite:///{database}"
+    made, client = replace_fields(config(uri), {"tracking.experiment": "goes"}), mlflow.MlflowClient(uri)
+
+    def new_run() -> str:
+        return tracking.create_run(made, name="n", command="c", tags={}, datasets={})
+
+    new_run()
+    client.delete_experiment(client.get_experiment_by_name("goes").experiment_id)
+    with pytest.raises(ValueError, match=r"the MLflow experiment 'goes' at .* was deleted") as caught:
+        new_run()
+    (line,) = str(caught.value).splitlines()
+    command, _, other = line.partition("restore it with ")[2].partition(", or choose another ")
+    assert other == "--tracking.experiment"
+    words = shlex.split(command)
+    environment = {**os.environ, **dict([words[0].split("=", 1)])}
+    done = subprocess.run(
+        [Path(sys.executable).parent / words[1], *words[2:]], env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert client.get_run(new_run()).info.status == "RUNNING"
+
+
+def test_a_run_that_was_deleted_meanwhile_is_a_new_one(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"sqlite:///{database}"
+    run_id = create(uri)
+    mlflow.MlflowClient(uri).delete_run(run_id)
+    assert not tracking.reopen_run(uri, run_id)
+    assert "cannot be continued, a new one is made" in caplog.text
+    assert not tracking.holds_metric(uri, run_id, "epoch")
+
+
+def test_metrics_that_went_to_another_store_are_missed(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"sqlite:///{database}"
+    run_id = create(uri)
+    assert not tracking.holds_metric(uri, run_id, "epoch")
+    assert "the workers reach another store by this address, or none; start an MLflow server" in caplog.text
+    tracking.log_values(uri, run_id, {"epoch": 1.0})
+    assert tracking.holds_metric(uri, run_id, "epoch")
+
+
+# --- addresses ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:///HERE/mlflow.db"),
+        ("sqlite:///runs/m.db?timeout=3", "sqlite:///HERE/runs/m.db?timeout=3"),
+        ("sqlite+pysqlite:///mlflow.db", "sqlite+pysqlite:///HERE/mlflow.db"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("mlruns", "HERE/mlruns"),
+        ("./mlruns", "HERE/mlruns"),
+        ("file:mlruns", "file:HERE/mlruns"),
+        ("file:///data/mlruns", "file:///data/mlruns"),
+        ("http://localhost:5000", "http://localhost:5000"),
+        ("postgresql://host/db", "postgresql://host/db"),
+        ("databricks", "databricks"),
+    ],
+)
+def test_a_store_is_the_same_in_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = expected.replace("HERE", str(tmp_path))
+    assert tracking.tracking_uri(config(uri)) == whole
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert tracking.tracking_uri(recipe("smoke")) == whole
+    assert prepared(config(uri))[0].tracking.uri == whole
+    assert variables()["MLFLOW_TRACKING_URI"] == whole
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite://mlflow.db"])
+def test_a_store_that_no_other_process_can_open_is_refused(uri: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"names no file that other processes can open; write sqlite:///FILE\.db"
+    ):
+        tracking.tracking_uri(config(uri))
+
+
+def test_the_home_is_absolute_for_workers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAPE_RAY_HOME", "here")
+    monkeypatch.setenv("LAPE_RAY_CACHE", "cache")
+    assert variables()["LAPE_RAY_HOME"] == str(tmp_path / "here")
+    assert variables()["LAPE_RAY_CACHE"] == str(tmp_path / "cache")
+
+
+def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("LAPE_RAY_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with pytest.raises(
+        ValueError, match=r"file/lape_ray of the MLflow store cannot be made: .*; set LAPE_RAY_HOME"
+    ):
+        tracking.check_reachable(tracking.tracking_uri(recipe("smoke")))
+    with pytest.raises(
+        ValueError, match=r"is not writable: .*; choose another with --run\.storage, or by LAPE_RAY_HOME"
+    ):
+        check_writable(prepared(recipe("smoke"))[1])
+    monkeypatch.setenv("LAPE_RAY_HOME", "~nobody-of-this-name/x")
+    with pytest.raises(
+        ValueError, match=r"~nobody-of-this-name/x: .*; set LAPE_RAY_HOME to a folder that can be"
+    ):
+        tracking.tracking_uri(recipe("smoke"))
+    monkeypatch.setenv("LAPE_RAY_HOME", str(tmp_path / "home"))  # the advice
+    uri = tracking.tracking_uri(recipe("smoke"))
+    tracking.check_reachable(uri)
+    assert (tmp_path / "home/mlflow.db").exists()
+
+
+def test_odd_letters_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("what? now", "per%20cent"):
+        monkeypatch.setenv("LAPE_RAY_HOME", str(tmp_path / name))
+        with pytest.raises(
+            ValueError, match=r"which the address of an SQLite file cannot hold; set LAPE_RAY_HOME"
+        ) as caught:
+            tracking.tracking_uri(recipe("smoke"))
+        assert str(tmp_path / name) in str(caught.value)
+        (tmp_path / name).mkdir()
+        with monkeypatch.context() as there, pytest.raises(ValueError, match="SQLite file cannot hold"):
+            there.chdir(tmp_path / name)
+            tracking.tracking_uri(config("sqlite:///mlflow.db"))
+    monkeypatch.setenv("LAPE_RAY_HOME", str(tmp_path / "a #b 'c"))
+    uri = tracking.tracking_uri(recipe("smoke"))
+    tracking.check_reachable(uri)
+    assert (tmp_path / "a #b 'c/mlflow.db").exists()
+    assert shlex.split(tracking.ui_command(uri)) == ["mlflow", "ui", "--backend-store-uri", uri]

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Manifest:
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{file} is missing; copy it with its .beton, or make both from the existing .beton: "
-                f"jobs/write_beton.py {path} NEW.beton"
+                f"jobs/write_beton.py {shlex.quote(str(path))} NEW.beton"
             ) from None
         return cls.parse(text, file)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,7 +108,7 @@ class NativeReader:
                 raise ValueError(
                     f"{self.contents.files[file]} was changed while it was read; a file in use may be replaced "
                     "by another of its name (as mv does), but not written in place: check it with "
-                    f"jobs/write_beton.py verify {Path(self.contents.files[file]).name}, and start again"
+                    f"jobs/write_beton.py verify {shlex.quote(Path(self.contents.files[file]).name)}, and start again"
                 )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Generator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as v2
 
+from lape_ray.data.center_crop import center_crop
 from lape_ray.data.readers.ahead import read_ahead
 from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
 from lape_ray.data.sampler import sample_index
@@ -108,7 +108,9 @@ class TorchvisionReader:
                 draw = self.draw(crop, image, epoch, epoch_index)
                 square = resized_crop(image, draw, len(out_SS3))
             else:
-                square = center_crop(image, len(out_SS3), crop.share, _filter(crop.interpolation))
+                square = center_crop(
+                    image, size=len(out_SS3), share=crop.share, interpolation=crop.interpolation
+                )
             out_SS3[:] = np.asarray(square)
 
 
@@ -125,14 +127,6 @@ def resized_crop(image: Image.Image, draw: Draw, side: int) -> Image.Image:
         antialias=True,
     )
     return v2.horizontal_flip(square) if draw.flip else square
-
-
-def center_crop(image: Image.Image, side: int, share: float, interpolation: InterpolationMode) -> Image.Image:
-    """Apply torchvision's Resize of the shorter side to side / share, and CenterCrop to `side` x `side` pixels."""
-    resized = v2.resize(
-        image, [max(side, math.floor(side / share))], interpolation=interpolation, antialias=True
-    )
-    return v2.center_crop(resized, [side, side])
 
 
 def _filter(interpolation: str) -> InterpolationMode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lape_ray.data.sources.base import Source
@@ -14,8 +15,8 @@ def named(source: Source, file: str) -> Source:
 
     Args:
         file: on each line a class as the source names it, a space or tab, and its new name, in any order; lines of
-            other classes do not count. Or only names, one for each class in the order of labels. A name that several
-            classes have gets the source's behind it.
+            other classes do not count. Or only names, one for each class in the order of labels, or of numbers where
+            classes are whole numbers. A name that several classes have gets the source's behind it.
 
     Raises:
         ValueError: a class has no name or two, or the names are more or fewer than the classes; says which.
@@ -32,7 +33,7 @@ def named(source: Source, file: str) -> Source:
                 f"{file} has {len(lines)} names, but {source.origin} has {len(source.classes)} classes; give a line "
                 f"for each, in the order of labels, or lines such as '{source.classes[0]} NAME'"
             )
-        names = lines
+        names = _by_number(source.classes, lines, file)
     else:
         names = _by_class(source, pairs, file)
     count = Counter(names)
@@ -43,6 +44,19 @@ def named(source: Source, file: str) -> Source:
             for old, name in zip(source.classes, names, strict=True)
         ),
     )
+
+
+def _by_number(classes: Sequence[str], names: list[str], file: str) -> list[str]:
+    """Give the first name to the smallest number where all classes are whole numbers, which sort as 0, 1, 10, 2."""
+    if not all(name.isdecimal() for name in classes):
+        return names
+    numbers = [int(name) for name in classes]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"{file} has bare names, but two classes are the same number; write lines such as '{classes[0]} NAME'"
+        )
+    name_of = dict(zip(sorted(numbers), names, strict=True))
+    return [name_of[number] for number in numbers]
 
 
 def _by_class(source: Source, pairs: list[tuple[str, str]], file: str) -> list[str]:

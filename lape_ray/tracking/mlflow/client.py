@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lape_ray.config import TrainConfig
-from lape_ray.storage import home
+from lape_ray.storage import absolute_store, home
 from lape_ray.tracking.failures import reason
 from lape_ray.values.environment import environment
 from lape_ray.values.redaction import refuse_secret
@@ -39,11 +40,17 @@ def connect(uri: str) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(uri)
 
 
+class DeletedError(ValueError):
+    """An experiment was deleted, and only a person can say whether it should come back."""
+
+
 @contextlib.contextmanager
 def one_line(what: str, uri: str) -> Iterator[None]:
     """Make any error of the client a ValueError of one line: `what` is wrong, why, and what to do about it."""
     try:
         yield
+    except DeletedError:  # says all of this itself
+        raise
     except Exception as error:  # the client raises its own kinds and those of its transports
         why, fix = reason(error), "start the server, or"
         if uri.startswith("sqlite:"):
@@ -62,14 +69,18 @@ def impatient() -> contextlib.AbstractContextManager[None]:
 def tracking_uri(config: TrainConfig) -> str:
     """Return the configured server, $MLFLOW_TRACKING_URI, or a sqlite file in this package's home.
 
+    The path of a file is absolute, as workers run in other folders.
+
     Raises:
-        ValueError: the variable's address holds a password; says which variables to use instead.
+        ValueError: the variable's address holds a password, and says which variables to use instead; or the home cannot
+            be in an address of SQLite.
     """
     if config.tracking.uri:
-        return config.tracking.uri
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    refuse_secret("MLFLOW_TRACKING_URI", uri)
-    return uri or f"sqlite:///{home() / 'mlflow.db'}"
+        return absolute_store(config.tracking.uri)
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        refuse_secret("MLFLOW_TRACKING_URI", uri)
+        return absolute_store(uri)
+    return absolute_store(f"sqlite:///{home() / 'mlflow.db'}", of=home())
 
 
 def is_local(uri: str) -> bool:
@@ -81,13 +92,20 @@ def ui_command(uri: str) -> str:
     """Return what to type, or open, to look at the runs."""
     if uri.startswith("http"):
         return uri
-    return f"mlflow ui --backend-store-uri {uri}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
 
 
 def check_reachable(uri: str) -> None:
     """Raise a ValueError with the reason where the tracking server does not answer."""
     if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"the folder {folder} of the MLflow store cannot be made: {error.strerror}; set LAPE_RAY_HOME to a "
+                "folder that can be written, or set --tracking.uri or MLFLOW_TRACKING_URI"
+            ) from None
     with one_line(f"the MLflow server {uri!r} cannot be used", uri), impatient():
         connect(uri).search_experiments(max_results=1)
 

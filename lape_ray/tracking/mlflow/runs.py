@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,14 @@ from lape_ray.recipes import RECIPES
 from lape_ray.storage import home
 from lape_ray.tracking import ui_view
 from lape_ray.tracking.failures import never_raise, reason
-from lape_ray.tracking.mlflow.client import connect, impatient, one_line, tracking_uri, ui_command
+from lape_ray.tracking.mlflow.client import (
+    DeletedError,
+    connect,
+    impatient,
+    one_line,
+    tracking_uri,
+    ui_command,
+)
 from lape_ray.values.redaction import redacted
 
 if TYPE_CHECKING:
@@ -48,7 +56,8 @@ def create_run(
     ]
     with one_line(f"the MLflow server {uri!r} does not take the run {name!r}", uri):
         client = connect(uri)
-        run = client.create_run(_experiment_id(client, config.tracking.experiment, uri), run_name=name)
+        experiment = _experiment_id(client, config.tracking.experiment, uri)
+        run = client.create_run(experiment, run_name=name)
         run_id = str(run.info.run_id)
         client.log_batch(run_id, params=parameters, tags=_tags(labels))
         client.log_inputs(run_id, datasets=inputs)
@@ -60,6 +69,12 @@ def _experiment_id(client: mlflow.MlflowClient, name: str, uri: str) -> str:
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise DeletedError(
+            f"the MLflow experiment {name!r} at {uri!r} was deleted; restore it with "
+            f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow experiments restore "
+            f"--experiment-id {found.experiment_id}, or choose another --tracking.experiment"
+        )
     if found is not None:
         for key, value in ui_view.tags().items():
             if key not in found.tags:  # what a person wrote stays
@@ -160,6 +175,19 @@ def runs_below(uri: str, parent: str, tag: str) -> dict[str, str]:
             if (token := page.token) is None:
                 break
     return found
+
+
+def holds_metric(uri: str, run_id: str, name: str) -> bool:
+    """Tell whether the run has a metric that its workers log; False, with a warning, where they log elsewhere."""
+    with never_raise("MLflow: looking for the run's metrics"), impatient():
+        if name in connect(uri).get_run(run_id).data.metrics:
+            return True
+        log.warning(
+            "MLflow run %s at %r holds no %r of its training: the workers reach another store by this address, or "
+            "none; start an MLflow server that all machines reach, and set --tracking.uri or MLFLOW_TRACKING_URI",
+            run_id, uri, name,
+        )  # fmt: skip
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
