@@ -47,14 +47,21 @@ def check_data(config: TrainConfig) -> None:
     train, val = check_split(config, "train"), check_split(config, "val")
     if train.classes != val.classes:
         raise ValueError(
-            f"{config.data.train} and {config.data.val} do not have the same classes; write both from the same source, "
-            "and with the same --class-names"
+            f"{config.data.train} and {config.data.val} do not have the same classes"
+            f"{_difference(train.classes, val.classes)}; "
+            f"write the second again with --classes-of {config.data.train}, or both with the same --class-names"
         )
     if train.num_samples < config.data.batch_size:
         raise ValueError(
             f"{config.data.train} holds {train.num_samples} images, less than one step of "
             f"data.batch_size={config.data.batch_size}; lower it"
         )
+
+
+def _difference(train: tuple[str, ...], val: tuple[str, ...]) -> str:
+    only = sorted(set(train) ^ set(val))
+    where = f"only in the {'first' if only and only[0] in train else 'second'}"
+    return f": {only[0]!r} is {where}" if only else ", but the same in another order"
 
 
 def check_split(config: TrainConfig, split: Literal["train", "val"]) -> SplitInfo:

@@ -1,0 +1,156 @@
+"""Tell folders of splits from class folders, from names alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lape_ray.data.sources.base import EXTENSIONS
+from lape_ray.data.sources.listing import Listing, joined, shown
+from lape_ray.data.sources.splits import choose_split, is_split_word, split_word
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The class folders of a source.
+
+    Attributes:
+        base: the folder that holds them, relative to the source's root; '' is the root
+        classes: their names, sorted; of some there may be no images; none: `base` has no folders
+        images: names of the images in each folder below `base`, by its path relative to it
+    """
+
+    base: str
+    classes: tuple[str, ...]
+    images: dict[str, dict[str, list[str]]]
+
+    def images_of(self, name: str) -> list[str]:
+        """List the images of a class by their paths relative to `base`, in torchvision's order."""
+        folders = self.images.get(name, {})
+        return [joined(folder, image) for folder in sorted(folders) for image in folders[folder]]
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """The images below a folder, by its folders and the paths below those.
+
+    Attributes:
+        direct: its folders that hold images themselves
+        nested: its folders whose folders hold images, and the names of these
+    """
+
+    direct: set[str]
+    nested: dict[str, set[str]]
+
+    @property
+    def names(self) -> set[str]:
+        return self.direct | self.nested.keys()
+
+
+def find_layout(root: Path, listing: Listing, split: str | None) -> Layout:
+    """Find the class folders of `split`, of which the root may be several folders above (ILSVRC/Data/CLS-LOC/train).
+
+    A split is a folder of folders of images with a split word in its name, or one beside such. Folders of images
+    alone are classes, whatever they are called. Splits may lie in each class, too (bottle/train, bottle/test).
+
+    Raises:
+        ValueError: there are several splits and none is chosen, or a folder is no class; names it.
+    """
+    images = {
+        folder: found
+        for folder, names in listing.files.items()
+        if (found := [name for name in names if name.lower().endswith(EXTENSIONS)])
+    }
+    base = ""
+    while True:
+        folder = _folder(images, base)
+        if splits := _splits(folder):
+            base = joined(base, choose_split(splits, split, shown(root / base)))
+            return _classes(root, listing, images, base, None)
+        if len(folder.names) != 1 or folder.direct or images.get(base):
+            break
+        base = joined(base, *folder.names)
+    top = _folder(images, "")
+    inner = sorted({word for names in top.nested.values() for word in names if is_split_word(word)})
+    if len(inner) > 1 or (inner and split):
+        return _classes(
+            root, listing, images, "", choose_split(inner, split, f"each class folder of {shown(root)}")
+        )
+    if split:
+        there = ", ".join(sorted(top.names)[:5]) or "no folders of images"
+        raise ValueError(
+            f"{shown(root)} holds no split {split!r}, but {there}; "
+            "leave --split out, or give the folder that holds its class folders"
+        )
+    if base and len(folder.names) > 1:
+        raise ValueError(
+            f"{shown(root)} holds all images in one folder, {shown(root / base)}, with {len(folder.names)} folders; "
+            "give that one as the source"
+        )
+    return _classes(root, listing, images, "", None)
+
+
+def _folder(images: dict[str, list[str]], base: str) -> _Folder:
+    found = _Folder(set(), {})
+    start = f"{base}/" if base else ""
+    for path in images:
+        if path.startswith(start) and path != base:
+            name, slash, rest = path[len(start) :].partition("/")
+            if slash:
+                found.nested.setdefault(name, set()).add(rest.partition("/")[0])
+            elif name:
+                found.direct.add(name)
+    return found
+
+
+def _splits(folder: _Folder) -> list[str]:
+    """List the folders that are splits; empty: they are classes. With other folders of folders beside them, all."""
+    names = folder.names
+    exact = {name for name in names if is_split_word(name)}
+    if names and all(split_word(name) for name in names):
+        return sorted(names) if folder.nested or exact == names else []
+    outer = folder.nested.keys() - folder.direct
+    if exact & outer and (len(exact) > 1 or names == outer):
+        return sorted(names)
+    return []
+
+
+def _classes(
+    root: Path, listing: Listing, images: dict[str, list[str]], base: str, inner: str | None
+) -> Layout:
+    """List the class folders in `base`; `inner` is the folder in each that holds its images of the split."""
+    start = f"{base}/" if base else ""
+    found: dict[str, dict[str, list[str]]] = {}
+    for path in listing.files:
+        if path.startswith(start) and path != base:
+            relative = path[len(start) :]
+            name, _, rest = relative.partition("/")
+            folders = found.setdefault(name, {})
+            if path in images and inner in (None, rest.partition("/")[0]):
+                folders[relative] = images[path]
+    layout = Layout(base, tuple(sorted(found)), found)
+    for name in layout.classes:
+        if shown(name) != name:
+            raise ValueError(
+                f"the name of class folder {shown(root / base / name)} is not UTF-8; rename the folder"
+            )
+    _refuse_no_classes(root / base, listing, layout)
+    return layout
+
+
+def _refuse_no_classes(top: Path, listing: Listing, layout: Layout) -> None:
+    """Refuse folders that are known to be no classes: those of img2dataset, and `images` alone."""
+    if layout.classes == ("images",):
+        raise ValueError(
+            f"{shown(top)} has one folder, {shown(top / 'images')}, which is no class; images must lie in a folder for "
+            "each class"
+        )
+    for name in layout.classes:
+        folder = joined(layout.base, name)
+        first = next(iter(layout.images[name].get(name, ())), None)
+        if name.isdecimal() and first and f"{first.rpartition('.')[0]}.json" in listing.files[folder]:
+            raise ValueError(
+                f"{shown(top / name)} is a folder of img2dataset, no class: {first} has its values in a .json "
+                "beside it; let it write tar files with labels: --output_format webdataset --save_additional_columns "
+                "'[\"label\"]'"
+            )
