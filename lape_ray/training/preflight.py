@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import torch
@@ -12,6 +13,8 @@ from lape_ray.data.split import SplitInfo, read_split_info
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.training.checkpoint import read_weights
+
+logger = logging.getLogger(__name__)
 
 
 def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
@@ -44,13 +47,15 @@ def check_space(config: TrainConfig, storage_root: str, parameters: int) -> None
 
 def check_data(config: TrainConfig) -> None:
     """Check that both files are whole, agree with each other and with the model, and fill at least one step."""
-    train, val = check_split(config, "train"), check_split(config, "val")
+    train, val = read_split_info(config.data, "train"), read_split_info(config.data, "val")
     if train.classes != val.classes:
         raise ValueError(
             f"{config.data.train} and {config.data.val} do not have the same classes"
             f"{_difference(train.classes, val.classes)}; "
             f"write the second again with --classes-of {config.data.train}, or both with the same --class-names"
         )
+    for info in (train, val):  # after the above, which says more of classes than their number does
+        _check_fits(config, info)
     if train.num_samples < config.data.batch_size:
         raise ValueError(
             f"{config.data.train} holds {train.num_samples} images, less than one step of "
@@ -66,16 +71,23 @@ def _difference(train: tuple[str, ...], val: tuple[str, ...]) -> str:
 
 def check_split(config: TrainConfig, split: Literal["train", "val"]) -> SplitInfo:
     """Check that one split is whole and fits the model's classes and image size."""
-    info, spec = read_split_info(config.data, split), resolve(config.model)
+    info = read_split_info(config.data, split)
+    _check_fits(config, info)
+    return info
+
+
+def _check_fits(config: TrainConfig, info: SplitInfo) -> None:
+    spec = resolve(config.model)
     if len(info.classes) != spec.num_classes:
         raise ValueError(
             f"{info.path} has {len(info.classes)} classes, the model {spec.num_classes}: "
             f"set --model.num_classes {len(info.classes)}"
         )
+    for what, count in info.source.left_out.items() if info.source else ():
+        logger.warning("%s: %s x %s is left out", info.path, f"{count:,}", what)
     largest = info.largest_side
     if largest is not None and largest < spec.image_size and not config.data.upscale:
         raise ValueError(
             f"{info.path} has images of at most {largest} px, but the model reads {spec.image_size}: "
             f"set --model.image_size {largest}, or --data.upscale true to enlarge them"
         )
-    return info

@@ -140,7 +140,7 @@ class Manifest:
         ]
         empty = [name for name, count in zip(self.classes, self.class_counts, strict=True) if not count]
         if empty:
-            lines.append(f"  {len(empty):,} classes have no images, such as {empty[0]}")
+            lines.append(f"  no images of {len(empty):,} of the classes, such as {empty[0]}")
         lines += [f"  {count:,} x {unusual}" for unusual, count in self.odd.items()]
         lines += [f"  left out: {count:,} x {what}" for what, count in self.left_out.items()]
         return "\n".join(lines + [f"  skipped: {reason}" for _, reason in self.skipped])

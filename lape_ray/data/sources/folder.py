@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lape_ray.data.sources.base import EXTENSIONS, Source
-from lape_ray.data.sources.kaggle import kaggle_labels
+from lape_ray.data.sources.kaggle import TABLE, kaggle_labels
 from lape_ray.data.sources.layout import Layout, find_layout
 from lape_ray.data.sources.listing import LeftOut, Listing, joined, list_below, shown
 
@@ -61,7 +61,7 @@ def image_folder(root: str | Path, split: str | None = None) -> ImageFolder:
     labels: list[int] = []
     for label, name in enumerate(layout.classes):
         found = layout.images_of(name)
-        if not found:
+        if not (found or layout.inner):
             raise _empty(top, name, listing, layout)
         paths += found
         labels += [label] * len(found)
@@ -105,7 +105,8 @@ def _flat(top: Path, listing: Listing, base: str) -> ImageFolder:
     known = kaggle_labels(top, names) if names else None
     if known is None:
         raise ValueError(
-            f"{shown(top)} has no class folders{example}; images must lie in {shown(top)}/<class>/"
+            f"{shown(top)} has no class folders{example}; images must lie in {shown(top)}/<class>/ (Kaggle's ImageNet: "
+            f"{TABLE} in a folder above names those of val), and a .beton is given by its own name"
         )
     classes, labels = known
     counts = listing.left_out(base)

@@ -14,7 +14,7 @@ LEVELS = 5  # from ILSVRC/Data/CLS-LOC/val up to the table, and one more
 
 
 def kaggle_labels(folder: Path, names: Sequence[str]) -> tuple[tuple[str, ...], list[int]] | None:
-    """Look up the labels of the images `names` of `folder`; returns classes and labels; None: there is no table.
+    """Look up the labels of the images `names` of `folder`; returns classes and labels; None: no table has any.
 
     Raises:
         ValueError: the table lacks an image, lists one that is not there, or names an unknown class.
@@ -33,6 +33,8 @@ def kaggle_labels(folder: Path, names: Sequence[str]) -> tuple[tuple[str, ...], 
         raise ValueError(f"{table} or {CLASSES} beside it cannot be read: {error}; copy it again") from error
     classes = tuple(sorted({line.split()[0] for line in lines if line.strip()} or set(class_of.values())))
     stems = [PurePath(name).stem for name in names]
+    if class_of.keys().isdisjoint(stems):  # the test images, which have no labels
+        return None
     if extra := [name for name, stem in zip(names, stems, strict=True) if stem not in class_of]:
         raise ValueError(f"{table} has no label for {shown(folder / extra[0])}; move that file away")
     if lost := sorted(class_of.keys() - set(stems)):

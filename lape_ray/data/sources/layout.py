@@ -17,12 +17,14 @@ class Layout:
     Attributes:
         base: the folder that holds them, relative to the source's root; '' is the root
         classes: their names, sorted; of some there may be no images; none: `base` has no folders
-        images: names of the images in each folder below `base`, by its path relative to it
+        images: of each class, names of the images in its folders, by their paths relative to `base`
+        inner: the folder in each class that holds its images of the split; None: all below the class are its images
     """
 
     base: str
     classes: tuple[str, ...]
     images: dict[str, dict[str, list[str]]]
+    inner: str | None = None
 
     def images_of(self, name: str) -> list[str]:
         """List the images of a class by their paths relative to `base`, in torchvision's order."""
@@ -118,7 +120,7 @@ def _splits(folder: _Folder) -> list[str]:
 def _classes(
     root: Path, listing: Listing, images: dict[str, list[str]], base: str, inner: str | None
 ) -> Layout:
-    """List the class folders in `base`; `inner` is the folder in each that holds its images of the split."""
+    """List the class folders in `base`; see Layout for `inner`."""
     start = f"{base}/" if base else ""
     found: dict[str, dict[str, list[str]]] = {}
     for path in listing.files:
@@ -128,7 +130,7 @@ def _classes(
             folders = found.setdefault(name, {})
             if path in images and inner in (None, rest.partition("/")[0]):
                 folders[relative] = images[path]
-    layout = Layout(base, tuple(sorted(found)), found)
+    layout = Layout(base, tuple(sorted(found)), found, inner)
     for name in layout.classes:
         if shown(name) != name:
             raise ValueError(

@@ -42,9 +42,8 @@ class LeftOut:
 
     def add_file(self, path: str) -> None:
         """Count a file of an extension that is not read."""
-        self.add(
-            f"{PurePath(path).suffix.lower()} file".strip() if "." in path else "file without extension", path
-        )
+        suffix = PurePath(path).suffix.lower()
+        self.add(f"{suffix} file" if suffix else "file without extension", path)
 
     def update(self, other: LeftOut) -> None:
         for kind, (count, first) in other.found.items():

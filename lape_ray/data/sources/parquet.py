@@ -194,7 +194,9 @@ def _column(names: Sequence[str], known: Sequence[str], role: str) -> str:
     for name in known:
         if name in names:
             return name
-    raise ValueError(f"there is no {role} column ({', '.join(known)}), only {', '.join(names)}")
+    raise ValueError(
+        f"there is no {role} column ({', '.join(known)}), only {', '.join(names)}; give it one of these names"
+    )
 
 
 def _class_names(metadata: Mapping[bytes, bytes], column: str) -> tuple[str, ...] | None:

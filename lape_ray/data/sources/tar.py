@@ -205,7 +205,10 @@ def _images(fields: Mapping[str, _Member]) -> list[_Member]:
 def _refuse_tars(path: str, samples: Mapping[str, Mapping[str, _Member]]) -> None:
     """Refuse a tar of tars, such as ImageNet's ILSVRC2012_img_train.tar."""
     tars = [
-        member.name for fields in samples.values() for name, member in fields.items() if name.endswith("tar")
+        member.name
+        for fields in samples.values()
+        for name, member in fields.items()
+        if "tar" in name.split(".")
     ]
     if tars:
         raise ValueError(
@@ -290,7 +293,8 @@ def _image(path: str, key: str, fields: dict[str, _Member]) -> _Member | None:
         )
     if images and not LABELS.keys() & fields.keys():
         raise ValueError(
-            f"{path}: sample {key!r} has no label; {has}, and needs .cls, or .json with label or cls"
+            f"{path}: sample {key!r} has no label; {has}, and needs .cls, or .json with label or cls; if "
+            "the tar holds the images of one class, unpack it into a folder named after that"
         )
     if not images and LABELS.keys() & fields.keys():
         raise ValueError(
@@ -315,7 +319,9 @@ def _label(path: str, key: str, fields: dict[str, _Member], file: BinaryIO) -> i
         file.seek(member.offset)
         return LABELS[extension](file.read(member.size))
     except ValueError as error:
-        raise ValueError(f"{path}: {member.name!r} holds no label: {error}") from error
+        raise ValueError(
+            f"{path}: {member.name!r} holds no label: {error}; write the class's number there"
+        ) from error
 
 
 def _cls_label(text: bytes) -> int:
