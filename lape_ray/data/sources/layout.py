@@ -67,6 +67,11 @@ def find_layout(root: Path, listing: Listing, split: str | None) -> Layout:
     while True:
         folder = _folder(images, base)
         if splits := _splits(folder):
+            if split is None and len(splits) == 1 and not is_split_word(splits[0]):
+                inside = shown(root / base / splits[0])
+                raise ValueError(
+                    f"{shown(root)} holds one folder of images, {inside}; give that one as the source"
+                )
             base = joined(base, choose_split(splits, split, shown(root / base)))
             return _classes(root, listing, images, base, None)
         if len(folder.names) != 1 or folder.direct or images.get(base):
