@@ -84,7 +84,7 @@ SPLITS = {
     "tars": ("imagenet-1k-train-0000.tar", "imagenet-1k-train-0001.tar", "imagenet-1k-validation-0000.tar"),
     "hub": ("plain_text/train-00000-of-00002.parquet", "plain_text/train-00001-of-00002.parquet",
             "plain_text/test-00000-of-00001.parquet"),
-    "no numbers": ("cifar-100-train.parquet", "cifar-100-train-more.parquet", "cifar-100-valid.parquet"),
+    "no numbers": ("cifar-100-train-0.parquet", "cifar-100-train-1.parquet", "cifar-100-valid.parquet"),
     "folders": ("training/0000.tar", "training/0001.tar", "dev/0000.tar"),
     "folders below": ("data/Train/part-0.parquet", "data/Train/part-1.parquet", "data/Val/part-0.parquet"),
     "class folders": ("train/a/1.png", "train/b/2.png", "val/a/1.png"),
@@ -112,7 +112,7 @@ def test_training_and_validation_stay_apart(tmp_path: Path, names: tuple[str, ..
     root = write_any(tmp_path / "data set", names)
     message = refusal(root)
     assert str(root) in message
-    choices = message.partition("choose one of ")[2].removesuffix(" with --split").split(", ")
+    choices = message.partition("choose one of ")[2].partition(" with --split")[0].split(", ")
     train, held = open_source(str(root), "train"), [open_source(str(root), word) for word in choices]
     assert len(train) == 2
     assert sorted(map(len, held)) == [1, 2]
@@ -158,6 +158,28 @@ def test_configurations_of_a_hub_are_not_joined(tmp_path: Path) -> None:
     assert all(f"{tmp_path}/{name}" in message for name in names)
     assert len(open_source(f"{tmp_path}/full", "train")) == 1
     assert len(open_source(f"{tmp_path}/*/train-*.parquet")) == 2  # as the message says
+
+
+def test_several_names_with_one_word_are_not_joined(tmp_path: Path) -> None:
+    """Two data sets in one folder, or splits of a longer name."""
+    write_any(
+        tmp_path, ("cifar10-train-0.parquet", "cifar100-train-0.parquet", "test_r1-00000-of-00001.parquet")
+    )
+    assert "choose one of cifar10-train, cifar100-train, test with --split" in refusal(tmp_path)
+    assert "several splits; choose one of cifar10-train, cifar100-train with" in refusal(tmp_path, "train")
+    assert len(open_source(str(tmp_path), "cifar100-train")) == len(open_source(str(tmp_path), "test")) == 1
+    assert len(open_source(f"{tmp_path}/cifar*-train-*.parquet")) == 2
+
+
+def test_names_of_parquet_files_as_writers_make_them(tmp_path: Path) -> None:
+    hub = [f"train-0000{i}-of-00002-{'ab' * 4}{i}{'0f' * 4}.parquet" for i in range(2)]
+    spark = [f"train.parquet/part-0000{i}-1b4e28ba-2fa1-11d2-883f-c000.snappy.parquet" for i in range(2)]
+    for number, names in enumerate((hub, spark, [name.partition("/")[2] for name in spark])):
+        assert len(open_source(str(write_any(tmp_path / str(number), tuple(names))))) == 2
+    (tmp_path / "0" / hub[1]).unlink()
+    message = refusal(tmp_path / "0")
+    assert f"{tmp_path}/0/train-00001-of-00002.parquet is not there" in message
+    assert len(open_source(message.rpartition("such as ")[2].strip("'"))) == 1
 
 
 def test_the_cache_of_a_hub(tmp_path: Path) -> None:
@@ -257,6 +279,15 @@ def test_keys_with_dots_are_samples(tmp_path: Path) -> None:
     assert source.left_out == {}
 
 
+def test_a_field_of_a_key_with_dots_belongs_to_it(tmp_path: Path) -> None:
+    tar = write_tar(
+        tmp_path / "train-0.tar", *sample("a.1.x", 1), ("a.1.x.mask.png", png()), ("a.1.x.txt", b"?")
+    )
+    source = open_source(str(tmp_path))
+    assert keys(source) == ["a.1.x.png"]
+    assert source.left_out == {f"further image of a sample, such as {tar} member a.1.x.mask.png": 1}
+
+
 def test_members_that_are_left_out_are_counted(tmp_path: Path) -> None:
     strays = [
         ("README", b"?"),
@@ -287,7 +318,7 @@ def test_tars_that_hold_no_samples_themselves(tmp_path: Path) -> None:
     assert f"{outer} is a tar of tars, such as 'n01.tar'; unpack it" in refusal(tmp_path / "o")
     message = refusal(tmp_path / "c")
     assert f"{inner}: sample 'n01_1' has no label" in message
-    assert "of one class, unpack it into a folder" in message
+    assert "are of one class, unpack it (into a folder named after the class)" in message
     shutil.unpack_archive(inner, tmp_path / "unpacked/n01")  # as both say
     assert open_source(str(tmp_path / "unpacked")).classes == ("n01",)
 

@@ -20,6 +20,7 @@ from lape_ray.data.beton.writer import PART_SAMPLES, write_beton
 from lape_ray.data.processes import Mapper
 from lape_ray.data.remote import local_split, remote_manifest, written_beton
 from lape_ray.data.sources import Source, named, open_source, select, with_classes
+from lape_ray.data.sources.listing import shown
 from lape_ray.storage import is_remote
 
 
@@ -95,9 +96,10 @@ def verify(path: str, *, workers: int | None = None) -> str:
 def _summary(
     manifest: Manifest, path: str, files: tuple[Path, ...], relation: str, repeated: str | None
 ) -> str:
-    first, *more = [manifest_path(file).name for file in files]
+    first, *more = [shown(manifest_path(file).name) for file in files]
     others = f" and {len(more)} more" if more else ""
     note = f"\n  {repeated}" if repeated else ""
+    path = shown(path)
     return f"{manifest.summary(path)}{note}\n  {relation} {path.rpartition('/')[0] or '.'}/{first}{others}"
 
 

@@ -71,7 +71,7 @@ def find_shards(where: str, split: str | None, kind: Kind) -> Found:
         where: a file, a folder (searched with all below it), a glob, or names with ranges in braces, such as
             `train-{0000..0146}.tar`, each of which must exist.
         split: which files: those with that split word (`split_word`) in their name, or else in the nearest folder's;
-            files without one are known by what stands before their number, or by their folder. None: all, if they
+            where several names have one word, and where none does, the name without its number. None: all, if they
             are of one split.
 
     Raises:
@@ -89,10 +89,14 @@ def find_shards(where: str, split: str | None, kind: Kind) -> Found:
             f"the name of {shown(odd[0])} is not UTF-8; rename the file, or the folder that it lies in"
         )
     base = Path(where) if is_folder else _fixed_part(where)
+    parts = [_part_of(file, base, is_folder) for file in found]
+    names = {
+        word: {part.name for part in parts if part.word == word} for word in {part.word for part in parts}
+    }
     by_split: dict[str, dict[Path, list[Path]]] = {}  # split -> place -> files
-    for file in found:
-        name, place = _split_of(file, base, is_folder)
-        by_split.setdefault(name, {}).setdefault(place, []).append(file)
+    for file, part in zip(found, parts, strict=True):
+        one = not is_folder or len(names[part.word]) == 1
+        by_split.setdefault(part.word if one else part.name, {}).setdefault(part.place, []).append(file)
     places = by_split[choose_split(by_split, split, where)]
     files = sorted(file for files in places.values() for file in files)
     if is_folder:
@@ -130,15 +134,31 @@ def _fixed_part(where: str) -> Path:
     return Path(*itertools.takewhile(lambda part: not any(c in part for c in "*?[{"), folders))
 
 
-def _split_of(file: Path, base: Path, is_folder: bool) -> tuple[str, Path]:
-    """Return the split of a file, and its place: the folder in which what is named after the split lies."""
-    for path in (file, *itertools.takewhile(lambda folder: folder != base, file.parents)):
-        if word := split_word(path.stem if path == file else path.name):
-            return word, path.parent
-    if is_folder and file.parent != base:
-        return file.parent.name, file.parent.parent
+class _Part(NamedTuple):
+    """What a file is a part of.
+
+    Attributes:
+        word: its split word, or the name where it has none
+        name: of the file without its number, or of the folder that has the word
+        place: the folder in which the file or folder of that name lies
+    """
+
+    word: str
+    name: str
+    place: Path
+
+
+def _part_of(file: Path, base: Path, is_folder: bool) -> _Part:
     numbered = re.match(r"(.*?)[-_.]?(\d{4,}|\d+([-_]of[-_]\d+)?$)", file.stem)
-    return (numbered[1] or "numbered") if numbered else file.stem, base
+    name = (numbered[1] or "numbered") if numbered else file.stem
+    if word := split_word(file.stem):
+        return _Part(word, name, file.parent)
+    for folder in itertools.takewhile(lambda folder: folder != base, file.parents):
+        if word := split_word(folder.name):
+            return _Part(word, folder.name, folder.parent)
+    if is_folder and file.parent != base:
+        return _Part(file.parent.name, file.parent.name, file.parent.parent)
+    return _Part(name, name, base)
 
 
 def _refuse_several_places(where: str, places: Mapping[Path, Sequence[Path]]) -> None:
@@ -153,18 +173,18 @@ def _refuse_several_places(where: str, places: Mapping[Path, Sequence[Path]]) ->
 
 def _refuse_incomplete(where: str, files: Sequence[Path]) -> None:
     """Refuse files whose names count more of them, such as train-00001-of-00004."""
-    sets: dict[tuple[Path, str, str, int], dict[int, str]] = {}
+    sets: dict[tuple[Path, str, str], dict[int, str]] = {}
     for file in files:
-        if match := re.fullmatch(r"(.*[-_])(\d+)([-_]of[-_](\d+)\D*)", file.name):
-            key = (file.parent, match[1], match[3], int(match[4]))
-            sets.setdefault(key, {})[int(match[2])] = match[2]
-    for (folder, before, after, count), numbers in sets.items():
+        if match := re.fullmatch(r"(.*?[-_])(\d+)([-_]of[-_]\d+)(\D.*)", file.name):
+            sets.setdefault((file.parent, match[1], match[3]), {})[int(match[2])] = match[2]
+    for (folder, before, of), numbers in sets.items():
+        count = int(of[4:])
         if len(numbers) < count:
             lost = next(number for number in itertools.count() if number not in numbers)
-            name = f"{before}{lost:0{len(next(iter(numbers.values())))}}{after}"
+            name = f"{before}{lost:0{len(next(iter(numbers.values())))}}{of}{files[0].suffix}"
             raise ValueError(
                 f"{folder / name} is not there, and {where} holds {len(numbers)} of {count} files; copy the others, or "
-                f"give those that are there by a glob, such as '{folder}/{before}*{after}'"
+                f"give those that are there by a glob, such as '{folder}/{before}*{of}*{files[0].suffix}'"
             )
 
 

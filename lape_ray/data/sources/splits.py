@@ -56,7 +56,9 @@ def choose_split(known: Collection[str], split: str | None, where: str) -> str:
         return fits[0]
     if split is None or fits:
         listed = ", ".join(fits) if split else listed
-        raise ValueError(f"{where} holds several splits; choose one of {listed} with --split")
+        raise ValueError(
+            f"{where} holds several splits; choose one of {listed} with --split, or give its files alone"
+        )
     alone = ", or leave --split out" if len(names) == 1 else " with --split"
     raise ValueError(f"{where} holds no split {split!r}; choose one of {listed}{alone}")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -154,31 +154,34 @@ def _samples(path: str, file: BinaryIO, left_out: LeftOut) -> dict[str, dict[str
     A name ends at its first dot, as in WebDataset; but what has an image and a label of one name up to the last dot
     (`photo v1.0.jpg`, `photo v1.0.cls`) is a sample of that name.
     """
-    samples: dict[str, dict[str, _Member]] = {}
-    dotted: dict[str, dict[str, _Member]] = {}
+    groups: dict[str, dict[str, _Member]] = {}  # by the name up to the last dot
     for member in _members(path, file):
         folder, slash, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        if (
-            not stem
-            or not dot
-            or any(is_hidden(part) for part in folder.split("/") if part not in (".", ".."))
-        ):
+        stem, dot, extension = base.rpartition(".")
+        folders = [name for name in folder.split("/") if name not in (".", "..")]
+        if not dot or any(is_hidden(name) for name in (*folders, base)):
             left_out.add("member of no sample", f"{path} member {member.name}")
-            continue
-        _add(path, samples, folder + slash + stem, extension, member)
-        if "." in extension:
-            stem, _, extension = base.rpartition(".")
-            _add(path, dotted, folder + slash + stem, extension, member)
+        else:
+            _add(path, groups, folder + slash + stem, extension, member)
     whole = {
-        key: fields for key, fields in dotted.items() if _images(fields) and LABELS.keys() & fields.keys()
+        key: fields for key, fields in groups.items() if _images(fields) and LABELS.keys() & fields.keys()
     }
-    taken = {member.offset for fields in whole.values() for member in fields.values()}
-    for key, fields in samples.items():
-        rest = {extension: member for extension, member in fields.items() if member.offset not in taken}
-        if rest:
-            whole.setdefault(key, {}).update(rest)
-    return dict(sorted(whole.items(), key=lambda sample: min(member.offset for member in sample[1].values())))
+    samples = {key: dict(fields) for key, fields in whole.items()}
+    for key, fields in groups.items():
+        for extension, member in fields.items() if key not in whole else ():
+            _add(path, samples, *_owner(key, extension, whole), member)
+    return dict(
+        sorted(samples.items(), key=lambda sample: min(member.offset for member in sample[1].values()))
+    )
+
+
+def _owner(key: str, extension: str, whole: Collection[str]) -> tuple[str, str]:
+    """Return a member's sample, the longest name in `whole` or else up to the first dot, and its extension there."""
+    folder, slash, base = key.rpartition("/")
+    parts = [*base.split("."), extension]
+    lengths = [n for n in range(len(parts) - 1, 0, -1) if folder + slash + ".".join(parts[:n]) in whole]
+    length = lengths[0] if lengths else 1
+    return folder + slash + ".".join(parts[:length]), ".".join(parts[length:])
 
 
 def _count_rest(path: str, fields: Mapping[str, _Member], is_sample: bool, left_out: LeftOut) -> None:
@@ -294,7 +297,7 @@ def _image(path: str, key: str, fields: dict[str, _Member]) -> _Member | None:
     if images and not LABELS.keys() & fields.keys():
         raise ValueError(
             f"{path}: sample {key!r} has no label; {has}, and needs .cls, or .json with label or cls; if "
-            "the tar holds the images of one class, unpack it into a folder named after that"
+            "its images lie in class folders, or are of one class, unpack it (into a folder named after the class)"
         )
     if not images and LABELS.keys() & fields.keys():
         raise ValueError(
