@@ -151,6 +151,50 @@ def test_one_split_alone_needs_no_choice_and_a_wrong_one_is_refused(tmp_path: Pa
     assert len(open_source(f"{tmp_path}/c/wrapped")) == 2
 
 
+def test_folders_around_splits_and_beside_them(tmp_path: Path) -> None:
+    """What is neither clearly classes nor clearly splits is refused, with a way out that works."""
+    cases = {
+        "a": (("train/x/1.png", "train/y/1.png", "samples/1.png"), None, "choose one of samples, train"),
+        "b": (("test_data/train/x/1.png", "test_data/val/x/1.png"), None, "give that one as the source"),
+        "c": (
+            ("test_data/train/x/1.png", "test_data/val/x/1.png"),
+            "test",
+            "c/test_data, with 2 folders; give that",
+        ),
+        "d": (
+            ("imagenet/train/x/1.png", "imagenet/val/x/1.png", "cat/1.png"),
+            None,
+            "such as {}/d/imagenet, and others",
+        ),
+        "e": (
+            ("imagenet/train/x/1.png", "cifar/train/x/1.png", "cifar/test/x/1.png"),
+            "train",
+            "{}/e/cifar, and others",
+        ),
+        "f": (
+            ("train/all/x/1.png", "train/all/y/1.png", "val/x/1.png"),
+            "train",
+            "{}/f/train/all, with 2 folders",
+        ),
+        "g": (
+            ("new-train/x/1.png", "new-train/y/1.png"),
+            None,
+            "one folder of images, {}/g/new-train; give that",
+        ),
+    }
+    for name, (files, split, words) in cases.items():
+        assert words.format(tmp_path) in refusal(write_files(tmp_path / name, *files), split)
+    assert len(open_source(f"{tmp_path}/a", "train")) == 2
+    assert len(open_source(f"{tmp_path}/b/test_data", "train")) == 1
+    assert (
+        open_source(f"{tmp_path}/f/train/all").classes
+        == open_source(f"{tmp_path}/g/new-train").classes
+        == ("x", "y")
+    )
+    write_files(tmp_path / "h", "bus/images/1.png", "train/images/1.png", "car/images/1.png")
+    assert open_source(f"{tmp_path}/h").classes == ("bus", "car", "train")
+
+
 def test_configurations_of_a_hub_are_not_joined(tmp_path: Path) -> None:
     names = ("160px/train-00000-of-00001.parquet", "full/train-00000-of-00001.parquet")
     write_any(tmp_path, names)

@@ -88,15 +88,7 @@ def find_shards(where: str, split: str | None, kind: Kind) -> Found:
         raise ValueError(
             f"the name of {shown(odd[0])} is not UTF-8; rename the file, or the folder that it lies in"
         )
-    base = Path(where) if is_folder else _fixed_part(where)
-    parts = [_part_of(file, base, is_folder) for file in found]
-    names = {
-        word: {part.name for part in parts if part.word == word} for word in {part.word for part in parts}
-    }
-    by_split: dict[str, dict[Path, list[Path]]] = {}  # split -> place -> files
-    for file, part in zip(found, parts, strict=True):
-        one = not is_folder or len(names[part.word]) == 1
-        by_split.setdefault(part.word if one else part.name, {}).setdefault(part.place, []).append(file)
+    by_split = _by_split(found, Path(where) if is_folder else _fixed_part(where), is_folder)
     places = by_split[choose_split(by_split, split, where)]
     files = sorted(file for files in places.values() for file in files)
     if is_folder:
@@ -105,6 +97,19 @@ def find_shards(where: str, split: str | None, kind: Kind) -> Found:
         _note_gaps(files, left_out)
     _refuse_same_file(files)
     return Found(tuple(str(file) for file in files), left_out)
+
+
+def _by_split(found: Sequence[Path], base: Path, is_folder: bool) -> dict[str, dict[Path, list[Path]]]:
+    """Group files by split and place. In a folder, several names with one word are as many splits."""
+    parts = [_part_of(file, base, is_folder) for file in found]
+    names: dict[str, set[str]] = {}
+    for part in parts:
+        names.setdefault(part.word, set()).add(part.name)
+    by_split: dict[str, dict[Path, list[Path]]] = {}
+    for file, part in zip(found, parts, strict=True):
+        split = part.name if is_folder and len(names[part.word]) > 1 else part.word
+        by_split.setdefault(split, {}).setdefault(part.place, []).append(file)
+    return by_split
 
 
 def _below(where: str, kind: Kind) -> tuple[list[Path], LeftOut]:

@@ -23,15 +23,7 @@ def kaggle_labels(folder: Path, names: Sequence[str]) -> tuple[tuple[str, ...], 
     table = next((place / TABLE for place in above if (place / TABLE).is_file()), None)
     if table is None:
         return None
-    try:
-        with table.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.reader(file) if row][1:]
-        class_of = {row[0]: row[1].split()[0] for row in rows}
-        mapping = table.with_name(CLASSES)
-        lines = mapping.read_text(encoding="utf-8").splitlines() if mapping.is_file() else ()
-    except (OSError, ValueError, IndexError, csv.Error) as error:
-        raise ValueError(f"{table} or {CLASSES} beside it cannot be read: {error}; copy it again") from error
-    classes = tuple(sorted({line.split()[0] for line in lines if line.strip()} or set(class_of.values())))
+    class_of, classes = _read(table)
     stems = [PurePath(name).stem for name in names]
     if class_of.keys().isdisjoint(stems):  # the test images, which have no labels
         return None
@@ -48,3 +40,18 @@ def kaggle_labels(folder: Path, names: Sequence[str]) -> tuple[tuple[str, ...], 
             f"{table} gives {unknown[0]} class {class_of[unknown[0]]!r}, which {CLASSES} does not have; copy both again"
         )
     return classes, [label_of[class_of[stem]] for stem in stems]
+
+
+def _read(table: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Read the class of each image, and all classes, sorted."""
+    mapping = table.with_name(CLASSES)
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.reader(file) if row][1:]
+        class_of = {row[0]: row[1].split()[0] for row in rows}
+        lines = mapping.read_text(encoding="utf-8").splitlines() if mapping.is_file() else ()
+    except (OSError, ValueError, IndexError, csv.Error) as error:
+        raise ValueError(f"{table} or {CLASSES} beside it cannot be read: {error}; copy it again") from error
+    return class_of, tuple(
+        sorted({line.split()[0] for line in lines if line.strip()} or set(class_of.values()))
+    )

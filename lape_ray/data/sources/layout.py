@@ -63,38 +63,65 @@ def find_layout(root: Path, listing: Listing, split: str | None) -> Layout:
         for folder, names in listing.files.items()
         if (found := [name for name in names if name.lower().endswith(EXTENSIONS)])
     }
-    base = ""
+    base, folder = _down(images, "")
+    inner = None
+    if splits := _splits(folder):
+        base = joined(base, _choose(splits, split, root / base))
+    elif inner := _inner(_folder(images, ""), images, root, split):
+        base = ""
+    elif split:
+        there = ", ".join(sorted(_folder(images, "").names)[:5]) or "no folders of images"
+        raise ValueError(
+            f"{shown(root)} holds no split {split!r}, but {there}; leave --split out, or give the folder that holds "
+            "its class folders"
+        )
+    else:
+        base = ""
+    bottom, below = _down(images, base)
+    if any(is_split_word(name) for name in _splits(below)) or (bottom != base and len(below.names) > 1):
+        raise ValueError(
+            f"{shown(root / base)} holds all images in one folder, {shown(root / bottom)}, with "
+            f"{len(below.names)} folders; give that one as the source"
+        )
+    return _classes(root, listing, images, base, inner)
+
+
+def _choose(splits: list[str], split: str | None, folder: Path) -> str:
+    """Choose a folder of a split. One alone is taken if it is called by a split word and nothing else."""
+    if split is None and len(splits) == 1 and not is_split_word(splits[0]):
+        inside = shown(folder / splits[0])
+        raise ValueError(f"{shown(folder)} holds one folder of images, {inside}; give that one as the source")
+    return choose_split(splits, split, shown(folder))
+
+
+def _inner(top: _Folder, images: dict[str, list[str]], root: Path, split: str | None) -> str | None:
+    """Choose the folder of the split in each class folder, where they have such (cat/train, cat/test); else None.
+
+    Raises:
+        ValueError: some folders have them and others do not, as where they are data sets and no classes.
+    """
+    words = sorted({word for names in top.nested.values() for word in names if is_split_word(word)})
+    if not words or (len(words) == 1 and split is None):
+        return None
+    all_have = not top.direct and all(
+        f"{name}/{w}" in images for name, inside in top.nested.items() for w in inside
+    )
+    if not all_have or any(not is_split_word(word) for names in top.nested.values() for word in names):
+        holder = next(name for name, inside in sorted(top.nested.items()) if not inside.isdisjoint(words))
+        raise ValueError(
+            f"{shown(root)} holds folders with splits, such as {shown(root / holder)}, and others; give one folder "
+            "that holds class folders"
+        )
+    return choose_split(words, split, f"each class folder of {shown(root)}")
+
+
+def _down(images: dict[str, list[str]], base: str) -> tuple[str, _Folder]:
+    """Go down from `base` through folders that hold one folder of folders and nothing else."""
     while True:
         folder = _folder(images, base)
-        if splits := _splits(folder):
-            if split is None and len(splits) == 1 and not is_split_word(splits[0]):
-                inside = shown(root / base / splits[0])
-                raise ValueError(
-                    f"{shown(root)} holds one folder of images, {inside}; give that one as the source"
-                )
-            base = joined(base, choose_split(splits, split, shown(root / base)))
-            return _classes(root, listing, images, base, None)
-        if len(folder.names) != 1 or folder.direct or images.get(base):
-            break
+        if _splits(folder) or len(folder.names) != 1 or folder.direct or images.get(base):
+            return base, folder
         base = joined(base, *folder.names)
-    top = _folder(images, "")
-    inner = sorted({word for names in top.nested.values() for word in names if is_split_word(word)})
-    if len(inner) > 1 or (inner and split):
-        return _classes(
-            root, listing, images, "", choose_split(inner, split, f"each class folder of {shown(root)}")
-        )
-    if split:
-        there = ", ".join(sorted(top.names)[:5]) or "no folders of images"
-        raise ValueError(
-            f"{shown(root)} holds no split {split!r}, but {there}; "
-            "leave --split out, or give the folder that holds its class folders"
-        )
-    if base and len(folder.names) > 1:
-        raise ValueError(
-            f"{shown(root)} holds all images in one folder, {shown(root / base)}, with {len(folder.names)} folders; "
-            "give that one as the source"
-        )
-    return _classes(root, listing, images, "", None)
 
 
 def _folder(images: dict[str, list[str]], base: str) -> _Folder:
@@ -111,15 +138,16 @@ def _folder(images: dict[str, list[str]], base: str) -> _Folder:
 
 
 def _splits(folder: _Folder) -> list[str]:
-    """List the folders that are splits; empty: they are classes. With other folders of folders beside them, all."""
+    """List the folders that are splits, or beside them; empty: they are classes.
+
+    All have a split word, or one is called by nothing else and holds several folders of images, or one such.
+    """
     names = folder.names
     exact = {name for name in names if is_split_word(name)}
     if names and all(split_word(name) for name in names):
         return sorted(names) if folder.nested or exact == names else []
-    outer = folder.nested.keys() - folder.direct
-    if exact & outer and (len(exact) > 1 or names == outer):
-        return sorted(names)
-    return []
+    outer = exact & (folder.nested.keys() - folder.direct)
+    return sorted(names) if any(len(exact) > 1 or len(folder.nested[name]) > 1 for name in outer) else []
 
 
 def _classes(

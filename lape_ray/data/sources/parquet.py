@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lape_ray.data.sources.find import find_shards
+from lape_ray.data.sources.listing import LeftOut
 from lape_ray.data.sources.shards import Shards, numbered_classes
 from lape_ray.values.typed import from_json, typed
 
@@ -111,32 +112,19 @@ def parquet_shards(where: str, split: str | None = None) -> ParquetShards:
     """
     files, left_out = find_shards(where, split, "parquet")
     shards = [_read_shard(file) for file in files]
-    first = shards[0]
-    for file, shard in zip(files, shards, strict=True):
-        if (shard.image, shard.label) != (first.image, first.label):
-            raise ValueError(
-                f"{file} has its images and labels in columns {shard.image!r} and {shard.label!r}, but {files[0]} in "
-                f"{first.image!r} and {first.label!r}; rename them, or write the two to a .beton each"
-            )
-    named = [(file, shard.classes) for file, shard in zip(files, shards, strict=True) if shard.classes]
-    for file, classes in named:
-        if classes != named[0][1]:
-            raise ValueError(_different(named[0], (file, classes)))
-    for file, shard in zip(files, shards, strict=True):
-        if named and not shard.classes:
-            left_out.add(f"file without class names, which were taken from {named[0][0]}", file)
+    classes = _agreed_classes(files, shards, left_out)
     labels_N = np.concatenate([shard.labels_N for shard in shards])
     items_N = np.empty(len(labels_N), ROW)
     items_N["shard"] = np.repeat(np.arange(len(shards)), [len(shard.labels_N) for shard in shards])
     items_N["row"] = np.concatenate([np.arange(len(shard.labels_N)) for shard in shards])
     return ParquetShards(
         origin=f"{where} ({split})" if split else where,
-        classes=named[0][1] if named else numbered_classes(labels_N, where),
+        classes=classes or numbered_classes(labels_N, where),
         labels_N=labels_N,
         items_N=items_N,
         left_out=left_out.words(),
         files=files,
-        column=first.image,
+        column=shards[0].image,
     )
 
 
@@ -147,6 +135,23 @@ class _Shard(NamedTuple):
     image: str
     label: str
     classes: tuple[str, ...]
+
+
+def _agreed_classes(files: Sequence[str], shards: Sequence[_Shard], left_out: LeftOut) -> tuple[str, ...]:
+    """Return the class names of all files; a ValueError names two files whose columns or names differ."""
+    image, label = shards[0].image, shards[0].label
+    named = [(file, shard.classes) for file, shard in zip(files, shards, strict=True) if shard.classes]
+    for file, shard in zip(files, shards, strict=True):
+        if (shard.image, shard.label) != (image, label):
+            raise ValueError(
+                f"{file} has its images and labels in columns {shard.image!r} and {shard.label!r}, but {files[0]} in "
+                f"{image!r} and {label!r}; rename them, or write the two to a .beton each"
+            )
+        if named and not shard.classes:
+            left_out.add(f"file without class names, which were taken from {named[0][0]}", file)
+        elif shard.classes and shard.classes != named[0][1]:
+            raise ValueError(_different(named[0], (file, shard.classes)))
+    return named[0][1] if named else ()
 
 
 def _different(one: tuple[str, tuple[str, ...]], other: tuple[str, tuple[str, ...]]) -> str:
