@@ -17,11 +17,13 @@ def parse_write_options(description: str | None, argv: Sequence[str] | None = No
     add("source", help="folder of class folders, tar or parquet shards (file, folder, glob), .beton, 'digits'; "
                        "or 'verify'")
     add("beton", help="file or s3:// address to write, or to verify")
-    add("--split", help="train, val, ...: folder or shards of that name in the source")
+    add("--split", help="train, val, ...: the folders or shards of that split; val finds validation")
     add("--subset",
         help="per-class:N, holdout:N (drawn at random, stratified), rest:N (what holdout:N leaves); A,B: B of A")
     add("--class-names", metavar="FILE",
         help="readable names: lines such as 'n01440764 tench', or a name for each label; the same for all splits")
+    add("--classes-of", metavar="BETON",
+        help="take classes and their order from that .beton: for a validation set that lacks some")
     add("--max-size", type=int, help="longest side in pixels; larger images are resized (500 suits ImageNet)")
     add("--quality", type=int, default=90, help="of the JPEGs that are encoded (default: 90)")
     add("--mode", default="auto",

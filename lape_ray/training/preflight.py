@@ -39,6 +39,9 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return replace_fields(config, paths)
 
 
+logger = logging.getLogger(__name__)
+
+
 def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
     """Check data, model, initial weights and storage; an OSError or ValueError says what is wrong."""
     with torch.device("meta"):
@@ -82,17 +85,26 @@ def check_space(config: TrainConfig, storage_root: str, parameters: int) -> None
 
 def check_data(config: TrainConfig) -> None:
     """Check that both files are whole, agree with each other and with the model, and fill at least one step."""
-    train, val = check_split(config, "train"), check_split(config, "val")
+    train, val = read_split_info(config.data, "train"), read_split_info(config.data, "val")
     if train.classes != val.classes:
         raise ValueError(
-            f"{config.data.train} and {config.data.val} do not have the same classes; write both from the same source, "
-            "and with the same --class-names"
+            f"{config.data.train} and {config.data.val} do not have the same classes"
+            f"{_difference(train.classes, val.classes)}; "
+            f"write the second again with --classes-of {config.data.train}, or both with the same --class-names"
         )
+    for info in (train, val):  # after the above, which says more of classes than their number does
+        _check_fits(config, info)
     if train.num_samples < config.data.batch_size:
         raise ValueError(
             f"{config.data.train} holds {train.num_samples} images, less than one step of "
             f"data.batch_size={config.data.batch_size}; lower it"
         )
+
+
+def _difference(train: tuple[str, ...], val: tuple[str, ...]) -> str:
+    only = sorted(set(train) ^ set(val))
+    where = f"only in the {'first' if only and only[0] in train else 'second'}"
+    return f": {only[0]!r} is {where}" if only else ", but the same in another order"
 
 
 def check_split(config: TrainConfig, split: Literal["train", "val"], *, subset: bool = False) -> SplitInfo:
@@ -101,16 +113,23 @@ def check_split(config: TrainConfig, split: Literal["train", "val"], *, subset: 
     Args:
         subset: whether the split may have fewer classes, which were found among the model's.
     """
-    info, spec = read_split_info(config.data, split), resolve(config.model)
+    info = read_split_info(config.data, split)
+    _check_fits(config, info, subset=subset)
+    return info
+
+
+def _check_fits(config: TrainConfig, info: SplitInfo, *, subset: bool = False) -> None:
+    spec = resolve(config.model)
     if len(info.classes) != spec.num_classes and not subset:
         raise ValueError(
             f"{info.path} has {len(info.classes)} classes, the model {spec.num_classes}: "
             f"set --model.num_classes {len(info.classes)}"
         )
+    for what, count in info.source.left_out.items() if info.source else ():
+        logger.warning("%s: %s x %s is left out", info.path, f"{count:,}", what)
     largest = info.largest_side
     if largest is not None and largest < spec.image_size and not config.data.upscale:
         raise ValueError(
             f"{info.path} has images of at most {largest} px, but the model reads {spec.image_size}: "
             f"set --model.image_size {largest}, or --data.upscale true to enlarge them"
         )
-    return info

@@ -434,5 +434,6 @@ def test_job_help_is_instant_and_errors_are_one_line(tmp_path: Path) -> None:
     done = run_job(tmp_path / "absent", tmp_path / "x.beton")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: {tmp_path}/absent is not a folder; give a folder of class folders, parquet shards, or 'digits'\n"
+        f"error: {tmp_path}/absent is not a folder; give a folder of class folders, parquet or tar shards, "
+        "a .beton, or 'digits'\n"
     )

@@ -248,7 +248,7 @@ def test_sets_that_are_not_whole(source: Source, tmp_path: Path) -> None:
         check_beton(path)
     (tmp_path / "away").rename(second)
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="and shards of that name too"):
+    with pytest.raises(ValueError, match="and shards of that name do too"):
         check_beton(path)
     path.unlink()
     shard_path(path, 0, 7).write_bytes(b"")

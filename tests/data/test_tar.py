@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lape_ray.data.sources import image_folder, open_source, tar_shards
-from lape_ray.data.sources.shards import expand_ranges
+from lape_ray.data.sources.find import expand_ranges
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 

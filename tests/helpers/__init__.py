@@ -1,6 +1,7 @@
 """What several tests share. They import it as `helpers.NAME`; nothing here is collected as a test.
 
 faults               faults at a chosen moment, and the table of what they cost
+layouts              small data sets in folders, parquet files and tars, as people have them
 interpreted_augment  the fused kernels in Triton's interpreter; a process for data/test_fused_augment.py
 manifests            k8s/ as kustomize renders it, and the rules that no schema holds
 nodes                a run on a cluster of several nodes; a process for cluster/test_nodes.py

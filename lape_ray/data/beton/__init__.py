@@ -6,6 +6,7 @@ encode    one image as it is stored
 journal   a file that outlives the process which writes it
 writer    `write_beton`: a source to a file or a set of shards
 convert   the steps behind jobs/write_beton.py
+repeated  `repeated_images`: images that a file holds more than once
 check     `check_beton`: whether a file is what its manifest says
 """
 

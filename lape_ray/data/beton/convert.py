@@ -6,18 +6,22 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from lape_ray.data.beton.check import check_beton
-from lape_ray.data.beton.format import set_files
+from lape_ray.data.beton.format import read_contents, set_files
 from lape_ray.data.beton.manifest import Manifest, manifest_path
+from lape_ray.data.beton.repeated import repeated_images
 from lape_ray.data.beton.writer import PART_SAMPLES, write_beton
 from lape_ray.data.processes import Mapper
-from lape_ray.data.remote import local_split, written_beton
-from lape_ray.data.sources import named, open_source, select
+from lape_ray.data.remote import local_split, remote_manifest, written_beton
+from lape_ray.data.sources import Source, named, open_source, select, with_classes
+from lape_ray.data.sources.listing import shown
+from lape_ray.storage import is_remote
 
 
 def convert(
@@ -27,6 +31,7 @@ def convert(
     split: str | None = None,
     subset: str | None = None,
     class_names: str | None = None,
+    classes_of: str | None = None,
     mapper: Callable[[], AbstractContextManager[Mapper]] | None = None,
     **options: Any,
 ) -> str:
@@ -36,6 +41,7 @@ def convert(
         split: see `open_source`.
         subset: see `select`.
         class_names: file of readable names; see `named`.
+        classes_of: .beton whose classes, in their order, the images get; see `with_classes`.
         mapper: opens the mapper that encodes; None: this machine's processes.
         options: of `write_beton`.
 
@@ -48,13 +54,30 @@ def convert(
     images = select(open_source(source, split), subset)
     if class_names is not None:
         images = named(images, class_names)
+    if classes_of is not None:
+        images = with_classes(images, _manifest(classes_of).classes, classes_of)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(written_beton(str(path)))
         progress = stack.enter_context(progress_bar())
         encoder = None if mapper is None else stack.enter_context(mapper())
         manifest = write_beton(images, file, progress=progress, mapper=encoder, **options)
         files = set_files(file)
-    return _summary(manifest, str(path), files, "manifest")
+        repeated = repeated_images(file, partial(_source_name, images, manifest))
+    return _summary(manifest, str(path), files, "manifest", repeated)
+
+
+def _manifest(path: str) -> Manifest:
+    if is_remote(path):
+        return remote_manifest(path)
+    return Manifest.of_set([Manifest.load(file) for file in set_files(path)], path)
+
+
+def _source_name(source: Source, manifest: Manifest, index: int) -> str:
+    """Name a stored image as its source does."""
+    if manifest.skipped:
+        skipped = {name for name, _ in manifest.skipped}
+        index = [place for place in range(len(source)) if source.name(place) not in skipped][index]
+    return source.name(index)
 
 
 def verify(path: str, *, workers: int | None = None) -> str:
@@ -65,13 +88,19 @@ def verify(path: str, *, workers: int | None = None) -> str:
     """
     file = local_split(path)
     manifest = check_beton(file, deep=True, workers=workers)
-    return _summary(manifest, path, set_files(file), "agrees with")
+    return _summary(
+        manifest, path, set_files(file), "agrees with", repeated_images(file, read_contents(file).name)
+    )
 
 
-def _summary(manifest: Manifest, path: str, files: tuple[Path, ...], relation: str) -> str:
-    first, *more = [manifest_path(file).name for file in files]
+def _summary(
+    manifest: Manifest, path: str, files: tuple[Path, ...], relation: str, repeated: str | None
+) -> str:
+    first, *more = [shown(manifest_path(file).name) for file in files]
     others = f" and {len(more)} more" if more else ""
-    return f"{manifest.summary(path)}\n  {relation} {path.rpartition('/')[0] or '.'}/{first}{others}"
+    note = f"\n  {repeated}" if repeated else ""
+    path = shown(path)
+    return f"{manifest.summary(path)}{note}\n  {relation} {path.rpartition('/')[0] or '.'}/{first}{others}"
 
 
 @contextlib.contextmanager

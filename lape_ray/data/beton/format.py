@@ -36,6 +36,20 @@ IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_pt
 RECORD = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELDS = np.array([(2, b"image", 0), (1, b"label", 0)], FIELD)  # RGBImageField, IntField
+IMAGE_TYPE, INT_TYPE = 2, 1
+PLACE = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+# What a record holds of each type of field: float, int, image, bytes, array, JSON, tensor.
+STORED = {0: "<f8", INT_TYPE: "<i8", IMAGE_TYPE: IMAGE, 3: PLACE, 4: "<u8", 5: PLACE, 6: "<u8"}
+LABELS = (
+    "label",
+    "labels",
+    "target",
+    "fine_label",
+    "cls",
+    "class",
+    "y",
+)  # of several whole numbers in a record
+NO_LABELS = ("index", "idx", "id")
 JPEG, RAW = 0, 1  # IMAGE["mode"]
 RECORDS_START = HEADER.itemsize + FIELDS.nbytes
 
@@ -88,21 +102,54 @@ def read_contents(path: str | Path) -> Contents:
 
 
 def read_tables(file: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read one file's records and allocations, each (N,); ValueError if it is damaged or of another kind."""
+    """Read one file's records (N,), as RECORD whatever its fields are, and its allocations; ValueError if damaged."""
     size = Path(file).stat().st_size
-    if size >= RECORDS_START:
-        header = np.fromfile(file, HEADER, 1)[0]
-        fields = np.fromfile(file, FIELD, len(FIELDS), offset=HEADER.itemsize)
-        known = header["version"] == FORMAT_VERSION and header["num_fields"] == len(FIELDS)
-        if known and np.array_equal(fields[["type_id", "name"]], FIELDS[["type_id", "name"]]):
-            count, table = int(header["num_samples"]), int(header["alloc_table_ptr"])
-            if count and table + count * ALLOCATION.itemsize == size:
-                records_N = np.fromfile(file, RECORD, count, offset=RECORDS_START)
-                return records_N, np.fromfile(file, ALLOCATION, count, offset=table)
-            raise ValueError(
-                f"{file} is truncated: {size:,} bytes do not hold its {count} samples; copy it again"
-            )
-    raise ValueError(f"{file} is not an FFCV file of images and labels; write it with jobs/write_beton.py")
+    header = np.fromfile(file, HEADER, 1)
+    if size < RECORDS_START - FIELD.itemsize or header["version"][0] != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} is not an FFCV file of images and labels; write it with jobs/write_beton.py"
+        )
+    number, count, table = (int(header[name][0]) for name in ("num_fields", "num_samples", "alloc_table_ptr"))
+    start = HEADER.itemsize + number * FIELD.itemsize
+    if start > size:
+        raise ValueError(
+            f"{file} is not an FFCV file of images and labels; write it with jobs/write_beton.py"
+        )
+    fields = np.fromfile(file, FIELD, number, offset=HEADER.itemsize)
+    image, label = _image_and_label(file, fields)
+    layout = np.dtype(
+        [(f"f{place}", STORED[int(field["type_id"])]) for place, field in enumerate(fields)], align=True
+    )
+    own = layout == np.dtype([("f0", IMAGE), ("f1", "<i8")], align=True) and not image
+    rest = size - table
+    exact = rest == count * ALLOCATION.itemsize
+    more = rest > count * ALLOCATION.itemsize and rest % ALLOCATION.itemsize == 0 and not own
+    if not count or start + count * layout.itemsize > table or not (exact or more):
+        raise ValueError(
+            f"{file} is truncated: {size:,} bytes do not hold its {count} samples; copy it again"
+        )
+    allocations_N = np.fromfile(file, ALLOCATION, rest // ALLOCATION.itemsize, offset=table)
+    if own:
+        return np.fromfile(file, RECORD, count, offset=start), allocations_N
+    stored_N, records_N = np.fromfile(file, layout, count, offset=start), np.zeros(count, RECORD)
+    records_N["image"], records_N["label"] = stored_N[f"f{image}"], stored_N[f"f{label}"]
+    return records_N, allocations_N
+
+
+def _image_and_label(file: str | Path, fields: np.ndarray) -> tuple[int, int]:
+    """Find the places of the image and the label among the fields of an FFCV file."""
+    names = [bytes(field["name"]).decode(errors="replace").lower() for field in fields]
+    types = [int(field["type_id"]) for field in fields]
+    images = [place for place, kind in enumerate(types) if kind == IMAGE_TYPE]
+    labels = [place for place, kind in enumerate(types) if kind == INT_TYPE and names[place] not in NO_LABELS]
+    labels = [place for place in labels if names[place] in LABELS] or labels
+    if len(images) != 1 or len(labels) != 1 or not set(types) <= STORED.keys():
+        listed = ", ".join(f"{name} (type {kind})" for name, kind in zip(names[:9], types, strict=False))
+        raise ValueError(
+            f"{file} is not an FFCV file of images and labels: it has fields {listed or 'none'}, and needs one "
+            "RGBImageField (type 2) and one IntField (type 1), called label if there are more; write it again so"
+        )
+    return images[0], labels[0]
 
 
 def lengths(file: Path, records_N: np.ndarray, allocations_N: np.ndarray) -> np.ndarray:

@@ -36,7 +36,8 @@ class Manifest:
         tables_sha256: of the records and the allocation table
         stored: how many images are kept as `original_jpeg`, encoded as `jpeg`, or `raw` pixels
         odd: how many images had which unusual format: CMYK, grey, rotated by EXIF, ...
-        skipped: [name, reason] of each sample that was left out
+        skipped: [name, reason] of each sample that could not be stored
+        left_out: what lay in the source and was not read, and how much of it; of a set, of the whole
         made: source, options, library versions and time
     """
 
@@ -52,6 +53,7 @@ class Manifest:
     stored: dict[str, Count]
     odd: dict[str, Count]
     skipped: tuple[tuple[str, str], ...]
+    left_out: dict[str, Count]
     made: dict[str, Any]
 
     @classmethod
@@ -73,6 +75,7 @@ class Manifest:
         values = from_json(dict[str, Any], text, file, REPAIR)
         if values.get("version") != MANIFEST_VERSION:
             raise ValueError(f"{file} is not a manifest of version {MANIFEST_VERSION}; {REPAIR}")
+        values.setdefault("left_out", {})  # files of before it was counted
         try:
             manifest: Manifest = typed(cls, values)
         except ValueError as error:
@@ -118,6 +121,7 @@ class Manifest:
             stored=total("stored"),
             odd=total("odd"),
             skipped=tuple(entry for shard in shards for entry in shard.skipped),
+            left_out=first.left_out,
             made=first.made,
         )
 
@@ -135,7 +139,11 @@ class Manifest:
             f"  {low_w}..{high_w} pixels wide, {low_h}..{high_h} high; stored as {stored}",
             f"  {min(self.class_counts):,}..{max(self.class_counts):,} images a class",
         ]
+        empty = [name for name, count in zip(self.classes, self.class_counts, strict=True) if not count]
+        if empty:
+            lines.append(f"  no images of {len(empty):,} of the classes, such as {empty[0]}")
         lines += [f"  {count:,} x {unusual}" for unusual, count in self.odd.items()]
+        lines += [f"  left out: {count:,} x {what}" for what, count in self.left_out.items()]
         return "\n".join(lines + [f"  skipped: {reason}" for _, reason in self.skipped])
 
 

@@ -174,7 +174,9 @@ def _fingerprint(source: Source, encoding: Encoding) -> str:
         items.tobytes() if items.dtype != object else "\0".join(map(str, items.ravel())),
         source.labels_N.tobytes(),
     ):
-        data = part.encode() if isinstance(part, str) else part
+        data = (
+            part.encode(errors="surrogateescape") if isinstance(part, str) else part
+        )  # names need not be UTF-8
         digest.update(struct.pack("<Q", len(data)) + data)
     return digest.hexdigest()
 
@@ -361,6 +363,7 @@ class _File:
             stored=dict(sorted(Counter(KINDS[kind] for kind in stored_N["kind"]).items())),
             odd=dict(sorted(self.odd.items())),
             skipped=tuple(self.skipped),
+            left_out=source.left_out,
             made=made,
         )
 

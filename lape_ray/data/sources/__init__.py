@@ -4,14 +4,19 @@ A source knows all labels from the start but opens an image only when asked. It 
 `take` cuts it into parts, so that a worker process is sent the few names it works on.
 
     base         `Source`, and how an image file becomes RGB
+    listing      what lies below a folder, and the count of what is left out
+    splits       split words: train, val, validation, test, ...
     folder       class folders, as torchvision's ImageFolder
+    layout       which of a folder's folders are splits, and which are classes
+    kaggle       the labels of Kaggle's ImageNet validation images, which lie in one folder
+    find         the files of a source in shards
     shards       the common part of parquet and tar
     parquet      rows of parquet files, as dataset hubs have them
     tar          WebDataset shards
     handwritten  the digits
     unusual      `unusual_format`: what is unusual about an image that can be read
     subset       `select`: parts that are the same each time
-    names        `named`: readable names of the classes
+    names        `named`: readable names of the classes; `with_classes`: those of another source
     beton        a .beton as a source, to write it again
 """
 
@@ -20,11 +25,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from lape_ray.data.sources.base import EXTENSIONS, Source, load_image, to_rgb
+from lape_ray.data.sources.find import kind_of_shards
 from lape_ray.data.sources.folder import ImageFolder, image_folder
 from lape_ray.data.sources.handwritten import Digits, digits
-from lape_ray.data.sources.names import named
+from lape_ray.data.sources.names import named, with_classes
 from lape_ray.data.sources.parquet import ParquetShards, parquet_shards
-from lape_ray.data.sources.shards import kind_of_shards
 from lape_ray.data.sources.subset import select
 from lape_ray.data.sources.tar import TarShards, tar_shards
 from lape_ray.data.sources.unusual import unusual_format
@@ -33,7 +38,7 @@ from lape_ray.storage import is_remote
 __all__ = [
     "EXTENSIONS", "Digits", "ImageFolder", "ParquetShards", "Source", "TarShards", "digits", "image_folder",
     "load_image", "named", "open_source", "parquet_shards", "select", "tar_shards", "to_rgb",
-    "unusual_format",
+    "unusual_format", "with_classes",
 ]  # fmt: skip
 
 
@@ -42,13 +47,14 @@ def open_source(where: str, split: str | None = None) -> Source:
 
     Args:
         where: `digits`; a folder of class folders; or parquet or tar shards: a file, a folder of them, a glob, or
-            ranges such as `train-{0000..0146}.tar`; or a .beton, also on S3. A folder with .parquet or else
-            .tar files anywhere below it is taken for shards.
-        split: `train` or `val` of the digits; the shards named after it (train-00000-of-00004.parquet, or a
-            folder train/); or the folder of that name below `where`. None: everything.
+            ranges such as `train-{0000..0146}.tar`; or a .beton, also on S3. A folder with .parquet or .tar files
+            anywhere below it is taken for shards.
+        split: `train` or `val` of the digits; or what `split_word` finds in the names of files and folders
+            (cifar-100-train.parquet, data/validation-00000-of-00001.parquet, imagenet/val/). None: the only one.
 
     Raises:
-        ValueError: nothing exists at `where`, no class has images, labels are missing or out of range; says which.
+        ValueError: nothing exists at `where`, it holds several splits or kinds of files, no class has images, labels
+            are missing or out of range; says which.
     """
     if where == "digits":
         return digits(split)
@@ -65,4 +71,4 @@ def open_source(where: str, split: str | None = None) -> Source:
         return parquet_shards(where, split)
     if holds == "tar":
         return tar_shards(where, split)
-    return image_folder(path / split if split else path)
+    return image_folder(path, split)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
@@ -56,12 +56,14 @@ class Source(ABC):
         classes: name of every label, by label
         labels_N: int64, each in [0, len(classes)); anything else is a ValueError
         items_N: what a subclass needs to find each image; the first axis is N
+        left_out: what lies there and is not read, such as '.gif file, such as a/1.gif', and how many
     """
 
     origin: str
     classes: tuple[str, ...]
     labels_N: np.ndarray
     items_N: np.ndarray
+    left_out: dict[str, int] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         if len(self) == 0:

@@ -1,10 +1,11 @@
-"""Readable names for the classes of a source, such as `tench` for `n01440764`."""
+"""Readable names for the classes of a source, such as `tench` for `n01440764`; or the classes of another."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from lape_ray.data.sources.base import Source
 from lape_ray.storage import read_text
@@ -15,8 +16,9 @@ def named(source: Source, file: str) -> Source:
 
     Args:
         file: on each line a class as the source names it, a space or tab, and its new name, in any order; lines of
-            other classes do not count. Or only names, one for each class in the order of labels, or of numbers where
-            classes are whole numbers. A name that several classes have gets the source's behind it.
+            other classes do not count. Or only names, one for each class in the order of labels; of classes that are
+            called by running numbers (folders 0, 1, 10, 2), in the order of these. A name that several
+            classes have gets the source's behind it.
 
     Raises:
         ValueError: a class has no name or two, or the names are more or fewer than the classes; says which.
@@ -33,7 +35,7 @@ def named(source: Source, file: str) -> Source:
                 f"{file} has {len(lines)} names, but {source.origin} has {len(source.classes)} classes; give a line "
                 f"for each, in the order of labels, or lines such as '{source.classes[0]} NAME'"
             )
-        names = _by_number(source.classes, lines, file)
+        names = _in_order(source, lines, file)
     else:
         names = _by_class(source, pairs, file)
     count = Counter(names)
@@ -46,17 +48,37 @@ def named(source: Source, file: str) -> Source:
     )
 
 
-def _by_number(classes: Sequence[str], names: list[str], file: str) -> list[str]:
-    """Give the first name to the smallest number where all classes are whole numbers, which sort as 0, 1, 10, 2."""
-    if not all(name.isdecimal() for name in classes):
-        return names
-    numbers = [int(name) for name in classes]
-    if len(set(numbers)) < len(numbers):
+def _in_order(source: Source, lines: list[str], file: str) -> list[str]:
+    """Give each class the line of its label, or of its number where all classes are called by numbers."""
+    if not all(name.isdecimal() for name in source.classes):
+        return lines
+    numbers = [int(name) for name in source.classes]
+    first = min(numbers)
+    if sorted(numbers) != list(range(first, first + len(numbers))):
         raise ValueError(
-            f"{file} has bare names, but two classes are the same number; write lines such as '{classes[0]} NAME'"
+            f"{file} has bare names, and the classes of {source.origin} are numbers with gaps, from {first} to "
+            f"{max(numbers)}; give lines such as '{source.classes[0]} NAME'"
         )
-    name_of = dict(zip(sorted(numbers), names, strict=True))
-    return [name_of[number] for number in numbers]
+    return [lines[number - first] for number in numbers]
+
+
+def with_classes(source: Source, classes: tuple[str, ...], where: str) -> Source:
+    """Give the same images the labels that their classes' names have in `classes`, which is from `where`.
+
+    Raises:
+        ValueError: a class of the source is not among them; names it.
+    """
+    label_of = {name: label for label, name in enumerate(classes)}
+    if len(label_of) < len(classes):
+        raise ValueError(f"{where} has two classes of one name; write it again with other --class-names")
+    used = np.unique(source.labels_N)
+    if unknown := [source.classes[label] for label in used if source.classes[label] not in label_of]:
+        raise ValueError(
+            f"{source.origin} has class {unknown[0]!r}, which is none of the {len(classes)} of {where}, such as "
+            f"{classes[0]!r}; take its images out, or give the same --class-names as there"
+        )
+    new = np.array([label_of.get(name, -1) for name in source.classes], np.int64)
+    return replace(source, classes=classes, labels_N=new[source.labels_N])
 
 
 def _by_class(source: Source, pairs: list[tuple[str, str]], file: str) -> list[str]:

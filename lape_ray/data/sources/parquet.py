@@ -9,16 +9,18 @@ import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lape_ray.data.sources.shards import Shards, find_shards, numbered_classes
+from lape_ray.data.sources.find import find_shards
+from lape_ray.data.sources.listing import LeftOut
+from lape_ray.data.sources.shards import Shards, numbered_classes
 from lape_ray.values.typed import from_json, typed
 
 HUB = b"huggingface"  # the entry of a schema's metadata by which the hub's library describes columns
-IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "labels", "fine_label")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 ROW = np.dtype([("shard", "<i4"), ("row", "<i8")])
 
 
@@ -100,62 +102,106 @@ def _row_group(file: str, column: str, group: int) -> tuple[Sequence[Any], str]:
 def parquet_shards(where: str, split: str | None = None) -> ParquetShards:
     """Open the rows of the shards that `where` names (file, folder or glob), in the usual layout of dataset hubs.
 
-    The image column is `image` or `img` (struct with `bytes`, or plain binary), the label column `label`, `labels`
-    or `fine_label`; class names come from the schema's metadata, else they are the labels from 0 to the largest.
+    The image column (struct with `bytes`, or plain binary) and the label column have one of the names in
+    IMAGE_COLUMNS and LABEL_COLUMNS; class names come from the schema's metadata, else they are the labels from 0 to the
+    largest.
 
     Raises:
-        ValueError: a file is damaged or has no such columns; names it. Damage among its images is found as they are
-            read, and costs the rest of their row group.
+        ValueError: a file is damaged, has no such columns, or others than the first file or other class names; names
+            it. Damage among its images is found as they are read, and costs the rest of their row group.
     """
-    files = find_shards(where, split, ".parquet")
-    labels, items = [], []
-    classes: tuple[str, ...] | None = None
-    for shard, file in enumerate(files):
-        shard_labels_N, image_column, classes = _read_labels(file, classes)
-        labels.append(shard_labels_N)
-        rows_N = np.empty(len(shard_labels_N), ROW)
-        rows_N["shard"], rows_N["row"] = shard, np.arange(len(shard_labels_N))
-        items.append(rows_N)
-    labels_N = np.concatenate(labels)
+    files, left_out = find_shards(where, split, "parquet")
+    shards = [_read_shard(file) for file in files]
+    classes = _agreed_classes(files, shards, left_out)
+    labels_N = np.concatenate([shard.labels_N for shard in shards])
+    items_N = np.empty(len(labels_N), ROW)
+    items_N["shard"] = np.repeat(np.arange(len(shards)), [len(shard.labels_N) for shard in shards])
+    items_N["row"] = np.concatenate([np.arange(len(shard.labels_N)) for shard in shards])
     return ParquetShards(
         origin=f"{where} ({split})" if split else where,
         classes=classes or numbered_classes(labels_N, where),
         labels_N=labels_N,
-        items_N=np.concatenate(items),
+        items_N=items_N,
+        left_out=left_out.words(),
         files=files,
-        column=image_column,
+        column=shards[0].image,
     )
 
 
-def _read_labels(
-    file: str, classes: tuple[str, ...] | None
-) -> tuple[np.ndarray, str, tuple[str, ...] | None]:
-    """Read a shard's labels int64 (N,) and the name of its image column; and its class names unless they are known."""
+class _Shard(NamedTuple):
+    """One file: its labels int64 (N,), names of its columns, and class names if it has them."""
+
+    labels_N: np.ndarray
+    image: str
+    label: str
+    classes: tuple[str, ...]
+
+
+def _agreed_classes(files: Sequence[str], shards: Sequence[_Shard], left_out: LeftOut) -> tuple[str, ...]:
+    """Return the class names of all files; a ValueError names two files whose columns or names differ."""
+    image, label = shards[0].image, shards[0].label
+    named = [(file, shard.classes) for file, shard in zip(files, shards, strict=True) if shard.classes]
+    for file, shard in zip(files, shards, strict=True):
+        if (shard.image, shard.label) != (image, label):
+            raise ValueError(
+                f"{file} has its images and labels in columns {shard.image!r} and {shard.label!r}, but {files[0]} in "
+                f"{image!r} and {label!r}; rename them, or write the two to a .beton each"
+            )
+        if named and not shard.classes:
+            left_out.add(f"file without class names, which were taken from {named[0][0]}", file)
+        elif shard.classes and shard.classes != named[0][1]:
+            raise ValueError(_different(named[0], (file, shard.classes)))
+    return named[0][1] if named else ()
+
+
+def _different(one: tuple[str, tuple[str, ...]], other: tuple[str, tuple[str, ...]]) -> str:
+    """Say where the class names of two files differ."""
+    (first, names), (file, others) = one, other
+    if len(names) != len(others):
+        how = f"{len(names)} and {len(others)} of them"
+    else:
+        label = next(
+            label for label, pair in enumerate(zip(names, others, strict=True)) if len(set(pair)) > 1
+        )
+        how = f"label {label} is {names[label]!r} and {others[label]!r}"
+    return (
+        f"{first} and {file} have different class names ({how}); write one of them again with the labels and "
+        "names of the other, or take it out"
+    )
+
+
+def _read_shard(file: str) -> _Shard:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
         schema = pq.read_schema(file)
-        image_column = _column(schema.names, IMAGE_COLUMNS, "image")
-        label_column = _column(schema.names, LABEL_COLUMNS, "label")
-        column = pq.read_table(file, columns=[label_column]).column(0)
+        image = _column(schema.names, IMAGE_COLUMNS, "image")
+        label = _column(schema.names, LABEL_COLUMNS, "label")
+        with pq.ParquetFile(file) as shard:  # `read_table` would add columns from folders called name=value
+            column = shard.read(columns=[label]).column(0)
         labels_N = column.to_numpy()
-        classes = classes or _class_names(schema.metadata or {}, label_column)
+        classes = _class_names(schema.metadata or {}, label)
     except _failures() as error:
         raise ValueError(f"{file} cannot be read as a shard of images: {_first_line(error)}") from error
     if column.null_count:
         row = pc.index(pc.is_null(column), True).as_py()
-        raise ValueError(f"{file} row {row} has no label in column {label_column!r}")
+        raise ValueError(f"{file} row {row} has no label in column {label!r}")
     if labels_N.dtype.kind not in "iu":
-        raise ValueError(f"{file} column {label_column!r} is of type {column.type}; labels must be integers")
-    return labels_N.astype(np.int64), image_column, classes
+        raise ValueError(
+            f"{file} column {label!r} is of type {column.type}; labels must be integers: number the classes "
+            "from 0, and write the file again"
+        )
+    return _Shard(labels_N.astype(np.int64), image, label, classes or ())
 
 
 def _column(names: Sequence[str], known: Sequence[str], role: str) -> str:
     for name in known:
         if name in names:
             return name
-    raise ValueError(f"there is no {role} column ({' or '.join(known)}), only {', '.join(names)}")
+    raise ValueError(
+        f"there is no {role} column ({', '.join(known)}), only {', '.join(names)}; give it one of these names"
+    )
 
 
 def _class_names(metadata: Mapping[bytes, bytes], column: str) -> tuple[str, ...] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -19,9 +19,10 @@ import numpy as np
 
 from lape_ray.data.processes import processes
 from lape_ray.data.sources.base import EXTENSIONS
-from lape_ray.data.sources.shards import TAR_NAME, Shards, find_shards, numbered_classes
+from lape_ray.data.sources.find import CLASSES_FILE, find_shards
+from lape_ray.data.sources.listing import LeftOut, is_hidden
+from lape_ray.data.sources.shards import Shards, numbered_classes
 
-CLASSES_FILE = "classes.txt"
 JSON_KEYS = ("label", "cls")
 LABEL_BYTES = 2**20  # a larger label is none
 NAME_BYTES = 120  # of a member's name are kept, its end
@@ -55,8 +56,9 @@ def tar_shards(where: str, split: str | None = None, *, workers: int | None = No
     """Open the samples of the shards of `where` and `split` (`find_shards`), in the order in which they begin.
 
     As in WebDataset, a sample is the members of one folder and name up to its first dot, wherever in the shard they
-    are. It has one image (`.jpg`, ... as in `EXTENSIONS`) and a label: whole-number text in `.cls`, or else the
-    `label` or `cls` of the object in `.json`. Samples with none of the three, hidden files and folders do not count.
+    are; names with more dots are read too (`_samples`). It has one image (`.jpg`, ... as in `EXTENSIONS`) and a label:
+    whole-number text in `.cls`, or else the `label` or `cls` of the object in `.json`. What makes no sample is counted
+    as left out, as are hidden files and folders.
 
     Class names are the lines of `classes.txt` next to the shards or in the folder `where`; without one, the labels
     from 0 to the largest.
@@ -69,11 +71,13 @@ def tar_shards(where: str, split: str | None = None, *, workers: int | None = No
             label that is no whole number. Names the shard and the sample.
         OSError: a process died.
     """
-    files = _find(where, split)
+    files, left_out = find_shards(where, split, "tar")
     if workers is None and len(files) < SHARDS_WORTH_PROCESSES:
         workers = 1
     with processes(workers) as mapper:
         parts = list(mapper(index_shard, files))
+    for part in parts:
+        left_out.update(part.left_out)
     names = [name for part in parts for name in part.names]
     items_N = np.empty(
         len(names),
@@ -95,26 +99,18 @@ def tar_shards(where: str, split: str | None = None, *, workers: int | None = No
         labels_N=labels_N,
         items_N=items_N,
         files=files,
+        left_out=left_out.words(),
     )
 
 
-def _find(where: str, split: str | None) -> tuple[str, ...]:
-    folder = Path(where)
-    if folder.is_dir() and not next(folder.rglob("*.tar"), None):
-        for path in sorted(folder.rglob("*")):
-            if TAR_NAME.search(path.name) and path.is_file():
-                with path.open("rb") as file:
-                    _refuse_compressed(str(path), file)
-    return find_shards(where, split, ".tar")
-
-
 class Index(NamedTuple):
-    """The places of a shard's images (N), and their labels."""
+    """The places of a shard's images (N), their labels, and what belongs to no sample."""
 
     names: list[bytes]
     offset_N: np.ndarray
     size_N: np.ndarray
     labels_N: np.ndarray
+    left_out: LeftOut
 
 
 class _Member(NamedTuple):
@@ -127,33 +123,100 @@ class _Member(NamedTuple):
 
 def index_shard(path: str) -> Index:
     """Read the headers and labels of the tar at `path`; see `tar_shards` for what is refused."""
-    samples: dict[str, dict[str, _Member]] = {}  # key -> extension -> member
     images: list[_Member] = []
     labels: list[int] = []
+    left_out = LeftOut()
     try:
         with Path(path).open("rb") as file:
             _refuse_compressed(path, file)
-            for member in _members(path, file):
-                folder, slash, base = member.name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if not stem or not dot:
-                    continue
-                fields = samples.setdefault(folder + slash + stem, {})
-                if fields.setdefault(extension.lower(), member) is not member:
-                    raise ValueError(f"{path}: {member.name!r} occurs twice; leave one of them")
+            samples = _samples(path, file, left_out)
             for key, fields in samples.items():
-                image = _image(path, key, fields)
-                if image:
+                if image := _image(path, key, fields):
                     images.append(image)
                     labels.append(_label(path, key, fields, file))
+                _count_rest(path, fields, bool(image), left_out)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    if not images:
+        _refuse_tars(path, samples)
     return Index(
         [image.name.encode(errors="surrogateescape")[-NAME_BYTES:] for image in images],
         np.array([image.offset for image in images], np.int64),
         np.array([image.size for image in images], np.int64),
         np.array(labels, np.int64),
+        left_out,
     )
+
+
+def _samples(path: str, file: BinaryIO, left_out: LeftOut) -> dict[str, dict[str, _Member]]:
+    """Read which members each sample has: key -> extension -> member.
+
+    A name ends at its first dot, as in WebDataset; but what has an image and a label of one name up to the last dot
+    (`photo v1.0.jpg`, `photo v1.0.cls`) is a sample of that name.
+    """
+    groups: dict[str, dict[str, _Member]] = {}  # by the name up to the last dot
+    for member in _members(path, file):
+        folder, slash, base = member.name.rpartition("/")
+        stem, dot, extension = base.rpartition(".")
+        folders = [name for name in folder.split("/") if name not in (".", "..")]
+        if not dot or any(is_hidden(name) for name in (*folders, base)):
+            left_out.add("member of no sample", f"{path} member {member.name}")
+        else:
+            _add(path, groups, folder + slash + stem, extension, member)
+    whole = {
+        key: fields for key, fields in groups.items() if _images(fields) and LABELS.keys() & fields.keys()
+    }
+    samples = {key: dict(fields) for key, fields in whole.items()}
+    for key, fields in groups.items():
+        for extension, member in fields.items() if key not in whole else ():
+            _add(path, samples, *_owner(key, extension, whole), member)
+    return dict(
+        sorted(samples.items(), key=lambda sample: min(member.offset for member in sample[1].values()))
+    )
+
+
+def _owner(key: str, extension: str, whole: Collection[str]) -> tuple[str, str]:
+    """Return a member's sample, the longest name in `whole` or else up to the first dot, and its extension there."""
+    folder, slash, base = key.rpartition("/")
+    parts = [*base.split("."), extension]
+    lengths = [n for n in range(len(parts) - 1, 0, -1) if folder + slash + ".".join(parts[:n]) in whole]
+    length = lengths[0] if lengths else 1
+    return folder + slash + ".".join(parts[:length]), ".".join(parts[length:])
+
+
+def _count_rest(path: str, fields: Mapping[str, _Member], is_sample: bool, left_out: LeftOut) -> None:
+    """Count the members that are not read: further images of a sample, or all that make none."""
+    for extension, member in fields.items():
+        name = f"{path} member {member.name}"
+        if not is_sample:
+            left_out.add("member of no sample", name)
+        elif "." in extension and member.name.lower().endswith(EXTENSIONS):
+            left_out.add("further image of a sample", name)
+
+
+def _add(
+    path: str, samples: dict[str, dict[str, _Member]], key: str, extension: str, member: _Member
+) -> None:
+    if samples.setdefault(key, {}).setdefault(extension.lower(), member) is not member:
+        raise ValueError(f"{path}: {member.name!r} occurs twice; leave one of them")
+
+
+def _images(fields: Mapping[str, _Member]) -> list[_Member]:
+    return [member for extension, member in fields.items() if f".{extension}" in EXTENSIONS]
+
+
+def _refuse_tars(path: str, samples: Mapping[str, Mapping[str, _Member]]) -> None:
+    """Refuse a tar of tars, such as ImageNet's ILSVRC2012_img_train.tar."""
+    tars = [
+        member.name
+        for fields in samples.values()
+        for name, member in fields.items()
+        if "tar" in name.split(".")
+    ]
+    if tars:
+        raise ValueError(
+            f"{path} is a tar of tars, such as {tars[0]!r}; unpack it, and each of them into a folder named after it"
+        )
 
 
 def _members(path: str, file: BinaryIO) -> Iterator[_Member]:
@@ -219,25 +282,32 @@ def _refuse_compressed(path: str, file: BinaryIO) -> None:
         if start.startswith(magic):
             raise ValueError(
                 f"{path} is compressed with {kind}, and images are read in place; unpack it with "
-                f"`{UNPACKERS[kind]}` to a plain .tar"
+                f"`{UNPACKERS[kind]}` to a plain .tar, or remove it if that is there"
             )
 
 
 def _image(path: str, key: str, fields: dict[str, _Member]) -> _Member | None:
     """Return the image of a sample; None if the key has nothing of a sample; ValueError if it is one by half."""
     has = f"it has {', '.join(f'.{extension}' for extension in fields)}"
-    images = [member for extension, member in fields.items() if f".{extension}" in EXTENSIONS]
+    images = _images(fields)
     if len(images) > 1:
         raise ValueError(
             f"{path}: {images[0].name!r} and {images[1].name!r} are two images of one sample; rename one of them"
         )
     if images and not LABELS.keys() & fields.keys():
         raise ValueError(
-            f"{path}: sample {key!r} has no label; {has}, and needs .cls, or .json with label or cls"
+            f"{path}: sample {key!r} has no label; {has}, and needs .cls, or .json with label or cls; if "
+            "its images lie in class folders, or are of one class, unpack it (into a folder named after the class)"
         )
     if not images and LABELS.keys() & fields.keys():
         raise ValueError(
             f"{path}: sample {key!r} has no image; {has}, and needs one of {', '.join(EXTENSIONS)}"
+        )
+    dotted = [member.name for member in fields.values() if member.name.lower().endswith(EXTENSIONS)]
+    if dotted and not images:
+        raise ValueError(
+            f"{path}: image {dotted[0]!r} has no label of its name; it needs {dotted[0].rpartition('.')[0]!r} and .cls "
+            "or .json, or remove it"
         )
     return images[0] if images else None
 
@@ -252,7 +322,9 @@ def _label(path: str, key: str, fields: dict[str, _Member], file: BinaryIO) -> i
         file.seek(member.offset)
         return LABELS[extension](file.read(member.size))
     except ValueError as error:
-        raise ValueError(f"{path}: {member.name!r} holds no label: {error}") from error
+        raise ValueError(
+            f"{path}: {member.name!r} holds no label: {error}; write the class's number there"
+        ) from error
 
 
 def _cls_label(text: bytes) -> int:
