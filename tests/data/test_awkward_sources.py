@@ -597,6 +597,7 @@ def test_bare_names_of_numbered_folders_go_by_number(tmp_path: Path) -> None:
     assert by_folder == {str(number): word for number, word in enumerate(words)}
     (tmp_path / "in/11").rename(tmp_path / "in/12")
     with pytest.raises(
-        ValueError, match=r"names\.txt has bare names, .*numbers with gaps, from 0 to 12; give lines such"
+        ValueError,
+        match=r"names\.txt has bare names, .*numbers with gaps or repeats, from 0 to 12; give lines such",
     ):
         named(open_source(str(tmp_path / "in")), str(tmp_path / "names.txt"))

@@ -278,7 +278,8 @@ def test_bare_names_go_to_numbers_in_their_order(tmp_path: Path) -> None:
     )
     (tmp_path / "f/1").rename(tmp_path / "f/02")
     with pytest.raises(
-        ValueError, match=r"names\.txt has bare names, but two classes are the same number; write lines"
+        ValueError,
+        match=r"names\.txt has bare names, .* are numbers with gaps or repeats, from 0 to 11; give lines",
     ):
         named(image_folder(tmp_path / "f"), str(tmp_path / "names.txt"))
 
