@@ -165,9 +165,9 @@ def check_pixels(stored: Stored, side: int, batch_size: int, where: str) -> Row:
         images_B3SS, labels_B, _ = next(batches)
     paths = [stored.root / f"{label:05}" / "image.jpg" for label in labels_B[:48].tolist()]
     images = [Image.open(path).convert("RGB") for path in paths]
-    sizes_B2, positions_B = np.array([image.size for image in images]), np.arange(len(images))
-    boxes_B4 = native.random_resized_crops(SEED, 0, positions_B, sizes_B2[:, 0], sizes_B2[:, 1])
-    flips_B = native.flips(SEED, 0, positions_B)
+    sizes_B2, epoch_index_B = np.array([image.size for image in images]), np.arange(len(images))
+    boxes_B4 = native.random_resized_crops(SEED, 0, epoch_index_B, sizes_B2[:, 0], sizes_B2[:, 1])
+    flips_B = native.flips(SEED, 0, epoch_index_B)
     wanted = []
     for image, (x, y, width, height), flip in zip(images, boxes_B4.tolist(), flips_B, strict=True):
         crop = image.crop((x, y, x + width, y + height)).resize((side, side), Image.Resampling.BICUBIC)
@@ -359,7 +359,7 @@ def prepare_augmentation(job: Job) -> Candidate:
 
     def work(number: int) -> int:
         for call in range(CALLS):
-            augment(images_B3SS, epoch=0, positions=np.arange(job.batch_size) + call * job.batch_size)
+            augment(images_B3SS, epoch=0, epoch_index=np.arange(job.batch_size) + call * job.batch_size)
         wait(job.device)
         return CALLS * job.batch_size
 
@@ -378,8 +378,8 @@ def refuse_other_images(fused: Augment, operators: Augment, images_B3SS: Tensor)
 
     They may differ in rotations, by a few levels, and in what comes after one in the same image.
     """
-    positions_B = np.arange(len(images_B3SS))
-    one, other = (augment(images_B3SS, epoch=0, positions=positions_B) for augment in (fused, operators))
+    epoch_index_B = np.arange(len(images_B3SS))
+    one, other = (augment(images_B3SS, epoch=0, epoch_index=epoch_index_B) for augment in (fused, operators))
     share = ((one - other).abs() > LEVEL).float().mean().item()
     if not share <= MAY_DIFFER:
         raise WrongPixelsError(f"{share:.1%} of the pixels of the fused augmentation are not the operators'")
@@ -406,9 +406,9 @@ def prepare_fed(job: Job) -> Candidate:
         ready = itertools.chain.from_iterable(state.train_loader.epoch(epoch) for epoch in itertools.count())
     else:
         with contextlib.closing(state.train_loader.loader.epoch(0)) as batches:
-            kept, labels_B, places_B = next(batches)
-        one = Batch(kept.clone(), labels_B.clone(), places_B)
-        moved = (one._replace(places=places_B + n * job.batch_size) for n in itertools.count())
+            kept, labels_B, epoch_index_B = next(batches)
+        one = Batch(kept.clone(), labels_B.clone(), epoch_index_B)
+        moved = (one._replace(epoch_index=epoch_index_B + n * job.batch_size) for n in itertools.count())
         ready = augment_batches(moved, state.train_loader.augment, epoch=0)
     counter = itertools.count()
 

@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,8 +30,9 @@ from lape_ray.data.beton import check_beton, write_beton
 from lape_ray.data.sources import open_source, select
 from lape_ray.recipes import recipe
 from lape_ray.report.statistics import LEVEL, Estimate
-from lape_ray.training.flags import News
-from lape_ray.training.loop import Take, train
+from lape_ray.training.checkpoint import Snapshot
+from lape_ray.training.flags import Flags
+from lape_ray.training.loop import train
 
 FIRST_SEED = 121  # of the five that the paper's tables of CIFAR are means of
 FREE = ("at_once", "threads", "seeds", "recipes", "json")  # may change when a record is completed
@@ -43,7 +44,7 @@ def configs(options: argparse.Namespace, folder: Path) -> list[TrainConfig]:
     found = []
     for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
         for name in options.recipes.split(","):
-            fields = {**data, "run.seed": seed, "data.backend": "resident", **options.overrides}
+            fields = {**data, "training.seed": seed, "data.backend": "resident", **options.overrides}
             config = replace_fields(recipe(name), fields)
             if options.device == "cuda" and config.micro_batches == 1:
                 config = replace_fields(config, {"run.cuda_graph": True, **options.overrides})
@@ -97,18 +98,20 @@ class Recorder:
     def step(self, metrics: dict[str, float], *, step: int) -> None:
         self.losses.append(metrics["train/loss"])
 
-    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+    def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         self.epochs.append(dict(metrics))
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None: ...
+    def checkpoint(
+        self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]
+    ) -> None: ...
 
-    def stored(self) -> None: ...
+    def wait_until_saved(self) -> None: ...
 
-    def leaving(self) -> bool:
+    def node_leaving(self) -> bool:
         return False
 
-    def news(self) -> News:
-        return News.NONE
+    def poll_flags(self) -> Flags:
+        return Flags.NONE
 
     def line(self, text: str) -> None: ...
 
@@ -122,7 +125,7 @@ def train_one(config: TrainConfig, device: str, threads: int) -> Row:
     evaluated = [epoch["val/acc1"] for epoch in recorder.epochs if "val/acc1" in epoch]
     return {
         "recipe": config.recipe,
-        "seed": config.run.seed,
+        "seed": config.training.seed,
         "config": config_hash(config),
         "epochs": config.optim.total_epochs,
         "acc1": metrics["val/acc1"],
@@ -155,7 +158,7 @@ def train_all(options: argparse.Namespace, record: Record) -> None:
     rows = record.sections["runs"]
     done = {(row["recipe"], row["seed"]) for row in rows}
     wanted = configs(options, write_splits(options))
-    left = [config for config in wanted if (config.recipe, config.run.seed) not in done]
+    left = [config for config in wanted if (config.recipe, config.training.seed) not in done]
     # One process for each training, so that threads, caches and compiled code are not shared.
     pool = ProcessPoolExecutor(options.at_once, mp_context=get_context("spawn"), max_tasks_per_child=1)
     with pool:

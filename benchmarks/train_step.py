@@ -67,7 +67,7 @@ DEFAULT_CANDIDATES = (
 
 def ours(config: TrainConfig) -> VisionTransformer:
     """Build our network with the run's seed, as `build_state` does: every candidate starts from these weights."""
-    torch.manual_seed(config.run.seed)
+    torch.manual_seed(config.training.seed)
     return optimise_blocks(build_model(config.model))
 
 
@@ -155,11 +155,11 @@ class Synthetic:
         for number in range(BATCHES):
             images_BSS3 = torch.randint(256, shape, dtype=torch.uint8, generator=draws)
             labels_B = torch.randint(spec.num_classes, (size,), generator=draws)
-            images_B3SS, places_B = (
+            images_B3SS, epoch_index_B = (
                 images_BSS3.to(device).permute(0, 3, 1, 2),
                 np.arange(size) + number * size,
             )
-            self.batches.append(Batch(images_B3SS, labels_B.to(device), places_B))
+            self.batches.append(Batch(images_B3SS, labels_B.to(device), epoch_index_B))
 
     def __len__(self) -> int:
         return STEPS_PER_EPOCH
@@ -261,7 +261,7 @@ class Run:
             state,
             config=config,
             network=cast(VisionTransformer, network),  # the loop asks it for parameters only
-            model=compiled(network, config.run, device)[0],
+            model=compiled(network, config.run.compile, device)[0],
             ema=Ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
             optimizer=build_optimizer(network, config.optim, exempt=exempt),
         )
@@ -302,7 +302,7 @@ def check_parity(run: Run, device: torch.device) -> Row:
     network = run.network(config).to(device)
     with autocast_for(config, device)():
         precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
-        found_BK, found = _outcome(network, config, model=compiled(network, config.run, device)[0])
+        found_BK, found = _outcome(network, config, model=compiled(network, config.run.compile, device)[0])
     if missing := [name for name in gradients if run.parameter_name(name) not in found]:
         raise WrongMathsError(f"{run.name}: {', '.join(missing)} got no gradient; nothing was timed")
     apart = {name: _distance(found[run.parameter_name(name)], wanted) for name, wanted in gradients.items()}

@@ -1,8 +1,8 @@
 """Export a checkpoint to other formats: export.py CHECKPOINT|RUN [--timm FOLDER] [--onnx FILE] [--mlflow].
 
 CHECKPOINT is PATH[@RECIPE]: a checkpoint folder of ours, which knows its network, or a .pth or .safetensors file of
-the official LaPE code, DeiT or timm, whose network is told by @RECIPE and --model.* options. It, FOLDER and FILE may be
-s3:// addresses. RUN is an MLflow run's id.
+the official LaPE code, DeiT or timm, whose network is described by @RECIPE and --model.* options. It, FOLDER and FILE
+may be s3:// addresses. RUN is an MLflow run's id.
 """
 
 from pathlib import Path
@@ -11,31 +11,24 @@ from lape_ray.cli import ConfigParser, run_job
 
 
 def main() -> None:
-    parser = ConfigParser(
-        usage="%(prog)s CHECKPOINT|RUN [options] [--section.field VALUE ...]", description=__doc__
-    )
+    usage = "%(prog)s CHECKPOINT|RUN [options] [--section.field VALUE ...]"
+    parser = ConfigParser(usage=usage, description=__doc__)
     add = parser.add_argument
-    add("subject", metavar="CHECKPOINT|RUN", help="see above")
+    add("spec", metavar="CHECKPOINT|RUN", help="see above")
     add("--timm", metavar="FOLDER", help="write safetensors and config.json in timm's names")
-    add(
-        "--onnx",
-        metavar="FILE",
-        help="write ONNX and compare onnxruntime with PyTorch on real images",
-    )
+    add("--onnx", metavar="FILE", help="write ONNX and compare onnxruntime with PyTorch on real images")
     add("--mlflow", action="store_true", help="log a servable model to the run")
     add("--register", metavar="NAME", help="with --mlflow: make it a new version of this registered model")
     add("--images", type=Path, help="folder of real images for comparison and example (default: data.val)")
     add("--ema", action="store_true", help="the moving average that our checkpoints hold")
-    values = vars(parser.parse_args())
-    names = ("subject", "timm", "onnx", "mlflow", "register", "images", "ema")
-    options = {name: values.pop(name) for name in names}
+    options, overrides = parser.parse_job()
     if options["register"] and not options["mlflow"]:
         parser.error(f"--register {options['register']} needs --mlflow")
     if not (options["timm"] or options["onnx"] or options["mlflow"]):
         parser.error("nothing to do: give --timm, --onnx or --mlflow")
-    from lape_ray.inference.export import export
+    from lape_ray.inference.export import export  # after parsing, so that --help is instant
 
-    for line in export(overrides=values, **options):
+    for line in export(**options, overrides=overrides):
         print(line)
 
 

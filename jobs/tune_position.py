@@ -33,7 +33,7 @@ def main() -> None:
         type=int,
         default=1,
         metavar="N",
-        help="seeds of every point, from run.seed on (default: 1)",
+        help="seeds of every point, from training.seed on (default: 1)",
     )
     add("--metric", default="val/acc1", help="what is compared (default: val/acc1)")
     add(

@@ -59,6 +59,12 @@ class ConfigParser(argparse.ArgumentParser):
                     help=f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
                 )
 
+    def parse_job(self, argv: Sequence[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Parse a command line to the job's options and to the overrides of the config that it gives."""
+        values = vars(self.parse_args(argv))
+        overrides = {name: values.pop(name) for name in list(values) if "." in name}
+        return values, overrides
+
     def error(self, message: str) -> NoReturn:
         unknown, _, names = message.partition("unrecognized arguments: ")
         if not unknown and names:

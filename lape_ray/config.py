@@ -1,8 +1,10 @@
 """The config of a run: frozen, typed, checked when it is made. Standard library only: `--help` is instant.
 
-Four parts, one owner each: `ModelConfig` (lape_ray.model), `DataConfig` (lape_ray.data), `OptimConfig`
-(lape_ray.training) and `RunConfig` (lape_ray.cluster). Defaults are the simplest thing that works;
-the paper's numbers live in `lape_ray.recipes`. Vary one with `dataclasses.replace`.
+Six sections, one owner each: `ModelConfig` (lape_ray.model), `DataConfig` (lape_ray.data), `OptimConfig` and
+`TrainingConfig` (lape_ray.training), `TrackingConfig` (lape_ray.tracking) and `RunConfig` (lape_ray.cluster). The
+sections `tracking` and `run` never change what is learned; of the others every field does that is no
+`execution_option`. Defaults are the simplest thing that works; the paper's numbers live in `lape_ray.recipes`. Vary one
+with `dataclasses.replace`.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ Join = Literal["basic", "share", "unshare", "lape", "lape_shared"]
 Bias = Literal["none", "relative2d", "alibi2d"]
 BiasJoin = Literal["basic", "lape"]
 Rotary = Literal["none", "axial", "mixed"]
-# The model's fields that tell networks apart in a list.
-PORTS = ("variant", "position", "join", "bias", "bias_join", "rotary")
+NETWORK_FIELDS = ("variant", "position", "join", "bias", "bias_join", "rotary")
+"""The model's fields that tell networks apart in a list."""
 Variant = Literal[
     "deit_tiny", "deit_small", "deit_base",
     "deit_tiny_distilled", "deit_small_distilled", "deit_base_distilled",
@@ -62,6 +64,11 @@ class Span(NamedTuple):
 def option(default: Any, help: str) -> Any:
     """Make a field with its default and the one line that `--help` prints for it."""
     return dataclasses.field(default=default, metadata={"help": help})
+
+
+def execution_option(default: Any, help: str) -> Any:
+    """Make a field that says where or how fast a run computes, not what it learns."""
+    return dataclasses.field(default=default, metadata={"help": help, "execution": True})
 
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -139,11 +146,11 @@ class ModelConfig:
 class DataConfig:
     """The images, and what is done to them before the model reads them."""
 
-    train: str = option("", "path or s3:// address of the training .beton")
-    val: str = option("", "path or s3:// address of the validation .beton")
+    train: str = execution_option("", "path or s3:// address of the training .beton")
+    val: str = execution_option("", "path or s3:// address of the validation .beton")
     batch_size: int = option(128, "images of one optimizer step, over all workers")
-    eval_batch_size: int = option(256, "images of one evaluation step, for each worker")
-    threads: int | None = option(None, "loader threads of a worker; none: the CPUs it has")
+    eval_batch_size: int = execution_option(256, "images of one evaluation step, for each worker")
+    threads: int | None = execution_option(None, "loader threads of a worker; none: the CPUs it has")
     crop_scale: tuple[float, float] = option((0.08, 1.0), "random resized crop: share of the image's area")
     crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "random resized crop: width over height")
     flip: float = option(0.5, "probability of a horizontal flip")
@@ -160,7 +167,7 @@ class DataConfig:
     rand_augment: str | None = option(None, "RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1")
     three_augment: bool = option(False, "3-Augment of DeiT III: grey, solarize or blur")
     color_jitter: float = option(0.0, "strength of brightness, contrast and saturation jitter")
-    fused: bool = option(
+    fused: bool = execution_option(
         True, "augment on a GPU with kernels of our own (Triton); false: with PyTorch's operators"
     )
     erase_prob: float = option(0.0, "probability of random erasing with normal noise")
@@ -225,7 +232,7 @@ class OptimConfig:
     teacher: str | None = option(
         None, "teacher of hard distillation: a checkpoint of ours, or torchvision:NAME:WEIGHTS_FILE"
     )
-    accumulate: int = option(1, "micro-batches of an optimizer step, for each worker")
+    accumulate: int = execution_option(1, "micro-batches of an optimizer step, for each worker")
 
     def __post_init__(self) -> None:
         _check_addresses(self)
@@ -248,16 +255,54 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Where a training begins, and the arithmetic that it is computed in."""
+
+    seed: int = option(0, "seed of initialisation, order and augmentation")
+    precision: Precision = option("auto", "auto: bf16 on GPU, fp32 on CPU")
+    compression: Compression = option(
+        "none", "what gradients travel as between workers; bf16 halves the traffic and rounds them"
+    )
+    init_from: str | None = option(
+        None, "checkpoint whose weights the run starts from (ours, LaPE, DeiT or timm)"
+    )
+
+    def __post_init__(self) -> None:
+        _check_addresses(self)
+        _check_choices(self)
+        _check_range(self, 0, 2**31, "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where a run's metrics and pages are kept, and how often pages are made."""
+
+    uri: str | None = option(None, "MLflow server; none: $MLFLOW_TRACKING_URI, else sqlite in $LAPE_RAY_HOME")
+    experiment: str = option("lape_ray", "MLflow experiment")
+    tensorboard: str | None = option(
+        None,
+        "folder for TensorBoard event files too, one subfolder a run; needs the extra lape_ray[tensorboard]",
+    )
+    pages: bool = option(True, "end the run with its pages in MLflow: summary and position report")
+    position_report_epochs: int | None = option(
+        None, "epochs between two position reports in MLflow while training; none: at the end only"
+    )
+
+    def __post_init__(self) -> None:
+        _check_addresses(self)
+        _check_range(self, 1, 10**6, "position_report_epochs")
+        _require(
+            bool(self.experiment.strip("/")) and ".." not in self.experiment.split("/"),
+            f"experiment={self.experiment!r} would keep artifacts in another folder; choose another name",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The place and manner of execution; nothing here changes what is learned but `seed` and `precision`."""
+    """The place and manner of execution. Nothing here changes what is learned."""
 
     name: str | None = option(None, "name of the run; the same name resumes it; none: recipe and time")
     storage: str | None = option(None, "folder or s3:// address for checkpoints; none: $LAPE_RAY_HOME/runs")
-    experiment: str = option("lape_ray", "MLflow experiment")
-    tracking_uri: str | None = option(
-        None, "MLflow server; none: $MLFLOW_TRACKING_URI, else sqlite in $LAPE_RAY_HOME"
-    )
-    seed: int = option(0, "seed of initialisation, order and augmentation")
     num_workers: int | Span = option(
         1, "training processes, one for each GPU; LOW:HIGH: as many of these as the cluster has at the time"
     )
@@ -265,7 +310,6 @@ class RunConfig:
     cpus_per_worker: int = option(
         1, "CPUs that Ray reserves for a worker: its loader and, on CPU, its arithmetic"
     )
-    precision: Precision = option("auto", "auto: bf16 on GPU, fp32 on CPU")
     compile: Compile = option(
         "auto", "torch.compile of the training step's network; auto: default on GPU, off on CPU"
     )
@@ -274,12 +318,6 @@ class RunConfig:
         "launch a whole optimizer step at once: for small networks, one worker on a GPU, no accumulation; "
         "a step's memory stays held",
     )
-    compression: Compression = option(
-        "none", "what gradients travel as between workers; bf16 halves the traffic and rounds them"
-    )
-    init_from: str | None = option(
-        None, "checkpoint whose weights the run starts from (ours, LaPE, DeiT or timm)"
-    )
     log_steps: int = option(50, "steps between two progress lines")
     eval_epochs: int = option(1, "epochs between two evaluations")
     checkpoint_steps: int | None = option(
@@ -287,10 +325,6 @@ class RunConfig:
     )
     checkpoint_minutes: float = option(
         15, "minutes after which the next log step saves a checkpoint, if no epoch has ended; 0: off"
-    )
-    pages: bool = option(True, "end the run with its pages in MLflow: summary and position report")
-    position_report_epochs: int | None = option(
-        None, "epochs between two position reports in MLflow while training; none: at the end only"
     )
     keep_checkpoints: int = option(2, "checkpoints to keep: the best by val/acc1, and always the newest")
     max_failures: int = option(
@@ -312,19 +346,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_addresses(self)
         _check_choices(self)
-        _check_range(self, 0, 2**31, "seed", "max_failures", "wait_s", "outage_s")
+        _check_range(self, 0, 2**31, "max_failures", "wait_s", "outage_s")
         low, high = self.workers
         _require(1 <= low <= high, f"num_workers={self.num_workers} must be from 1 up, and LOW at most HIGH")
-        _check_range(self, 1, 10**6, "cpus_per_worker", "log_steps", "eval_epochs",
-                     "keep_checkpoints", "timeout_s", "start_timeout_s", "stop_after_epochs", "checkpoint_steps",
-                     "position_report_epochs")  # fmt: skip
+        _check_range(self, 1, 10**6, "cpus_per_worker", "log_steps", "eval_epochs", "keep_checkpoints",
+                     "timeout_s", "start_timeout_s", "stop_after_epochs", "checkpoint_steps")  # fmt: skip
         _check_range(self, 0, 10**6, "checkpoint_minutes")
         if self.name is not None:
             check_name(self.name, "name")
-        _require(
-            bool(self.experiment.strip("/")) and ".." not in self.experiment.split("/"),
-            f"experiment={self.experiment!r} would keep artifacts in another folder; choose another name",
-        )
 
     @property
     def workers(self) -> Span:
@@ -344,6 +373,8 @@ class TrainConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -375,7 +406,16 @@ class TrainConfig:
 
 
 C = TypeVar("C")
-SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "training": TrainingConfig,
+    "tracking": TrackingConfig,
+    "run": RunConfig,
+}
+LEARNED = ("model", "data", "optim", "training")
+"""The sections that say what is learned."""
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
@@ -412,8 +452,31 @@ def from_dict(cls: type[C], values: Any, place: str = "") -> C:
     Raises:
         ValueError: a field is unknown, of another type or out of its range; names it, below `place`.
     """
-    made: C = typed(cls, _without_passwords(values), place, defaults=True)
+    made: C = typed(cls, _with_todays_sections(_without_passwords(values)), place, defaults=True)
     return made
+
+
+_MOVED = {
+    "training": {name: name for name in ("seed", "precision", "compression", "init_from")},
+    "tracking": {
+        "tracking_uri": "uri",
+        **{name: name for name in ("experiment", "pages", "position_report_epochs")},
+    },
+}
+"""Sections, and the fields of `run` that records from before those sections hold for them, with today's names."""
+
+
+def _with_todays_sections(values: Any) -> Any:
+    """Return a recorded config with the fields that were once `run`'s in their sections."""
+    if not isinstance(values, dict) or not isinstance(values.get("run"), dict):
+        return values
+    run = dict(values["run"])
+    moved = {
+        section: {name: run.pop(old) for old, name in names.items() if old in run}
+        for section, names in _MOVED.items()
+        if section not in values
+    }
+    return {**values, **{section: found for section, found in moved.items() if found}, "run": run}
 
 
 def _without_passwords(value: Any) -> Any:
@@ -428,24 +491,14 @@ def dump(config: TrainConfig) -> str:
     return "".join(f"{name} = {value!r}\n" for name, value in flatten(config).items())
 
 
-# Fields that say where or how long a run is executed, not what it learns.
-_PLACE = frozenset(
-    {"recipe", "data.train", "data.val", "data.threads", "data.eval_batch_size", "data.fused", "optim.accumulate"}
-    | {
-        f"run.{name}"
-        for name in (
-            "name", "storage", "experiment", "tracking_uri", "num_workers", "device", "cpus_per_worker", "log_steps",
-            "eval_epochs", "pages", "position_report_epochs", "keep_checkpoints", "max_failures", "timeout_s",
-            "start_timeout_s", "outage_s", "wait_s", "overwrite", "stop_after_epochs",
-            "compile", "cuda_graph", "checkpoint_steps", "checkpoint_minutes",
-        )
-    }
-)  # fmt: skip
-
-
 def what_is_learned(config: TrainConfig) -> dict[str, Any]:
-    """Return the part of a config that a resumed run must share with the run it continues."""
-    return {name: value for name, value in flatten(config).items() if name not in _PLACE}
+    """Return the part of a config that a resumed run must share with the run it continues, as `flatten` does."""
+    return {
+        f"{section}.{field.name}": getattr(getattr(config, section), field.name)
+        for section in LEARNED
+        for field in dataclasses.fields(SECTIONS[section])
+        if not field.metadata.get("execution")
+    }
 
 
 def config_hash(config: TrainConfig) -> str:

@@ -16,6 +16,7 @@ from lape_ray.config import (
     OptimConfig,
     RunConfig,
     TrainConfig,
+    TrainingConfig,
     Variant,
     replace_fields,
 )
@@ -137,7 +138,7 @@ def _cifar10(variant: Variant, join: Join) -> TrainConfig:
             decay_position=True,
             label_smoothing=0.1,
         ),
-        run=RunConfig(seed=121),
+        training=TrainingConfig(seed=121),
     )
 
 

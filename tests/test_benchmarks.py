@@ -170,7 +170,7 @@ def test_no_number_is_refused() -> None:
 
 def test_replayed_steps_that_learn_something_else_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def state(config: TrainConfig, device: torch.device, seed: int = 0) -> Any:
-        other = {"run.cuda_graph": False, "run.seed": seed if config.run.cuda_graph else 0}
+        other = {"run.cuda_graph": False, "training.seed": seed if config.run.cuda_graph else 0}
         found = synthetic_state(replace_fields(config, other), device)
         found.network.load_state_dict(start)
         return found

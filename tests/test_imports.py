@@ -19,6 +19,7 @@ ORDER = """
 DOORS = {
     "ray": {"cluster", "search"},
     "mlflow": {"tracking"},
+    "tensorboard": {"tracking"},
     "boto3": {"storage"},
     "ffcv": {"data.readers", "benchmarks"},
 }

@@ -30,7 +30,7 @@ def test_a_shortened_schedule_keeps_its_shares() -> None:
 
 def test_recipes_are_paired_by_seed(tmp_path: Path) -> None:
     found = configs(parse(["digits", "--seeds=3", "--optim.lr=1e-3"]), tmp_path)
-    assert [(config.recipe, config.run.seed) for config in found] == [
+    assert [(config.recipe, config.training.seed) for config in found] == [
         (name, seed) for seed in (121, 122, 123) for name in ("vit_lite_7_4_basic", "vit_lite_7_4_lape")
     ]
     assert {config.optim.lr for config in found} == {1e-3}

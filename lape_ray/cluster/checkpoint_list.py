@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lape_ray import storage
-from lape_ray.training.checkpoint import MARKER, DamagedError, Meta, parse_meta
+from lape_ray.training.checkpoint import MARKER, DamagedError, Metadata, parse_metadata
 
 LIST, COPY = "checkpoints.json", "checkpoints.copy.json"
 RAYS_LIST = "checkpoint_manager_snapshot.json"
@@ -155,7 +155,7 @@ def recover(folder: str, tell: Callable[[str], None], *, before: float | None = 
     return tuple(entries)
 
 
-def newest_meta(folder: str) -> Meta | None:
+def newest_meta(folder: str) -> Metadata | None:
     """Read the facts of the checkpoint with the most steps; None where no folder is whole."""
     whole, _ = _whole(folder, _checkpoint_folders(folder))
     if not whole:
@@ -163,9 +163,9 @@ def newest_meta(folder: str) -> Meta | None:
     return _read_meta(folder, max(whole.values(), key=lambda one: one.steps_done).name)[0]
 
 
-def _read_meta(folder: str, name: str) -> tuple[Meta, Mapping[str, Any]]:
+def _read_meta(folder: str, name: str) -> tuple[Metadata, Mapping[str, Any]]:
     address = storage.join(folder, name, MARKER)
-    return parse_meta(storage.read_text(address), address)
+    return parse_metadata(storage.read_text(address), address)
 
 
 def _checkpoint_folders(folder: str) -> dict[str, dict[str, storage.Stored]]:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address, find_gcs_addresses
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lape_ray.cluster.local import own_token
+from lape_ray.cluster.local import free_ports, own_token
 from lape_ray.data.processes import Mapper
 
 T = TypeVar("T")
@@ -42,8 +43,16 @@ def connected(*, show_logs: bool = True) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    with contextlib.nullcontext() if _has_authentication() else _token_of_its_own():
-        ray.init(log_to_driver=show_logs, configure_logging=True)
+    with contextlib.ExitStack() as stack:
+        if not _has_authentication():
+            stack.enter_context(_token_of_its_own())
+        options: dict[str, Any] = {}
+        if _address() is None:
+            stack.enter_context(_known_address())
+            options["address"] = "local"
+        elif len(find_gcs_addresses()) > 1:
+            options["runtime_env"] = {"env_vars": {"RAY_ADDRESS": _address()}}
+        ray.init(log_to_driver=show_logs, configure_logging=True, **options)
         try:
             yield
         finally:
@@ -52,14 +61,38 @@ def connected(*, show_logs: bool = True) -> Iterator[None]:
 
 def _has_authentication() -> bool:
     """Tell whether `ray.init` would find a cluster, or start one whose access the user has settled."""
-    from ray._private.services import canonicalize_bootstrap_address
-
-    if "://" in os.environ.get("RAY_ADDRESS", "") or canonicalize_bootstrap_address(None) is not None:
+    if _address() is not None:
         return True
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode is None:
         return not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}.isdisjoint(os.environ)
     return mode.lower() != "token" or ray._raylet.AuthenticationTokenLoader.instance().has_token(True)
+
+
+def _address() -> str | None:
+    """Return the address of the cluster that `ray.init` would connect to; None: it would start a local one."""
+    given = os.environ.get("RAY_ADDRESS", "")
+    return given if "://" in given else canonicalize_bootstrap_address(None)
+
+
+@contextlib.contextmanager
+def _known_address() -> Iterator[None]:
+    """Let all processes of the Ray that is started in the context know its address, from their environment.
+
+    Helpers of Ray Train look for it there, and else among the processes of the host, where they fail if it has another
+    Ray.
+    """
+    (port,) = free_ports(1)
+    variables = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

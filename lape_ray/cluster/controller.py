@@ -17,31 +17,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import read_list
 from lape_ray.cluster.connection import only_actor
+from lape_ray.cluster.run import Run
+from lape_ray.cluster.run_end import RunEnd, WorkersFailedError
 from lape_ray.cluster.supervisor import FailureCount, Supervisor, until_stopped
-from lape_ray.cluster.worker import StorageError, run_worker
-from lape_ray.config import TrainConfig, to_dict
-from lape_ray.storage import Lease, LeaseLostError
-from lape_ray.training.loop import DivergedError, StoppedError
+from lape_ray.cluster.worker import run_worker
+from lape_ray.config import TrainConfig
+from lape_ray.storage import Lease
 from lape_ray.values.redaction import shared_variables
 
 PAUSE_S = 5.0  # before the controller is started again: what ended it may last
 CONTROLLER_FAILED = (ray.train.ControllerError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 """Ray ends it where a node is out of memory, and it ends itself where storage is away as it writes."""
-
-
-class WorkersFailedError(RuntimeError):
-    """Workers failed again and again at the same place."""
-
-    exit_code = 1
-
-
-ENDS = {
-    "diverged": DivergedError,
-    "stopped": StoppedError,
-    "storage": StorageError,
-    "failures": WorkersFailedError,
-    "lost": LeaseLostError,
-}
 
 
 @contextlib.contextmanager
@@ -60,36 +46,30 @@ def supervised(config: TrainConfig, folder: str) -> Iterator[Any]:
         ray.kill(supervisor)
 
 
-def train_to_the_end(
-    config: TrainConfig, lease: Lease, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
-) -> dict[str, Any]:
-    """Train, or complete what was trained before; returns what rank 0 returned, or raises one of ENDS."""
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(config.run.outage_s + 600))
-    folder = storage.join(root, config.run.name or "")
-    failures = _Failures(folder)
+def train_to_the_end(run: Run, lease: Lease, supervisor: Any) -> None:
+    """Train, or complete what was trained before; raises the error of how else it ended."""
+    limits = run.config.run
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(limits.outage_s + 600))
+    failures = _Failures(run.folder)
     lease.call_when_lost(lambda: supervisor.stop.remote())
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                trainer = _trainer(config, lease, root, uri, run_id, use_gpu, supervisor)
-                outcome: dict[str, Any] = until_stopped(trainer.fit, supervisor).return_value
+                end: RunEnd = until_stopped(_trainer(run, supervisor).fit, supervisor).return_value
+                return end.check()
             except CONTROLLER_FAILED as error:
                 reason = _reason(error)
                 print(f"warning: Ray Train's controller failed, starting it again: {reason}", flush=True)
                 time.sleep(PAUSE_S)
-                _wait_for_storage(root, config.run.outage_s)
-                if failures.one_more() > config.run.max_failures:
+                _wait_for_storage(run.root, limits.outage_s)
+                if failures.one_more() > limits.max_failures:
                     raise WorkersFailedError(
                         f"Ray Train's controller failed {failures.count} times without a new checkpoint "
-                        f"(run.max_failures={config.run.max_failures}), the last time with: {reason}"
+                        f"(run.max_failures={limits.max_failures}), the last time with: {reason}"
                     ) from error
                 if not _lives(supervisor):
                     ray.kill(supervisor)  # which frees its name, whatever is left of it
-                    supervisor = stack.enter_context(supervised(config, folder))
-                continue
-            if outcome["end"] in ENDS:
-                raise ENDS[outcome["end"]](outcome["reason"])
-            return outcome
+                    supervisor = stack.enter_context(supervised(run.config, run.folder))
 
 
 class _Failures:
@@ -132,34 +112,25 @@ def _lives(actor: Any) -> bool:
     return True
 
 
-def _trainer(
-    config: TrainConfig, lease: Lease, root: str, uri: str, run_id: str, use_gpu: bool, supervisor: Any
-) -> ray.train.torch.TorchTrainer:
-    run = config.run
-    low, high = run.workers
-    resources: dict[str, float] = {"CPU": run.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
+def _trainer(run: Run, supervisor: Any) -> ray.train.torch.TorchTrainer:
+    limits = run.config.run
+    low, high = limits.workers
+    resources: dict[str, float] = {"CPU": limits.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})}
     return ray.train.torch.TorchTrainer(
         run_worker,
-        train_loop_config={
-            "config": to_dict(config),
-            "folder": storage.join(root, run.name or ""),
-            "lease": lease.token,
-            "tracking_uri": uri,
-            "mlflow_run_id": run_id,
-            "supervisor": supervisor,
-        },
-        torch_config=ray.train.torch.TorchConfig(timeout_s=run.start_timeout_s),
+        train_loop_config={"run": run, "supervisor": supervisor},
+        torch_config=ray.train.torch.TorchConfig(timeout_s=limits.start_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
-            use_gpu=use_gpu,
+            use_gpu=run.use_gpu,
             resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name=run.name,
-            storage_path=root,
+            storage_path=run.root,
             failure_config=FailureConfig(max_failures=-1),  # the supervisor counts
             callbacks=[FailureCount(supervisor)],
-            worker_runtime_env={"env_vars": worker_variables()},
+            worker_runtime_env={"env_vars": variables()},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -172,11 +143,3 @@ def variables() -> dict[str, str]:
     them in its own environment, or the job in its runtime environment.
     """
     return shared_variables()
-
-
-def worker_variables() -> dict[str, str]:
-    """Return the environment variables of Ray Train's workers: the driver's, and the address of its cluster.
-
-    Without that address a clean-up actor of Ray Train looks for clusters on the host, and fails where it finds two.
-    """
-    return {**variables(), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}

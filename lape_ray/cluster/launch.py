@@ -25,12 +25,13 @@ from lape_ray import storage, tracking
 from lape_ray.cluster.checkpoint_list import best, recover
 from lape_ray.cluster.connection import connected, refuse_little_shared_memory
 from lape_ray.cluster.controller import supervised, train_to_the_end, variables
+from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
-from lape_ray.config import PORTS, TrainConfig, flatten, from_dict, replace_fields, to_dict
-from lape_ray.data.split import split_facts
+from lape_ray.config import NETWORK_FIELDS, TrainConfig, flatten, replace_fields
+from lape_ray.data.split import read_split_info
 from lape_ray.recipes import recipe
-from lape_ray.storage import LEASE, LEASE_FILES, LeaseLostError, leased
-from lape_ray.training.checkpoint import read_meta
+from lape_ray.storage import LEASE, LEASE_FILES, Lease, LeaseLostError, leased
+from lape_ray.training.checkpoint import read_metadata
 from lape_ray.training.loop import StoppedError
 from lape_ray.training.preflight import check_before_start
 
@@ -82,14 +83,14 @@ def fit(config: TrainConfig) -> FitResult:
     """
     name = config.run.name or f"{_what_it_is(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
     config, root = prepared(replace_fields(config, {"run.name": name}))
-    uri = tracking.tracking_uri(config)
-    folder = storage.join(root, name)
+    uri, folder = tracking.tracking_uri(config), storage.join(root, name)
     check_before_start(config, storage_root=root)
+    tracking.check_trackers(config.tracking)
     earlier_run(config, folder)  # a name that cannot be used is refused before anything waits
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(leased(folder, f"run {name}"))
         earlier = earlier_run(config, folder)
-        if earlier is None:  # a run that goes on can wait for the server
+        if earlier is None:  # a run that continues can wait for the server
             tracking.check_reachable(uri)
         else:
             print(f"run {name} exists and is not finished: continuing it", flush=True)
@@ -103,33 +104,46 @@ def fit(config: TrainConfig) -> FitResult:
         lease.check()
         if config.run.overwrite:
             storage.empty_folder(folder, but=LEASE_FILES)
-        recover(
-            folder, lambda text: print(text, flush=True), before=storage.modified(storage.join(folder, LEASE))
+        recover(folder, _tell, before=storage.modified(storage.join(folder, LEASE)))
+        run = Run(
+            config=config,
+            folder=folder,
+            lease=lease.token,
+            tracking_uri=uri,
+            mlflow_run_id=_open_mlflow_run(config, uri, earlier),
+            use_gpu=use_gpu,
         )
-        run_id = _open_mlflow_run(config, uri, earlier)
-        write_run(folder, config, run_id, finished=False)
-        print(f"run {name}  storage {folder}", flush=True)
-        print(f"MLflow run {run_id}: {tracking.ui_command(uri)}", flush=True)
-        with _status_of(uri, run_id):
-            outcome = train_to_the_end(config, lease, root, uri, run_id, use_gpu, supervisor)
-            lease.check()
-            chosen = best(recover(folder, log.warning))
-            if chosen is None:
-                raise RuntimeError("the training ended without a checkpoint")
-            checkpoint = storage.join(folder, chosen.name)
-            tracked = outcome["unsent"] == 0
-            with storage.opened(checkpoint) as files:
-                metrics = read_meta(files).metrics
-                if tracked:
-                    tracked = tracking.log_model(uri, run_id, files, metrics)
-            if config.run.pages and tracked:
-                _log_pages(config, checkpoint, uri, run_id, use_gpu)
+        write_run(run, finished=False)
+        _tell(f"run {name}  storage {folder}\nMLflow run {run.mlflow_run_id}: {tracking.ui_command(uri)}")
+        return _train_and_conclude(run, lease, supervisor)
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)
+
+
+def _train_and_conclude(run: Run, lease: Lease, supervisor: Any) -> FitResult:
+    """Train, and leave the best checkpoint, the pages and the status in MLflow and in the run's record."""
+    uri, run_id = run.tracking_uri, run.mlflow_run_id
+    with _status_of(uri, run_id):
+        train_to_the_end(run, lease, supervisor)
         lease.check()
-        whole = tracked and config.run.stop_after_epochs is None
-        write_run(folder, config, run_id, finished=whole)
-        recover(folder, log.warning, before=storage.modified(storage.join(folder, RECORD)))
+        chosen = best(recover(run.folder, log.warning))
+        if chosen is None:
+            raise RuntimeError("the training ended without a checkpoint")
+        checkpoint = storage.join(run.folder, chosen.name)
+        with storage.opened(checkpoint) as files:
+            metrics = read_metadata(files).metrics
+            tracked = tracking.send_unsent(run.folder, uri, run_id) and tracking.log_model(
+                uri, run_id, files, metrics
+            )
+        if run.config.tracking.pages and tracked:
+            _log_pages(run, checkpoint)
+    lease.check()
+    write_run(run, finished=tracked and run.config.run.stop_after_epochs is None)
+    recover(run.folder, log.warning, before=storage.modified(storage.join(run.folder, RECORD)))
     return FitResult(
-        name=name,
+        name=run.name,
         metrics=metrics,
         checkpoint=checkpoint,
         mlflow_run_id=run_id,
@@ -143,7 +157,7 @@ def _what_it_is(config: TrainConfig) -> str:
     if not config.recipe:
         return "run"
     of_recipe = recipe(config.recipe).model
-    other = [key for key in PORTS if getattr(config.model, key) != getattr(of_recipe, key)]
+    other = [key for key in NETWORK_FIELDS if getattr(config.model, key) != getattr(of_recipe, key)]
     return "-".join([config.recipe, *(f"{key}-{getattr(config.model, key)}" for key in other)])
 
 
@@ -153,7 +167,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     Workers run in other directories, so that a relative path would mean another file there.
     """
     flat = flatten(config)
-    names = ("data.train", "data.val", "run.storage", "run.init_from")
+    names = ("data.train", "data.val", "run.storage", "training.init_from", "tracking.tensorboard")
     paths = {name: storage.absolute(flat[name]) for name in names if flat[name]}
     if flat["optim.teacher"]:
         kind, name, file = ["", "", *flat["optim.teacher"].split(":", 2)][
@@ -206,9 +220,9 @@ def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None) -> s
         return earlier.mlflow_run_id
     command = shlex.join(["python", *sys.argv])
     model = config.model
-    tags = {"recipe": config.recipe, "seed": str(config.run.seed), **tracking.source_tags(sys.argv[0])}
-    tags |= {key: getattr(model, key) for key in PORTS}
-    splits = {"train": split_facts(config.data, "train"), "val": split_facts(config.data, "val")}
+    tags = {"recipe": config.recipe, "seed": str(config.training.seed), **tracking.source_tags(sys.argv[0])}
+    tags |= {key: getattr(model, key) for key in NETWORK_FIELDS}
+    splits = {"train": read_split_info(config.data, "train"), "val": read_split_info(config.data, "val")}
     datasets = {role: (facts.path, facts.sha256) for role, facts in splits.items() if facts.sha256}
     return tracking.create_run(
         config, name=config.run.name or "", command=command, tags=tags, datasets=datasets
@@ -240,12 +254,14 @@ def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
     return config, config.run.storage or str(storage.home() / "runs")
 
 
-def _log_pages(config: TrainConfig, best: str, uri: str, run_id: str, use_gpu: bool) -> None:
+def _log_pages(run: Run, checkpoint: str) -> None:
     """Make the run's pages on a worker's node, which has data and GPU. A failure is a warning, and not the run's."""
     task = ray.remote(_make_pages).options(
-        num_cpus=config.run.cpus_per_worker, num_gpus=int(use_gpu), runtime_env={"env_vars": variables()}
+        num_cpus=run.config.run.cpus_per_worker,
+        num_gpus=int(run.use_gpu),
+        runtime_env={"env_vars": variables()},
     )
-    made = task.remote(to_dict(config), best, uri, run_id)
+    made = task.remote(run, checkpoint)
     try:
         ray.get(made, timeout=PAGES_LIMIT_S)
     except Exception as error:  # whatever goes wrong with pages, the run is trained
@@ -253,18 +269,18 @@ def _log_pages(config: TrainConfig, best: str, uri: str, run_id: str, use_gpu: b
         log.warning("the run's pages could not be made: %s", str(error).strip().splitlines()[-1])
 
 
-def _make_pages(config_values: dict[str, Any], best: str, uri: str, run_id: str) -> None:
+def _make_pages(run: Run, checkpoint: str) -> None:
     from lape_ray.report.build import checkpoint_report  # only here: figures need a second to import
     from lape_ray.report.summary import METRICS, write_run_summary
 
-    config = from_dict(TrainConfig, config_values)
-    torch.set_num_threads(config.run.cpus_per_worker)
+    uri, run_id = run.tracking_uri, run.mlflow_run_id
+    torch.set_num_threads(run.config.run.cpus_per_worker)
     facts = tracking.read_run(uri, run_id, METRICS)
-    with storage.opened(best) as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:
+    with storage.opened(checkpoint) as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:
         try:
             drawn = Path(folder, "position_report")
-            if checkpoint_report(files, config, facts.name, drawn) is not None:
+            if checkpoint_report(files, run.config, facts.name, drawn) is not None:
                 tracking.log_files(uri, run_id, drawn, "position_report")
         finally:  # one page does not wait for the other to succeed
-            summary = write_run_summary(config, files, facts, Path(folder, "summary"))
+            summary = write_run_summary(run.config, files, facts, Path(folder, "summary"))
             tracking.log_files(uri, run_id, summary.parent, "summary")

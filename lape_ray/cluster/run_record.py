@@ -8,6 +8,7 @@ from typing import Any
 
 from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import newest_meta
+from lape_ray.cluster.run import Run
 from lape_ray.config import TrainConfig, from_dict, to_dict
 from lape_ray.training.checkpoint import differences
 
@@ -31,10 +32,10 @@ class Record:
     config: Mapping[str, Any]
 
 
-def write_run(folder: str, config: TrainConfig, run_id: str, *, finished: bool) -> None:
-    """Write the record of the run in `folder`."""
-    record = Record(finished=finished, mlflow_run_id=run_id, config=to_dict(config))
-    storage.write_record(storage.join(folder, RECORD), vars(record))
+def write_run(run: Run, *, finished: bool) -> None:
+    """Write the record of a run into its folder."""
+    record = Record(finished=finished, mlflow_run_id=run.mlflow_run_id, config=to_dict(run.config))
+    storage.write_record(storage.join(run.folder, RECORD), vars(record))
 
 
 def earlier_run(config: TrainConfig, folder: str) -> Record | None:

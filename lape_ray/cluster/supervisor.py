@@ -1,4 +1,4 @@
-"""The state that a run's driver and its workers share: the wish to end the run, and how often it failed."""
+"""The actor of a run that carries the request to stop it, and counts the failures of its workers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import FrameType
@@ -74,6 +75,11 @@ class FailureCount(UserCallback):
     def __init__(self, supervisor: Any) -> None:
         self.supervisor = supervisor
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in the controller's process, whose warning of an option that Ray sets itself helps no user."""
+        self.__dict__.update(state)
+        warnings.filterwarnings("ignore", message=".*exclude_resources. is deprecated")
+
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         # A worker that hangs never leaves. Ray Train hands this variable on to no controller, but asks for it there.
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(LEAVE_GROUP_S))
@@ -85,23 +91,23 @@ class FailureCount(UserCallback):
 
 
 class StopRequest:
-    """A worker's view of the wish to end; asking costs no waiting."""
+    """A worker's view of the request to stop; asking costs no waiting."""
 
     def __init__(self, supervisor: Any) -> None:
-        self._wish = supervisor.until_stop.remote()
+        self._stop = supervisor.until_stop.remote()
 
     def __bool__(self) -> bool:
-        ready, _ = ray.wait([self._wish], timeout=0)
+        ready, _ = ray.wait([self._stop], timeout=0)
         return bool(ready)
 
 
 class LeavingNodes:
-    """The news from Ray of nodes that are about to go; all workers must ask equally often."""
+    """What Ray says of nodes that are about to go; all workers must ask equally often."""
 
     def __init__(self) -> None:
         self._told: object = None
 
-    def news(self) -> bool:
+    def poll(self) -> bool:
         """Return true once for each time that Ray tells of such a node."""
         info = ray.train.get_preemption_info()
         new = info is not None and info != self._told

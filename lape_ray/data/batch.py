@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Images with their labels and places, for which see `lape_ray.data.sampler`."""
+    """Images with their labels and their places in the epoch's order; see `lape_ray.data.sampler`."""
 
     images: Tensor
     """(B, C, H, W): uint8 as they are read, float32 once they are ready for the network."""
     labels: Tensor
     """(B,) int64, on the images' device."""
-    places: np.ndarray
-    """(B,) int64: of the images in the epoch's order over all ranks."""
+    epoch_index: np.ndarray
+    """(B,) int64: the index of each image in the epoch's order over all ranks."""
 
 
 class Batches(Protocol):

@@ -26,22 +26,22 @@ from lape_ray.data.processes import usable_cpus
 from lape_ray.data.readers import READERS
 from lape_ray.data.readers.reader import Reader, ReaderOptions, build_crop
 from lape_ray.data.remote import local_split
-from lape_ray.data.sampler import rank_part, sample_index, train_keys, train_places
-from lape_ray.data.split import SplitFacts, split_facts, split_path
+from lape_ray.data.sampler import rank_part, sample_index, train_epoch_index, train_keys
+from lape_ray.data.split import SplitInfo, read_split_info, split_path
 
 
 class Loader:
     """One rank's batches of a split; made once for a run by `build_loader`.
 
     Attributes:
-        facts: of the split
+        info: the split's description
         num_samples: images of the whole split, over all ranks
     """
 
     def __init__(
         self,
         reader: Reader,
-        facts: SplitFacts,
+        info: SplitInfo,
         *,
         split: Literal["train", "val"],
         rank: int,
@@ -52,8 +52,8 @@ class Loader:
         repeats: int = 1,
     ) -> None:
         self.reader = reader
-        self.facts = facts
-        self.num_samples = facts.num_samples
+        self.info = info
+        self.num_samples = info.num_samples
         self.split = split
         self.micro_batches = micro_batches or world_size
         self.rank, self.world_size, self.seed, self.device = rank, world_size, seed, device
@@ -62,10 +62,10 @@ class Loader:
         self._length = -(-len(self.part(0)[0]) // reader.batch_size)
 
     def part(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return this rank's samples as they are delivered: keys (N,), and places (N,) in the order of all ranks."""
+        """Return this rank's samples as they are delivered: keys (N,) and epoch indices (N,)."""
         if self.split == "val":
-            places_N = rank_part(np.arange(self.num_samples), self.rank, self.world_size)
-            return places_N, places_N
+            epoch_index_N = rank_part(np.arange(self.num_samples), self.rank, self.world_size)
+            return epoch_index_N, epoch_index_N
         keys_N = train_keys(
             self.num_samples,
             step_samples=self.reader.batch_size * self.micro_batches,
@@ -73,14 +73,14 @@ class Loader:
             epoch=epoch,
             repeats=self.repeats,
         )
-        places_N = train_places(
+        epoch_index_N = train_epoch_index(
             len(keys_N),
             batch_size=self.reader.batch_size,
             micro_batches=self.micro_batches,
             rank=self.rank,
             world_size=self.world_size,
         )
-        return keys_N[places_N], places_N
+        return keys_N[epoch_index_N], epoch_index_N
 
     def __len__(self) -> int:
         """Return the batches of an epoch on this rank. Evaluation: ranks may differ by one; the last batch is short."""
@@ -89,7 +89,7 @@ class Loader:
     def epoch(
         self, epoch: int, *, start: int = 0, image_size: int | None = None
     ) -> Generator[Batch, None, None]:
-        """Yield the batches of one epoch: images uint8 (B, 3, H, W), channels last in memory, labels and places.
+        """Yield the batches of one epoch: images uint8 (B, 3, H, W), channels last in memory, and what belongs to them.
 
         They are the caller's to keep. What goes wrong in the loader's thread is raised here, and the thread
         ends with the loop, however that ends (close the generator if it is not in a `for`).
@@ -98,24 +98,24 @@ class Loader:
             start: batches to leave out at the beginning; those that follow are what they would have been.
             image_size: side of this epoch's images in pixels, and of those that follow; None: as before.
         """
-        keys_N, places_N = self.part(epoch)
+        keys_N, epoch_index_N = self.part(epoch)
         if not 0 <= start <= len(self):
             raise ValueError(f"start={start} must be from 0 to the {len(self)} batches of an epoch")
         self.reader.image_size = image_size or self.reader.image_size
         rest = slice(start * self.reader.batch_size, None)
-        keys_N, places_N = keys_N[rest], places_N[rest]
+        keys_N, epoch_index_N = keys_N[rest], epoch_index_N[rest]
         if len(keys_N) == 0:  # nothing is left, or the ranks are more than the images
             return
         labels_N = torch.from_numpy(self.labels_N[sample_index(keys_N)])
         if self.reader.on_device:
             labels_N = labels_N.to(self.device)
         size = self.reader.batch_size
-        places = np.split(places_N, range(size, len(places_N), size))
-        batches = self.reader.batches(keys_N, places_N, epoch)
+        parts = np.split(epoch_index_N, range(size, len(epoch_index_N), size))
+        batches = self.reader.batches(keys_N, epoch_index_N, epoch)
         try:
             read = (
-                Batch(torch.as_tensor(images).permute(0, 3, 1, 2), labels, places_B)
-                for images, labels, places_B in zip(batches, labels_N.split(size), places, strict=True)
+                Batch(torch.as_tensor(images).permute(0, 3, 1, 2), labels, epoch_index_B)
+                for images, labels, epoch_index_B in zip(batches, labels_N.split(size), parts, strict=True)
             )
             if self.device.type != "cpu" and not self.reader.on_device:
                 yield from to_gpu(read, self.device)
@@ -147,7 +147,7 @@ def to_gpu(host: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
                 nxt = Batch(
                     batch.images.to(device, non_blocking=True),
                     batch.labels.pin_memory().to(device, non_blocking=True),
-                    batch.places,
+                    batch.epoch_index,
                 )
                 event = torch.cuda.Event()
                 event.record(side)
@@ -196,7 +196,7 @@ def build_loader(
     """
     path = local_split(split_path(data, split))
     data = dataclasses.replace(data, train=path) if split == "train" else dataclasses.replace(data, val=path)
-    facts, device = split_facts(data, split), torch.device(device)
+    info, device = read_split_info(data, split), torch.device(device)
     options = ReaderOptions(
         crop=build_crop(data, split),
         image_size=image_size,
@@ -206,8 +206,8 @@ def build_loader(
         device=device,
     )
     return Loader(
-        READERS[data.backend](facts, options),
-        facts,
+        READERS[data.backend](info, options),
+        info,
         split=split,
         micro_batches=micro_batches,
         rank=rank,

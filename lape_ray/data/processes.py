@@ -54,7 +54,7 @@ def processes(workers: int | None = None) -> Iterator[Mapper]:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise OSError(
-                "a process died, most likely killed for want of memory; use fewer workers"
+                "a process died, most likely killed because memory ran out; use fewer workers"
             ) from error
         finally:
             for future in pending:

@@ -52,22 +52,22 @@ class Normalized:
 
 
 def augment_batches(
-    batches: Iterator[Batch], augment: Augment, *, epoch: int, at_once: int | None = None
+    batches: Iterator[Batch], augment: Augment, *, epoch: int, group_size: int | None = None
 ) -> Generator[Batch, None, None]:
     """Yield the same batches with images uint8 (B, 3, H, W) made normalised floats.
 
-    What is drawn for an image depends on its place alone. So `at_once` batches can be augmented together: by default
-    as many as a GPU needs for small images, whose kernels would else take less time than their launches.
+    What is drawn for an image depends on its epoch index alone. So `group_size` batches can be augmented together: by
+    default as many as a GPU needs for small images, whose kernels would else take less time than their launches.
     """
     for first in batches:
-        group = [first, *itertools.islice(batches, (at_once or _at_once(first)) - 1)]
-        images, labels, places = zip(*group, strict=True)
+        group = [first, *itertools.islice(batches, (group_size or _group_size(first)) - 1)]
+        images, labels, epoch_index = zip(*group, strict=True)
         together = images[0] if len(group) == 1 else torch.cat(images)
-        floats = augment(together, epoch=epoch, positions=np.concatenate(places))
-        yield from map(Batch, floats.split([len(part) for part in labels]), labels, places)
+        floats = augment(together, epoch=epoch, epoch_index=np.concatenate(epoch_index))
+        yield from map(Batch, floats.split([len(part) for part in labels]), labels, epoch_index)
 
 
-def _at_once(batch: Batch) -> int:
+def _group_size(batch: Batch) -> int:
     if not batch.images.is_cuda:
         return 1
     size, _, height, width = batch.images.shape

@@ -1,4 +1,4 @@
-"""A .beton, or set of shards, that lies on S3: its manifest, its copy on this machine, and how one gets there."""
+"""Read and write a .beton, or a set of shards, on S3: its manifest, its copy on this machine, its upload."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifes
             f"{address} is no .beton; data on S3 is written and read as one: "
             f"jobs/write_beton.py SOURCE {place}/NAME.beton"
         )
+    # Objects of folders below it are left out.
     listed = storage.listing(f"{place}/{Path(name).stem}")
-    found = {
-        one.name: one for one in listed if one.address == f"{place}/{one.name}"
-    }  # none of a folder below
+    objects = {item.name: item for item in listed if item.address == f"{place}/{item.name}"}
     files = []
-    for file in set_names(name, found.keys(), place):
-        described = manifest_path(file).name
-        if described not in found:
+    for file in set_names(name, objects.keys(), place):
+        manifest_name = manifest_path(file).name
+        if manifest_name not in objects:
             raise FileNotFoundError(
-                f"{place}/{described} is missing; copy it with its .beton, or write both again"
+                f"{place}/{manifest_name} is missing; copy it with its .beton, or write both again"
             )
-        where = found[described].address
-        manifest = Manifest.parse(storage.read_text(where), where)
-        if found[file].size != manifest.bytes:
+        manifest_address = objects[manifest_name].address
+        manifest = Manifest.parse(storage.read_text(manifest_address), manifest_address)
+        if objects[file].size != manifest.bytes:
             raise ValueError(
-                f"{place}/{file} has {found[file].size:,} bytes but its manifest says {manifest.bytes:,}; "
+                f"{place}/{file} has {objects[file].size:,} bytes but its manifest says {manifest.bytes:,}; "
                 "upload it again"
             )
-        files.append((found[file], found[described], manifest))
+        files.append((objects[file], objects[manifest_name], manifest))
     return files
 
 
@@ -64,7 +63,7 @@ def local_split(path: str) -> str:
     place, _, name = path.rpartition("/")
     objects = _objects(path)
     sha256 = {file.address: manifest.sha256 for file, _, manifest in objects}
-    wanted = [one for file, described, _ in objects for one in (file, described)]
+    wanted = [item for file, manifest, _ in objects for item in (file, manifest)]
     return str(storage.stage(wanted, below=place, sha256=sha256) / name)
 
 

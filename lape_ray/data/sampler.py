@@ -43,8 +43,10 @@ def rank_part(keys_N: np.ndarray, rank: int, world_size: int) -> np.ndarray:
     return keys_N[rank::world_size]
 
 
-def train_places(size: int, *, batch_size: int, micro_batches: int, rank: int, world_size: int) -> np.ndarray:
-    """Compute the places (N,), in an epoch of `size` samples, of what one rank trains on, in its order.
+def train_epoch_index(
+    size: int, *, batch_size: int, micro_batches: int, rank: int, world_size: int
+) -> np.ndarray:
+    """Compute the epoch indices (N,), of `size` samples, that one rank trains on, in its order.
 
     Micro-batch m of a step holds every M-th of its samples, from the m-th on; rank r has the micro-batches r,
     r + world_size and so on of every step, which can be one more than others have.
@@ -53,5 +55,5 @@ def train_places(size: int, *, batch_size: int, micro_batches: int, rank: int, w
         raise ValueError(
             f"rank={rank} of {world_size} has no part in the {micro_batches} micro-batches of a step"
         )
-    places_SBM = np.arange(size).reshape(-1, batch_size, micro_batches)
-    return places_SBM.transpose(0, 2, 1)[:, rank::world_size].reshape(-1)
+    epoch_index_SBM = np.arange(size).reshape(-1, batch_size, micro_batches)
+    return epoch_index_SBM.transpose(0, 2, 1)[:, rank::world_size].reshape(-1)

@@ -1,4 +1,4 @@
-"""The facts of a split that are known before any of its images is read."""
+"""Describe a split before any of its images is read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lape_ray.storage import is_remote
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitFacts:
-    """One split's images.
+class SplitInfo:
+    """The description of a split.
 
     Attributes:
         path: as the config has it
@@ -43,8 +43,8 @@ def split_path(data: DataConfig, split: Literal["train", "val"]) -> str:
     return path
 
 
-def split_facts(data: DataConfig, split: Literal["train", "val"]) -> SplitFacts:
-    """Read the facts, of files that agree with their manifests; those on S3 are not fetched for it.
+def read_split_info(data: DataConfig, split: Literal["train", "val"]) -> SplitInfo:
+    """Read a split's description from manifests with which its files agree; files on S3 are not fetched for it.
 
     Raises:
         FileNotFoundError, ValueError: the data is missing or damaged; says what and how to mend it.
@@ -52,7 +52,7 @@ def split_facts(data: DataConfig, split: Literal["train", "val"]) -> SplitFacts:
     path = split_path(data, split)
     if _reads_source(data, path):
         source = open_source(path)
-        return SplitFacts(
+        return SplitInfo(
             path=path,
             num_samples=len(source),
             classes=source.classes,
@@ -61,7 +61,7 @@ def split_facts(data: DataConfig, split: Literal["train", "val"]) -> SplitFacts:
             source=source,
         )
     manifest = remote_manifest(path) if is_remote(path) else check_beton(path)
-    return SplitFacts(
+    return SplitInfo(
         path=path,
         num_samples=manifest.num_samples,
         classes=manifest.classes,

@@ -2,8 +2,11 @@
 
 evaluate     exact accuracy of a checkpoint of any origin
 predict      a checkpoint as a classifier of image files
-export       a checkpoint as timm's folder, as ONNX, as a model in MLflow
+classify     the steps behind jobs/predict.py
+export       `export`: every requested format of a checkpoint, MLflow's model among them
+timm         a checkpoint as a folder that timm loads
+onnx         a checkpoint as ONNX, compared with PyTorch
 serving      the model that MLflow serves
-checkpoints  checkpoints and runs by what a person types
+checkpoints  checkpoints and runs by what a person types, and a predictor of one
 samples      a few images as evaluation sees them
 """

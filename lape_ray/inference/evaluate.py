@@ -1,4 +1,4 @@
-"""Exact accuracy of a checkpoint of any origin, on this machine's device. Knows no Ray and no tracker."""
+"""Exact accuracy of a checkpoint of any origin, on this machine's device, without Ray and without a tracker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lape_ray.data.ready import Normalized
 from lape_ray.inference.predict import load_network
 from lape_ray.model import resolve
 from lape_ray.recipes import recipe
-from lape_ray.training.checkpoint import read_meta
+from lape_ray.training.checkpoint import read_metadata
 from lape_ray.training.loop import evaluate
 from lape_ray.training.preflight import check_split
 from lape_ray.training.state import autocast_for, available_cpus
@@ -28,7 +28,7 @@ def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str,
     if recipe_name is not None:
         base = recipe(recipe_name)
     elif Path(checkpoint).is_dir():
-        base = read_meta(Path(checkpoint)).config
+        base = read_metadata(Path(checkpoint)).config
     else:
         base = TrainConfig()
     return replace_fields(base, overrides)

@@ -73,7 +73,7 @@ def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 
-class Pixels(nn.Module):
+class NormalizedModel(nn.Module):
     """uint8 images (B, 3, S, S) to logits (B, K) of `network`: the normalisation belongs to the model."""
 
     def __init__(self, network: nn.Module, data: DataConfig) -> None:
@@ -89,7 +89,7 @@ class Pixels(nn.Module):
 class Predictor:
     """A network in evaluation mode with its names of classes."""
 
-    model: Pixels
+    model: NormalizedModel
     config: TrainConfig
     classes: tuple[str, ...]
     device: torch.device
@@ -113,7 +113,7 @@ class Predictor:
 
 
 def load_network(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> VisionTransformer:
-    """Build `config.model` with the weights of a checkpoint of any origin, on the CPU; computes no token in vain."""
+    """Build `config.model` with the weights of a checkpoint of any origin, on the CPU, with optimised blocks."""
     network = build_model(config.model)
     weights, _ = read_weights(checkpoint, ema=ema)
     load_weights(network, weights)
@@ -138,7 +138,7 @@ def make_predictor(
     if len(names) != outputs:
         raise ValueError(f"{len(names)} names of classes were given, but {checkpoint} has {outputs} classes")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Pixels(network, config.data).eval().to(device)
+    model = NormalizedModel(network, config.data).eval().to(device)
     return Predictor(model=model, config=config, classes=names, device=device)
 
 
@@ -185,13 +185,13 @@ def with_csv(predictions: Iterable[Prediction], address: str | Path, *, top: int
     """Yield the same predictions, and write a CSV row of each: path, class and probability of `top` ranks, error.
 
     The row of an image that could not be read has nothing but path and error. A local file holds the row of every
-    prediction that was handed on, whatever ends the process; an s3:// address gets the file at the end. Text that a
+    prediction that was handed on, even if the process is killed; an s3:// address gets the file at the end. Text that a
     spreadsheet would run as a formula has an apostrophe in front (see `storage.csv_rows.inert`).
     """
     ranks = [f"{what}_{rank + 1}" for rank in range(top) for what in ("class", "probability")]
     with (
         written_path(address) as path,
-        # each line is written at once, and any file name as it is
+        # each line is written when it is complete, and any file name as it is
         path.open("w", newline="", buffering=1, encoding="utf-8", errors="surrogateescape") as stream,
     ):
         write_rows(stream, [["image", *ranks, "error"]])

@@ -23,8 +23,8 @@ from lape_ray.model import resolve
 log = logging.getLogger(__name__)
 
 
-def spread(total: int, count: int) -> np.ndarray:
-    """Spread at most `count` indices evenly over `total` things, so that each class of a sorted file has its share."""
+def evenly_spaced(total: int, count: int) -> np.ndarray:
+    """Choose at most `count` evenly spaced indices below `total`, so that each class of a sorted file has its share."""
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
 
 
@@ -36,7 +36,7 @@ def folder_images(folder: Path, config: TrainConfig, count: int) -> Tensor:
     paths = find_images(folder)
     size = resolve(config.model).image_size
     squares: list[Image.Image] = []
-    for index in spread(len(paths), count):
+    for index in evenly_spaced(len(paths), count):
         path = paths[index]
         try:
             image = read_image(path)
@@ -66,7 +66,7 @@ def images_at(config: TrainConfig, index_B: np.ndarray) -> Tensor:
 def validation_images(config: TrainConfig, count: int) -> Tensor:
     """Read at most `count` images of `data.val`, spread over the file; see `images_at`."""
     loader = build_loader(config.data, "val", image_size=resolve(config.model).image_size, batch_size=count)
-    return _read(loader, spread(loader.num_samples, count))
+    return _read(loader, evenly_spaced(loader.num_samples, count))
 
 
 def _read(loader: Loader, index_B: np.ndarray) -> Tensor:

@@ -34,7 +34,7 @@ from lape_ray.config import TrainConfig, from_dict
 from lape_ray.data.sources import to_rgb
 from lape_ray.inference.predict import Predictor, make_predictor
 
-WEIGHTS, FACTS = "model.safetensors", "served.json"
+WEIGHTS, CONFIG = "model.safetensors", "served.json"
 REQUIREMENTS = ("torch", "safetensors", "numpy", "pillow", "pandas")
 COLUMNS = {"class": "string", "probability": "double", "probabilities": "array"}
 BATCH = 64
@@ -56,14 +56,14 @@ REFUSED_FILE = f"this server reads no image of that name; {ACCEPTED}"
 log = logging.getLogger(__name__)
 
 
-def encode(image_CSS: Tensor) -> str:
+def image_to_text(image_CSS: Tensor) -> str:
     """Return a uint8 image (3, S, S) as a request's text: PNG in base64, as a `data:` address."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(image_CSS.permute(1, 2, 0).numpy())).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def decode(cell: object, root: Path | None = None) -> Image.Image:
+def image_from_text(cell: object, root: Path | None = None) -> Image.Image:
     """Return the RGB image that a request's cell holds, or names below `root`; a ValueError says what is accepted."""
     if not isinstance(cell, str) or not cell:
         raise ValueError(f"the cell holds no text; {ACCEPTED}")
@@ -118,7 +118,7 @@ class RefusedError(ValueError):
     """The fault of a request, in words for the person who sent it."""
 
 
-class Served:
+class PyfuncModel:
     """Answer MLflow's requests; files are read below `root` only, and none where it is None."""
 
     def __init__(self, predictor: Predictor, root: Path | None = None) -> None:
@@ -158,18 +158,18 @@ class Served:
 
     def _image(self, row: int, cell: object) -> Image.Image:
         try:
-            return decode(cell, self.root)
+            return image_from_text(cell, self.root)
         except ValueError as error:
             raise RefusedError(f"row {row}: {error}") from None
 
 
-def _load_pyfunc(path: str) -> Served:
+def _load_pyfunc(path: str) -> PyfuncModel:
     folder = Path(path)
-    facts = json.loads((folder / FACTS).read_text())
-    config = from_dict(TrainConfig, facts["config"])
+    served = json.loads((folder / CONFIG).read_text())
+    config = from_dict(TrainConfig, served["config"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    predictor = make_predictor(str(folder / WEIGHTS), config, classes=facts["classes"], device=device)
-    return Served(predictor, _root())
+    predictor = make_predictor(str(folder / WEIGHTS), config, classes=served["classes"], device=device)
+    return PyfuncModel(predictor, _root())
 
 
 def _root() -> Path | None:

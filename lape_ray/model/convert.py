@@ -1,4 +1,4 @@
-"""Checkpoints of other code and of other sizes: what their weights are called here, and loading them.
+"""Load checkpoints of other code and of other sizes: their weights' names here, and the resizing of tables.
 
 Shapes: T tables, N tokens = prefix tokens + patches, D width.
 """

@@ -104,7 +104,7 @@ class VisionTransformer(nn.Module):
         return both_B2K if self.training else both_B2K.mean(dim=1)
 
     def position_parameters(self) -> set[str]:
-        """Name the parameters that DeiT exempts from weight decay beside norms and biases: tokens and tables.
+        """Name the parameters that DeiT exempts from weight decay as it does norms and biases: tokens and tables.
 
         The relative bias is not among them: DeiT-style code, the paper's included, decays it.
         """

@@ -1,4 +1,4 @@
-"""Make a position report from what a person types: the steps behind jobs/position_report.py."""
+"""Build a position report: the steps behind jobs/position_report.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lape_ray import tracking
 from lape_ray.config import TrainConfig
 from lape_ray.data.normalize import Normalize
-from lape_ray.inference.checkpoints import Subject, find_subjects
+from lape_ray.inference.checkpoints import ResolvedCheckpoint, resolve_checkpoints
 from lape_ray.inference.evaluate import choose_device
 from lape_ray.inference.predict import load_network
 from lape_ray.inference.samples import folder_images, validation_images
@@ -28,7 +28,7 @@ FIGURES = re.compile(r"(token|class_token|matrix|bias_\d+|rotation|strength|robu
 
 
 def build_position_report(
-    subjects: Sequence[str],
+    specs: Sequence[str],
     out: str | Path,
     *,
     overrides: Mapping[str, Any],
@@ -40,55 +40,72 @@ def build_position_report(
     ema: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[str | Path, list[str]]:
-    """Write the report of `subjects` (see `find_subjects`) into `out`, and log it to the MLflow runs among them.
+    """Write the report of `specs` (see `resolve_checkpoints`) into `out`, and log it to the MLflow runs among them.
 
     Args:
         token: "ROW,COLUMN" of the patch whose maps are drawn; None: the centre.
-        images: a folder of images for the strength of position; None: `data.val` of each subject.
+        images: a folder of images for the strength of position; None: `data.val` of each checkpoint.
         count: images of that measurement.
         robustness: measure accuracy at other sizes and under shifts, too, which needs `data.val`.
         robustness_images: on so many of its images; None: on all.
 
     Returns the page and notes on what was left out or logged. Raises ValueError and OSError for bad input.
     """
-    chosen = parse_token(token) if token else None
+    patch = parse_token(token) if token else None
     notes: list[str] = []
     views: list[PositionView] = []
     measured: list[Robustness] = []
     with tempfile.TemporaryDirectory(prefix="lape-report-") as downloads:
-        found = find_subjects(subjects, overrides, downloads=Path(downloads), ema=ema)
-        for one in found if robustness else []:
-            if not one.config.data.val:
-                raise ValueError(
-                    f"{one.label}: --robustness needs validation images: give --data.val FILE.beton"
-                )
-        for one in found:
-            progress(f"{one.label}: {one.description}")
-            views.append(_view(one, _images(one, images, count, notes), ema=ema))
-        for one in found if robustness else []:
-            weights, _ = read_weights(one.checkpoint, ema=ema)
-            device = choose_device(one.config)
-            measured.append(
-                measure_robustness(
-                    one.label, one.config, weights, device=device, images=robustness_images, progress=progress
-                )
-            )
+        checkpoints = resolve_checkpoints(specs, overrides, downloads=Path(downloads))
+        if robustness:
+            _require_validation_images(checkpoints)
+        for checkpoint in checkpoints:
+            progress(f"{checkpoint.label}: {checkpoint.description}")
+            views.append(_view(checkpoint, _images(checkpoint, images, count, notes), ema=ema))
+        if robustness:
+            measured = [_robustness(one, robustness_images, progress, ema=ema) for one in checkpoints]
     with tempfile.TemporaryDirectory(prefix="lape-report-") as fresh:  # only this report's files are logged
-        write_position_report(views, Path(fresh), token=chosen, robustness=measured, notes=notes)
-        place = _artifact_folder([one.label for one in found])
-        for one in found:
-            if one.run_id is not None:
-                tracking.log_files(tracking.tracking_uri(one.config), one.run_id, Path(fresh), place)
-                notes.append(f"logged to MLflow run {one.run_id} as {place}/")
+        write_position_report(views, Path(fresh), token=patch, robustness=measured, notes=notes)
+        notes += _log_to_runs(checkpoints, Path(fresh))
         with written_folder(out) as folder:
             _replace_report(Path(fresh), folder)
     return join(out, HTML) if isinstance(out, str) and is_remote(out) else Path(out) / HTML, notes
 
 
+def _require_validation_images(checkpoints: Sequence[ResolvedCheckpoint]) -> None:
+    for checkpoint in checkpoints:
+        if not checkpoint.config.data.val:
+            raise ValueError(
+                f"{checkpoint.label}: --robustness needs validation images: give --data.val FILE.beton"
+            )
+
+
+def _robustness(
+    checkpoint: ResolvedCheckpoint, images: int | None, progress: Callable[[str], None], *, ema: bool
+) -> Robustness:
+    weights, _ = read_weights(checkpoint.path, ema=ema)
+    config, device = checkpoint.config, choose_device(checkpoint.config)
+    return measure_robustness(
+        checkpoint.label, config, weights, device=device, images=images, progress=progress
+    )
+
+
+def _log_to_runs(checkpoints: Sequence[ResolvedCheckpoint], report: Path) -> list[str]:
+    """Log the report's files to the MLflow run of each checkpoint that has one; returns a note for each."""
+    notes = []
+    folder = _artifact_folder([checkpoint.label for checkpoint in checkpoints])
+    for checkpoint in checkpoints:
+        if checkpoint.run_id is not None:
+            uri = tracking.tracking_uri(checkpoint.config)
+            tracking.log_files(uri, checkpoint.run_id, report, folder)
+            notes.append(f"logged to MLflow run {checkpoint.run_id} as {folder}/")
+    return notes
+
+
 def _artifact_folder(labels: Sequence[str]) -> str:
     """Name the folder in which a run keeps a report.
 
-    It is that of its own report, or that of a comparison, which has the names of the compared.
+    A report of one network has a fixed name; a comparison is named after the compared networks.
     """
     if len(labels) == 1:
         return "position_report"
@@ -114,12 +131,12 @@ def checkpoint_report(
     Returns what was seen; None, and no report, where the network has no position.
     """
     notes: list[str] = []
-    one = Subject(label=label, checkpoint=str(checkpoint), config=config)
-    found = _view(one, _images(one, None, count, notes), ema=False)
-    if not found.depth:
+    resolved = ResolvedCheckpoint(label=label, path=str(checkpoint), config=config)
+    seen = _view(resolved, _images(resolved, None, count, notes), ema=False)
+    if not seen.depth:
         return None
-    write_position_report([found], out, notes=notes)
-    return found
+    write_position_report([seen], out, notes=notes)
+    return seen
 
 
 def parse_token(text: str) -> tuple[int, int]:
@@ -133,21 +150,23 @@ def parse_token(text: str) -> tuple[int, int]:
     return row, column
 
 
-def _images(one: Subject, folder: Path | None, count: int, notes: list[str]) -> Tensor | None:
+def _images(
+    checkpoint: ResolvedCheckpoint, folder: Path | None, count: int, notes: list[str]
+) -> Tensor | None:
     """Read images (B, 3, S, S) to measure with; None, and a note that says why, where none can be read."""
     if folder is not None:
-        return folder_images(folder, one.config, count)
+        return folder_images(folder, checkpoint.config, count)
     try:
-        return validation_images(one.config, count)
+        return validation_images(checkpoint.config, count)
     except (OSError, ValueError) as error:
         notes.append(
-            f"{one.label}: how strongly position is used is left out, for want of images ({error})"
+            f"{checkpoint.label}: how strongly position is used is left out, as no images can be read ({error})"
             + ("" if "--images" in str(error) else "; --images FOLDER gives it others")
         )
         return None
 
 
-def _view(one: Subject, images_BCHW: Tensor | None, *, ema: bool) -> PositionView:
-    network = load_network(one.checkpoint, one.config, ema=ema)
-    normalised = None if images_BCHW is None else Normalize(one.config.data)(images_BCHW)
-    return view(network, label=one.label, description=one.description, images_BCHW=normalised)
+def _view(checkpoint: ResolvedCheckpoint, images_BCHW: Tensor | None, *, ema: bool) -> PositionView:
+    network = load_network(checkpoint.path, checkpoint.config, ema=ema)
+    normalised = None if images_BCHW is None else Normalize(checkpoint.config.data)(images_BCHW)
+    return view(network, label=checkpoint.label, description=checkpoint.description, images_BCHW=normalised)

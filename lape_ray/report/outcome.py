@@ -94,7 +94,7 @@ def by_epoch(history: Mapping[str, Sequence[tuple[int, float]]], name: str) -> P
 
 
 def worker_hours(history: Mapping[str, Sequence[tuple[int, float]]], batch_size: int, workers: int) -> float:
-    """Add up the hours in which workers trained, whatever stopped the run and continued it.
+    """Add up the hours in which workers trained, over all parts of an interrupted run.
 
     Each epoch's are its images over its images/s, times its workers: those that were logged, else `workers`. Neither
     evaluation nor start-up is in it.

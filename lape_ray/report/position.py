@@ -253,7 +253,7 @@ class PositionView:
 def view(
     network: VisionTransformer, *, label: str, description: str = "", images_BCHW: Tensor | None = None
 ) -> PositionView:
-    """Compute all that a report shows of `network`; how strongly position is used only where images are given."""
+    """Compute all that a report shows of `network`; the strength of position only if images are given."""
     return PositionView(
         label=label,
         description=description,

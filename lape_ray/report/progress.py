@@ -1,6 +1,6 @@
 """The change of a network's position maps while it trains: a row for each epoch, a column for each layer.
 
-An epoch has a row where it was looked at. The maps of earlier epochs lie beside the run's checkpoints, so that a run
+An epoch has a row where it was looked at. The maps of earlier epochs lie next to the run's checkpoints, so that a run
 that was continued still has them.
 
 Shapes: L layers, Y rows and X columns of the patch grid.
@@ -9,15 +9,18 @@ Shapes: L layers, Y rows and X columns of the patch grid.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lape_ray import storage
-from lape_ray.inference.samples import spread
+from lape_ray.config import TrainConfig
+from lape_ray.inference.samples import evenly_spaced
 from lape_ray.report import figures
+from lape_ray.report.build import checkpoint_report
 from lape_ray.report.page import Page
 from lape_ray.report.position import PositionView
 from lape_ray.values.typed import from_json
@@ -28,6 +31,34 @@ CORRELATION = "cosine similarity of the embeddings, as attention sees them"
 BIAS = "bias on the attention logits, mean of the heads"
 ROTATION = "mean cosine of the angle between query and key"
 ROWS = 12  # of a figure; of more epochs those that are spread evenly over them
+
+
+def report_epoch(
+    checkpoint: Path,
+    config: TrainConfig,
+    epochs: range,
+    *,
+    folder: str,
+    keep: Callable[[Path, str], None],
+) -> None:
+    """Draw a position report of a checkpoint, and one page that follows its run so far.
+
+    Args:
+        checkpoint: after the last of `epochs`, at which reports are made.
+        folder: address of the run's folder, where the maps of earlier epochs lie.
+        keep: is called with each folder of pages, and its place among the run's artifacts.
+    """
+    epoch = epochs[-1]
+    with tempfile.TemporaryDirectory(prefix="lape-report-") as temporary:
+        drawn = Path(temporary)
+        view = checkpoint_report(checkpoint, config, f"epoch {epoch}", drawn / "report")
+        if view is None:
+            return
+        keep(drawn / "report", f"position_report/epoch-{epoch:06}")
+        what, maps_LYX = training_maps(view)
+        remember(folder, epoch, maps_LYX)
+        write_training_page(config.run.name or "", what, recall(folder, epochs), drawn / "training")
+        keep(drawn / "training", "position_report")
 
 
 def training_maps(view: PositionView) -> tuple[str, Tensor]:
@@ -74,7 +105,7 @@ def _place(run: str, epoch: int) -> str:
 def write_training_page(name: str, what: str, maps: Mapping[int, Tensor], folder: Path) -> Path:
     """Write the figure and page of a run's maps (L, Y, X) by epoch; returns the page."""
     epochs = sorted(maps)
-    chosen = [epochs[index] for index in spread(len(epochs), ROWS)]
+    chosen = [epochs[index] for index in evenly_spaced(len(epochs), ROWS)]
     figure = figures.maps_figure(
         [(f"epoch {epoch}", maps[epoch]) for epoch in chosen],
         title="The centre patch against every patch, while the network trains",

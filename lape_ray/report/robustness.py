@@ -18,7 +18,7 @@ from lape_ray.config import TrainConfig
 from lape_ray.data.batch import Batch, Batches
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.ready import Normalized
-from lape_ray.inference.samples import batches_at, spread
+from lape_ray.inference.samples import batches_at, evenly_spaced
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.variants import VariantSpec
@@ -52,7 +52,7 @@ class Few:
     count: int
 
     def epoch(self, epoch: int) -> Generator[Batch, None, None]:
-        index_N = spread(self.loader.num_samples, self.count)
+        index_N = evenly_spaced(self.loader.num_samples, self.count)
         labels_N, device, done = self.loader.labels_N[index_N], self.loader.device, 0
         with contextlib.closing(batches_at(self.loader, index_N)) as batches:
             for images_BCHW in batches:
@@ -110,40 +110,55 @@ def measure_robustness(
 
     Images smaller than a size are enlarged to it, as `data.upscale` does.
     """
-    spec, autocast = resolve(config.model), autocast_for(config, device)
-
-    def loader(size: int) -> Batches:
-        whole = build_loader(
-            config.data,
-            "val",
-            image_size=size,
-            batch_size=config.data.eval_batch_size,
-            device=device,
-            threads=available_cpus(),
-        )
-        chosen = whole if images is None else Few(loader=whole, count=images)
-        return Normalized(chosen, config.data, device)
-
-    def network(size: int) -> torch.nn.Module:
-        model = build_model(dataclasses.replace(config.model, image_size=size))
-        load_weights(model, weights)
-        return optimise_blocks(model).to(device)
-
-    sizes = {}
-    every = sizes_for(spec)
-    for number, size in enumerate(every):
-        progress(f"{label}: {size} px ({number + 1} of {len(every)} sizes)")
-        with autocast():
-            sizes[size] = evaluate(network(size), loader(size))["acc1"]
-    shifts = {0: sizes[spec.image_size]}
-    own, own_loader, moved = network(spec.image_size), loader(spec.image_size), shifts_for(spec)[1:]
-    for number, pixels in enumerate(moved):
-        progress(f"{label}: shifted by {pixels} px ({number + 1} of {len(moved)} shifts)")
-        with autocast():
-            shifts[pixels] = evaluate(own, Shifted(loader=own_loader, pixels=pixels))["acc1"]
+    spec = resolve(config.model)
+    measure = _Measurement(config, weights, device, images)
+    sizes, shifts = {}, {}
+    image_sizes = sizes_for(spec)
+    for number, size in enumerate(image_sizes, 1):
+        progress(f"{label}: {size} px ({number} of {len(image_sizes)} sizes)")
+        sizes[size] = measure.top1(measure.network(size), measure.loader(size))
+    shifts[0] = sizes[spec.image_size]
+    network, loader = measure.network(spec.image_size), measure.loader(spec.image_size)
+    moved = shifts_for(spec)[1:]
+    for number, pixels in enumerate(moved, 1):
+        progress(f"{label}: shifted by {pixels} px ({number} of {len(moved)} shifts)")
+        shifts[pixels] = measure.top1(network, Shifted(loader=loader, pixels=pixels))
     return Robustness(
         label=label, trained_size=spec.image_size, patch=token_stride(spec), sizes=sizes, shifts=shifts
     )
+
+
+class _Measurement:
+    """A checkpoint's networks and its validation images, at any size."""
+
+    def __init__(
+        self, config: TrainConfig, weights: Mapping[str, Any], device: torch.device, images: int | None
+    ) -> None:
+        self.config, self.weights, self.device, self.images = config, weights, device, images
+        self.autocast = autocast_for(config, device)
+
+    def network(self, size: int) -> torch.nn.Module:
+        model = build_model(dataclasses.replace(self.config.model, image_size=size))
+        load_weights(model, self.weights)
+        return optimise_blocks(model).to(self.device)
+
+    def loader(self, size: int) -> Batches:
+        data = self.config.data
+        loader = build_loader(
+            data,
+            "val",
+            image_size=size,
+            batch_size=data.eval_batch_size,
+            device=self.device,
+            threads=available_cpus(),
+        )
+        chosen = loader if self.images is None else Few(loader=loader, count=self.images)
+        return Normalized(chosen, data, self.device)
+
+    def top1(self, network: torch.nn.Module, loader: Batches) -> float:
+        """Return top-1 in percent."""
+        with self.autocast():
+            return evaluate(network, loader)["acc1"]
 
 
 def robustness_figure(results: Sequence[Robustness]) -> Figure:

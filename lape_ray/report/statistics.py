@@ -1,4 +1,4 @@
-"""The mean of repeated measurements, and how sure it is."""
+"""The mean of repeated measurements, and its confidence interval."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEVEL = 0.95
 class Estimate:
     """A mean of `n` values; `sd` and the interval are None where n is 1.
 
-    The interval is Student's: mean +- t(n - 1) sd / sqrt(n), which supposes that the values spread normally.
+    The interval is Student's: mean +- t(n - 1) sd / sqrt(n), which supposes that the values are distributed normally.
     """
 
     n: int

@@ -21,13 +21,13 @@ from lape_ray.data.loader import build_loader
 from lape_ray.data.ready import Normalized
 from lape_ray.inference.evaluate import choose_device
 from lape_ray.inference.predict import load_network
-from lape_ray.inference.samples import images_at, spread
+from lape_ray.inference.samples import evenly_spaced, images_at
 from lape_ray.model import resolve
 from lape_ray.report import figures, outcome
 from lape_ray.report.outcome import ClassScore, Predictions, by_epoch
 from lape_ray.report.page import Page
 from lape_ray.tracking import RunFacts
-from lape_ray.training.checkpoint import read_meta
+from lape_ray.training.checkpoint import read_metadata
 from lape_ray.training.state import autocast_for, available_cpus
 
 HTML = "summary.html"
@@ -45,7 +45,7 @@ class Results:
     """All that a page of a run shows."""
 
     config: TrainConfig
-    facts: RunFacts
+    run: RunFacts
     predictions: Predictions
     epoch: int
     """The epoch after which the best checkpoint was made."""
@@ -58,7 +58,7 @@ class Results:
     """Units of a worker."""
 
 
-def write_run_summary(config: TrainConfig, checkpoint: Path, facts: RunFacts, folder: Path) -> Path:
+def write_run_summary(config: TrainConfig, checkpoint: Path, run: RunFacts, folder: Path) -> Path:
     """Evaluate the checkpoint on `data.val` and write the page and its figures into `folder`; returns the page.
 
     Raises ValueError and OSError where the validation data or the checkpoint cannot be read.
@@ -78,10 +78,10 @@ def write_run_summary(config: TrainConfig, checkpoint: Path, facts: RunFacts, fo
     chosen = _chosen(predictions)
     results = Results(
         config=config,
-        facts=facts,
+        run=run,
         predictions=predictions,
-        epoch=read_meta(checkpoint).epochs_done,
-        classes=loader.facts.classes,
+        epoch=read_metadata(checkpoint).epochs_done,
+        classes=loader.info.classes,
         samples=list(zip(chosen.tolist(), images_at(config, chosen), strict=True)),
         unit="GPU" if device.type == "cuda" else "CPU",
         per_worker=1 if device.type == "cuda" else config.run.cpus_per_worker,
@@ -91,20 +91,21 @@ def write_run_summary(config: TrainConfig, checkpoint: Path, facts: RunFacts, fo
 
 def _chosen(predictions: Predictions) -> np.ndarray:
     """Choose images to show: some spread over all, and some spread over the wrong ones."""
-    some_N = spread(len(predictions.labels_N), SAMPLES)
+    some_N = evenly_spaced(len(predictions.labels_N), SAMPLES)
     wrong_N = predictions.wrong
-    wrong_N = wrong_N[spread(len(wrong_N), SAMPLES)] if len(wrong_N) else wrong_N
+    wrong_N = wrong_N[evenly_spaced(len(wrong_N), SAMPLES)] if len(wrong_N) else wrong_N
     return np.concatenate([some_N, wrong_N[~np.isin(wrong_N, some_N)]])
 
 
 def write_page(results: Results, folder: Path) -> Path:
     """Write the page and its figures of the results; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    config, facts = results.config, results.facts
+    config, run = results.config, results.run
     model = config.model
     embedding = f"position {model.position}, join {model.join}, bias {model.bias}, rotary {model.rotary}"
     page = Page(
-        facts.name, f"{config.recipe or model.variant}: {model.variant}, {embedding}; seed {config.run.seed}"
+        run.name,
+        f"{config.recipe or model.variant}: {model.variant}, {embedding}; seed {config.training.seed}",
     )
     page.facts(_headline(results))
     page.heading("Curves")
@@ -117,8 +118,8 @@ def write_page(results: Results, folder: Path) -> Path:
     )
     page.pictures(_cards(results))
     page.heading("Repeat it")
-    page.code(facts.tags.get("command", "the command was not recorded"))
-    known = [(name, facts.tags[name]) for name in sorted(facts.tags) if not name.startswith("mlflow.")]
+    page.code(run.tags.get("command", "the command was not recorded"))
+    known = [(name, run.tags[name]) for name in sorted(run.tags) if not name.startswith("mlflow.")]
     page.table(("tag", "value"), [(name, value) for name, value in known if name != "command"])
     page.heading("Config")
     page.code(dump(config))
@@ -128,7 +129,7 @@ def write_page(results: Results, folder: Path) -> Path:
 
 
 def _headline(results: Results) -> list[tuple[str, str]]:
-    history, config = results.facts.history, results.config
+    history, config = results.run.history, results.config
     right = 100 - 100 * len(results.predictions.wrong) / len(results.predictions.labels_N)
     speeds = [value for _, value in history.get("train/images_per_s", ())]
     cards = [
@@ -158,7 +159,7 @@ def _count(low: int, high: int) -> str:
 
 def _curves(results: Results) -> Figure:
     def lines(*names: tuple[str, str]) -> list[tuple[str, list[float], list[float]]]:
-        found = [(label, by_epoch(results.facts.history, name)) for label, name in names]
+        found = [(label, by_epoch(results.run.history, name)) for label, name in names]
         return [(label, [e for e, _ in points], [v for _, v in points]) for label, points in found if points]
 
     loss = lines(

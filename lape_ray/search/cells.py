@@ -14,7 +14,7 @@ from lape_ray.search.space import Axis, Choice, Range, as_text, differing
 
 Cell = Mapping[str, Any]
 _TABLE2 = ("vit_lite_7_4", "cvt_7_4", "cct_7_3x1")
-PORTS = ("model.position", "model.join", "model.bias", "model.bias_join", "model.rotary")
+NETWORK_AXES = ("model.position", "model.join", "model.bias", "model.bias_join", "model.rotary")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def positions(base: TrainConfig) -> Space:
     """Every valid combination of position, join, bias, bias_join and rotary: 210 cells; fix some to have fewer."""
     kinds = [typing.get_args(kind) for kind in (Position, Join, Bias, BiasJoin, Rotary)]
     cells = [cell for cell in itertools.product(*kinds) if _valid(*cell[:4])]
-    return Space(cells=tuple(dict(zip(PORTS, cell, strict=True)) for cell in cells))
+    return Space(cells=tuple(dict(zip(NETWORK_AXES, cell, strict=True)) for cell in cells))
 
 
 def paper_table7(base: TrainConfig) -> Space:
@@ -65,7 +65,7 @@ def paper_table7(base: TrainConfig) -> Space:
     rows = [(position, join, "none") for position in joins for join in joins[position]]
     rows.append(("none", "basic", "relative2d"))
     cells = [(position, join, bias, "basic", "none") for position, join, bias in rows]
-    return Space(cells=tuple(dict(zip(PORTS, cell, strict=True)) for cell in cells))
+    return Space(cells=tuple(dict(zip(NETWORK_AXES, cell, strict=True)) for cell in cells))
 
 
 def paper_table2(base: TrainConfig) -> Space:
@@ -145,7 +145,7 @@ def build_space(name: str, base: TrainConfig, axes: Mapping[str, Axis], fixed: S
         cell for cell in named.cells if all(cell.get(each, current[each]) == current[each] for each in fixed)
     ]
     if not cells:
-        given = " ".join(f"--{each} {current[each]}" for each in fixed if each in PORTS)
+        given = " ".join(f"--{each} {current[each]}" for each in fixed if each in NETWORK_AXES)
         raise ValueError(f"no cell of the space {name} has {given}; leave out one of these options")
     kept = {each: axis for each, axis in named.axes.items() if each not in fixed} | dict(axes)
     space = Space(cells=tuple(cells), axes=kept)
@@ -187,9 +187,9 @@ def label(point: Cell, fields: Sequence[str]) -> str:
         value = point.get(each)
         if each == "model.join" and point.get("model.position") == "none":
             continue
-        if each in PORTS and (value == "none" or (each == "model.bias_join" and value == "basic")):
+        if each in NETWORK_AXES and (value == "none" or (each == "model.bias_join" and value == "basic")):
             continue
-        parts.append(str(value) if each in PORTS[:3] else f"{each.partition('.')[2]}={_short(value)}")
+        parts.append(str(value) if each in NETWORK_AXES[:3] else f"{each.partition('.')[2]}={_short(value)}")
     return " ".join(parts) or "no position"
 
 

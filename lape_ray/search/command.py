@@ -61,7 +61,7 @@ def plan_of(
         sample=cast(Sample, sample),
         schedule=cast(Schedule, schedule),
         points=1,
-        seeds=tuple(base.run.seed + number for number in range(seeds)),
+        seeds=tuple(base.training.seed + number for number in range(seeds)),
         metric=metric,
         grace=grace,
         eta=eta,

@@ -93,7 +93,7 @@ class Engine:
     def config(self, trial: Trial) -> TrainConfig:
         """Make the whole config of a trial as it is now."""
         name = f"{self.plan.name}-{trial.id}"
-        return replace_fields(self.plan.base, {**trial.values, "run.seed": trial.seed, "run.name": name})
+        return replace_fields(self.plan.base, {**trial.values, "training.seed": trial.seed, "run.name": name})
 
     def report(
         self, number: int, epoch: int, metrics: Mapping[str, float], *, seconds: float, checkpoint: str

@@ -21,7 +21,7 @@ import ray.train
 import ray.train.torch
 
 from lape_ray import storage
-from lape_ray.cluster.controller import worker_variables
+from lape_ray.cluster.controller import variables
 from lape_ray.config import RunConfig
 from lape_ray.search.desk import Desk, Question
 from lape_ray.search.worker import lane_worker
@@ -208,7 +208,7 @@ class Lanes:
                 failure_config=ray.train.FailureConfig(
                     max_failures=run.max_failures, controller_failure_limit=START_ATTEMPTS
                 ),
-                worker_runtime_env={"env_vars": worker_variables()},
+                worker_runtime_env={"env_vars": variables()},
                 logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             ),
         )

@@ -14,6 +14,7 @@ import torch
 from lape_ray import storage, tracking
 from lape_ray.cluster.connection import connected
 from lape_ray.cluster.launch import prepared, uses_gpu
+from lape_ray.config import replace_fields
 from lape_ray.model import build_model
 from lape_ray.search import lanes as worker_groups
 from lape_ray.search.cells import check_point
@@ -89,6 +90,7 @@ def search(
     ledger = Ledger(storage.join(root, plan.name))
     check_before_start(plan.base, storage_root=root)
     tracking.check_reachable(uri)
+    tracking.check_trackers(base.tracking)
     _check_networks(plan)
     _earlier(plan, ledger)  # a name that cannot be used is refused before anything waits
     display = display or Display(plan)
@@ -170,8 +172,8 @@ def _best_command(engine: Engine, found: Sequence[Cell]) -> str:
     best = found[0].trials[0]
     if best.last(engine.plan.metric) is None:
         return "no trial came so far as to be evaluated; see the errors of the trials"
-    run = replace(engine.plan.base.run, seed=engine.plan.seeds[0], name=None, overwrite=False)
-    return command_line(replace(engine.config(best), run=run))
+    config = replace(engine.config(best), run=replace(engine.plan.base.run, name=None, overwrite=False))
+    return command_line(replace_fields(config, {"training.seed": engine.plan.seeds[0]}))
 
 
 def _cost(conductor: Conductor) -> str:

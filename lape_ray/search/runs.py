@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lape_ray import tracking
-from lape_ray.config import PORTS, TrainConfig
-from lape_ray.data.split import split_facts
+from lape_ray.config import NETWORK_FIELDS, TrainConfig
+from lape_ray.data.split import read_split_info
 from lape_ray.search.ledger import Trial
 from lape_ray.search.plan import Plan
 from lape_ray.search.space import as_text
@@ -19,7 +19,10 @@ class Runs:
     def __init__(self, plan: Plan, uri: str, *, command: str, program: str) -> None:
         self._plan, self.uri, self._command = plan, uri, command
         self._source = tracking.source_tags(program)
-        splits = {"train": split_facts(plan.base.data, "train"), "val": split_facts(plan.base.data, "val")}
+        splits = {
+            "train": read_split_info(plan.base.data, "train"),
+            "val": read_split_info(plan.base.data, "val"),
+        }
         self._datasets = {role: (facts.path, facts.sha256) for role, facts in splits.items() if facts.sha256}
         self.parent = ""
 
@@ -47,7 +50,7 @@ class Runs:
             return trial.run_id
         tags = {"mlflow.parentRunId": self.parent, "search": self._plan.name, "trial": str(trial.number),
                 "cell": trial.label, "seed": str(trial.seed), "recipe": config.recipe}  # fmt: skip
-        tags |= {key: str(getattr(config.model, key)) for key in PORTS}
+        tags |= {key: str(getattr(config.model, key)) for key in NETWORK_FIELDS}
         name = f"{trial.label} seed {trial.seed}"
         return tracking.create_run(
             config, name=name, command=self._command, tags={**tags, **self._source}, datasets=self._datasets

@@ -29,7 +29,7 @@ def _grid(plan: Plan, number: int, trials: Sequence[Trial]) -> Point:
 
 
 def _random(plan: Plan, number: int, trials: Sequence[Trial]) -> Point:
-    seed, space = plan.base.run.seed, plan.space
+    seed, space = plan.base.training.seed, plan.space
     cell = space.cells[int(share(seed, number, CELL) * len(space.cells))]
     return {**cell, **{name: axis.at(share(seed, number, name)) for name, axis in space.axes.items()}}
 
@@ -44,7 +44,7 @@ def _tpe(plan: Plan, number: int, trials: Sequence[Trial]) -> Point:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = plan.space
     distributions = _distributions(space, optuna)
-    seed = int(share(plan.base.run.seed, number, "tpe") * 2**31)
+    seed = int(share(plan.base.training.seed, number, "tpe") * 2**31)
     sampler = optuna.samplers.TPESampler(
         seed=seed, multivariate=True, n_startup_trials=min(10, max(3, plan.points // 3))
     )

@@ -147,7 +147,7 @@ class PopulationBased(Scheduler):
         return begun and all(one.done >= epoch or one.state == "failed" for one in trials)
 
     def _exploit(self, trial: Trial, trials: Sequence[Trial]) -> Clone | None:
-        epoch, seed = trial.done, self.plan.base.run.seed
+        epoch, seed = trial.done, self.plan.base.training.seed
         ranked = self._ranked([one for one in trials if one.done >= epoch], epoch)
         few = max(1, len(ranked) // self.plan.eta)
         if trial not in ranked[-few:] or len(ranked) < 2 * few:

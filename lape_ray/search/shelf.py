@@ -14,7 +14,14 @@ import torch
 
 from lape_ray import storage
 from lape_ray.config import TrainConfig
-from lape_ray.training.checkpoint import MARKER, DamagedError, described, differences, read_meta, verify
+from lape_ray.training.checkpoint import (
+    MARKER,
+    DamagedError,
+    differences,
+    file_checksums,
+    read_metadata,
+    verify,
+)
 
 PREFIX = "checkpoint-"
 CLONED = "clone.json"
@@ -65,7 +72,7 @@ class Shelf:
         for name in self.names():
             with contextlib.suppress(DamagedError, OSError), self.opened(name) as folder:
                 verify(folder)
-                meta = read_meta(folder)
+                meta = read_metadata(folder)
                 if differences(meta.config, config):
                     continue
                 if clone is not None and meta.epochs_done <= clone["epoch"] and not _is_clone(folder, clone):
@@ -85,7 +92,7 @@ class Shelf:
             with source.opened(name) as folder:
                 try:
                     verify(folder)
-                    meta = read_meta(folder)
+                    meta = read_metadata(folder)
                 except DamagedError:
                     continue
                 if meta.epochs_done != clone["epoch"] or meta.progress.step:
@@ -115,7 +122,7 @@ def _rewrite(source: Path, target: Path, config: TrainConfig, clone: Mapping[str
     for group in state["param_groups"][:-1]:
         group["weight_decay"] = config.optim.weight_decay
     torch.save(state, target / "optimizer.pt")
-    files = described(target)
-    meta = replace(read_meta(source), config=config)
+    files = file_checksums(target)
+    meta = replace(read_metadata(source), config=config)
     (target / CLONED).write_text(json.dumps({key: clone[key] for key in ("epoch", "source")}))
     (target / "meta.json").write_text(meta.to_json(files))

@@ -84,7 +84,9 @@ _LENGTH = ("optim.epochs", "optim.cooldown_epochs")
 
 def searchable(config: TrainConfig) -> list[str]:
     """List the fields that an axis may go over: those that change what is learned, but seed and length."""
-    return [name for name in what_is_learned(config) if not name.startswith("run.") and name not in _LENGTH]
+    return [
+        name for name in what_is_learned(config) if not name.startswith("training.") and name not in _LENGTH
+    ]
 
 
 def parse_axes(texts: Sequence[str], base: TrainConfig) -> dict[str, Axis]:
@@ -108,8 +110,8 @@ def _check_field(field: str, base: TrainConfig) -> None:
     known = searchable(base)
     if field in known:
         return
-    if field == "run.seed":
-        raise ValueError("run.seed is no axis: --seeds N repeats every cell with N seeds")
+    if field == "training.seed":
+        raise ValueError("training.seed is no axis: --seeds N repeats every cell with N seeds")
     if field in _LENGTH:
         raise ValueError(f"{field} is the length of every trial, which schedules decide by; give --{field}")
     if field in flatten(base):

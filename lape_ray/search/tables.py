@@ -138,6 +138,6 @@ def command_line(config: TrainConfig) -> str:
     options = [
         f"--{name} {shlex.quote(as_text(value))}"
         for name, value in wanted.items()
-        if value != plain_config[name] and name not in ("recipe", "run.name", "run.pages")
+        if value != plain_config[name] and name not in ("recipe", "run.name", "tracking.pages")
     ]
     return " ".join(["python jobs/imagenet_deit.py", known, *options])

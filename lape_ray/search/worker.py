@@ -11,7 +11,7 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +25,10 @@ from lape_ray import storage, tracking
 from lape_ray.cluster.supervisor import LeavingNodes
 from lape_ray.config import TrainConfig, from_dict
 from lape_ray.search.shelf import Shelf
-from lape_ray.training.checkpoint import Meta, read_meta
-from lape_ray.training.flags import News
-from lape_ray.training.loop import DivergedError, EndedError, Take, train
-from lape_ray.training.state import World
+from lape_ray.training.checkpoint import Metadata, Snapshot, read_metadata
+from lape_ray.training.distributed import World
+from lape_ray.training.flags import Flags
+from lape_ray.training.loop import DivergedError, EndedError, train
 
 HOPELESS = (ValueError, DivergedError, torch.OutOfMemoryError)
 """What would happen again; anything else is tried again from the newest checkpoint."""
@@ -127,11 +127,15 @@ def _train_trial(order: Mapping[str, Any], channel: Channel, rank: int, device: 
     name = ray.train.collective.broadcast_from_rank_zero(name)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(shelf.opened(name)) if name is not None else None
-        meta = read_meta(folder) if folder is not None else None
+        meta = read_metadata(folder) if folder is not None else None
         tracker = None
         if rank == 0:
-            unsent = meta.notes.get("unsent", []) if meta is not None and clone is None else []
-            tracker = tracking.Tracker(order["tracking_uri"], order["run_id"], unsent)
+            tracker = tracking.open_tracker(
+                config.tracking,
+                order["tracking_uri"],
+                order["run_id"],
+                order["folder"],
+            )
             stack.callback(tracker.close)
         reporter = TrialReporter(
             order, channel, shelf, tracker, World.current(device), protected=name, best=order["best"]
@@ -139,7 +143,7 @@ def _train_trial(order: Mapping[str, Any], channel: Channel, rank: int, device: 
         try:
             if meta is not None:
                 reporter.tell_again(meta)
-            train(config, device=device, reporter=reporter, resume_from=folder, mlflow_run_id=order["run_id"])
+            train(config, device=device, reporter=reporter, resume_from=folder)
         finally:
             reporter.keep_lines()
 
@@ -166,15 +170,15 @@ class TrialReporter:
         if self.tracker is not None:
             self.tracker.metrics(metrics, step=step)
 
-    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+    def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         leave = False
         if self.tracker is not None:
             self.tracker.metrics(metrics, step=step)
-            leave = self._decision(metrics, self._keep(metrics, step, take)) != "go"
+            leave = self._decision(metrics, self._keep(metrics, step, snapshot())) != "go"
         if self.world.any(leave):
             raise LeaveError("the search has ended this part of the trial")
 
-    def tell_again(self, meta: Meta) -> None:
+    def tell_again(self, meta: Metadata) -> None:
         """Report the epoch of a checkpoint that the search has not heard of: it was stopped in between."""
         leave = False
         if self.tracker is not None and meta.epochs_done > self.order["reported"] and not meta.progress.step:
@@ -184,18 +188,18 @@ class TrialReporter:
         if self.world.any(leave):
             raise LeaveError("the search has ended this part of the trial")
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         if self.tracker is not None:
-            self._keep(metrics, step, take)
+            self._keep(metrics, step, snapshot())
 
-    def stored(self) -> None:
+    def wait_until_saved(self) -> None:
         """Nothing is left to wait for."""
 
-    def news(self) -> News:
-        return News.NONE
+    def poll_flags(self) -> Flags:
+        return Flags.NONE
 
-    def leaving(self) -> bool:
-        return self.nodes.news()
+    def node_leaving(self) -> bool:
+        return self.nodes.poll()
 
     def line(self, text: str) -> None:
         if self.tracker is not None:
@@ -226,10 +230,11 @@ class TrialReporter:
             return "stop"  # and so the other workers hear of it, too
         return str(answer)
 
-    def _keep(self, metrics: Mapping[str, float], step: int, take: Take) -> str:
+    def _keep(self, metrics: Mapping[str, float], step: int, snapshot: Snapshot) -> str:
         """Save a checkpoint, and delete those that are neither new, nor best, nor protected."""
-        notes = {"unsent": self.tracker.unsent()} if self.tracker is not None else {}
-        name = self.shelf.put(step, take(notes))
+        if self.tracker is not None:
+            self.tracker.save_unsent()
+        name = self.shelf.put(step, snapshot.save)
         value = metrics.get(self.order["metric"])
         if value is not None and value == value:
             score = self.order["sign"] * value

@@ -1,15 +1,15 @@
 """The storage of runs, data and exports: a folder or an s3:// address, through one small set of functions.
 
     address    addresses and their parts
-    s3         the connection: who we are, what is tried again, and errors that say the fix
+    s3         the connection: credentials, retries, and errors that say the fix
     objects    listing, small texts and deletion
     transfer   large files, in parallel parts, with checksums
     copies     copies of S3 objects on this machine, made once and used by all its processes
-    files      the same few verbs for folders and for S3
+    files      reading, writing, listing and deleting, in folders and on S3
     records    small JSON files that are whole, and readers that name the file and the way out
     publish    folders that appear whole
     lease      the right to write into a folder, which one process has at a time
-    csv_rows   tables for spreadsheets, which run no cell as a formula
+    csv_rows   tables whose cells no spreadsheet runs as formulas
 
 Credentials, region and endpoint of S3 come from the usual environment variables and profiles (AWS_*).
 """
@@ -43,7 +43,7 @@ from lape_ray.storage.lease import (
     leased,
 )
 from lape_ray.storage.objects import Object, listing
-from lape_ray.storage.publish import folders, free_bytes, patiently, publish, staging
+from lape_ray.storage.publish import folders, free_bytes, publish, retry, staging
 from lape_ray.storage.records import read_record, write_record
 from lape_ray.storage.transfer import upload, upload_folder
 
@@ -75,10 +75,10 @@ __all__ = [
     "modified",
     "names",
     "opened",
-    "patiently",
     "publish",
     "read_record",
     "read_text",
+    "retry",
     "safe_relative",
     "stage",
     "staging",

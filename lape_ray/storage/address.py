@@ -9,7 +9,7 @@ from pathlib import Path
 from lape_ray.values.redaction import refuse_secret
 
 LONGEST_NAME = 240  # bytes of one part of a path: most file systems take 255, and .NAME.parts is longer
-# What `copies` and `transfer` write beside copies.
+# What `copies` and `transfer` write next to copies.
 OURS = re.compile(r"\.lock|\.complete(\..*)?|\..*\.parts?", re.DOTALL)
 
 

@@ -42,7 +42,7 @@ def local(address: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: nothing exists at the address.
-        ValueError, OSError: see `s3.attempt` and `stage`.
+        ValueError, OSError: see `s3.call_with_retry` and `stage`.
     """
     if not is_remote(address):
         return Path(str(address).removeprefix("file://"))
@@ -59,7 +59,7 @@ def local(address: str | Path) -> Path:
 
 @contextlib.contextmanager
 def opened(address: str) -> Iterator[Path]:
-    """Open the folder that an address means, on this machine; a copy goes with the last process that has it open.
+    """Open the folder that an address means, on this machine; the last process that has a copy open deletes it.
 
     Raises:
         FileNotFoundError: nothing exists at the address.
@@ -94,7 +94,7 @@ def stage(objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | 
     Raises:
         DownloadError: an object is not what it should be.
         ValueError: the name of an object is none for a file in that folder (`safe_relative`); nothing is fetched.
-        OSError: the disk has too little space, or see `s3.attempt`.
+        OSError: the disk has too little space, or see `s3.call_with_retry`.
     """
     sha256 = sha256 or {}
     names = _names(objects, below)

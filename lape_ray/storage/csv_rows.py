@@ -1,4 +1,4 @@
-"""CSV that a spreadsheet shows, and of which it runs nothing."""
+"""CSV whose cells a spreadsheet shows and never runs."""
 
 from __future__ import annotations
 

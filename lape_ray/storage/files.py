@@ -1,4 +1,4 @@
-"""The same few verbs for folders of this machine and for S3."""
+"""Read, write, list and delete files in folders of this machine and on S3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lape_ray.storage import objects
 from lape_ray.storage.address import absolute, is_remote, join
-from lape_ray.storage.s3 import HASTE_S
+from lape_ray.storage.s3 import CHECK_TIMEOUT_S
 from lape_ray.storage.transfer import upload, upload_folder
 
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
@@ -35,7 +35,7 @@ def read_text(address: str) -> str:
 
 
 def write_text(address: str, text: str) -> None:
-    """Write a small file whole and bring it to the disk: whatever happens, its name holds the old text or the new."""
+    """Write a small file and bring it to the disk; after any failure its name holds the old text or the new."""
     if is_remote(address):
         objects.put(address, text.encode())
         return
@@ -153,9 +153,9 @@ def check_writable(address: str) -> None:
     probe = join(absolute(address), f".probe-{uuid.uuid4().hex}")
     try:
         if is_remote(address):
-            objects.put(probe, b"probe", patience_s=HASTE_S)
-            objects.delete(probe, patience_s=HASTE_S)
-            objects.check_region(address, patience_s=HASTE_S)
+            objects.put(probe, b"probe", timeout_s=CHECK_TIMEOUT_S)
+            objects.delete(probe, timeout_s=CHECK_TIMEOUT_S)
+            objects.check_region(address, timeout_s=CHECK_TIMEOUT_S)
         else:
             write_text(probe, "probe")
             Path(probe).unlink()
@@ -171,8 +171,7 @@ def written_path(address: str | Path) -> Iterator[Path]:
     if not is_remote(address):
         yield Path(address)
         return
-    with tempfile.TemporaryDirectory(prefix="lape-written-") as folder:
-        path = Path(folder, str(address).rpartition("/")[2])
+    with _temporary(str(address)) as path:
         yield path
         upload(path, str(address))
 
@@ -183,8 +182,14 @@ def written_folder(address: str | Path) -> Iterator[Path]:
     if not is_remote(address):
         yield Path(address)
         return
-    with tempfile.TemporaryDirectory(prefix="lape-written-") as temporary:
-        folder = Path(temporary, str(address).rstrip("/").rpartition("/")[2])
+    with _temporary(str(address)) as folder:
         folder.mkdir()
         yield folder
         upload_folder(folder, str(address))
+
+
+@contextlib.contextmanager
+def _temporary(address: str) -> Iterator[Path]:
+    """Give a path on this machine with the last name of `address`; it is deleted at the end."""
+    with tempfile.TemporaryDirectory(prefix="lape-written-") as folder:
+        yield Path(folder, address.rstrip("/").rpartition("/")[2])

@@ -4,11 +4,11 @@ The folder's `lease.json` names its owner, whose heartbeat replaces the file eve
 replaced by conditional puts, on a disk under a lock of the kernel. A process that wants the folder watches the file:
 
     it is absent, or its owner gave it back         take it
-    its owner is known to be dead                   take it (a process of this machine that is gone)
+    its owner is known to be dead                   take it (a process of this machine that has ended)
     it beats                                        refused
     it has not changed for `STALE_S` seconds        take it, by no clock but the watcher's own
 
-An owner that could not beat, because storage was away or the machine asleep, goes on where nobody took the lease
+An owner that could not beat, because storage was away or the machine asleep, continues if nobody took the lease
 meanwhile, and must end where somebody did. So it is asked again before anything is committed.
 """
 
@@ -31,7 +31,7 @@ from typing import Any
 from lape_ray.storage import objects
 from lape_ray.storage.address import absolute, is_remote, join
 from lape_ray.storage.files import read_text, write_text
-from lape_ray.storage.s3 import HASTE_S
+from lape_ray.storage.s3 import CHECK_TIMEOUT_S
 from lape_ray.values.typed import from_json
 
 LEASE = "lease.json"
@@ -118,9 +118,9 @@ class Lease:
         self._on_lost = call
 
     def give_back(self) -> None:
-        """End the heartbeat and let the next process have the folder at once."""
+        """End the heartbeat and let the next process have the folder immediately."""
         self._ended.set()
-        self._thread.join(2 * HASTE_S)
+        self._thread.join(2 * CHECK_TIMEOUT_S)
         _OWN.discard(self.token)
         self._values["released"] = True
         with contextlib.suppress(OSError):  # where storage is away, the lease gets stale by itself
@@ -181,7 +181,7 @@ class Lease:
 
 @contextlib.contextmanager
 def leased(folder: str, what: str) -> Iterator[Lease]:
-    """Own `folder` while the block runs; `what` tells other people what is at work in it.
+    """Own `folder` while the block runs; `what` describes the owner to other people.
 
     Raises:
         LeaseHeldError: another process is at work in it.
@@ -213,7 +213,7 @@ def check_lease(folder: str, token: str) -> None:
 
 
 def _values(found: _Found, address: str) -> dict[str, Any]:
-    """Read a lease's values; nothing where it is damaged: such a one is watched until it is stale."""
+    """Read a lease's values; none where it is damaged, and then it is watched until it is stale."""
     try:
         values: dict[str, Any] = from_json(dict[str, Any], found.text, address, "")
         return values
@@ -324,14 +324,14 @@ class _Bucket:
         """Find out once whether the server knows conditional puts: it refuses to make what exists."""
         if self._conditions is None:
             probe = join(self.address.rpartition("/")[0], f".{LEASE}.probe")
-            objects.put(probe, b"probe", patience_s=HASTE_S)
-            self._conditions = objects.put_if(probe, b"probe", tag=None, patience_s=HASTE_S) is None
-            objects.delete(probe, patience_s=HASTE_S)
+            objects.put(probe, b"probe", timeout_s=CHECK_TIMEOUT_S)
+            self._conditions = objects.put_if(probe, b"probe", tag=None, timeout_s=CHECK_TIMEOUT_S) is None
+            objects.delete(probe, timeout_s=CHECK_TIMEOUT_S)
         return self._conditions
 
     def read(self) -> _Found | None:
         try:
-            return _Found(*objects.get_tagged(self.address, patience_s=HASTE_S))
+            return _Found(*objects.get_tagged(self.address, timeout_s=CHECK_TIMEOUT_S))
         except FileNotFoundError:
             return None
 
@@ -340,4 +340,4 @@ class _Bucket:
             found = self.read()
             if (found.tag if found else None) != tag:
                 return None
-        return objects.put_if(self.address, text.encode(), tag=tag, patience_s=HASTE_S)
+        return objects.put_if(self.address, text.encode(), tag=tag, timeout_s=CHECK_TIMEOUT_S)

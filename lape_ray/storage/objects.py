@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lape_ray.storage.address import bucket_and_key
-from lape_ray.storage.s3 import PATIENCE_S, attempt, client, content_md5
+from lape_ray.storage.s3 import RETRY_TIMEOUT_S, call_with_retry, client, content_md5
 
 _OTHERS_WERE_FASTER = frozenset(
     {"PreconditionFailed", "ConditionalRequestConflict", "412", "409", "NoSuchKey"}
@@ -37,15 +37,15 @@ class Object:
         return self.address.rpartition("/")[2]
 
 
-def listing(prefix: str, *, patience_s: float = PATIENCE_S) -> list[Object]:
+def listing(prefix: str, *, timeout_s: float = RETRY_TIMEOUT_S) -> list[Object]:
     """List all objects whose address begins with `prefix`, in the order of their keys.
 
     The empty objects by which some servers and tools mark folders are left out.
     """
-    return [one for one in _everything(prefix, patience_s) if not one.address.endswith("/")]
+    return [one for one in _everything(prefix, timeout_s) if not one.address.endswith("/")]
 
 
-def _everything(prefix: str, patience_s: float = PATIENCE_S) -> list[Object]:
+def _everything(prefix: str, timeout_s: float = RETRY_TIMEOUT_S) -> list[Object]:
     bucket, _ = bucket_and_key(prefix)
     key = prefix.removeprefix(f"s3://{bucket}").removeprefix(
         "/"
@@ -53,8 +53,8 @@ def _everything(prefix: str, patience_s: float = PATIENCE_S) -> list[Object]:
     found: list[Object] = []
     arguments = {"Bucket": bucket, "Prefix": key}
     while True:
-        page = attempt(
-            lambda: client().list_objects_v2(**arguments), prefix, "listing", patience_s=patience_s
+        page = call_with_retry(
+            lambda: client().list_objects_v2(**arguments), prefix, "listing", timeout_s=timeout_s
         )
         found += [
             Object(
@@ -70,12 +70,12 @@ def _everything(prefix: str, patience_s: float = PATIENCE_S) -> list[Object]:
         arguments["ContinuationToken"] = page["NextContinuationToken"]
 
 
-def exists(address: str, *, patience_s: float = PATIENCE_S) -> bool:
+def exists(address: str, *, timeout_s: float = RETRY_TIMEOUT_S) -> bool:
     """Tell whether an object of this address exists, or objects below it."""
     bucket, key = bucket_and_key(address)
     for prefix in (key, f"{key}/"):
         request = functools.partial(client().list_objects_v2, Bucket=bucket, MaxKeys=2, Prefix=prefix)
-        page = attempt(request, address, "listing", patience_s=patience_s)
+        page = call_with_retry(request, address, "listing", timeout_s=timeout_s)
         keys = [one["Key"] for one in page.get("Contents", ()) if not one["Key"].endswith("/")]
         if any(found == key or found.startswith(f"{key}/") for found in keys):
             return True
@@ -83,18 +83,12 @@ def exists(address: str, *, patience_s: float = PATIENCE_S) -> bool:
 
 
 def get_text(address: str) -> str:
-    """Read the text of an object; FileNotFoundError where it does not exist, ValueError where it is no text."""
-    bucket, key = bucket_and_key(address)
-    content: bytes = attempt(
-        lambda: client().get_object(Bucket=bucket, Key=key)["Body"].read(), address, "reading"
-    )
-    try:
-        return content.decode(errors="replace")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{address} is damaged: {error}; write it again") from None
+    """Read the text of an object; FileNotFoundError where it does not exist."""
+    text, _ = get_tagged(address)
+    return text
 
 
-def get_tagged(address: str, *, patience_s: float = PATIENCE_S) -> tuple[str, str]:
+def get_tagged(address: str, *, timeout_s: float = RETRY_TIMEOUT_S) -> tuple[str, str]:
     """Read the text of an object and its ETag; FileNotFoundError where it does not exist."""
     bucket, key = bucket_and_key(address)
 
@@ -102,18 +96,20 @@ def get_tagged(address: str, *, patience_s: float = PATIENCE_S) -> tuple[str, st
         answer = client().get_object(Bucket=bucket, Key=key)
         return answer["Body"].read(), str(answer["ETag"])
 
-    content, tag = attempt(get, address, "reading", patience_s=patience_s)
+    content, tag = call_with_retry(get, address, "reading", timeout_s=timeout_s)
     return content.decode(errors="replace"), tag
 
 
 def modified(address: str) -> float:
     """Return when an object was written, in seconds since 1970 by the server's clock."""
     bucket, key = bucket_and_key(address)
-    head = attempt(lambda: client().head_object(Bucket=bucket, Key=key), address, "reading")
+    head = call_with_retry(lambda: client().head_object(Bucket=bucket, Key=key), address, "reading")
     return float(head["LastModified"].timestamp())
 
 
-def put_if(address: str, content: bytes, *, tag: str | None, patience_s: float = PATIENCE_S) -> str | None:
+def put_if(
+    address: str, content: bytes, *, tag: str | None, timeout_s: float = RETRY_TIMEOUT_S
+) -> str | None:
     """Make an object that does not exist (`tag` None), or replace the one with this ETag; returns the new ETag.
 
     None means that another writer was faster. Not every server knows the conditions (If-None-Match, If-Match): one
@@ -135,27 +131,27 @@ def put_if(address: str, content: bytes, *, tag: str | None, patience_s: float =
             raise
         return str(answer["ETag"])
 
-    return attempt(call, address, "writing", patience_s=patience_s)
+    return call_with_retry(call, address, "writing", timeout_s=timeout_s)
 
 
-def put(address: str, content: bytes, *, patience_s: float = PATIENCE_S, **options: Any) -> None:
+def put(address: str, content: bytes, *, timeout_s: float = RETRY_TIMEOUT_S, **options: Any) -> None:
     """Make an object whole; the server compares its MD5."""
     bucket, key = bucket_and_key(address)
-    attempt(
+    call_with_retry(
         lambda: client().put_object(
             Bucket=bucket, Key=key, Body=content, ContentMD5=content_md5(content), **options
         ),
         address,
         "writing",
-        patience_s=patience_s,
+        timeout_s=timeout_s,
     )
 
 
-def delete(address: str, *, patience_s: float = PATIENCE_S) -> None:
+def delete(address: str, *, timeout_s: float = RETRY_TIMEOUT_S) -> None:
     """Delete one object; nothing happens where it does not exist."""
     bucket, key = bucket_and_key(address)
-    attempt(
-        lambda: client().delete_object(Bucket=bucket, Key=key), address, "deleting", patience_s=patience_s
+    call_with_retry(
+        lambda: client().delete_object(Bucket=bucket, Key=key), address, "deleting", timeout_s=timeout_s
     )
 
 
@@ -167,7 +163,7 @@ def delete_below(address: str) -> None:
     for start in range(0, len(keys), DELETED_AT_ONCE):
         wanted = {"Objects": [{"Key": key} for key in keys[start : start + DELETED_AT_ONCE]], "Quiet": True}
         request = functools.partial(client().delete_objects, Bucket=bucket, Delete=wanted)
-        answer = attempt(request, address, "deleting")
+        answer = call_with_retry(request, address, "deleting")
         if failed := answer.get("Errors"):
             raise OSError(
                 f"{address}: {len(failed)} objects could not be deleted, the first is {failed[0].get('Key')}: "
@@ -175,20 +171,20 @@ def delete_below(address: str) -> None:
             )
 
 
-def check_region(address: str, *, patience_s: float = PATIENCE_S) -> None:
+def check_region(address: str, *, timeout_s: float = RETRY_TIMEOUT_S) -> None:
     """Check that the bucket is where the environment says; an OSError names its region.
 
     boto3 finds the right region by itself, but Ray Train's upload of checkpoints, through another library, does not.
     """
     bucket, _ = bucket_and_key(address)
     try:
-        answer = attempt(
+        answer = call_with_retry(
             lambda: client().head_bucket(Bucket=bucket),
             address,
             "looking for the bucket",
-            patience_s=patience_s,
+            timeout_s=timeout_s,
         )
-    except PermissionError:  # reading and writing may be allowed all the same
+    except PermissionError:  # reading and writing may be allowed nevertheless
         return
     region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
     ours = client().meta.region_name

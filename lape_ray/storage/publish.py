@@ -1,4 +1,4 @@
-"""Folders that appear whole: written on this machine, then brought to their place at once."""
+"""Folders that appear whole: written on this machine, then moved to their place in one step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from lape_ray.storage.address import absolute, is_remote, join
 from lape_ray.storage.files import delete_folder, exists, read_text, sync_folder
 from lape_ray.storage.objects import listing
 from lape_ray.storage.transfer import upload_folder
 
-HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST)
+T = TypeVar("T")
+FATAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST)
 """Errors that waiting does not mend: no space, no permission, a name that is taken."""
 STAGED = "lape-staging-"
 JUST_MADE_S = 60.0  # a folder as young may not be locked yet
@@ -25,7 +27,7 @@ JUST_MADE_S = 60.0  # a folder as young may not be locked yet
 
 @contextlib.contextmanager
 def staging(address: str) -> Iterator[Path]:
-    """Make an empty folder of this machine for what `publish` will bring to `address`; it is gone at the end."""
+    """Make an empty folder of this machine for what `publish` will bring to `address`; it is deleted at the end."""
     if is_remote(address):
         _sweep_staged()
         with tempfile.TemporaryDirectory(prefix=STAGED) as temporary, _locked(temporary):
@@ -67,7 +69,7 @@ def _sweep_staged() -> None:
 def publish(folder: Path, address: str, *, last: str = "") -> None:
     """Bring a staged folder to its place, and replace what an interrupted call left there.
 
-    A local one appears all at once; of a remote one the file `last`, which marks it as whole, comes last. A folder with
+    A local one appears in one step; of a remote one the file `last`, which marks it as whole, comes last. A folder with
     such a mark is never replaced: it may be all that is left of a run. If its mark is the staged one's, an earlier try
     succeeded, and nothing is left to do.
 
@@ -92,22 +94,22 @@ def publish(folder: Path, address: str, *, last: str = "") -> None:
     sync_folder(target.parent)
 
 
-def patiently(work: Callable[[], None], seconds: float, tell: Callable[[str], None]) -> None:
-    """Do `work`, again and again for `seconds` where storage is away; `tell` hears of the first failure.
+def retry(work: Callable[[], T], timeout_s: float, warn: Callable[[str], None]) -> T:
+    """Return what `work` does, repeated for `timeout_s` seconds while storage is away; `warn` gets the first failure.
 
     Raises:
-        OSError: the last failure, and at once one of `HOPELESS`.
+        OSError: the last failure; one of `FATAL_ERRNOS` immediately.
     """
-    deadline, pause, told = time.monotonic() + seconds, 1.0, False
+    deadline, pause, warned = time.monotonic() + timeout_s, 1.0, False
     while True:
         try:
             return work()
         except OSError as error:
-            if error.errno in HOPELESS or time.monotonic() + pause > deadline:
+            if error.errno in FATAL_ERRNOS or time.monotonic() + pause > deadline:
                 raise
-            if not told:
-                tell(f"warning: storage fails, trying again for {seconds:g} s: {error}")
-            told = True
+            if not warned:
+                warn(f"warning: storage fails, trying again for {timeout_s:g} s: {error}")
+            warned = True
             time.sleep(pause)
             pause = min(2 * pause, 15.0)
 

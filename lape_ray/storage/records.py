@@ -1,4 +1,4 @@
-"""Small records: JSON files that are whole, whatever ends their writer, and readers that name a damaged one."""
+"""Small records: JSON files that no interrupted writer leaves in part, and readers that name a damaged one."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The connection to S3: who we are, what is tried again, and errors that say what to do.
+"""The connection to S3: credentials, retries, and errors that say what to do.
 
 boto3 finds endpoint, region and credentials as every tool of AWS does: AWS_ENDPOINT_URL, AWS_REGION or
 AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the role of the machine.
 
-It is imported where a connection is made: a machine without S3 can do without it.
+boto3 is imported where a connection is made, so that a machine without S3 needs no boto3.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from botocore import exceptions
 
 T = TypeVar("T")
-PATIENCE_S = 120.0
-"""The time that a server may be away before a transfer gives up."""
-HASTE_S = 5.0
-"""The same for checks before a run, which should not keep a person waiting."""
+RETRY_TIMEOUT_S = 120.0
+"""The time for which requests are retried while the server is away."""
+CHECK_TIMEOUT_S = 5.0
+"""The same for checks before a run, which should end soon."""
 CONNECTIONS = 32
 LONGEST_WAIT_S = 15.0
 log = logging.getLogger(__name__)
@@ -37,10 +37,6 @@ log = logging.getLogger(__name__)
 _TRANSIENT_CODES = frozenset(
     {"SlowDown", "Throttling", "ThrottlingException", "RequestTimeout", "RequestLimitExceeded", "InternalError",
      "ServiceUnavailable", "BadDigest", "IncompleteBody", "OperationAborted"}
-)  # fmt: skip
-_WRONG_REGION = frozenset(
-    {"301", "PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed",
-     "IllegalLocationConstraintException"}
 )  # fmt: skip
 
 
@@ -59,8 +55,8 @@ def _client(_process: int, _environment: tuple[tuple[str, str], ...]) -> Any:
     from botocore import exceptions
     from botocore.config import Config
 
-    other = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    refuse_secret("AWS_ENDPOINT_URL", other)
+    endpoint_url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    refuse_secret("AWS_ENDPOINT_URL", endpoint_url)
     config = Config(
         # One policy of retries, below: botocore's own would multiply with it and does not cover answers' bodies.
         retries={"total_max_attempts": 1, "mode": "standard"},
@@ -70,22 +66,21 @@ def _client(_process: int, _environment: tuple[tuple[str, str], ...]) -> Any:
         # Parts carry Content-MD5, which every server checks; trailing checksums are refused by many.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        # A server of one's own has no host name for each bucket.
-        s3={"addressing_style": "path" if other else "auto"},
+        # A private server has no host name for each bucket.
+        s3={"addressing_style": "path" if endpoint_url else "auto"},
     )
-    region = os.environ.get("AWS_REGION") or os.environ.get(
-        "AWS_DEFAULT_REGION"
-    )  # boto3 knows only the second
+    # boto3 knows only the second name.
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     try:
-        made = boto3.session.Session().client("s3", config=config, region_name=region)
-        made.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
-        return made
+        s3 = boto3.session.Session().client("s3", config=config, region_name=region)
+        s3.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
+        return s3
     except (exceptions.BotoCoreError, ValueError) as error:
-        raise explained(error, "S3", "opening a connection") from error
+        raise translate_error(error, "S3", "opening a connection") from error
 
 
 def content_md5(content: bytes) -> str:
-    """Compute the value of the header Content-MD5: against errors on the way, not against people."""
+    """Compute the value of the header Content-MD5: for integrity, not for security."""
     return base64.b64encode(hashlib.md5(content, usedforsecurity=False).digest()).decode()
 
 
@@ -94,7 +89,9 @@ def _add_md5(request: Any, **_: Any) -> None:
     request.headers["Content-MD5"] = content_md5(request.body)
 
 
-def attempt(call: Callable[[], T], address: str, doing: str, *, patience_s: float = PATIENCE_S) -> T:
+def call_with_retry(
+    call: Callable[[], T], address: str, doing: str, *, timeout_s: float = RETRY_TIMEOUT_S
+) -> T:
     """Return what `call` returns; call it again, with growing pauses, while the server is away or overloaded.
 
     Args:
@@ -103,25 +100,27 @@ def attempt(call: Callable[[], T], address: str, doing: str, *, patience_s: floa
     Raises:
         FileNotFoundError: the bucket or object does not exist.
         PermissionError: no, wrong or expired credentials, or they do not allow it.
-        ConnectionError: the server did not answer properly for `patience_s` seconds.
+        ConnectionError: the server did not answer properly for `timeout_s` seconds.
         OSError: region or clock are wrong, or the server refuses for another reason, which is said.
     """
     from botocore import exceptions
 
-    deadline, pause = time.monotonic() + patience_s, 0.25
+    deadline, pause = time.monotonic() + timeout_s, 0.25
     while True:
         try:
             return call()
         except (exceptions.BotoCoreError, exceptions.ClientError, ConnectionError) as error:
             if not _is_transient(error):
-                raise explained(error, address, doing) from error
+                raise translate_error(error, address, doing) from error
             if time.monotonic() + pause > deadline:
                 raise ConnectionError(
-                    f"{address}: {doing} failed for {patience_s:g} s: {_first_line(error)}; check that the server at "
+                    f"{address}: {doing} failed for {timeout_s:g} s: {_first_line(error)}; check that the server at "
                     f"{endpoint()} is up, and that AWS_ENDPOINT_URL and AWS_REGION name the right one"
                 ) from error
             log.warning("%s: %s failed, trying again: %s", address, doing, _first_line(error))
-            time.sleep(pause * random.uniform(0.5, 1.0))  # not all processes of a cluster at once
+            time.sleep(
+                pause * random.uniform(0.5, 1.0)
+            )  # so that the processes of a cluster do not retry together
             pause = min(2 * pause, LONGEST_WAIT_S)
 
 
@@ -161,11 +160,11 @@ def _first_line(error: Exception) -> str:
     return first_line(error)
 
 
-def explained(error: Exception, address: str, doing: str) -> OSError:
-    """Translate the error to one of Python's, which says how to mend it."""
+def translate_error(error: Exception, address: str, doing: str) -> OSError:
+    """Translate an error of boto3 to one of Python's, which says how to mend it."""
     from botocore import exceptions
 
-    nobody = (
+    no_credentials = (
         exceptions.NoCredentialsError,
         exceptions.PartialCredentialsError,
         exceptions.CredentialRetrievalError,
@@ -173,51 +172,81 @@ def explained(error: Exception, address: str, doing: str) -> OSError:
         exceptions.UnauthorizedSSOTokenError,
         exceptions.ProfileNotFound,
     )
-    if isinstance(error, nobody):
+    if isinstance(error, no_credentials):
         return PermissionError(
             f"{address}: no credentials for S3 on {os.uname().nodename} ({_first_line(error)}); set AWS_ACCESS_KEY_ID "
             "and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in its environment (on a cluster: of every Ray node)"
         )
     if not isinstance(error, exceptions.ClientError):
         return OSError(f"{address}: {doing} failed: {_first_line(error)}")
-    bucket = address.removeprefix("s3://").partition("/")[0]
     code = _code(error)
-    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    if code == "NoSuchBucket":
-        return FileNotFoundError(
-            f"{address}: there is no bucket {bucket!r} at {endpoint()}; create it, or check the name and "
-            "AWS_ENDPOINT_URL"
-        )
-    if code in ("NoSuchKey", "404"):
-        return FileNotFoundError(f"{address} does not exist at {endpoint()}")
-    if code in _WRONG_REGION:
-        region = error.response.get("Error", {}).get("Region") or headers.get("x-amz-bucket-region")
-        fix = (
-            f"set AWS_REGION={region}"
-            if region
-            else "set AWS_REGION to the region that the bucket was made in"
-        )
-        return OSError(f"{address}: bucket {bucket!r} is not in region {client().meta.region_name!r}; {fix}")
-    if code in ("RequestTimeTooSkewed", "RequestInTheFuture"):
-        return OSError(
-            f"{address}: the clock of {os.uname().nodename} is wrong: {_clocks(headers)}; set it (for example with "
-            "`timedatectl set-ntp true`), for S3 refuses requests that are 15 minutes off"
-        )
-    if code == "PreconditionFailed":
-        return OSError(f"{address} was replaced by another object while it was read; start again")
-    known = {
-        "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL",
-        "SignatureDoesNotMatch": "the secret does not fit the access key; check AWS_SECRET_ACCESS_KEY",
-        "ExpiredToken": "the temporary credentials have expired; get new ones",
-        "InvalidToken": "AWS_SESSION_TOKEN does not belong to these credentials; unset it, or get new ones",
-        "AccessDenied": "these credentials do not allow it; grant s3:ListBucket on the bucket, and s3:GetObject, "
-                        "s3:PutObject, s3:DeleteObject and s3:AbortMultipartUpload on its objects",
-    }  # fmt: skip
-    known |= dict.fromkeys(("403", "Forbidden", "AllAccessDisabled"), known["AccessDenied"])
-    if code in known:
-        return PermissionError(f"{address}: {doing} is refused ({code}): {known[code]}")
+    if translate := _SPECIAL_CODES.get(code):
+        return translate(error, address)
+    if code in _REFUSALS:
+        return PermissionError(f"{address}: {doing} is refused ({code}): {_REFUSALS[code]}")
     message = error.response.get("Error", {}).get("Message") or "no reason given"
     return OSError(f"{address}: {doing} is refused by {endpoint()}: {message} ({code})")
+
+
+def _no_bucket(_: exceptions.ClientError, address: str) -> OSError:
+    return FileNotFoundError(
+        f"{address}: there is no bucket {_bucket(address)!r} at {endpoint()}; create it, or check the name and "
+        "AWS_ENDPOINT_URL"
+    )
+
+
+def _no_object(_: exceptions.ClientError, address: str) -> OSError:
+    return FileNotFoundError(f"{address} does not exist at {endpoint()}")
+
+
+def _wrong_region(error: exceptions.ClientError, address: str) -> OSError:
+    region = error.response.get("Error", {}).get("Region") or _headers(error).get("x-amz-bucket-region")
+    fix = f"set AWS_REGION={region}" if region else "set AWS_REGION to the region that the bucket was made in"
+    ours = client().meta.region_name
+    return OSError(f"{address}: bucket {_bucket(address)!r} is not in region {ours!r}; {fix}")
+
+
+def _wrong_clock(error: exceptions.ClientError, address: str) -> OSError:
+    return OSError(
+        f"{address}: the clock of {os.uname().nodename} is wrong: {_clocks(_headers(error))}; set it (for example with "
+        "`timedatectl set-ntp true`), for S3 refuses requests that are 15 minutes off"
+    )
+
+
+def _replaced(_: exceptions.ClientError, address: str) -> OSError:
+    return OSError(f"{address} was replaced by another object while it was read; start again")
+
+
+_NOT_ALLOWED = (
+    "these credentials do not allow it; grant s3:ListBucket on the bucket, and s3:GetObject, s3:PutObject, "
+    "s3:DeleteObject and s3:AbortMultipartUpload on its objects"
+)
+_REFUSALS = {
+    "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL",
+    "SignatureDoesNotMatch": "the secret does not fit the access key; check AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "the temporary credentials have expired; get new ones",
+    "InvalidToken": "AWS_SESSION_TOKEN does not belong to these credentials; unset it, or get new ones",
+    **dict.fromkeys(("AccessDenied", "403", "Forbidden", "AllAccessDisabled"), _NOT_ALLOWED),
+}
+_SPECIAL_CODES: dict[str, Callable[[exceptions.ClientError, str], OSError]] = {
+    "NoSuchBucket": _no_bucket,
+    **dict.fromkeys(("NoSuchKey", "404"), _no_object),
+    **dict.fromkeys(
+        ("301", "PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed",
+         "IllegalLocationConstraintException"),
+        _wrong_region,
+    ),
+    **dict.fromkeys(("RequestTimeTooSkewed", "RequestInTheFuture"), _wrong_clock),
+    "PreconditionFailed": _replaced,
+}  # fmt: skip
+
+
+def _bucket(address: str) -> str:
+    return address.removeprefix("s3://").partition("/")[0]
+
+
+def _headers(error: exceptions.ClientError) -> dict[str, str]:
+    return dict(error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}))
 
 
 def _clocks(headers: dict[str, str]) -> str:

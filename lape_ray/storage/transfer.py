@@ -1,4 +1,4 @@
-"""Large files to and from S3, in parts that travel side by side, each of them tried again by itself."""
+"""Transfer large files to and from S3 in parallel parts, each of which is retried separately."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from lape_ray.storage.address import bucket_and_key, join
 from lape_ray.storage.objects import Object, put
-from lape_ray.storage.s3 import attempt, client, content_md5
+from lape_ray.storage.s3 import call_with_retry, client, content_md5
 
 PART_BYTES = 16 << 20
 MOST_PARTS = 10_000  # of one upload
@@ -30,13 +30,13 @@ class _StoppedError(Exception):
 
 
 class DownloadError(ValueError):
-    """The bytes that came are not those that were expected, however often they are fetched."""
+    """The object does not have the expected checksum, also when it is fetched again."""
 
 
 def download(source: Object, target: Path, *, sha256: str | None, threads: int = THREADS) -> None:
     """Fetch an object to `target`, which has that name only when it is whole and its checksum is right.
 
-    What an interrupted call left beside `target` is used. The parts are hashed in order while later ones still come.
+    What an interrupted call left next to `target` is used. The parts are hashed in order while later ones still come.
 
     Args:
         sha256: of the whole object; None: what its metadata says, if it was uploaded by `upload`, else only sizes
@@ -44,9 +44,9 @@ def download(source: Object, target: Path, *, sha256: str | None, threads: int =
 
     Raises:
         DownloadError: the object has another checksum.
-        OSError: see `s3.attempt`; or the disk is full.
+        OSError: see `s3.call_with_retry`; or the disk is full.
     """
-    expected = sha256 or _told_sha256(source)
+    expected = sha256 or _metadata_sha256(source)
     partial = target.with_name(f".{target.name}.part")
     with _Journal(target.with_name(f".{target.name}.parts"), source) as journal:
         resumed = bool(journal.done) and partial.exists()
@@ -70,15 +70,15 @@ def download(source: Object, target: Path, *, sha256: str | None, threads: int =
         journal.forget()
 
 
-def _told_sha256(source: Object) -> str | None:
+def _metadata_sha256(source: Object) -> str | None:
     bucket, key = bucket_and_key(source.address)
-    head = attempt(lambda: client().head_object(Bucket=bucket, Key=key), source.address, "reading")
+    head = call_with_retry(lambda: client().head_object(Bucket=bucket, Key=key), source.address, "reading")
     told = head.get("Metadata", {}).get(SHA256)
     return None if told is None else str(told)
 
 
 class _Journal:
-    """The parts of an object that are on the disk: a line for each, behind one that says of which object."""
+    """The journal of the parts that are on the disk: a line that names the object, then a line for each part."""
 
     def __init__(self, path: Path, source: Object) -> None:
         self.path = path
@@ -121,7 +121,9 @@ def _fetch(source: Object, partial: Path, journal: _Journal, threads: int) -> st
         if stop.is_set():
             raise _StoppedError
         try:
-            attempt(lambda: _fetch_part(source, descriptor, number), source.address, f"reading part {number}")
+            call_with_retry(
+                lambda: _fetch_part(source, descriptor, number), source.address, f"reading part {number}"
+            )
             journal.add(number)
         except BaseException:
             stop.set()
@@ -176,7 +178,7 @@ def upload(file: Path, address: str, *, threads: int = THREADS) -> None:
     """Copy a file to S3, where it appears whole, with its sha256 in the metadata.
 
     Raises:
-        OSError: see `s3.attempt`.
+        OSError: see `s3.call_with_retry`.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -186,7 +188,7 @@ def upload(file: Path, address: str, *, threads: int = THREADS) -> None:
         return
     bucket, key = bucket_and_key(address)
     where = {"Bucket": bucket, "Key": key}
-    begun = attempt(
+    begun = call_with_retry(
         lambda: client().create_multipart_upload(Metadata=metadata, **where), address, "beginning an upload"
     )
     where["UploadId"] = begun["UploadId"]
@@ -194,7 +196,7 @@ def upload(file: Path, address: str, *, threads: int = THREADS) -> None:
         parts = _send_parts(file, size, address, where, threads)
         _complete(address, where, parts, size)
     except BaseException:
-        with contextlib.suppress(Exception):  # what is left of it is the bucket's lifecycle's to remove
+        with contextlib.suppress(Exception):  # the bucket's lifecycle rule removes what is left
             client().abort_multipart_upload(**where)
         raise
 
@@ -213,7 +215,7 @@ def _send_parts(
                 opened.seek((number - 1) * length)
                 content = opened.read(length)
             digest = content_md5(content)
-            answer = attempt(
+            answer = call_with_retry(
                 lambda: client().upload_part(PartNumber=number, Body=content, ContentMD5=digest, **where),
                 address,
                 f"writing part {number}",
@@ -237,7 +239,7 @@ def _complete(address: str, where: dict[str, Any], parts: list[dict[str, Any]], 
     """Put the parts together; the answer to an earlier try may have been lost on the way."""
     bucket, key = where["Bucket"], where["Key"]
     try:
-        attempt(
+        call_with_retry(
             lambda: client().complete_multipart_upload(MultipartUpload={"Parts": parts}, **where),
             address,
             "ending the upload",
@@ -245,7 +247,7 @@ def _complete(address: str, where: dict[str, Any], parts: list[dict[str, Any]], 
     except OSError as error:
         if "NoSuchUpload" not in str(error):
             raise
-    head = attempt(lambda: client().head_object(Bucket=bucket, Key=key), address, "reading")
+    head = call_with_retry(lambda: client().head_object(Bucket=bucket, Key=key), address, "reading")
     if head["ContentLength"] != size:
         raise OSError(
             f"{address} has {head['ContentLength']:,} bytes after the upload of {size:,}; upload it again"

@@ -3,6 +3,7 @@
 loop         `train`: epochs, evaluation and checkpoints
 step         an optimizer step, from the loader's images to new weights
 state        `build_state`: network, optimizer, loaders and the process group of a worker
+distributed  this process among the workers of a run
 cuda_graph   an optimizer step as one CUDA graph
 parallelize  compilation and data parallelism, put around the network
 recompute    blocks that keep less for the backward pass, fold beta into w, and compute no token that no head reads

@@ -28,11 +28,11 @@ from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_i
 from lape_ray.storage import local, safe_relative
 from lape_ray.values.typed import Count, from_json, typed
 
-FORMAT = 3
+FORMAT = 4
 MARKER = "meta.json"
 """The file that is written last, so that a folder which holds it is whole."""
 _RESTORE = "restore the checkpoint from a copy, or use another"
-_MEANS = ("lr", "fused", "capturable")
+_DEVICE_OPTIONS = ("lr", "fused", "capturable")
 """The fields of an optimizer's group that say how its step is executed.
 
 A checkpoint of another device or mode does not decide them. The loop sets the learning rate at every step.
@@ -44,7 +44,7 @@ class DamagedError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class EpochProgress:
     """The progress within an epoch.
 
     Attributes:
@@ -61,22 +61,20 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Meta:
+class Metadata:
     """The small facts of a checkpoint.
 
-    `progress` is that of the epoch after the `epochs_done` whole ones; `classes` name each label, where they are known;
-    `notes` are its keeper's own, and no part of the training.
+    `progress` is that of the epoch after the `epochs_done` whole ones; `classes` name each label, where they are known.
     """
 
     epochs_done: Count
     steps_done: Count
-    progress: Progress = field(default_factory=Progress)
+    progress: EpochProgress = field(default_factory=EpochProgress)
     config: TrainConfig
     metrics: Mapping[str, float]
     world_size: Count
     classes: tuple[str, ...] | None = None
     mlflow_run_id: str | None = None
-    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self, files: Mapping[str, Mapping[str, Any]]) -> str:
         """Return the text of meta.json, with the size and sha256 of the checkpoint's other files."""
@@ -93,13 +91,12 @@ class Meta:
                 "world_size": self.world_size,
                 "classes": self.classes,
                 "mlflow_run_id": self.mlflow_run_id,
-                "notes": dict(self.notes),
             },
             indent=1,
         )
 
 
-def read_meta(folder: Path) -> Meta:
+def read_metadata(folder: Path) -> Metadata:
     """Read the facts of the checkpoint in `folder`.
 
     Raises:
@@ -109,14 +106,14 @@ def read_meta(folder: Path) -> Meta:
     return _read_meta(folder)[0]
 
 
-def _read_meta(folder: Path) -> tuple[Meta, Mapping[str, Any]]:
+def _read_meta(folder: Path) -> tuple[Metadata, Mapping[str, Any]]:
     try:
-        return parse_meta((folder / MARKER).read_bytes(), str(folder / MARKER))
+        return parse_metadata((folder / MARKER).read_bytes(), str(folder / MARKER))
     except FileNotFoundError:
         raise DamagedError(f"{folder} is no checkpoint: it has no {MARKER}") from None
 
 
-def parse_meta(text: str | bytes, address: str) -> tuple[Meta, Mapping[str, Any]]:
+def parse_metadata(text: str | bytes, address: str) -> tuple[Metadata, Mapping[str, Any]]:
     """Read the text of the meta.json at `address`; returns its facts, and size and sha256 of each other file.
 
     Raises:
@@ -129,15 +126,17 @@ def parse_meta(text: str | bytes, address: str) -> tuple[Meta, Mapping[str, Any]
         raise DamagedError(str(error)) from None
     try:
         version = typed(int, values.pop("format", None), "format")
-        if version == FORMAT:
+        if version == 3:  # held metrics that MLflow had not taken, which the tracker keeps itself today
+            values.pop("notes", None)
+        if version in (3, FORMAT):
             files = typed(dict[str, dict[str, Any]], values.pop("files", None), "files")
             typed(str, values.pop("config_hash", None), "config_hash")
             values["config"] = from_dict(TrainConfig, values.get("config"), "config")
             # Older checkpoints of this format do not name classes.
-            return typed(Meta, {"classes": None, **values}), files
+            return typed(Metadata, {"classes": None, **values}), files
     except ValueError as error:
         raise DamagedError(f"{address} is damaged: {error}; {_RESTORE}") from None
-    raise ValueError(f"{address} has checkpoint format {version}; this version reads {FORMAT}")
+    raise ValueError(f"{address} has checkpoint format {version}; this version reads 3 and {FORMAT}")
 
 
 def verify(folder: Path) -> None:
@@ -167,19 +166,34 @@ def _size_and_hash(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A copy of the state in host memory, which stays as it is while the training goes on."""
+    """A copy of the state in host memory, which stays as it is while the training continues."""
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor] | None
     optimizer: Mapping[str, Any]
+    metadata: Metadata
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint into an existing, empty folder; `storage.publish` brings it to the disk.
+
+        meta.json comes last, so that it marks a complete one.
+        """
+        save_file(dict(self.model), folder / "model.safetensors")
+        if self.ema is not None:
+            save_file(dict(self.ema), folder / "ema.safetensors")
+        torch.save(dict(self.optimizer), folder / "optimizer.pt")
+        (folder / MARKER).write_text(self.metadata.to_json(file_checksums(folder)))
 
 
-def snapshot(*, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer) -> Snapshot:
+def snapshot(
+    *, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, metadata: Metadata
+) -> Snapshot:
     """Copy the state; takes as long as the copies to host memory, waiting for the device included."""
     return Snapshot(
         model=_on_host(model.state_dict()),
         ema=None if ema is None else _on_host(ema.state_dict()),
         optimizer=_on_host(optimizer.state_dict()),
+        metadata=metadata,
     )
 
 
@@ -191,19 +205,6 @@ def _on_host(value: Any) -> Any:
     if isinstance(value, list):
         return [_on_host(item) for item in value]
     return value
-
-
-def save(folder: Path, state: Snapshot, meta: Meta) -> None:
-    """Write a checkpoint into an existing, empty folder; `storage.publish` brings it to the disk.
-
-    meta.json comes last, so that it marks a whole one.
-    """
-    save_file(dict(state.model), folder / "model.safetensors")
-    if state.ema is not None:
-        save_file(dict(state.ema), folder / "ema.safetensors")
-    torch.save(dict(state.optimizer), folder / "optimizer.pt")
-    files = described(folder)
-    (folder / MARKER).write_text(meta.to_json(files))
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
@@ -219,7 +220,7 @@ def restore(
     model: nn.Module,
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer,
-) -> Meta:
+) -> Metadata:
     """Load a checkpoint to continue its run.
 
     Raises:
@@ -227,7 +228,7 @@ def restore(
         ValueError: it is of another config; says what differs.
     """
     verify(folder)
-    meta = read_meta(folder)
+    meta = read_metadata(folder)
     if changed := differences(meta.config, config):
         raise ValueError(
             f"{folder} is a checkpoint of another config ({'; '.join(changed)}); choose another run.name"
@@ -236,7 +237,9 @@ def restore(
     model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
     if ema is not None:
         ema.load_state_dict(load_file(folder / "ema.safetensors", device=str(device)))
-    own = [{name: group[name] for name in _MEANS if name in group} for group in optimizer.param_groups]
+    own = [
+        {name: group[name] for name in _DEVICE_OPTIONS if name in group} for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
     for group, means in zip(optimizer.param_groups, own, strict=True):
         group.update(means)
@@ -251,7 +254,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Any]
     """
     path = local(path)
     if path.is_dir():
-        meta = read_meta(path)
+        meta = read_metadata(path)
         file = path / ("ema.safetensors" if ema else "model.safetensors")
         if not file.exists() and ema:
             raise ValueError(f"{path} holds no moving average: its run had optim.ema_decay=0")
@@ -291,6 +294,6 @@ def _read_tensors(file: Path) -> dict[str, Any]:
     return dict(loaded)
 
 
-def described(folder: Path) -> dict[str, dict[str, Any]]:
+def file_checksums(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the size and sha256 of every file of a folder, as meta.json keeps them."""
     return {file.name: _size_and_hash(file) for file in sorted(folder.iterdir())}

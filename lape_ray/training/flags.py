@@ -13,23 +13,23 @@ import torch
 import torch.distributed as dist
 
 
-class News(enum.Flag):
-    """The news that one worker has and all must act upon together."""
+class Flags(enum.Flag):
+    """What one rank knows and all must act upon together, at the same step."""
 
     NONE = 0
     SAVE = enum.auto()
     """A checkpoint is due: by the clock, or because a machine is about to go."""
     STOP = enum.auto()
     """The run is to end after a checkpoint."""
-    STORED = enum.auto()
+    SAVED = enum.auto()
     """The last checkpoint has been stored, or could not be."""
 
 
-class Signals:
-    """The flags of all workers of the default process group, which may be absent: then the run has one worker.
+class RankFlags:
+    """The flags of all ranks of the default process group, which may be absent: then the run has one worker.
 
     Args:
-        timeout_s: after which a worker that does not answer is an error of `exchange`.
+        timeout_s: after which a rank that does not answer is an error of `all_reduce`.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -48,20 +48,20 @@ class Signals:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def exchange(self, news: News) -> News:
-        """Send this worker's news; returns what all sent at the call before, the same on every worker."""
-        flags = torch.tensor([flag in news for flag in News], dtype=torch.uint8)
+    def all_reduce(self, own: Flags) -> Flags:
+        """Send this rank's flags; returns those that any rank sent at the call before, the same on every rank."""
+        flags = torch.tensor([flag in own for flag in Flags], dtype=torch.uint8)
         work = None
         if self._group is not None:
             work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._group, async_op=True)
         before, self._sent = self._sent, (flags, work)
         if before is None:
-            return News.NONE
-        heard, arrived = before
+            return Flags.NONE
+        raised, arrived = before
         if arrived is not None:
             arrived.wait()
-        found = News.NONE
-        for flag, value in zip(News, heard.tolist(), strict=True):
+        found = Flags.NONE
+        for flag, value in zip(Flags, raised.tolist(), strict=True):
             if value:
                 found |= flag
         return found

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -16,15 +16,14 @@ from lape_ray.config import TrainConfig
 from lape_ray.data.batch import Batches
 from lape_ray.model.convert import load_weights
 from lape_ray.training import checkpoint
-from lape_ray.training.flags import News
-from lape_ray.training.metrics import EvalCounts, Speed, Waited, duration
+from lape_ray.training.checkpoint import EpochProgress, Metadata, Snapshot
+from lape_ray.training.flags import Flags
+from lape_ray.training.metrics import EvalCounts, LogWindow, Waited, duration
 from lape_ray.training.optim import lr_at
 from lape_ray.training.state import TrainState, build_state
 from lape_ray.training.step import optimizer_step
 
-NOTHING_DONE = checkpoint.Progress()
-Take = Callable[[Mapping[str, Any]], Callable[[Path], None]]
-"""Copies the state as it is now, with its keeper's notes; what is returned writes the copy into a folder."""
+NOTHING_DONE = EpochProgress()
 
 
 class EndedError(RuntimeError):
@@ -49,23 +48,150 @@ class Reporter(Protocol):
     def step(self, metrics: dict[str, float], *, step: int) -> None:
         """Report a log step. `metrics` are means over all workers; those that end in `_s` are this worker's seconds."""
 
-    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
-        """Begin to store the checkpoint of an epoch's end; first wait for the one before if that is not stored yet."""
+    def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
+        """Begin to store the checkpoint of an epoch's end, after the one before.
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+        `snapshot` copies the state as it is now, and must be called before this returns.
+        """
+
+    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         """Begin to store a checkpoint that is due within an epoch. Nothing was evaluated, and nothing waits."""
 
-    def stored(self) -> None:
-        """Wait until the last checkpoint is stored, and make it the one to go on from; do nothing without one."""
+    def wait_until_saved(self) -> None:
+        """Wait until the last checkpoint is stored, so that a restart begins there; do nothing without one."""
 
-    def leaving(self) -> bool:
+    def node_leaving(self) -> bool:
         """Tell whether a machine of this run is about to go, so that a checkpoint is due; asked on log steps of all."""
 
-    def news(self) -> News:
-        """Return what this worker has to tell the others. It is asked at every step, and must not wait for anything."""
+    def poll_flags(self) -> Flags:
+        """Return this worker's flags. It is asked at every step, and must not wait for anything."""
 
     def line(self, text: str) -> None:
         """Show one line of progress to people."""
+
+
+def train(
+    config: TrainConfig, *, device: torch.device, reporter: Reporter, resume_from: Path | None = None
+) -> dict[str, float]:
+    """Train to the end of the schedule, or to `run.stop_after_epochs`; returns the last epoch's metrics.
+
+    `resume_from` is a checkpoint folder of this run: training continues after the epochs it has done, and the
+    losses are those of a run that was never interrupted.
+
+    Raises:
+        DivergedError: the loss is no finite number.
+        StoppedError: the reporter's flags asked for the end.
+    """
+    training = Training.begin(config, device=device, reporter=reporter, resume_from=resume_from)
+    try:
+        while training.epochs_done < training.last_epoch:
+            metrics = training.epoch()
+            reporter.epoch(metrics, step=training.steps_done, snapshot=training.snapshot)
+    except EndedError:
+        training.close()  # a process that trains again would keep the group
+        raise
+    reporter.wait_until_saved()
+    training.close()
+    return training.metrics
+
+
+@dataclass
+class Training:
+    """A training on this worker, epoch by epoch.
+
+    Attributes:
+        epochs_done: complete epochs
+        progress: that of the epoch after them
+        metrics: those of the last complete epoch
+    """
+
+    state: TrainState
+    reporter: Reporter
+    epochs_done: int = 0
+    progress: EpochProgress = NOTHING_DONE
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def begin(
+        cls, config: TrainConfig, *, device: torch.device, reporter: Reporter, resume_from: Path | None = None
+    ) -> Training:
+        """Build a fresh training, or the one that a checkpoint folder of the same run holds.
+
+        Raises:
+            DamagedError: the checkpoint is torn or changed.
+            ValueError: it is of another config, or the config asks for what the device does not have.
+        """
+        training = cls(build_state(config, device), reporter)
+        for note in training.state.notes:
+            reporter.line(note)
+        if resume_from is not None:
+            training._restore(resume_from)
+        elif config.training.init_from is not None:
+            for note in load_initial_weights(training.state, config.training.init_from):
+                reporter.line(f"init_from: {note}")
+        training.state.world.set_timeout(config.run.start_timeout_s)
+        return training
+
+    def _restore(self, folder: Path) -> None:
+        state = self.state
+        metadata = checkpoint.restore(folder, state.config, **state.saved_parts)
+        self.epochs_done, self.progress = metadata.epochs_done, metadata.progress
+        self.metrics = dict(metadata.metrics)
+        within = f" and step {self.progress.step} of {state.steps_per_epoch}" if self.progress.step else ""
+        self.reporter.line(
+            f"continuing after epoch {self.epochs_done} of {state.config.optim.total_epochs}{within}"
+        )
+
+    @property
+    def last_epoch(self) -> int:
+        """The number of epochs to train, those included that are done."""
+        total = self.state.config.optim.total_epochs
+        return min(total, self.state.config.run.stop_after_epochs or total)
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps since the beginning of the run."""
+        return self.epochs_done * self.state.steps_per_epoch + self.progress.step
+
+    def epoch(self) -> dict[str, float]:
+        """Train the next epoch, or what is left of it, and evaluate where that is due; returns its metrics.
+
+        Raises:
+            DivergedError: the loss is no finite number; what is saved never has such a loss behind it.
+            StoppedError: the run is to end, and its state was saved.
+        """
+        trained = train_epoch(
+            self.state, self.epochs_done, self.reporter, start=self.progress, save=self._save
+        )
+        self.epochs_done, self.progress = self.epochs_done + 1, NOTHING_DONE
+        self.metrics = {"epoch": float(self.epochs_done), **trained}
+        if self.epochs_done % self.state.config.run.eval_epochs == 0 or self.epochs_done == self.last_epoch:
+            self.metrics |= _validate(self.state)
+            self.reporter.line(_epoch_line(self.state, self.metrics))
+        return self.metrics
+
+    def _save(self, progress: EpochProgress) -> None:
+        """Hand out a checkpoint within the epoch."""
+        self.progress = progress
+        epochs = self.steps_done / self.state.steps_per_epoch
+        self.reporter.checkpoint({"epoch": epochs}, step=self.steps_done, snapshot=self.snapshot)
+
+    def snapshot(self) -> Snapshot:
+        """Copy the state to host memory, with the facts of where the training is."""
+        metadata = Metadata(
+            epochs_done=self.epochs_done,
+            steps_done=self.steps_done,
+            progress=self.progress,
+            config=self.state.config,
+            metrics=self.metrics,
+            world_size=self.state.world.size,
+            classes=self.state.classes,
+        )
+        return checkpoint.snapshot(**self.state.saved_parts, metadata=metadata)
+
+    def close(self) -> None:
+        """Give back the process group that a process which trains again would keep."""
+        self.state.flags.close()
 
 
 def train_epoch(
@@ -73,8 +199,8 @@ def train_epoch(
     epoch: int,
     reporter: Reporter,
     *,
-    start: checkpoint.Progress = NOTHING_DONE,
-    save: Callable[[checkpoint.Progress], None],
+    start: EpochProgress = NOTHING_DONE,
+    save: Callable[[EpochProgress], None],
 ) -> dict[str, float]:
     """Train one epoch, from `start` on. Synchronises with the device on log and checkpoint steps only.
 
@@ -85,72 +211,75 @@ def train_epoch(
         DivergedError: the loss is no finite number; what is saved never has such a loss behind it.
         StoppedError: the run is to end, and its state was saved.
     """
-    config, world, steps = state.config, state.world, state.steps_per_epoch
+    config, steps = state.config, state.steps_per_epoch
     state.model.train()
-    sums = torch.tensor([start.loss, start.window_loss], device=world.device)
-    epoch_loss, window_loss = sums.unbind()
-    speed, logged = Speed(), start.logged
-    lr = (
-        lr_at(epoch * steps + start.step - 1, config=config.optim, steps_per_epoch=steps)
-        if start.step
-        else 0.0
-    )
-    clock = time.monotonic()
-    start_batch = start.step * len(state.micro_batches)
-    with contextlib.closing(state.train_loader.epoch(epoch, start=start_batch)) as ready:
+    window = LogWindow(state.world, start, batch_size=config.data.batch_size)
+    saving = _Saving(state, epoch, reporter, window, save)
+    lr = _lr(state, epoch, start.step - 1) if start.step else 0.0
+    first_batch = start.step * len(state.micro_batches)
+    with contextlib.closing(state.train_loader.epoch(epoch, start=first_batch)) as ready:
         batches = Waited(ready)
         for step in range(start.step, steps):
-            lr = lr_at(epoch * steps + step, config=config.optim, steps_per_epoch=steps)
-            window_loss += optimizer_step(state, batches, epoch=epoch, step=step, lr=lr)
-            if step == start.step:
-                world.answers_within(config.run.timeout_s)  # the first step may take longer: it compiles
-            due = config.run.checkpoint_steps is not None and (step + 1) % config.run.checkpoint_steps == 0
-            news = reporter.news()
+            lr = _lr(state, epoch, step)
+            window.add(optimizer_step(state, batches, epoch=epoch, step=step, lr=lr))
+            if step == start.step:  # it may take longer: it compiles
+                state.world.set_timeout(config.run.timeout_s)
+            flags = reporter.poll_flags()
             if (step + 1) % config.run.log_steps == 0 or step + 1 == steps:
-                loss = world.mean(window_loss / (step + 1 - logged))
-                _refuse_divergence(loss, epoch, step)
-                since = step + 1 - max(logged, start.step)
-                rate = speed.read(since * config.data.batch_size)
-                times = {
-                    "train/step_s": config.data.batch_size / rate,
-                    "train/data_wait_s": batches.read() / since,
-                }
-                reporter.step({"train/loss": loss, "train/lr": lr, **times}, step=epoch * steps + step + 1)
-                reporter.line(_progress(state, epoch, step, loss, lr, rate, speed.mean()))
-                epoch_loss += window_loss
-                window_loss.zero_()
-                logged = step + 1
-                minutes = config.run.checkpoint_minutes
-                late = minutes > 0 and time.monotonic() - clock > 60 * minutes
-                news |= News.SAVE if reporter.leaving() or late else News.NONE
-            heard = state.signals.exchange(news)
-            if News.STORED in heard:
-                reporter.stored()
-            stop = News.STOP in heard
-            if stop or ((due or News.SAVE in heard) and step + 1 < steps):
-                # The means take the sums' place on every worker, as they do where a run goes on from here.
-                done = checkpoint.Progress(
-                    step=step + 1,
-                    logged=logged,
-                    loss=world.mean(epoch_loss),
-                    window_loss=world.mean(window_loss),
+                metrics = window.read(step, batches.read())
+                _refuse_divergence(metrics["train/loss"], epoch, step)
+                reporter.step({**metrics, "train/lr": lr}, step=epoch * steps + step + 1)
+                reporter.line(
+                    _progress_line(state, epoch, step, {**metrics, "train/lr": lr}, window.mean_rate)
                 )
-                _refuse_divergence(done.loss + done.window_loss, epoch, step)
-                sums.copy_(torch.tensor([done.loss, done.window_loss]))
-                if stop:
-                    reporter.stored()
-                save(done)
-                clock = time.monotonic()
-            if stop:
-                reporter.stored()
-                raise StoppedError(
-                    f"stopped after epoch {epoch} and step {step + 1} of {steps}, with a checkpoint"
-                )
+                flags |= saving.due_by_clock()
+            saving.act(state.flags.all_reduce(flags), step)
     return {
-        "train/epoch_loss": world.mean(epoch_loss / steps),
+        "train/epoch_loss": window.epoch_loss(steps),
         "train/lr": lr,
-        "train/images_per_s": speed.mean(),
+        "train/images_per_s": window.mean_rate,
     }
+
+
+def _lr(state: TrainState, epoch: int, step: int) -> float:
+    steps = state.steps_per_epoch
+    return lr_at(epoch * steps + step, config=state.config.optim, steps_per_epoch=steps)
+
+
+@dataclass
+class _Saving:
+    """The checkpoints within an epoch: when they are due, and what a worker does then."""
+
+    state: TrainState
+    epoch: int
+    reporter: Reporter
+    window: LogWindow
+    save: Callable[[EpochProgress], None]
+    clock: float = field(default_factory=time.monotonic)
+
+    def due_by_clock(self) -> Flags:
+        """Ask for a checkpoint where the last one is old, or where a machine is about to go."""
+        minutes = self.state.config.run.checkpoint_minutes
+        late = minutes > 0 and time.monotonic() - self.clock > 60 * minutes
+        return Flags.SAVE if self.reporter.node_leaving() or late else Flags.NONE
+
+    def act(self, flags: Flags, step: int) -> None:
+        """Do what the flags of all ranks ask for after `step`; StoppedError: the run is to end."""
+        every, steps = self.state.config.run.checkpoint_steps, self.state.steps_per_epoch
+        stop = Flags.STOP in flags
+        due = Flags.SAVE in flags or (every is not None and (step + 1) % every == 0)
+        if Flags.SAVED in flags or stop:
+            self.reporter.wait_until_saved()
+        if stop or (due and step + 1 < steps):
+            done = self.window.progress(step)
+            _refuse_divergence(done.loss + done.window_loss, self.epoch, step)
+            self.save(done)
+            self.clock = time.monotonic()
+        if stop:
+            self.reporter.wait_until_saved()
+            raise StoppedError(
+                f"stopped after epoch {self.epoch} and step {step + 1} of {steps}, with a checkpoint"
+            )
 
 
 def _refuse_divergence(loss: float, epoch: int, step: int) -> None:
@@ -161,14 +290,19 @@ def _refuse_divergence(loss: float, epoch: int, step: int) -> None:
         )
 
 
-def _progress(
-    state: TrainState, epoch: int, step: int, loss: float, lr: float, rate: float, mean: float
+def _progress_line(
+    state: TrainState, epoch: int, step: int, metrics: dict[str, float], mean_rate: float
 ) -> str:
-    epochs, steps = state.config.optim.total_epochs, state.steps_per_epoch
-    left = (epochs * steps - epoch * steps - step - 1) * state.config.data.batch_size
+    epochs, steps, batch = (
+        state.config.optim.total_epochs,
+        state.steps_per_epoch,
+        state.config.data.batch_size,
+    )
+    left = (epochs * steps - epoch * steps - step - 1) * batch
     return (
         f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}  step {step + 1:>{len(str(steps))}}/{steps}"
-        f"  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} images/s  ETA {duration(left / mean)}"
+        f"  loss {metrics['train/loss']:.4f}  lr {metrics['train/lr']:.2e}"
+        f"  {batch / metrics['train/step_s']:,.0f} images/s  ETA {duration(left / mean_rate)}"
     )
 
 
@@ -197,109 +331,6 @@ def _validate(state: TrainState) -> dict[str, float]:
     return metrics
 
 
-def train(
-    config: TrainConfig,
-    *,
-    device: torch.device,
-    reporter: Reporter,
-    resume_from: Path | None = None,
-    mlflow_run_id: str | None = None,
-) -> dict[str, float]:
-    """Train to the end of the schedule, or to `run.stop_after_epochs`; returns the last epoch's metrics.
-
-    `resume_from` is a checkpoint folder of this run: training goes on after the epochs it has done, and the
-    losses are those of a run that was never interrupted.
-
-    Raises:
-        DivergedError: the loss is no finite number.
-        StoppedError: the reporter's news asked for the end.
-    """
-    state = build_state(config, device)
-    for note in state.notes:
-        reporter.line(note)
-    done, progress = 0, NOTHING_DONE
-    if resume_from is not None:
-        meta = checkpoint.restore(
-            resume_from,
-            config,
-            model=state.network,
-            ema=state.ema.model if state.ema else None,
-            optimizer=state.optimizer,
-        )
-        done, progress, state.metrics = meta.epochs_done, meta.progress, dict(meta.metrics)
-        within = f" and step {progress.step} of {state.steps_per_epoch}" if progress.step else ""
-        reporter.line(f"continuing after epoch {done} of {config.optim.total_epochs}{within}")
-    elif config.run.init_from is not None:
-        for note in load_initial_weights(state, config.run.init_from):
-            reporter.line(f"init_from: {note}")
-    state.world.answers_within(config.run.start_timeout_s)
-    last = min(config.optim.total_epochs, config.run.stop_after_epochs or config.optim.total_epochs)
-    try:
-        _epochs(state, reporter, range(done, last), progress, mlflow_run_id)
-    except EndedError:
-        state.signals.close()  # a process that trains again would keep the group
-        raise
-    reporter.stored()
-    state.signals.close()
-    return state.metrics
-
-
-def _epochs(
-    state: TrainState,
-    reporter: Reporter,
-    epochs: range,
-    progress: checkpoint.Progress,
-    mlflow_run_id: str | None,
-) -> None:
-    """Train `epochs`, the first of them from `progress` on, evaluate and hand out checkpoints."""
-    config = state.config
-    for epoch in epochs:
-
-        def save(within: checkpoint.Progress, epoch: int = epoch) -> None:
-            steps = epoch * state.steps_per_epoch + within.step
-            reporter.checkpoint(
-                {"epoch": steps / state.steps_per_epoch},
-                step=steps,
-                take=partial(_take, state, epoch, within, mlflow_run_id),
-            )
-
-        trained = train_epoch(state, epoch, reporter, start=progress, save=save)
-        progress = NOTHING_DONE
-        state.metrics = {"epoch": epoch + 1.0, **trained}
-        if (epoch + 1) % config.run.eval_epochs == 0 or epoch + 1 == epochs.stop:
-            state.metrics |= _validate(state)
-            reporter.line(_epoch_line(state))
-        reporter.epoch(
-            state.metrics,
-            step=(epoch + 1) * state.steps_per_epoch,
-            take=partial(_take, state, epoch + 1, NOTHING_DONE, mlflow_run_id),
-        )
-
-
-def _take(
-    state: TrainState,
-    epochs_done: int,
-    progress: checkpoint.Progress,
-    mlflow_run_id: str | None,
-    notes: Mapping[str, Any],
-) -> Callable[[Path], None]:
-    copy = checkpoint.snapshot(
-        model=state.network, ema=state.ema.model if state.ema else None, optimizer=state.optimizer
-    )
-    meta = checkpoint.Meta(
-        epochs_done=epochs_done,
-        steps_done=epochs_done * state.steps_per_epoch + progress.step,
-        progress=progress,
-        config=state.config,
-        metrics=state.metrics,
-        world_size=state.world.size,
-        classes=state.classes,
-        mlflow_run_id=mlflow_run_id,
-        notes=notes,
-    )
-    return partial(checkpoint.save, state=copy, meta=meta)
-
-
 def load_initial_weights(state: TrainState, path: str) -> list[str]:
     """Start from another run's weights; a head for other classes is left fresh."""
     weights, _ = checkpoint.read_weights(path)
@@ -309,11 +340,10 @@ def load_initial_weights(state: TrainState, path: str) -> list[str]:
     return notes
 
 
-def _epoch_line(state: TrainState) -> str:
-    values = state.metrics
-    ema = f"  ema {values['val_ema/acc1']:.2f}" if "val_ema/acc1" in values else ""
+def _epoch_line(state: TrainState, metrics: dict[str, float]) -> str:
+    ema = f"  ema {metrics['val_ema/acc1']:.2f}" if "val_ema/acc1" in metrics else ""
     return (
-        f"epoch {values['epoch']:.0f}/{state.config.optim.total_epochs} done"
-        f"  val loss {values['val/loss']:.4f}  top-1 {values['val/acc1']:.2f}{ema}  top-5 {values['val/acc5']:.2f}"
-        f"  {values['train/images_per_s']:,.0f} images/s"
+        f"epoch {metrics['epoch']:.0f}/{state.config.optim.total_epochs} done"
+        f"  val loss {metrics['val/loss']:.4f}  top-1 {metrics['val/acc1']:.2f}{ema}"
+        f"  top-5 {metrics['val/acc5']:.2f}  {metrics['train/images_per_s']:,.0f} images/s"
     )

@@ -1,4 +1,4 @@
-"""Exact counts over a whole validation set, and speed.
+"""Exact counts over a whole validation set, and the loss and speed of training.
 
 Shapes: B images, K classes.
 """
@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from lape_ray.training.checkpoint import EpochProgress
+from lape_ray.training.distributed import World
 
 T = TypeVar("T")
 
@@ -65,6 +68,65 @@ class Speed:
 
     def mean(self) -> float:
         return self._images / max(self._last - self._start, 1e-9)
+
+
+class LogWindow:
+    """The loss and speed of an epoch so far, and of the steps since the last log step.
+
+    The loss is summed on the device, which is waited for where it is read.
+
+    Args:
+        start: the progress that the epoch begins with.
+        batch_size: images of one optimizer step, over all workers.
+    """
+
+    def __init__(self, world: World, start: EpochProgress, *, batch_size: int) -> None:
+        self._world, self._batch_size = world, batch_size
+        self._sums = torch.tensor([start.loss, start.window_loss], device=world.device)
+        self._epoch_loss, self._window_loss = self._sums.unbind()
+        self._logged, self._first = start.logged, start.step
+        self._speed = Speed()
+
+    def add(self, loss: Tensor) -> None:
+        """Add a step's loss, a scalar on the device."""
+        self._window_loss += loss
+
+    def read(self, step: int, waited_s: float) -> dict[str, float]:
+        """Return the metrics of the steps since the last log step, and begin the next window.
+
+        Args:
+            step: the last step of the window, from 0.
+            waited_s: seconds that this worker waited for data in it.
+        """
+        loss = self._world.mean(self._window_loss / (step + 1 - self._logged))
+        since = step + 1 - max(self._logged, self._first)
+        rate = self._speed.read(since * self._batch_size)
+        self._epoch_loss += self._window_loss
+        self._window_loss.zero_()
+        self._logged = step + 1
+        return {
+            "train/loss": loss,
+            "train/step_s": self._batch_size / rate,
+            "train/data_wait_s": waited_s / since,
+        }
+
+    @property
+    def mean_rate(self) -> float:
+        """Images per second since the start, up to the last log step."""
+        return self._speed.mean()
+
+    def progress(self, step: int) -> EpochProgress:
+        """Return the progress after `step`.
+
+        The means over the workers take the place of each one's sums, as they do where a run continues from here.
+        """
+        loss, window_loss = self._world.mean(self._epoch_loss), self._world.mean(self._window_loss)
+        self._sums.copy_(torch.tensor([loss, window_loss]))
+        return EpochProgress(step=step + 1, logged=self._logged, loss=loss, window_loss=window_loss)
+
+    def epoch_loss(self, steps: int) -> float:
+        """Return the mean loss of the epoch's `steps`, over all workers."""
+        return self._world.mean(self._epoch_loss / steps)
 
 
 class Waited(Iterator[T]):

@@ -12,10 +12,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from lape_ray.config import RunConfig
+from lape_ray.config import Compile, Compression
 
 
-def compiled(network: nn.Module, run: RunConfig, device: torch.device) -> tuple[nn.Module, str]:
+def compiled(network: nn.Module, asked: Compile, device: torch.device) -> tuple[nn.Module, str]:
     """Compile `network` for the training step; returns it and a line that says what became of `run.compile`.
 
     The result shares `network`'s parameters; evaluation goes on with `network` itself, whose batches vary in size.
@@ -24,16 +24,14 @@ def compiled(network: nn.Module, run: RunConfig, device: torch.device) -> tuple[
     Raises:
         ValueError: compilation was asked for by name, and no compiler is installed.
     """
-    mode = run.compile
+    mode = asked
     if mode == "auto":
         mode = "default" if device.type == "cuda" else "off"
     if mode == "off":
         return network, ""
     if missing := missing_compiler(device):
-        if run.compile != "auto":
-            raise ValueError(
-                f"run.compile={run.compile} needs {missing}; install it, or set --run.compile off"
-            )
+        if asked != "auto":
+            raise ValueError(f"run.compile={asked} needs {missing}; install it, or set --run.compile off")
         return network, f"not compiled, and slower for it: {missing} is missing"
     fast = cast(nn.Module, torch.compile(network, mode=mode, dynamic=False))
     return fast, f"compiled ({mode}): the first step takes longer"
@@ -53,7 +51,7 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def data_parallel(
-    module: nn.Module, run: RunConfig, device: torch.device, *, one_micro_batch: bool
+    module: nn.Module, compression: Compression, device: torch.device, *, one_micro_batch: bool
 ) -> DistributedDataParallel:
     """Wrap `module` so that its gradients are averaged over all workers of the default process group.
 
@@ -74,6 +72,6 @@ def data_parallel(
             broadcast_buffers=False,
             static_graph=one_micro_batch,  # the graph of a pass without communication is another one
         )
-    if run.compression == "bf16":
+    if compression == "bf16":
         parallel.register_comm_hook(None, bf16_compress_hook)
     return parallel

@@ -8,7 +8,7 @@ import torch
 
 from lape_ray import storage
 from lape_ray.config import TrainConfig
-from lape_ray.data.split import SplitFacts, split_facts
+from lape_ray.data.split import SplitInfo, read_split_info
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.training.checkpoint import read_weights
@@ -19,8 +19,8 @@ def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
     with torch.device("meta"):
         model = build_model(config.model)
     check_data(config)
-    if config.run.init_from is not None:
-        weights, _ = read_weights(config.run.init_from)
+    if config.training.init_from is not None:
+        weights, _ = read_weights(config.training.init_from)
         load_weights(build_model(config.model), weights, new_head=True)
     storage.check_writable(storage_root)
     check_space(config, storage_root, sum(parameter.numel() for parameter in model.parameters()))
@@ -57,18 +57,18 @@ def check_data(config: TrainConfig) -> None:
         )
 
 
-def check_split(config: TrainConfig, split: Literal["train", "val"]) -> SplitFacts:
+def check_split(config: TrainConfig, split: Literal["train", "val"]) -> SplitInfo:
     """Check that one split is whole and fits the model's classes and image size."""
-    facts, spec = split_facts(config.data, split), resolve(config.model)
-    if len(facts.classes) != spec.num_classes:
+    info, spec = read_split_info(config.data, split), resolve(config.model)
+    if len(info.classes) != spec.num_classes:
         raise ValueError(
-            f"{facts.path} has {len(facts.classes)} classes, the model {spec.num_classes}: "
-            f"set --model.num_classes {len(facts.classes)}"
+            f"{info.path} has {len(info.classes)} classes, the model {spec.num_classes}: "
+            f"set --model.num_classes {len(info.classes)}"
         )
-    largest = facts.largest_side
+    largest = info.largest_side
     if largest is not None and largest < spec.image_size and not config.data.upscale:
         raise ValueError(
-            f"{facts.path} has images of at most {largest} px, but the model reads {spec.image_size}: "
+            f"{info.path} has images of at most {largest} px, but the model reads {spec.image_size}: "
             f"set --model.image_size {largest}, or --data.upscale true to enlarge them"
         )
-    return facts
+    return info

@@ -8,14 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from lape_ray.config import TrainConfig
 from lape_ray.data.augment import build_augment
@@ -26,46 +24,12 @@ from lape_ray.data.processes import usable_cpus
 from lape_ray.data.ready import Augmented, Normalized
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.training.cuda_graph import CudaRecorder, StepGraph
-from lape_ray.training.flags import Signals
+from lape_ray.training.distributed import World
+from lape_ray.training.flags import RankFlags
 from lape_ray.training.loss import load_teacher
 from lape_ray.training.optim import Ema, build_optimizer
 from lape_ray.training.parallelize import compiled, data_parallel, missing_compiler
 from lape_ray.training.recompute import optimise_blocks
-
-
-@dataclass(frozen=True)
-class World:
-    """This worker's place among all of them."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    def current(cls, device: torch.device) -> World:
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size(), device)
-        return cls(0, 1, device)
-
-    def mean(self, value: Tensor) -> float:
-        """Compute the mean of a scalar over all workers. Synchronises with the device."""
-        value = value.detach().clone()
-        if self.size > 1:
-            dist.all_reduce(value)
-        return value.item() / self.size
-
-    def any(self, flag: bool) -> bool:
-        """Tell whether the flag is up on any worker. Synchronises with the device."""
-        return self.mean(torch.tensor(float(flag), device=self.device)) > 0
-
-    def answers_within(self, seconds: float) -> None:
-        """Make a worker that hangs an error of all others after `seconds`, from now on."""
-        if self.size > 1:
-            # torch 2.11 has it under another name
-            set_timeout = (
-                getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-            )
-            set_timeout(timedelta(seconds=seconds), None)
 
 
 @dataclass(kw_only=True)
@@ -74,7 +38,7 @@ class TrainState:
 
     config: TrainConfig
     world: World
-    signals: Signals
+    flags: RankFlags
     network: VisionTransformer
     model: nn.Module
     """The network as the training step calls it: compiled, and data parallel where the run has several workers."""
@@ -91,7 +55,12 @@ class TrainState:
     """Name of each label, where the loaders are those of the config's data."""
     notes: tuple[str, ...] = ()
     """Notes for people on how this state was built."""
-    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def saved_parts(self) -> dict[str, Any]:
+        """The parts that a checkpoint holds: `model`, `ema` and `optimizer`."""
+        ema = None if self.ema is None else self.ema.model
+        return {"model": self.network, "ema": ema, "optimizer": self.optimizer}
 
     @property
     def micro_batches(self) -> range:
@@ -113,55 +82,25 @@ def build_state(
     Raises:
         ValueError: the config asks for what the device does not have.
     """
-    world = World.current(device)
-    graph = config.run.cuda_graph
+    graph, spec = config.run.cuda_graph, resolve(config.model)
     if graph and device.type != "cuda":
         raise ValueError(
             f"run.cuda_graph needs a GPU, and this run is on {device}; set --run.cuda_graph false"
         )
-    spec = resolve(config.model)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are those of the current one
-    torch.manual_seed(config.run.seed)
-    network = optimise_blocks(build_model(config.model)).to(device)
-    model, note = compiled(network, config.run, device)
-    if world.size > 1:
-        equal = world.size == config.micro_batches
-        model = data_parallel(model, config.run, device, one_micro_batch=equal)
-    notes = [note] if note else []
-    fused = config.data.fused and device.type == "cuda"
-    if fused and (missing := missing_compiler(device)):
-        fused = False
-        notes.append(f"augmentation is not fused, and slower for it: {missing} is missing")
-    teacher = None
-    if config.optim.teacher is not None:
-        teacher = load_teacher(config.optim.teacher, num_classes=spec.num_classes, image_size=spec.image_size)
-        teacher.to(device)
-
-    def loader(split: Literal["train", "val"], batch_size: int) -> Loader:
-        return build_loader(
-            config.data,
-            split,
-            image_size=spec.image_size,
-            batch_size=batch_size,
-            micro_batches=config.micro_batches,
-            rank=world.rank,
-            world_size=world.size,
-            seed=config.run.seed,
-            device=device,
-            threads=config.data.threads or available_cpus(),
-        )
-
-    augment = build_augment(config.data, image_size=spec.image_size, seed=config.run.seed, fused=fused)
+    world = World.current(device)
+    network, model, note = _build_networks(config, world)
+    fused, slower = _fused(config, device)
     classes = None
     if loaders is None:
-        train_loader = loader("train", config.micro_batch_size)
-        classes = train_loader.facts.classes
-        loaders = train_loader, loader("val", config.data.eval_batch_size)
+        loaders = _build_loader(config, "train", world), _build_loader(config, "val", world)
+        classes = loaders[0].info.classes
+    augment = build_augment(config.data, image_size=spec.image_size, seed=config.training.seed, fused=fused)
     return TrainState(
         config=config,
         world=world,
-        signals=Signals(config.run.timeout_s),
+        flags=RankFlags(config.run.timeout_s),
         network=network,
         model=model,
         ema=Ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
@@ -174,17 +113,62 @@ def build_state(
         train_loader=Augmented(loaders[0], augment),
         val_loader=Normalized(loaders[1], config.data, device),
         mixer=Mixer(config.data, num_classes=spec.num_classes, label_smoothing=config.optim.label_smoothing),
-        teacher=teacher,
+        teacher=_build_teacher(config, device),
         autocast=autocast_for(config, device),
         graph=StepGraph(CudaRecorder()) if graph else None,
         classes=classes,
-        notes=tuple(notes),
+        notes=tuple(filter(None, (note, slower))),
     )
+
+
+def _build_networks(config: TrainConfig, world: World) -> tuple[VisionTransformer, nn.Module, str]:
+    """Build the network, and what the training step calls of it; returns also a line on its compilation."""
+    torch.manual_seed(config.training.seed)
+    network = optimise_blocks(build_model(config.model)).to(world.device)
+    model, note = compiled(network, config.run.compile, world.device)
+    if world.size > 1:
+        equal = world.size == config.micro_batches
+        model = data_parallel(model, config.training.compression, world.device, one_micro_batch=equal)
+    return network, model, note
+
+
+def _build_loader(config: TrainConfig, split: Literal["train", "val"], world: World) -> Loader:
+    return build_loader(
+        config.data,
+        split,
+        image_size=resolve(config.model).image_size,
+        batch_size=config.micro_batch_size if split == "train" else config.data.eval_batch_size,
+        micro_batches=config.micro_batches,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.training.seed,
+        device=world.device,
+        threads=config.data.threads or available_cpus(),
+    )
+
+
+def _build_teacher(config: TrainConfig, device: torch.device) -> nn.Module | None:
+    if config.optim.teacher is None:
+        return None
+    spec = resolve(config.model)
+    teacher = load_teacher(config.optim.teacher, num_classes=spec.num_classes, image_size=spec.image_size)
+    return teacher.to(device)
+
+
+def _fused(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
+    """Tell whether augmentation runs as fused kernels, and why not where it was to."""
+    if not (config.data.fused and device.type == "cuda"):
+        return False, ""
+    if missing := missing_compiler(device):
+        return False, f"augmentation is not fused, and slower for it: {missing} is missing"
+    return True, ""
 
 
 def autocast_for(config: TrainConfig, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
     """Make the context in which the network runs: bfloat16 where the config, or a GPU by default, says so."""
-    bf16 = config.run.precision == "bf16" or (config.run.precision == "auto" and device.type == "cuda")
+    bf16 = config.training.precision == "bf16" or (
+        config.training.precision == "auto" and device.type == "cuda"
+    )
     return partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
 

@@ -63,7 +63,7 @@ def _drawn(state: TrainState, batch: Batch, *, key: tuple[int, int, int]) -> tup
         key: epoch, step and micro-batch, which with the seed decide all that is drawn.
     """
     epoch, step, micro = key
-    seed = state.config.run.seed
+    seed = state.config.training.seed
     place = step * state.config.micro_batches + micro
     mixed = state.mixer(batch.images, batch.labels, generator_key=(seed, epoch, place))
     seed_draws(seed, *key)

@@ -56,6 +56,16 @@ def test_a_token_that_a_user_keeps_in_a_file_stays(home: Path, monkeypatch: pyte
     assert connection._has_authentication()
 
 
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+def test_the_processes_of_a_local_ray_know_its_address(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_address", lambda: None)  # another Ray of this host is not asked
+    with connection.connected():
+        own = ray.get_runtime_context().gcs_address
+        assert ray.get(ray.remote(os.getenv).remote("RAY_ADDRESS")) == own
+    assert not {"RAY_ADDRESS", "RAY_GCS_SERVER_PORT"} & os.environ.keys()
+
+
 def test_a_token_is_new_each_time_and_shown_nowhere(home: Path) -> None:
     tokens = {own_token()["RAY_AUTH_TOKEN"] for _ in range(10)}
     assert len(tokens) == 10

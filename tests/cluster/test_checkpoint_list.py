@@ -30,25 +30,33 @@ from lape_ray.cluster.checkpoint_list import (
     retained,
     write_list,
 )
+from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, earlier_run, write_run
+from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.recipes import recipe
 from lape_ray.storage import lease, leased, s3
-from lape_ray.training import checkpoint
-from lape_ray.training.checkpoint import MARKER, DamagedError, Meta, Progress, Snapshot, verify
+from lape_ray.training.checkpoint import MARKER, DamagedError, EpochProgress, Metadata, Snapshot, verify
 
 CONFIG = recipe("smoke")
+
+
+def of(config: TrainConfig, folder: str) -> Run:
+    """A run in `folder`, as its driver knows it."""
+    return Run(config=config, folder=folder, lease="", tracking_uri="", mlflow_run_id="0" * 32, use_gpu=False)
+
+
 LATER = 4e9  # seconds since 1970: everything is older
 
 
 def save(steps: int, acc1: float | None) -> Callable[[Path], None]:
     """Write a small checkpoint that is a real one."""
     metrics = {} if acc1 is None else {"val/acc1": acc1}
-    meta = Meta(
-        epochs_done=steps // 5, steps_done=steps, progress=Progress(step=steps % 5), config=CONFIG,
+    meta = Metadata(
+        epochs_done=steps // 5, steps_done=steps, progress=EpochProgress(step=steps % 5), config=CONFIG,
         metrics=metrics, world_size=1, mlflow_run_id="0" * 32,
     )  # fmt: skip
-    state = Snapshot(model={"weight": torch.full((4,), float(steps))}, ema=None, optimizer={"state": {}})
-    return lambda folder: checkpoint.save(folder, state, meta)
+    weights = {"weight": torch.full((4,), float(steps))}
+    return Snapshot(model=weights, ema=None, optimizer={"state": {}}, metadata=meta).save
 
 
 def store(
@@ -211,12 +219,12 @@ def session(run: Path | str) -> None:
     with leased(run, "run") as held:
         listed = recover(run, lambda _: None, before=storage.modified(f"{run}/lease.json"))
         if not storage.exists(f"{run}/{RECORD}"):
-            write_run(run, CONFIG, "0" * 32, finished=False)
+            write_run(of(CONFIG, run), finished=False)
         done = listed[-1].steps_done if listed else 0
         for steps in (done + 2, done + 5):
             held.check()
             listed = store(run, listed, steps, float(steps))
-        write_run(run, CONFIG, "0" * 32, finished=False)
+        write_run(of(CONFIG, run), finished=False)
 
 
 def killed_at(number: int, run: Path) -> bool:
@@ -367,9 +375,7 @@ def last_file(error: BaseException) -> str:
 # --- the run's record -----------------------------------------------------------------------------------------
 
 
-def named(name: str, **changes: object) -> object:
-    from lape_ray.config import replace_fields
-
+def named(name: str, **changes: object) -> TrainConfig:
     return replace_fields(CONFIG, {"run.name": name, **changes})
 
 
@@ -391,11 +397,11 @@ def test_what_is_no_run_is_neither_continued_nor_overwritten(tmp_path: Path, run
     (data / "checkpoint-500/model.bin").write_bytes(b"another tool's")
     for config in (named("data"), named("data", **{"run.overwrite": True})):
         with pytest.raises(ValueError, match=r"data holds 'checkpoint-500' and no run\.json.*choose another"):
-            earlier_run(config, str(data))  # type: ignore[arg-type]
-    write_run(str(run), named("mine"), "0" * 32, finished=True)  # type: ignore[arg-type]
+            earlier_run(config, str(data))
+    write_run(of(named("mine"), str(run)), finished=True)
     with pytest.raises(ValueError, match="is not overwritten: it holds the run 'mine'"):
-        earlier_run(named("run", **{"run.overwrite": True}), str(run))  # type: ignore[arg-type]
-    assert earlier_run(named("mine", **{"run.overwrite": True}), str(run)) is None  # type: ignore[arg-type]
+        earlier_run(named("run", **{"run.overwrite": True}), str(run))
+    assert earlier_run(named("mine", **{"run.overwrite": True}), str(run)) is None
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "a/b", "-x", "_x", ".x", "a b", "a\n", "ü", "x" * 201])

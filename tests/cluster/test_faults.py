@@ -20,9 +20,9 @@ from helpers.tracking_server import history, tracking_server
 
 from lape_ray.cluster.controller import WorkersFailedError
 from lape_ray.cluster.launch import fit
-from lape_ray.cluster.worker import StorageError
+from lape_ray.cluster.run_end import StorageError
 from lape_ray.config import replace_fields
-from lape_ray.training.checkpoint import MARKER, DamagedError, described
+from lape_ray.training.checkpoint import MARKER, DamagedError, file_checksums
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.cluster, pytest.mark.faults]
 slow = pytest.mark.slow
@@ -247,13 +247,13 @@ def test_a_full_disk(service: Service, undisturbed: list[float], tmp_path: Path)
 def test_tracking_that_is_away_for_a_while_and_a_worker_that_dies_meanwhile(
     service: Service, undisturbed: list[float], tmp_path: Path
 ) -> None:
-    """What the dead worker had not sent is in the checkpoint that the next one goes on from."""
+    """What the dead worker had not sent lies in the run's folder, and the next one sends it."""
     with tracking_server(tmp_path) as server:
         away = Strike(stored(service.home / "runs/away", 13), server.kill)
         dies = Strike(stored(service.home / "runs/away", 48), lambda: workers(service)[-1].kill())
         back = Strike(stored(service.home / "runs/away", 78), server.start)
         with away.armed(), dies.armed(), back.armed():
-            result = fit(service.config(run__name="away", run__tracking_uri=server.uri, **LONG))
+            result = fit(service.config(run__name="away", tracking__uri=server.uri, **LONG))
         assert result.tracked
         assert losses(server.uri, result.mlflow_run_id) == undisturbed
         assert mlflow.MlflowClient(server.uri).get_run(result.mlflow_run_id).info.status == "FINISHED"
@@ -265,7 +265,7 @@ def test_tracking_that_is_gone_until_the_run_is_submitted_again(
 ) -> None:
     """The training comes to its end without it; the same command, later, completes the history and the artifacts."""
     with tracking_server(tmp_path) as server:
-        config = service.config(run__name="gone", run__tracking_uri=server.uri, **LONG)
+        config = service.config(run__name="gone", tracking__uri=server.uri, **LONG)
         with Strike(stored(service.home / "runs/gone", 13), server.kill).armed():
             first = fit(config)
         assert not first.tracked
@@ -295,7 +295,7 @@ def test_a_run_that_fails_again_and_again_gives_up_and_says_why(service: Service
         fit(service.config(run__name="broken", optim__epochs=1))
     (folder / "optimizer.pt").write_bytes(b"no state")  # of which meta.json says the same
     (folder / MARKER).unlink()
-    (folder / MARKER).write_text(json.dumps({**json.loads(whole_meta), "files": described(folder)}))
+    (folder / MARKER).write_text(json.dumps({**json.loads(whole_meta), "files": file_checksums(folder)}))
     with pytest.raises(WorkersFailedError, match=r"failed 2 times without a new checkpoint .*max_failures=1"):
         fit(service.config(run__name="broken", run__max_failures=1, optim__epochs=1))
     assert service.run(first.mlflow_run_id).info.status == "FAILED"

@@ -13,6 +13,7 @@ import mlflow
 import pytest
 from helpers.service import Service, alone
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lape_ray.cluster.launch import fit
 from lape_ray.data.beton import check_beton, write_beton
@@ -29,7 +30,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.cluster]
 
 @pytest.fixture(scope="module")
 def submitted(service: Service) -> subprocess.CompletedProcess[str]:
-    return service.submit("smoke", "--run.name=one", "--run.position_report_epochs=1")
+    return service.submit("smoke", "--run.name=one", "--tracking.position_report_epochs=1")
 
 
 def test_a_submitted_job_gives_the_golden_losses(
@@ -70,6 +71,12 @@ def test_mlflow_holds_the_run(service: Service, submitted: subprocess.CompletedP
     assert "model.join = 'lape'" in Path(client.download_artifacts(run.info.run_id, "config.txt")).read_text()
 
 
+def test_the_log_is_free_of_what_a_user_can_do_nothing_about(
+    submitted: subprocess.CompletedProcess[str],
+) -> None:
+    assert not re.search("Traceback|Deprecat", submitted.stdout + submitted.stderr)
+
+
 def test_a_finished_name_is_not_reused_silently(
     service: Service, submitted: subprocess.CompletedProcess[str]
 ) -> None:
@@ -99,7 +106,11 @@ def test_two_workers_and_a_run_that_resumes_before_a_damaged_checkpoint(
 ) -> None:
     """Two workers stop after an epoch; the same name continues, in the same MLflow run, as if never stopped."""
     changes = {"run__name": "parts", "run__num_workers": 2, "optim__epochs": 2}
-    changes |= {"run__checkpoint_steps": 2, "run__log_steps": 1}
+    changes |= {
+        "run__checkpoint_steps": 2,
+        "run__log_steps": 1,
+        "tracking__tensorboard": str(service.home / "logs"),
+    }
     first = fit(service.config(**changes, run__stop_after_epochs=1))
     weights = service.home / "runs/parts/checkpoint-epoch-000001/model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -118,6 +129,12 @@ def test_two_workers_and_a_run_that_resumes_before_a_damaged_checkpoint(
     assert second.metrics["val/acc1"] == expected.epochs[-1]["val/acc1"]
     names = {path.name for path in weights.parent.parent.iterdir() if "checkpoint-" in path.name}
     assert names & {"checkpoint-epoch-000001-2", "checkpoint-epoch-000002"}
+    events = EventAccumulator(str(service.home / "logs" / f"parts-{second.mlflow_run_id[:8]}"))
+    events.Reload()
+    for name in ("train/loss", "train/lr", "val/acc1"):
+        points = mlflow.MlflowClient(service.uri).get_metric_history(second.mlflow_run_id, name)
+        assert [one.step for one in events.Scalars(name)] == sorted(one.step for one in points)
+    assert [one.value for one in events.Scalars("train/loss")] == pytest.approx(service.losses(run))
 
 
 def test_two_drivers_of_one_run(service: Service) -> None:
@@ -152,9 +169,9 @@ BAD = [
         {"run__num_workers": 4, "run__wait_s": 0},
         "needs 4 CPU, but the cluster has 2 CPU: lower --run.num_workers",
     ),
-    ({"run__tracking_uri": "http://127.0.0.1:9"}, "the MLflow server 'http://127.0.0.1:9' cannot be used"),
+    ({"tracking__uri": "http://127.0.0.1:9"}, "the MLflow server 'http://127.0.0.1:9' cannot be used"),
     ({"run__storage": "/proc/nowhere"}, "storage '/proc/nowhere' is not writable"),
-    ({"run__init_from": "/nowhere.pth"}, "checkpoint /nowhere.pth does not exist"),
+    ({"training__init_from": "/nowhere.pth"}, "checkpoint /nowhere.pth does not exist"),
     ({"model__position": "none"}, "position=none has nothing to join"),
 ]
 

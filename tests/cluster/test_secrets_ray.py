@@ -127,7 +127,7 @@ def traces(
             patch.delenv(name, raising=False)
         for name, value in PLANTED.items():
             patch.setenv(name, value)
-        patch.setattr(demo, "local_cluster", watched)
+        patch.setattr("lape_ray.cluster.demo.local_cluster", watched)
         options = ["--optim.epochs=1", "--optim.warmup_epochs=0", "--run.wait_s=120"]
         patch.setattr(sys, "argv", ["jobs/demo.py", f"--home={home}", *options])
         code = demo.main()

@@ -141,17 +141,17 @@ def test_words_are_counted_as_documented():
 
 
 def test_draws_depend_on_every_part_of_the_key_and_on_nothing_else():
-    positions = np.arange(50)
-    drawn = uniform(1, 2, positions, Stream.FLIP, 5)
-    shuffled = np.random.default_rng(0).permutation(positions)
+    epoch_index = np.arange(50)
+    drawn = uniform(1, 2, epoch_index, Stream.FLIP, 5)
+    shuffled = np.random.default_rng(0).permutation(epoch_index)
     assert np.array_equal(uniform(1, 2, shuffled, Stream.FLIP, 5), drawn[shuffled])
-    assert np.array_equal(uniform(1, 2, positions[:1], Stream.FLIP, 9)[:, :5], drawn[:1])
+    assert np.array_equal(uniform(1, 2, epoch_index[:1], Stream.FLIP, 9)[:, :5], drawn[:1])
     others = [
-        uniform(2, 2, positions, Stream.FLIP, 5),
-        uniform(1 + 2**32, 2, positions, Stream.FLIP, 5),
-        uniform(1, 3, positions, Stream.FLIP, 5),
-        uniform(1, 2, positions + 2**32, Stream.FLIP, 5),
-        uniform(1, 2, positions, Stream.CROP, 5),
+        uniform(2, 2, epoch_index, Stream.FLIP, 5),
+        uniform(1 + 2**32, 2, epoch_index, Stream.FLIP, 5),
+        uniform(1, 3, epoch_index, Stream.FLIP, 5),
+        uniform(1, 2, epoch_index + 2**32, Stream.FLIP, 5),
+        uniform(1, 2, epoch_index, Stream.CROP, 5),
     ]
     for other in others:
         assert np.intersect1d(other, drawn).size == 0
@@ -176,9 +176,9 @@ def test_uniform_and_normal_have_their_distributions():
         ((2**64, 0, np.arange(2)), "seed="),
         ((0, -1, np.arange(2)), "epoch=-1"),
         ((0, 2**32, np.arange(2)), "epoch="),
-        ((0, 0, np.array([1, -1])), "positions"),
-        ((0, 0, np.array([0.5])), "positions"),
-        ((0, 0, np.zeros((2, 2), dtype=int)), "positions"),
+        ((0, 0, np.array([1, -1])), "epoch_index"),
+        ((0, 0, np.array([0.5])), "epoch_index"),
+        ((0, 0, np.zeros((2, 2), dtype=int)), "epoch_index"),
     ],
 )
 def test_bad_keys_are_refused(arguments, message):
@@ -411,7 +411,7 @@ def as_pillow(layer: Layer, i: int, image: Image.Image) -> Image.Image:
     ],
 )
 def test_chains_of_operations_equal_pillows(policy, cifar):
-    layers = policy.draw(epoch=4, positions=np.arange(64))
+    layers = policy.draw(epoch=4, epoch_index=np.arange(64))
     expected = list(cifar)
     for layer in layers:
         expected = [as_pillow(layer, i, image) for i, image in enumerate(expected)]
@@ -526,7 +526,9 @@ def test_boxes_are_distributed_as_timms(size):
 def test_erasing_fills_its_boxes_and_nothing_else(mode):
     x = torch.full((200, 3, 32, 48), 255, dtype=torch.uint8)
     erasing = RandomErasing(0.5, mode, image_size=(32, 48), seed=9)
-    got = Augment([], erasing, image_size=(32, 48), mean=MEAN, std=STD)(x, epoch=1, positions=np.arange(200))
+    got = Augment([], erasing, image_size=(32, 48), mean=MEAN, std=STD)(
+        x, epoch=1, epoch_index=np.arange(200)
+    )
     boxes = erasing.draw(1, np.arange(200))
     inside = torch.zeros(200, 32, 48, dtype=torch.bool)
     for image, top, left, height, width in zip(
@@ -589,7 +591,7 @@ def build(data: DataConfig | str, size: tuple[int, int], seed: int = 0, fused: b
 
 def test_without_augmentation_it_normalises(cifar):
     x = to_tensor(cifar)
-    got = build(NONE, (32, 32))(x, epoch=0, positions=np.arange(64))
+    got = build(NONE, (32, 32))(x, epoch=0, epoch_index=np.arange(64))
     expected = (x.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     assert got.dtype == torch.float32 and got.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(got, expected.float(), rtol=0, atol=2e-6)
@@ -598,35 +600,37 @@ def test_without_augmentation_it_normalises(cifar):
 @pytest.mark.parametrize("spec", [DEIT, DEIT_III, EVERYTHING], ids=["deit", "deit_iii", "everything"])
 def test_an_image_does_not_depend_on_its_batch(spec, images):
     x = to_tensor(images)
-    positions = np.arange(len(x)) * 12345 + 7
+    epoch_index = np.arange(len(x)) * 12345 + 7
     augment = build(spec, tuple(x.shape[2:]))
-    whole = augment(x, epoch=3, positions=positions)
-    assert torch.equal(whole, augment(x, epoch=3, positions=torch.from_numpy(positions)))  # repeats itself
+    whole = augment(x, epoch=3, epoch_index=epoch_index)
+    assert torch.equal(
+        whole, augment(x, epoch=3, epoch_index=torch.from_numpy(epoch_index))
+    )  # repeats itself
 
     order = np.random.default_rng(1).permutation(len(x))
-    shuffled = augment(x[torch.from_numpy(order)], epoch=3, positions=positions[order])
+    shuffled = augment(x[torch.from_numpy(order)], epoch=3, epoch_index=epoch_index[order])
     assert torch.equal(shuffled, whole[torch.from_numpy(order)])
     for part in ([0], [3, 4, 5], [6, 2]):
-        assert torch.equal(augment(x[part], epoch=3, positions=positions[part]), whole[part])
+        assert torch.equal(augment(x[part], epoch=3, epoch_index=epoch_index[part]), whole[part])
 
 
 def test_what_comes_from_outside_has_the_mean_colour():
-    text, positions = "rand-m10-n1-p1-inc1", np.arange(300)
+    text, epoch_index = "rand-m10-n1-p1-inc1", np.arange(300)
     policy = RandAugment(parse_rand_augment(text), image_size=(32, 32), interpolation="bicubic", seed=0)
-    (layer,) = policy.draw(0, positions)
+    (layer,) = policy.draw(0, epoch_index)
     to_the_left = (layer.kind_B == Kind.SHIFT_ROWS) & (layer.matrix_B6[:, 2] > 5)
     assert to_the_left.sum() > 3
     x = torch.full((300, 3, 32, 32), 255, dtype=torch.uint8)
-    got = build(replace(NONE, rand_augment=text), (32, 32))(x, epoch=0, positions=positions)
+    got = build(replace(NONE, rand_augment=text), (32, 32))(x, epoch=0, epoch_index=epoch_index)
     outside = got[torch.from_numpy(to_the_left)][..., -5:].transpose(1, 3)
     expected = torch.tensor([(round(255 * m) / 255 - m) / s for m, s in zip(MEAN, STD, strict=True)])
     torch.testing.assert_close(outside, expected.expand_as(outside), rtol=0, atol=2e-6)
 
 
-def test_epoch_seed_and_position_each_change_the_result(cifar):
-    x, positions = to_tensor(cifar), np.arange(64)
+def test_epoch_seed_and_index_each_change_the_result(cifar):
+    x, epoch_index = to_tensor(cifar), np.arange(64)
     results = [
-        build(EVERYTHING, (32, 32), seed)(x, epoch=epoch, positions=positions + offset)
+        build(EVERYTHING, (32, 32), seed)(x, epoch=epoch, epoch_index=epoch_index + offset)
         for seed, epoch, offset in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1000))
     ]
     for other in results[1:]:
@@ -637,33 +641,33 @@ def test_epoch_seed_and_position_each_change_the_result(cifar):
 @pytest.mark.parametrize("spec", [DEIT, DEIT_III, EVERYTHING], ids=["deit", "deit_iii", "everything"])
 def test_strides_of_the_input_do_not_matter_and_it_is_not_changed(spec, cifar):
     x = to_tensor(cifar)[:, :, :, :24]  # higher than wide
-    augment, positions = build(spec, (32, 24)), np.arange(64)
+    augment, epoch_index = build(spec, (32, 24)), np.arange(64)
     assert not x.is_contiguous(memory_format=torch.channels_last)
     before = x.clone()
-    expected = augment(x.contiguous(), epoch=0, positions=positions)
+    expected = augment(x.contiguous(), epoch=0, epoch_index=epoch_index)
     assert expected.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(augment(x, epoch=0, positions=positions), expected)
+    assert torch.equal(augment(x, epoch=0, epoch_index=epoch_index), expected)
     assert torch.equal(x, before)
     twice = x.repeat_interleave(2, 0)[::2]
-    assert torch.equal(augment(twice, epoch=0, positions=positions.tolist()), expected)
+    assert torch.equal(augment(twice, epoch=0, epoch_index=epoch_index.tolist()), expected)
 
 
 @pytest.mark.parametrize("spec", [NONE, DEIT, DEIT_III], ids=["none", "deit", "deit_iii"])
 def test_an_empty_batch_gives_an_empty_batch(spec):
-    got = build(spec, (16, 16))(torch.empty(0, 3, 16, 16, dtype=torch.uint8), epoch=0, positions=[])
+    got = build(spec, (16, 16))(torch.empty(0, 3, 16, 16, dtype=torch.uint8), epoch=0, epoch_index=[])
     assert got.shape == (0, 3, 16, 16) and got.dtype == torch.float32
 
 
 def test_autocast_does_not_reach_the_blur(photos):
     x = to_tensor(photos)
     augment = build(DEIT_III, tuple(x.shape[2:]))
-    expected = augment(x, epoch=0, positions=np.arange(len(x)))
+    expected = augment(x, epoch=0, epoch_index=np.arange(len(x)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(augment(x, epoch=0, positions=np.arange(len(x))), expected)
+        assert torch.equal(augment(x, epoch=0, epoch_index=np.arange(len(x))), expected)
 
 
 @pytest.mark.parametrize(
-    ("images", "positions"),
+    ("images", "epoch_index"),
     [
         (torch.zeros(2, 3, 32, 32), [0, 1]),
         (torch.zeros(2, 3, 32, 31, dtype=torch.uint8), [0, 1]),
@@ -674,9 +678,9 @@ def test_autocast_does_not_reach_the_blur(photos):
         (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), [0, -1]),
     ],
 )
-def test_bad_batches_are_refused(images, positions):
-    with pytest.raises(ValueError, match=r"images must be uint8|positions must be"):
-        build(DEIT, (32, 32))(images, epoch=0, positions=positions)
+def test_bad_batches_are_refused(images, epoch_index):
+    with pytest.raises(ValueError, match=r"images must be uint8|epoch_index must be"):
+        build(DEIT, (32, 32))(images, epoch=0, epoch_index=epoch_index)
 
 
 @pytest.mark.parametrize(
@@ -725,14 +729,14 @@ def test_the_package_needs_only_torch_and_numpy():
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("spec", [DEIT, DEIT_III, EVERYTHING], ids=["deit", "deit_iii", "everything"])
 def test_a_gpu_gives_the_cpus_images_and_is_never_waited_for(spec, fused, cifar):
-    x, positions = to_tensor(cifar), np.arange(64)
-    expected = build(spec, (32, 32))(x, epoch=0, positions=positions)
+    x, epoch_index = to_tensor(cifar), np.arange(64)
+    expected = build(spec, (32, 32))(x, epoch=0, epoch_index=epoch_index)
     augment = build(spec, (32, 32), fused=fused)
     on_gpu = x.cuda()
-    augment(on_gpu, epoch=0, positions=positions)  # libraries are loaded
+    augment(on_gpu, epoch=0, epoch_index=epoch_index)  # libraries are loaded
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = augment(on_gpu, epoch=0, positions=positions)
+        got = augment(on_gpu, epoch=0, epoch_index=epoch_index)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert ((got.cpu() - expected).abs() > 0.02).float().mean() < 0.01

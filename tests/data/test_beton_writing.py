@@ -107,7 +107,7 @@ def test_bytes_after_the_journals_last_line_do_not_count(
     assert manifest.sha256 == undisturbed.sha256
 
 
-def test_other_options_or_sources_start_anew(source: Source, tmp_path: Path) -> None:
+def test_other_options_or_sources_start_again(source: Source, tmp_path: Path) -> None:
     path = tmp_path / "x.beton"
 
     def begin(source: Source, **options: Any) -> list[tuple[int, int]]:
@@ -181,7 +181,7 @@ def test_a_killed_writer_goes_on(shared_dir: Path, tmp_path: Path) -> None:
         [sys.executable, str(job), *arguments], env=environment, capture_output=True, text=True
     )
     assert again.returncode == 0, again.stderr
-    assert "going on after" in again.stderr
+    assert "continuing after" in again.stderr
     cifar = select(open_source(arguments[0], "train"), "per-class:1000")
     whole = write_beton(cifar, tmp_path / "y.beton", mode="jpg", workers=2)
     assert check_beton(tmp_path / "x.beton").sha256 == whole.sha256
@@ -237,7 +237,7 @@ def test_sets_that_are_not_whole(source: Source, tmp_path: Path) -> None:
     path = tmp_path / "x.beton"
     write_beton(source, path, shards=3, workers=1)
     with pytest.raises(
-        ValueError, match=r"x-00000-of-00003\.beton is there already, of another number of shards"
+        ValueError, match=r"x-00000-of-00003\.beton exists already, of another number of shards"
     ):
         write_beton(source, path, workers=1)
     with pytest.raises(ValueError, match="of another number of shards"):
@@ -280,9 +280,7 @@ def test_a_file_of_ffcvs_own_writer_is_a_source(tmp_path: Path, shared_dir: Path
     }
     old, new = tmp_path / "old.beton", tmp_path / "new.beton"
     DatasetWriter(str(old), fields, num_workers=1).from_indexed_dataset(dataset)
-    with pytest.raises(
-        FileNotFoundError, match=r"make both from the \.beton that is there: jobs/write_beton.py"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"make both from the existing \.beton: jobs/write_beton.py"):
         check_beton(old)
     manifest = write_beton(beton_images(old), new, workers=1)
     assert manifest.stored == {"original_jpeg": 12}

@@ -67,6 +67,6 @@ def test_kernels_compile_for_gpus(capability: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(driver, "_active", NoGpu(capability))
     for given in (images, images.contiguous()):
         for epoch in range(6):
-            augment(given, epoch=epoch, positions=np.arange(64))
+            augment(given, epoch=epoch, epoch_index=np.arange(64))
     # One for each of the layouts that a layer reads: another one would be compiled in the middle of a training.
     assert [len(kernels) for kernels in compiled.values()] == [2, 2]

@@ -28,6 +28,7 @@ import pytest
 import torch
 
 from lape_ray.cluster.checkpoint_list import LIST, Listed, recover, write_list
+from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, earlier_run, write_run
 from lape_ray.config import TrainConfig
 from lape_ray.data.beton import check_beton, manifest_path, shard_path, write_beton
@@ -128,24 +129,22 @@ def read_journal(file: Path) -> None:
 def make_meta(folder: Path) -> Path:
     network = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(network.parameters())
-    state = checkpoint.snapshot(model=network, ema=network, optimizer=optimizer)
-    meta = checkpoint.Meta(
+    meta = checkpoint.Metadata(
         epochs_done=3,
         steps_done=17,
-        progress=checkpoint.Progress(step=2, logged=2, loss=1.5),
+        progress=checkpoint.EpochProgress(step=2, logged=2, loss=1.5),
         config=TrainConfig(),
         metrics={"val/acc1": 31.5, "train/loss": float("nan")},
         world_size=2,
         classes=("cat", "dog"),
         mlflow_run_id="0" * 32,
-        notes={"unsent": [["val/acc1", 31.5, 1, 17]]},
     )
-    checkpoint.save(folder, state, meta)
+    checkpoint.snapshot(model=network, ema=network, optimizer=optimizer, metadata=meta).save(folder)
     return folder / "meta.json"
 
 
-def read_meta(file: Path) -> None:
-    checkpoint.read_meta(file.parent)
+def read_metadata(file: Path) -> None:
+    checkpoint.read_metadata(file.parent)
     checkpoint.verify(file.parent)
 
 
@@ -245,6 +244,17 @@ def read_download(file: Path) -> None:
     assert target.read_bytes() == CONTENT
 
 
+def run_in(folder: Path) -> Run:
+    return Run(
+        config=TrainConfig(),
+        folder=str(folder),
+        lease="",
+        tracking_uri="",
+        mlflow_run_id="0" * 32,
+        use_gpu=False,
+    )
+
+
 def make_run(folder: Path) -> Path:
     """A run with a record, a list and a checkpoint, whose lease was given back."""
     name = "checkpoint-000005"
@@ -252,7 +262,7 @@ def make_run(folder: Path) -> Path:
         (folder / name).mkdir()
         make_meta(folder / name)
         write_list(str(folder), [Listed(name=name, steps_done=1, score=1.0)])
-        write_run(str(folder), TrainConfig(), "0" * 32, finished=False)
+        write_run(run_in(folder), finished=False)
     return folder
 
 
@@ -300,7 +310,7 @@ KINDS = {
     "beton": Kind(make_beton, read_beton),
     "beton without manifest": Kind(make_bare_beton, read_bare_beton),
     "journal of the writer": Kind(make_journal, read_journal, called="x.beton"),
-    "meta.json": Kind(make_meta, read_meta, called="above/folder"),
+    "meta.json": Kind(make_meta, read_metadata, called="above/folder"),
     "pth": Kind(make_pth, checkpoint.read_weights),
     "safetensors": Kind(make_safetensors, checkpoint.read_weights),
     "tar": Kind(make_tar, read_source),
@@ -414,7 +424,7 @@ PATHS = {
 
 
 def note(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook of Python: it is told of every file that is opened, made, renamed or deleted."""
+    """An audit hook of Python: it gets every file that is opened, made, renamed or deleted."""
     if not OUTSIDE or (event != "open" and event not in PATHS):
         return
     folder, found = OUTSIDE[-1]
@@ -445,7 +455,7 @@ def nothing_else_is_touched(folder: Path) -> Iterator[None]:
 
 
 def survive(kind: Kind, name: str, cases: range, home: Path) -> Counter[str]:
-    """Read `cases` damaged files; returns how many were read all the same, and how many were refused."""
+    """Read `cases` damaged files; returns how many could be read, and how many were refused."""
     above, ends = home / "above", Counter[str]()
     folder = above / "folder"
     for _ in range(2):  # the first time it imports what it needs

@@ -16,7 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 from lape_ray.config import DataConfig
 from lape_ray.data.beton import write_beton
 from lape_ray.data.loader import Loader, build_loader
-from lape_ray.data.sampler import train_keys, train_places
+from lape_ray.data.sampler import train_epoch_index, train_keys
 from lape_ray.data.sources import image_folder
 
 SIDE = 48  # of the delivered square
@@ -54,7 +54,7 @@ def train(data: DataConfig) -> Loader:
 def of_rank(loader: Loader, rank: int, world_size: int, batch_size: int) -> Loader:
     """Another rank's loader over the same compiled reader (compiling takes seconds)."""
     loader.reader.batch_size = batch_size
-    return Loader(loader.reader, loader.facts, split=loader.split, rank=rank, world_size=world_size,
+    return Loader(loader.reader, loader.info, split=loader.split, rank=rank, world_size=world_size,
                   seed=loader.seed, device=loader.device)  # fmt: skip
 
 
@@ -103,11 +103,11 @@ def test_evaluation_is_stock_ffcvs(val: Loader, data: DataConfig) -> None:
 
 
 def test_batches_are_channels_last_bytes(val: Loader) -> None:
-    images_BCHW, labels_B, places_B = next(val.epoch(0))
+    images_BCHW, labels_B, epoch_index_B = next(val.epoch(0))
     assert (images_BCHW.dtype, labels_B.dtype) == (torch.uint8, torch.int64)
     assert images_BCHW.is_contiguous(memory_format=torch.channels_last)
     assert images_BCHW.shape[1:] == (3, SIDE, SIDE)
-    assert (places_B.dtype, places_B.shape) == (np.int64, labels_B.shape)
+    assert (epoch_index_B.dtype, epoch_index_B.shape) == (np.int64, labels_B.shape)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 8])
@@ -115,16 +115,18 @@ def test_every_world_size_trains_on_the_same_micro_batches(world_size: int) -> N
     """Steps of 8 micro-batches of 5 images: rank r of R has micro-batches r, r + R, ... of every step."""
     size = 1000 // 40 * 40
     parts = [
-        train_places(size, batch_size=5, micro_batches=8, rank=rank, world_size=world_size).reshape(25, -1, 5)
+        train_epoch_index(size, batch_size=5, micro_batches=8, rank=rank, world_size=world_size).reshape(
+            25, -1, 5
+        )
         for rank in range(world_size)
     ]
     for step in range(25):
         for rank, part in enumerate(parts):
-            for micro, places in zip(range(rank, 8, world_size), part[step], strict=True):
-                assert places.tolist() == [40 * step + micro + 8 * image for image in range(5)]
+            for micro, epoch_index in zip(range(rank, 8, world_size), part[step], strict=True):
+                assert epoch_index.tolist() == [40 * step + micro + 8 * image for image in range(5)]
     assert sorted(np.concatenate([part.ravel() for part in parts])) == list(range(size))
     with pytest.raises(ValueError, match="rank=8 of 9 has no part in the 8 micro-batches of a step"):
-        train_places(size, batch_size=5, micro_batches=8, rank=8, world_size=9)
+        train_epoch_index(size, batch_size=5, micro_batches=8, rank=8, world_size=9)
 
 
 def test_train_order_depends_on_seed_and_epoch_alone() -> None:

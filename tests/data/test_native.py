@@ -137,9 +137,9 @@ def test_photographs_are_pillows_to_the_bit(
     photographs: list[bytes], interpolation: Any, size: tuple[int, int]
 ) -> None:
     stored = store(*photographs)
-    positions_B = np.arange(len(stored))
-    boxes_B4 = native.random_resized_crops(3, 0, positions_B, stored.widths_B, stored.heights_B)
-    flips_B = native.flips(3, 0, positions_B)
+    epoch_index_B = np.arange(len(stored))
+    boxes_B4 = native.random_resized_crops(3, 0, epoch_index_B, stored.widths_B, stored.heights_B)
+    flips_B = native.flips(3, 0, epoch_index_B)
     got, statuses_B = stored.decode(boxes_B4, flips_B, size=size, interpolation=interpolation)
     native.check(statuses_B)
     for image, file, box, flip in zip(got, photographs, boxes_B4, flips_B, strict=True):
@@ -344,7 +344,7 @@ CMYK = encode(Image.new("CMYK", (20, 20)))
     ],
 )  # fmt: skip
 def test_statuses(status: Status, data: bytes, change: dict[str, Any]) -> None:
-    """Each fails alone: the images beside it are whole, and its own pixels are zeros, never stale ones."""
+    """Each fails alone: the other images are right, and its own pixels are zeros, never stale ones."""
     one = Stored.of([data], [JPEG], [(200, 150)])
     change = dict(change)
     box = change.pop("box", (0, 0, 200, 150) if status != Status.UNSUPPORTED else (0, 0, 20, 20))
@@ -573,17 +573,17 @@ def test_crops_follow_the_documented_counter() -> None:
         assert box.tolist() == expected_crop(seed, epoch, position, width, height)
 
 
-def test_draws_depend_on_seed_epoch_and_position_alone() -> None:
-    positions_B, sides_B = np.arange(1000), np.full(1000, 400)
+def test_draws_depend_on_seed_epoch_and_index_alone() -> None:
+    epoch_index_B, sides_B = np.arange(1000), np.full(1000, 400)
 
-    def draw(seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
-        sides = sides_B[: len(positions)]
-        boxes = native.random_resized_crops(seed, epoch, positions, sides, sides)
-        return np.column_stack([boxes, native.flips(seed, epoch, positions)])
+    def draw(seed: int, epoch: int, epoch_index: np.ndarray) -> np.ndarray:
+        sides = sides_B[: len(epoch_index)]
+        boxes = native.random_resized_crops(seed, epoch, epoch_index, sides, sides)
+        return np.column_stack([boxes, native.flips(seed, epoch, epoch_index)])
 
-    all_B5 = draw(1, 2, positions_B)
-    np.testing.assert_array_equal(draw(1, 2, positions_B[::-7]), all_B5[::-7])
-    for other in (draw(1, 3, positions_B), draw(2, 2, positions_B), draw(1 + 2**32, 2, positions_B)):
+    all_B5 = draw(1, 2, epoch_index_B)
+    np.testing.assert_array_equal(draw(1, 2, epoch_index_B[::-7]), all_B5[::-7])
+    for other in (draw(1, 3, epoch_index_B), draw(2, 2, epoch_index_B), draw(1 + 2**32, 2, epoch_index_B)):
         assert (other[:, :4] == all_B5[:, :4]).all(axis=1).mean() < 0.01
         assert abs((other[:, 4] == all_B5[:, 4]).mean() - 0.5) < 0.1
 
@@ -630,11 +630,12 @@ def test_fallback_crop_is_torchvisions(width: int, height: int) -> None:
 
 
 def test_flips_have_their_probability() -> None:
-    positions_B = np.arange(20000)
+    epoch_index_B = np.arange(20000)
     for probability in (0.0, 0.3, 0.5, 1.0):
-        share = native.flips(0, 0, positions_B, probability).mean()
+        share = native.flips(0, 0, epoch_index_B, probability).mean()
         assert (
-            abs(share - probability) < 4 * np.sqrt(probability * (1 - probability) / len(positions_B)) + 1e-9
+            abs(share - probability)
+            < 4 * np.sqrt(probability * (1 - probability) / len(epoch_index_B)) + 1e-9
         )
 
 

@@ -8,7 +8,7 @@ import os
 import resource
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from lape_ray.data.batch import Batch
 from lape_ray.data.beton import Manifest, read_contents, write_beton
 from lape_ray.data.beton.format import HEADER, RECORD, RECORDS_START, read_tables, tables_sha256
 from lape_ray.data.loader import build_loader
+from lape_ray.data.readers.ahead import read_ahead
 from lape_ray.data.readers.buffers import Buffers
 from lape_ray.data.sampler import train_keys
 from lape_ray.data.sources import Source, image_folder
@@ -80,7 +81,7 @@ def test_evaluation_is_torchvisions_resize_and_crop(data: DataConfig) -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "random"])
-def test_pixels_depend_on_seed_epoch_and_position_alone(data: DataConfig, interpolation: str) -> None:
+def test_pixels_depend_on_seed_epoch_and_index_alone(data: DataConfig, interpolation: str) -> None:
     data = dataclasses.replace(data, interpolation=interpolation)  # type: ignore[arg-type]
     reference = torch.cat([images for images, *_ in epoch_of(data, "train", batch_size=12)])
     for threads, batch_size, world_size in ((1, 12, 1), (3, 4, 3), (2, 6, 2)):
@@ -155,7 +156,7 @@ def test_a_damaged_image_is_named_and_not_black(damaged: DataConfig, split: str)
 
 
 def test_an_epoch_can_begin_in_its_middle(data: DataConfig) -> None:
-    """As a resumed run needs it, in a loader of its own: the rest is what it would have been."""
+    """As a resumed run needs it, in another loader: the rest is what it would have been."""
     for split, world_size in (("train", 1), ("train", 2), ("val", 2)):
         options = {"rank": world_size - 1, "world_size": world_size, "batch_size": 4}
         whole = epoch_of(data, split, epoch=2, **options)
@@ -163,10 +164,12 @@ def test_an_epoch_can_begin_in_its_middle(data: DataConfig) -> None:
             loader = build_loader(data, split, image_size=SIDE, threads=1, seed=3, **options)  # type: ignore[arg-type]
             rest = list(loader.epoch(2, start=start))
             assert len(rest) == len(whole) - start
-            for (images, labels, places), (expected, right, own) in zip(rest, whole[start:], strict=True):
+            for (images, labels, epoch_index), (expected, right, own) in zip(
+                rest, whole[start:], strict=True
+            ):
                 torch.testing.assert_close(images, expected, atol=0, rtol=0)
                 assert torch.equal(labels, right)
-                assert np.array_equal(places, own)
+                assert np.array_equal(epoch_index, own)
     with pytest.raises(ValueError, match="start=-1 must be from 0 to the 5 batches"):
         next(loader.epoch(0, start=-1))
 
@@ -179,7 +182,7 @@ def test_a_batch_knows_its_places(data: DataConfig) -> None:
     for start in (0, 1):
         for number, batch in enumerate(loader.epoch(0, start=start), start):
             step, micro = number // 2, 1 + 2 * (number % 2)
-            assert batch.places.tolist() == [(4 * step + image) * 4 + micro for image in range(4)]
+            assert batch.epoch_index.tolist() == [(4 * step + image) * 4 + micro for image in range(4)]
         assert number == 3
 
 
@@ -347,3 +350,16 @@ def test_memory_of_batches_is_used_again_but_never_under_one_that_is_kept() -> N
     many = [buffers.take((10,)) for _ in range(30)]
     del many
     assert len(buffers._free) <= 8
+
+
+def test_the_next_batches_are_started_before_one_is_delivered() -> None:
+    started: list[int] = []
+
+    def start(number: int) -> Callable[[], int]:
+        started.append(number)
+        return lambda: number
+
+    results = read_ahead(map(start, range(5)), 2)
+    assert (next(results), started) == (0, [0, 1, 2])
+    assert (next(results), started) == (1, [0, 1, 2, 3])
+    assert (list(results), started) == ([2, 3, 4], [0, 1, 2, 3, 4])

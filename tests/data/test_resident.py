@@ -77,11 +77,11 @@ def test_batches_are_the_native_backends(data: DataConfig, split: str, rank: int
         )  # type: ignore[arg-type]  # fmt: skip
         assert len(loader) == len(list(loader.epoch(3)))
         batches[backend] = list(loader.epoch(3, start=1))
-    for (native, labels, places), (resident, same, alike) in zip(
+    for (native, labels, epoch_index), (resident, same, alike) in zip(
         batches["native"], batches["resident"], strict=True
     ):
         assert torch.equal(labels, same)
-        assert np.array_equal(places, alike)
+        assert np.array_equal(epoch_index, alike)
         assert torch.equal(native, resident)
 
 
@@ -115,14 +115,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("at_once", [3, 100])
-def test_micro_batches_augmented_together_are_those_augmented_alone(small: TrainConfig, at_once: int) -> None:
+@pytest.mark.parametrize("group_size", [3, 100])
+def test_micro_batches_augmented_together_are_those_augmented_alone(
+    small: TrainConfig, group_size: int
+) -> None:
     state = build_state(small, torch.device("cpu"))
     loader, augment = state.train_loader.loader, state.train_loader.augment
     alone = list(state.train_loader.epoch(2, start=2))
-    together = list(augment_batches(loader.epoch(2, start=2), augment, epoch=2, at_once=at_once))
+    together = list(augment_batches(loader.epoch(2, start=2), augment, epoch=2, group_size=group_size))
     assert len(alone) == 18  # of 10 steps of two micro-batches
-    for (images, labels, places), (same, as_well, alike) in zip(alone, together, strict=True):
+    for (images, labels, epoch_index), (same, as_well, alike) in zip(alone, together, strict=True):
         assert torch.equal(labels, as_well)
-        assert np.array_equal(places, alike)
+        assert np.array_equal(epoch_index, alike)
         torch.testing.assert_close(images, same, atol=0, rtol=0)

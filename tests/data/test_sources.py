@@ -1,4 +1,4 @@
-"""Sources against torchvision and pyarrow, odd files, and every way a data set can be wrong."""
+"""Sources against torchvision and pyarrow, unusual files, and every way a data set can be wrong."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def odd_images() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", odd_images())
-def test_odd_images_are_converted_as_torchvision_does(name: str, tmp_path: Path) -> None:
+def test_unusual_images_are_converted_as_torchvision_does(name: str, tmp_path: Path) -> None:
     write_folder(tmp_path, {f"a/{name}": odd_images()[name]})
     image = image_folder(tmp_path).read(0)
     assert image.mode == "RGB"

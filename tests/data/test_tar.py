@@ -203,9 +203,9 @@ def refused(path: Path, match: str) -> None:
         ([("a.gif", PNG), ("a.cls", b"0")], r"no image; it has \.gif, \.cls"),
         ([("a.v2.jpg", PNG), ("a.json", b"{}")], r"no image; it has \.v2\.jpg, \.json"),
         ([("a.jpg", PNG), ("a.png", PNG), ("a.cls", b"0")], r"'a\.jpg' and 'a\.png' are two images"),
-        ([*sample("a"), *sample("a", 1)], r"'a\.png' is there twice"),
-        ([("a.JPG", PNG), ("a.jpg", PNG), ("a.cls", b"0")], r"'a\.jpg' is there twice"),
-        ([*sample("a"), ("a.cls", b"1")], r"'a\.cls' is there twice"),
+        ([*sample("a"), *sample("a", 1)], r"'a\.png' occurs twice"),
+        ([("a.JPG", PNG), ("a.jpg", PNG), ("a.cls", b"0")], r"'a\.jpg' occurs twice"),
+        ([*sample("a"), ("a.cls", b"1")], r"'a\.cls' occurs twice"),
         (sample("a", "cat"), r"'a\.cls' holds no label: b'cat' is not a whole number"),
         (sample("a", ""), r"'a\.cls' holds no label: b'' is not"),
         (sample("a", "1.0"), r"b'1\.0' is not a whole number"),
@@ -269,9 +269,9 @@ def test_damaged_and_hostile_tars(tmp_path: Path) -> None:
     second = whole.index(b"b.png")
     for at in (second + 3, second + 124, second + 148):  # name, size and checksum of a header
         path.write_bytes(whole[:at] + b"\x7f" + whole[at + 1 :])
-        refused(path, "goes on after byte|no tar file, or cut or damaged")
+        refused(path, "continues after byte|no tar file, or cut or damaged")
     path.write_bytes(whole + whole)
-    refused(path, "goes on after byte .*joined")
+    refused(path, "continues after byte .*joined")
     path.write_bytes(b"no tar at all" * 100)
     refused(path, "no tar file, or cut or damaged")
     path.write_bytes(b"")

@@ -90,8 +90,8 @@ def test_crops_are_those_of_our_decoder(
     data = DataConfig(interpolation=interpolation)  # type: ignore[arg-type]
 
     class SameDraws(TorchvisionReader):
-        def draw(self, crop: RandomCrop, image: Image.Image, epoch: int, position: int) -> Draw:
-            place = np.array([position])
+        def draw(self, crop: RandomCrop, image: Image.Image, epoch: int, epoch_index: int) -> Draw:
+            place = np.array([epoch_index])
             sizes = (np.array([side]) for side in image.size)
             left, top, width, height = native.random_resized_crops(self.options.seed, epoch, place, *sizes)[
                 0
@@ -131,11 +131,11 @@ def distance(a_N: np.ndarray, b_N: np.ndarray) -> float:
 def test_boxes_are_distributed_as_those_of_our_decoder(source: Source, size: tuple[int, int]) -> None:
     """Left edge, top edge, area and ratio: Kolmogorov-Smirnov, at a level of 0.001 for each; the draws are fixed."""
     count = 4_000
-    image, reader, places = Image.new("RGB", size), reader_of(source), np.arange(count)
+    image, reader, epoch_index = Image.new("RGB", size), reader_of(source), np.arange(count)
     drawn = [reader.draw(random_crop(), image, 0, position) for position in range(count)]
     theirs = np.array([draw[:4] for draw in drawn])
     widths, heights = (np.full(count, side) for side in size)
-    ours = native.random_resized_crops(5, 0, places, widths, heights)
+    ours = native.random_resized_crops(5, 0, epoch_index, widths, heights)
 
     limit = 1.95 * np.sqrt(2 / count)
 
@@ -145,7 +145,7 @@ def test_boxes_are_distributed_as_those_of_our_decoder(source: Source, size: tup
 
     for a, b in zip(features(theirs), features(ours), strict=True):
         assert distance(a, b) < limit
-    narrower = native.random_resized_crops(5, 0, places, widths, heights, scale=(0.12, 1.0))
+    narrower = native.random_resized_crops(5, 0, epoch_index, widths, heights, scale=(0.12, 1.0))
     assert (
         distance(features(theirs)[2], features(narrower)[2]) > 1.95 * np.sqrt(2 / count) or min(size) == 100
     )
@@ -154,7 +154,7 @@ def test_boxes_are_distributed_as_those_of_our_decoder(source: Source, size: tup
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "random"])
-def test_pixels_depend_on_seed_epoch_and_position_alone(source: Source, interpolation: str) -> None:
+def test_pixels_depend_on_seed_epoch_and_index_alone(source: Source, interpolation: str) -> None:
     data = DataConfig(interpolation=interpolation)  # type: ignore[arg-type]
     reference = pixels(reader_of(source, data=data))
     for threads, batch_size in ((1, 24), (3, 1), (4, 7)):

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from lape_ray import tracking
 from lape_ray.cluster.local import free_ports
-from lape_ray.config import replace_fields
+from lape_ray.config import TrackingConfig, replace_fields
 from lape_ray.recipes import recipe
 
 SCRIPT = Path(__file__).parent.parent.parent / "docker/mlflow-server"
@@ -115,14 +115,15 @@ def test_the_jobs_user_writes_and_does_not_delete_what_is_others(
     trainer = login(TRAINER)
     tracking.check_reachable(uri)
     for experiment in ("lape_ray", "new"):
-        config = replace_fields(recipe("smoke"), {"run.experiment": experiment})
+        config = replace_fields(recipe("smoke"), {"tracking.experiment": experiment})
         data = {"train": ("/data/train.beton", "ab" * 32)}
         run_id = tracking.create_run(
             config, name="one", command="python x", tags={"seed": "0"}, datasets=data
         )
-        tracker = tracking.Tracker(uri, run_id)
+        tracker = tracking.open_tracker(TrackingConfig(), uri, run_id, str(tmp_path / "run"))
         tracker.metrics({"train/loss": 1.5}, step=1)
-        assert tracker.close() == 0
+        tracker.close()
+        assert not (tmp_path / "run").exists(), "nothing is left to send"
         (tmp_path / "page.html").write_text("page")
         tracking.log_files(uri, run_id, tmp_path, "summary")
         assert tracking.finish_run(uri, run_id, "FINISHED")

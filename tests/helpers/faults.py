@@ -88,7 +88,7 @@ def job(service: Service, name: str, *words: str, own_ray: bool = False) -> subp
     """
     changes = [f"--{key.replace('__', '.')}={value}" for key, value in LONG.items()]
     command = [sys.executable, "-u", str(ROOT / "jobs/imagenet_deit.py"), "smoke", f"--run.name={name}"]
-    command += [*service.data(), *changes, "--run.pages=false", *words]
+    command += [*service.data(), *changes, "--tracking.pages=false", *words]
     environment = dict(os.environ)
     if own_ray:
         for variable in service.cluster.environment:

@@ -150,7 +150,7 @@ def test_a_whole_augmentation_is_that_of_operators(
     images = pictures(size, 32, 32) if size else torch.empty(0, 3, 32, 32, dtype=torch.uint8)
     data = replace(PLAIN, **changes)
     found, wanted = (
-        build(data, image_size=32, seed=3, fused=kernels)(images, epoch=1, positions=np.arange(size))
+        build(data, image_size=32, seed=3, fused=kernels)(images, epoch=1, epoch_index=np.arange(size))
         for kernels in (True, False)
     )
     assert found.shape == wanted.shape == images.shape

@@ -47,7 +47,7 @@ def config_of(scenario: str, home: Path) -> TrainConfig:
         "run.storage": str(home / "runs"),
         "run.num_workers": Span(1, 2) if scenario == "elastic" else 2,
         "run.max_failures": 0 if scenario == "drain" else 3,
-        "run.pages": scenario == "elastic",
+        "tracking.pages": scenario == "elastic",
     }
     if scenario == "drain":
         fields["optim.epochs"] = 400
@@ -59,7 +59,7 @@ def main(scenario: str, home: Path) -> None:
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address)
     with tracking_server(home) as server:
-        config = replace_fields(config_of(scenario, home), {"run.tracking_uri": server.uri})
+        config = replace_fields(config_of(scenario, home), {"tracking.uri": server.uri})
         done: list[FitResult] = []
         failed: list[BaseException] = []
 

@@ -40,7 +40,7 @@ class Service:
     def config(self, recipe_name: str = "smoke", **changes: object) -> TrainConfig:
         values = {name.replace("__", "."): value for name, value in changes.items()}
         data: dict[str, object] = {f"data.{s}": str(self.home / f"{s}.beton") for s in ("train", "val")}
-        data["run.pages"] = False  # the submitted job makes them; they are half of a short run's time
+        data["tracking.pages"] = False  # the submitted job makes them; they are half of a short run's time
         return replace_fields(recipe(recipe_name), {**data, **values})
 
     def submit(self, *words: str) -> subprocess.CompletedProcess[str]:

@@ -22,10 +22,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from lape_ray.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from lape_ray.config import DataConfig, ModelConfig, RunConfig, TrackingConfig, TrainConfig
 from lape_ray.data.beton import manifest_path, write_beton
 from lape_ray.data.sources import image_folder, load_image, to_rgb
-from lape_ray.inference import export
+from lape_ray.inference import onnx
+from lape_ray.inference.checkpoints import class_names, open_predictor
+from lape_ray.inference.export import export
+from lape_ray.inference.onnx import compare_onnx, export_onnx
 from lape_ray.inference.predict import (
     Prediction,
     center_crop,
@@ -36,18 +39,26 @@ from lape_ray.inference.predict import (
     with_csv,
 )
 from lape_ray.inference.samples import folder_images, validation_images
-from lape_ray.inference.serving import ROOT_VARIABLE, decode, encode
+from lape_ray.inference.serving import ROOT_VARIABLE, image_from_text, image_to_text
+from lape_ray.inference.timm import export_timm
 from lape_ray.model import build_model
 from lape_ray.training import checkpoint
-from lape_ray.training.checkpoint import Meta
+from lape_ray.training.checkpoint import Metadata
 
 ROOT = Path(__file__).parent.parent.parent
 SIZES = {"embed_dim": 64, "depth": 2, "num_heads": 4, "image_size": 64, "patch_size": 16, "num_classes": 6}
 
 
-def config(data: DataConfig | None = None, run: RunConfig | None = None, **model: object) -> TrainConfig:
+def config(
+    data: DataConfig | None = None, tracking: TrackingConfig | None = None, **model: object
+) -> TrainConfig:
     sized = ModelConfig(**{**SIZES, **model})  # type: ignore[arg-type]
-    return TrainConfig(model=sized, data=data or DataConfig(), run=run or RunConfig(device="cpu"))
+    return TrainConfig(
+        model=sized,
+        data=data or DataConfig(),
+        tracking=tracking or TrackingConfig(),
+        run=RunConfig(device="cpu"),
+    )
 
 
 def weights_file(path: Path, made: TrainConfig) -> Path:
@@ -117,7 +128,7 @@ def test_timm_loads_the_folder_and_gives_the_same_logits(
 ) -> None:
     made = config(**model)
     predictor = make_predictor(str(weights_file(tmp_path / "w.safetensors", made)), made)
-    line = export.export_timm(predictor, tmp_path / "timm")
+    line = export_timm(predictor, tmp_path / "timm")
     assert line == f'timm.create_model("local-dir:{tmp_path / "timm"}", pretrained=True)'
     theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     images = folder_images(photographs, made, 6)
@@ -140,7 +151,7 @@ def test_timm_loads_the_folder_and_gives_the_same_logits(
 def test_what_timm_cannot_load_is_said(tmp_path: Path, model: dict[str, object], reason: str) -> None:
     made = config(**model)
     predictor = make_predictor(str(weights_file(tmp_path / "w.safetensors", made)), made)
-    assert export.export_timm(predictor, tmp_path / "out").endswith(f"timm cannot load it, for {reason}")
+    assert export_timm(predictor, tmp_path / "out").endswith(f"timm cannot load it, for {reason}")
     again = make_predictor(str(tmp_path / "out/model.safetensors"), made)
     images = torch.randint(256, (2, 3, again.size, again.size), dtype=torch.uint8)
     torch.testing.assert_close(again.model(images), predictor.model(images))
@@ -148,7 +159,7 @@ def test_what_timm_cannot_load_is_said(tmp_path: Path, model: dict[str, object],
 
 # --- ONNX -----------------------------------------------------------------------------------------------------
 
-MISSING = [name for name in export.ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+MISSING = [name for name in onnx.PACKAGES if importlib.util.find_spec(name) is None]
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
@@ -168,21 +179,21 @@ def test_onnx_gives_the_logits_of_pytorch(
     made = config(**model)
     predictor = make_predictor(str(weights_file(tmp_path / "w.safetensors", made)), made)
     images = folder_images(photographs, made, 6)
-    assert export.export_onnx(predictor, tmp_path / "m.onnx", images) <= 1e-4
+    assert export_onnx(predictor, tmp_path / "m.onnx", images) <= 1e-4
     for batch in (1, 3):
-        assert export.compare_onnx(predictor, tmp_path / "m.onnx", images[:batch]) <= 1e-4
+        assert compare_onnx(predictor, tmp_path / "m.onnx", images[:batch]) <= 1e-4
     with torch.no_grad():  # the comparison sees a model that is not the file's
         predictor.model.network.head.bias.add_(1.0)
-    assert export.compare_onnx(predictor, tmp_path / "m.onnx", images) > 0.5
+    assert compare_onnx(predictor, tmp_path / "m.onnx", images) > 0.5
 
 
 def test_missing_onnx_packages_are_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "ONNX_PACKAGES", ("onnx_that_is_not_there", "numpy", "nor_this"))
+    monkeypatch.setattr(onnx, "PACKAGES", ("onnx_that_is_not_there", "numpy", "nor_this"))
     with pytest.raises(
         ValueError,
         match=r"needs onnx_that_is_not_there, nor_this, which are not installed: pip install onnx_that_is_not_there",
     ):
-        export._onnx_packages()
+        onnx.require_packages()
 
 
 # --- MLflow ---------------------------------------------------------------------------------------------------
@@ -194,7 +205,7 @@ def saved_checkpoint(
     folder.mkdir()
     torch.manual_seed(0)
     network = build_model(made.model)
-    facts = Meta(
+    facts = Metadata(
         epochs_done=1,
         steps_done=1,
         config=made,
@@ -204,7 +215,7 @@ def saved_checkpoint(
         mlflow_run_id=run_id,
     )
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    checkpoint.save(folder, checkpoint.snapshot(model=network, ema=None, optimizer=optimizer), facts)
+    checkpoint.snapshot(model=network, ema=None, optimizer=optimizer, metadata=facts).save(folder)
     return folder
 
 
@@ -212,12 +223,12 @@ def test_mlflow_serves_what_pytorch_says(
     photographs: Path, beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    made = config(DataConfig(val=str(beton)), RunConfig(tracking_uri=uri, device="cpu"), join="lape")
+    made = config(DataConfig(val=str(beton)), TrackingConfig(uri=uri), join="lape")
     client = mlflow.MlflowClient(uri)
     experiment = client.create_experiment("e", artifact_location=(tmp_path / "artifacts").as_uri())
     run_id = client.create_run(experiment).info.run_id
     folder = saved_checkpoint(tmp_path / "checkpoint", made, run_id)
-    (line,) = export.export(str(folder), overrides={}, mlflow=True, register="digits")
+    (line,) = export(str(folder), overrides={}, mlflow=True, register="digits")
     assert line.endswith(f"logged to MLflow run {run_id}, registered as digits")
     mlflow.set_registry_uri(uri)
     monkeypatch.setenv(ROOT_VARIABLE, str(photographs))
@@ -227,9 +238,7 @@ def test_mlflow_serves_what_pytorch_says(
     assert names == ["class", "probability", "probabilities"]
     paths = find_images(photographs)
     encoded = [base64.b64encode(path.read_bytes()).decode() for path in paths]
-    predictor = make_predictor(
-        str(folder), made, classes=export.class_names(made), device=torch.device("cpu")
-    )
+    predictor = make_predictor(str(folder), made, classes=class_names(made), device=torch.device("cpu"))
     expected = predictor.probabilities([to_rgb(load_image(p.read_bytes(), p.name), p.name) for p in paths])
     for texts in ([f"file:{path.relative_to(photographs)}" for path in paths], encoded):
         answer = model.predict(pd.DataFrame({"image": texts}))
@@ -242,7 +251,9 @@ def test_mlflow_serves_what_pytorch_says(
 
 def test_the_example_of_a_request_holds_the_image() -> None:
     image = torch.randint(256, (3, 8, 8), dtype=torch.uint8)
-    np.testing.assert_array_equal(np.asarray(decode(encode(image))), image.permute(1, 2, 0).numpy())
+    np.testing.assert_array_equal(
+        np.asarray(image_from_text(image_to_text(image))), image.permute(1, 2, 0).numpy()
+    )
 
 
 def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -250,9 +261,9 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
     file = weights_file(tmp_path / "w.safetensors", made)
     overrides = {f"model.{name}": value for name, value in SIZES.items()}
     with pytest.raises(ValueError, match="does not know its MLflow run: give the run's id instead"):
-        list(export.export(str(file), overrides=overrides, mlflow=True))
+        list(export(str(file), overrides=overrides, mlflow=True))
     with pytest.raises(ValueError, match="--register name needs --mlflow"):
-        list(export.export("is never opened", overrides={}, timm=tmp_path / "t", register="name"))
+        list(export("is never opened", overrides={}, timm=tmp_path / "t", register="name"))
     with pytest.raises(ValueError, match=r"2 names of classes were given, but .* has 6 classes"):
         make_predictor(str(file), made, classes=("a", "b"))
 
@@ -285,15 +296,15 @@ def test_names_come_from_the_checkpoint_then_from_the_manifest(
 ) -> None:
     gone = config(DataConfig(val=str(tmp_path / "gone.beton"), train=str(tmp_path / "gone_too.beton")))
     named = saved_checkpoint(tmp_path / "named", gone, classes=ANIMALS)
-    assert export.open_predictor(str(named), {})[0].classes == ANIMALS
+    assert open_predictor(str(named), {})[0].classes == ANIMALS
     nameless = str(saved_checkpoint(tmp_path / "nameless", gone))
-    wnids = export.open_predictor(nameless, {"data.val": str(beton)})[0].classes
+    wnids = open_predictor(nameless, {"data.val": str(beton)})[0].classes
     assert wnids[0].startswith("n0")
     shutil.copy(manifest_path(beton), tmp_path / "gone_too.beton.json")  # without its images
-    assert export.open_predictor(nameless, {})[0].classes == wnids
+    assert open_predictor(nameless, {})[0].classes == wnids
     assert not caplog.messages
     (tmp_path / "gone_too.beton.json").unlink()
-    assert export.open_predictor(nameless, {})[0].classes == ("0", "1", "2", "3", "4", "5")
+    assert open_predictor(nameless, {})[0].classes == ("0", "1", "2", "3", "4", "5")
     (warning,) = caplog.messages
     assert warning.startswith(f"{nameless}: classes are named by their number")
     assert "give --data.val" in warning
@@ -302,7 +313,7 @@ def test_names_come_from_the_checkpoint_then_from_the_manifest(
 def test_names_come_from_the_manifests_of_a_set(photographs: Path, tmp_path: Path) -> None:
     source = image_folder(photographs)
     write_beton(source, tmp_path / "val.beton", shards=2, workers=1)
-    assert export.class_names(config(DataConfig(val=str(tmp_path / "val.beton")))) == source.classes
+    assert class_names(config(DataConfig(val=str(tmp_path / "val.beton")))) == source.classes
 
 
 # --- predict --------------------------------------------------------------------------------------------------
@@ -330,9 +341,7 @@ def test_predict_names_a_corrupt_image_and_goes_on(photographs: Path, beton: Pat
     assert skipped[:-1] == [str(torn), *[""] * 10]
     assert skipped[-1].startswith(f"{torn} cannot be read")
     assert [row[0] for row in rows] == [str(path) for path in find_images(images)[1:]]
-    predictor = make_predictor(
-        str(folder), made, classes=export.class_names(made), device=torch.device("cpu")
-    )
+    predictor = make_predictor(str(folder), made, classes=class_names(made), device=torch.device("cpu"))
     first = find_images(images)[1]
     with torch.no_grad():
         square = center_crop(Image.open(first).convert("RGB"), size=64, data=made.data)

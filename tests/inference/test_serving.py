@@ -29,9 +29,17 @@ from PIL import Image
 from lape_ray.cluster.local import executable, free_ports
 from lape_ray.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from lape_ray.inference import serving
-from lape_ray.inference.export import log_to_mlflow, write_served
-from lape_ray.inference.predict import Pixels, Predictor, center_crop
-from lape_ray.inference.serving import BYTES, IMAGES, PIXELS, REFUSED_FILE, ROOT_VARIABLE, Served, decode
+from lape_ray.inference.export import log_to_mlflow, write_pyfunc
+from lape_ray.inference.predict import NormalizedModel, Predictor, center_crop
+from lape_ray.inference.serving import (
+    BYTES,
+    IMAGES,
+    PIXELS,
+    REFUSED_FILE,
+    ROOT_VARIABLE,
+    PyfuncModel,
+    image_from_text,
+)
 from lape_ray.model import build_model
 
 SIDE = 32
@@ -68,13 +76,13 @@ def predictor() -> Predictor:
     model = ModelConfig(embed_dim=64, depth=1, num_heads=2, image_size=SIDE, patch_size=16, num_classes=3)
     config = TrainConfig(model=model, run=RunConfig(device="cpu"))
     torch.manual_seed(0)
-    network = Pixels(build_model(model), config.data).eval()
+    network = NormalizedModel(build_model(model), config.data).eval()
     return Predictor(model=network, config=config, classes=CLASSES, device=torch.device("cpu"))
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A folder that requests may read, with all that they may not in it and beside it."""
+    """A folder that requests may read, with files in it and next to it that they may not."""
     inside, beside = tmp_path / "root", tmp_path / "root-secret"
     (inside / "birds").mkdir(parents=True)
     beside.mkdir()
@@ -101,7 +109,7 @@ def test_every_small_png_passes_as_bare_base64() -> None:
     """Once their text was tried as the name of a file first: an OSError where no slash came for 255 letters."""
     for _ in range(600):
         image = noise(*RNG.integers(8, 32, 2))
-        np.testing.assert_array_equal(np.asarray(decode(text(encoded(image)))), np.asarray(image))
+        np.testing.assert_array_equal(np.asarray(image_from_text(text(encoded(image)))), np.asarray(image))
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM"])
@@ -109,13 +117,13 @@ def test_bytes_are_decoded_bare_and_as_an_address(format: str) -> None:
     data = encoded(noise(9, 7), format)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     for cell in (text(data), f"data:image/any;base64,{text(data)}"):
-        np.testing.assert_array_equal(np.asarray(decode(cell)), expected)
+        np.testing.assert_array_equal(np.asarray(image_from_text(cell)), expected)
 
 
 @pytest.mark.parametrize("cell", [None, float("nan"), 3, 2.5, True, b"aGk=", ["aGk="], "", pd.NA])
 def test_a_cell_without_text_is_refused(cell: object) -> None:
     with pytest.raises(ValueError, match=r"^the cell holds no text; send an image file \(JPEG, PNG"):
-        decode(cell)
+        image_from_text(cell)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +145,7 @@ def test_a_cell_without_text_is_refused(cell: object) -> None:
 )  # fmt: skip
 def test_text_that_is_no_image_is_refused(cell: str, reason: str, root: Path) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
-        decode(cell, root)
+        image_from_text(cell, root)
     assert len(str(caught.value).splitlines()) == 1
     assert str(root) not in str(caught.value)
     assert "0x" not in str(caught.value), "no address of memory"
@@ -146,19 +154,19 @@ def test_text_that_is_no_image_is_refused(cell: str, reason: str, root: Path) ->
 def test_what_is_too_large_is_refused_before_it_is_decoded() -> None:
     whole = encoded(noise(8, 8))
     padded = whole + bytes(BYTES - len(whole))  # behind the image's end
-    assert decode(text(padded)).size == (8, 8)
+    assert image_from_text(text(padded)).size == (8, 8)
     for cell in (text(padded + b"0"), "A" * (2 * BYTES)):
         with pytest.raises(ValueError, match=r"larger than 20,971,520 bytes; send a smaller one"):
-            decode(cell)
+            image_from_text(cell)
     with pytest.raises(ValueError, match="bytes are not a whole image"):
-        decode(text(announced(PIXELS // 1000, 1000)))
+        image_from_text(text(announced(PIXELS // 1000, 1000)))
     for sides in (
         (PIXELS // 1000, 1001),
         (1, PIXELS + 1),
         (100_000, 100_000),
     ):  # Pillow refuses the last itself
         with pytest.raises(ValueError, match=r"more than 50,000,000 pixels; send a smaller one"):
-            decode(text(announced(*sides)))
+            image_from_text(text(announced(*sides)))
 
 
 @pytest.mark.parametrize("sides", [(1, 60_000), (60_000, 1), (3, 20_000)])
@@ -201,7 +209,7 @@ def test_the_square_is_that_of_the_whole_resized_image(sides: tuple[int, int], i
 
 def test_files_below_the_root_are_read(root: Path) -> None:
     for name in ("birds/jay.png", "link.png", "birds/../birds/jay.png", "./link.png"):
-        assert decode(f"file:{name}", root).size == (8, 8)
+        assert image_from_text(f"file:{name}", root).size == (8, 8)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +226,7 @@ def test_every_other_file_is_refused_in_the_same_words(name: str, root: Path) ->
     name = {"INSIDE": str(root / "absent.png"), "SECRET": str(secret)}.get(name, name)
     for folder in (root, None):
         with pytest.raises(ValueError) as caught:
-            decode(f"file:{name}", folder)
+            image_from_text(f"file:{name}", folder)
         assert str(caught.value) == REFUSED_FILE
     assert str(root) not in REFUSED_FILE
 
@@ -227,8 +235,8 @@ def test_without_a_root_no_file_is_read(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, predictor: Predictor
 ) -> None:
     with pytest.raises(ValueError, match="reads no image of that name"):
-        decode("file:birds/jay.png")
-    folder = write_served(predictor, tmp_path / "model")
+        image_from_text("file:birds/jay.png")
+    folder = write_pyfunc(predictor, tmp_path / "model")
     monkeypatch.delenv(ROOT_VARIABLE, raising=False)
     assert serving._load_pyfunc(str(folder)).root is None
     monkeypatch.setenv(ROOT_VARIABLE, str(root))
@@ -249,18 +257,18 @@ def test_a_request_holds_one_whole_image_at_a_time(
     alive: list[str] = []
 
     def counting(cell: object, root: Path | None) -> Image.Image:
-        image = decode(cell, root)
+        image = image_from_text(cell, root)
         alive.append("an image")
         weakref.finalize(image, alive.pop)
         assert len(alive) <= 2, "the one before goes when this one takes its name"
         return image
 
-    monkeypatch.setattr(serving, "decode", counting)
+    monkeypatch.setattr(serving, "image_from_text", counting)
     cells = [text(encoded(noise(40, 50))) for _ in range(70)]
-    answer = Served(predictor).predict(pd.DataFrame({"image": cells}))
+    answer = PyfuncModel(predictor).predict(pd.DataFrame({"image": cells}))
     assert answer.columns.tolist() == ["class", "probability", "probabilities"]
     assert len(answer) == 70
-    expected = predictor.probabilities(map(decode, cells))
+    expected = predictor.probabilities(map(image_from_text, cells))
     np.testing.assert_allclose(np.stack(answer["probabilities"]), expected, atol=1e-5)
     assert answer["class"].tolist() == [CLASSES[k] for k in expected.argmax(1)]
 
@@ -274,7 +282,7 @@ def test_a_refused_request_is_a_400_that_names_the_row(predictor: Predictor) -> 
         ({"picture": [good]}, "a request needs the column 'image'"),
     ):
         with pytest.raises(mlflow.MlflowException) as caught:
-            Served(predictor).predict(table)
+            PyfuncModel(predictor).predict(table)
         assert str(caught.value).startswith(line)
         assert caught.value.get_http_status_code() == 400
         assert caught.value.json_kwargs == {}, "no traceback"
@@ -294,7 +302,7 @@ def test_what_breaks_inside_is_logged_and_not_told(
     with pytest.raises(
         mlflow.MlflowException, match=r"^the model failed; the server's log says why$"
     ) as caught:
-        Served(predictor).predict({"image": [text(encoded(noise(8, 8)))]})
+        PyfuncModel(predictor).predict({"image": [text(encoded(noise(8, 8)))]})
     assert caught.value.get_http_status_code() == 500
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
@@ -374,7 +382,7 @@ def test_the_server_answers_and_refuses(server: tuple[Address, Path], predictor:
     for cell in (text(encoded(image)), "file:jay.png"):
         status, body = address.images(cell)
         (answer,) = body["predictions"]
-        expected = predictor.probabilities([decode(cell, home / "root")])[0]
+        expected = predictor.probabilities([image_from_text(cell, home / "root")])[0]
         assert status == 200
         np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
         assert answer["class"] == CLASSES[expected.argmax()]

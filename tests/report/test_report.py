@@ -25,8 +25,8 @@ from lape_ray.data.beton import write_beton
 from lape_ray.data.loader import build_loader
 from lape_ray.data.normalize import Normalize
 from lape_ray.data.sources import digits
-from lape_ray.inference.checkpoints import find_subjects
-from lape_ray.inference.samples import spread
+from lape_ray.inference.checkpoints import resolve_checkpoints
+from lape_ray.inference.samples import evenly_spaced
 from lape_ray.model import VisionTransformer, build_model, resolve
 from lape_ray.model.position import LayerPosition
 from lape_ray.report import figures, progress, robustness
@@ -62,7 +62,7 @@ def network(**kwargs: object) -> VisionTransformer:
 
 
 def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """The textbook's formula, beside torch's."""
+    """The textbook's formula against torch's."""
     mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
     return (x - mean) / (var + norm.eps).sqrt() * norm.weight + norm.bias
 
@@ -414,7 +414,7 @@ def test_both_tokens_before_the_patches_are_shown() -> None:
 
 
 def test_a_training_is_followed_over_restarts(tmp_path: Path) -> None:
-    """Maps are kept in the run's folder; the page shows a row for each epoch that is there."""
+    """Maps are kept in the run's folder; the page shows a row for each epoch that has them."""
     run, seen = str(tmp_path / "run"), {}
     for epoch in (2, 4, 8):
         one = view(network(join="lape"), label="a")
@@ -478,14 +478,14 @@ def job(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_report_of_official_checkpoints(official: Path) -> None:
-    subjects = [
+    specs = [
         f"basic={official}/learnable-basic.pth@deit_tiny_basic",
         f"{official}/learnable-LaPE.pth@deit_tiny_lape",
     ]
     (official / "out").mkdir()
     for name in ("position_report.html", "bias_7.png", "mine.txt"):
         (official / "out" / name).touch()
-    done = job(*subjects, "--out", official / "out", "--images", official / "images", *REFERENCE)
+    done = job(*specs, "--out", official / "out", "--images", official / "images", *REFERENCE)
     assert done.returncode == 0, done.stderr
     assert f"report: {official}/out/position_report.html" in done.stdout
     made = {path.name for path in (official / "out").iterdir()}
@@ -508,38 +508,38 @@ def test_the_report_says_what_it_leaves_out_and_why(official: Path) -> None:
     _, notes = build_position_report(
         [f"{official}/2D_RPE-LN.pth"], official / "out", overrides=REFERENCE_SIZES | model
     )
-    assert "how strongly position is used is left out, for want of images" in notes[0]
+    assert "how strongly position is used is left out, as no images can be read" in notes[0]
     assert notes[0].split("(")[0] in (official / "out/position_report.html").read_text()
     assert (official / "out/bias_1.png").exists()
     assert not (official / "out/token.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("subject", "message"),
+    ("spec", "message"),
     [
         ("nowhere.pth", "nowhere.pth is neither a checkpoint nor the id of an MLflow run"),
         ("a@b@c", r"'a@b@c' is not \[LABEL=\]CHECKPOINT\[@RECIPE"),
         ("0" * 32, "has no model that can be fetched"),
     ],
 )
-def test_a_wrong_subject_is_refused(tmp_path: Path, subject: str, message: str) -> None:
-    overrides = {"run.tracking_uri": "http://127.0.0.1:9"}
+def test_a_wrong_spec_is_refused(tmp_path: Path, spec: str, message: str) -> None:
+    overrides = {"tracking.uri": "http://127.0.0.1:9"}
     with pytest.raises((ValueError, OSError), match=message):
-        build_position_report([subject], tmp_path / "out", overrides=overrides)
+        build_position_report([spec], tmp_path / "out", overrides=overrides)
     assert not (tmp_path / "out").exists()
 
 
-def test_each_subject_has_its_own_fields(official: Path) -> None:
-    """A relative bias beside a learnable embedding; what is written for all holds for both."""
+def test_each_spec_has_its_own_fields(official: Path) -> None:
+    """A relative bias next to a learnable embedding; what is written for all holds for both."""
     written = [
         f"a={official}/learnable-basic.pth@deit_tiny_basic",
         f"b={official}/2D_RPE-LN.pth@deit_tiny_basic,position=none,bias=relative2d,bias_join=lape",
     ]
-    a, b = find_subjects(written, REFERENCE_SIZES, downloads=official)
+    a, b = resolve_checkpoints(written, REFERENCE_SIZES, downloads=official)
     assert (a.config.model.position, a.config.model.bias, a.config.model.depth) == ("learnable", "none", 3)
     assert b.description == "deit_tiny at 32 px; position none; bias relative2d, join lape"
     with pytest.raises(ValueError, match="a model has no field 'colour'; it has variant, "):
-        find_subjects([f"{written[1]},colour=3"], {}, downloads=official)
+        resolve_checkpoints([f"{written[1]},colour=3"], {}, downloads=official)
 
 
 def test_robustness_needs_validation_images(official: Path) -> None:
@@ -557,12 +557,12 @@ def test_robustness_on_a_few_images(tmp_path: Path) -> None:
     every = list(loader.epoch(0))
     images, labels = (torch.cat(parts) for parts in list(zip(*every, strict=True))[:2])
     few = list(Few(loader=loader, count=40).epoch(0))
-    index = spread(len(labels), 40)
+    index = evenly_spaced(len(labels), 40)
     torch.testing.assert_close(torch.cat([batch.images for batch in few]), images[index])
     torch.testing.assert_close(torch.cat([batch.labels for batch in few]), labels[index])
 
 
-def test_a_wrong_subject_is_one_line(tmp_path: Path) -> None:
+def test_a_wrong_spec_is_one_line(tmp_path: Path) -> None:
     done = job("nowhere.pth", "--out", tmp_path / "out")
     assert (done.returncode, done.stderr.count("error: "), "Traceback" in done.stderr) == (2, 1, False)
 
@@ -585,10 +585,10 @@ def test_nothing_to_report_is_said(official: Path) -> None:
 
 def test_labels_are_unique_and_indices_are_spread(official: Path) -> None:
     path = f"{official}/learnable-basic.pth"
-    found = find_subjects([path, path, f"other={path}"], REFERENCE_SIZES, downloads=official)
+    found = resolve_checkpoints([path, path, f"other={path}"], REFERENCE_SIZES, downloads=official)
     assert [one.label for one in found] == ["learnable-basic (1)", "learnable-basic (2)", "other"]
-    assert spread(10, 4).tolist() == [0, 3, 6, 9]
-    assert spread(3, 64).tolist() == [0, 1, 2]
+    assert evenly_spaced(10, 4).tolist() == [0, 3, 6, 9]
+    assert evenly_spaced(3, 64).tolist() == [0, 1, 2]
 
 
 @pytest.mark.skipif(

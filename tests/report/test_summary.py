@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lape_ray.config import DataConfig, ModelConfig, OptimConfig, RunConfig, Span, TrainConfig
+from lape_ray.config import DataConfig, ModelConfig, OptimConfig, RunConfig, Span, TrainConfig, TrainingConfig
 from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import digits, select
 from lape_ray.inference.evaluate import evaluate_checkpoint
@@ -19,7 +19,7 @@ from lape_ray.report import figures, outcome
 from lape_ray.report.outcome import ClassScore, Predictions
 from lape_ray.report.summary import Results, _chosen, _curves, write_page, write_run_summary
 from lape_ray.tracking import RunFacts, git_commit, source_tags
-from lape_ray.training.flags import News
+from lape_ray.training.flags import Flags
 from lape_ray.training.loop import train
 
 HISTORY = {
@@ -35,7 +35,7 @@ TAGS = {
     "join": "lape",
     "mlflow.note.content": "hidden",
 }
-FACTS = RunFacts(name="run & name", status="FINISHED", tags=TAGS, history=HISTORY)
+RUN = RunFacts(name="run & name", status="FINISHED", tags=TAGS, history=HISTORY)
 PREDICTIONS = Predictions(
     labels_N=np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2]),
     best_N=np.array([0, 0, 0, 0, 0, 1, 1, 1, 0, 2]),
@@ -75,12 +75,17 @@ def test_curves_are_by_epoch() -> None:
 
 def results(config: TrainConfig) -> Results:
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    return Results(config=config, facts=FACTS, predictions=PREDICTIONS, classes=("ape", "bee", "cat", "dog"),
+    return Results(config=config, run=RUN, predictions=PREDICTIONS, classes=("ape", "bee", "cat", "dog"),
                    epoch=2, samples=[(0, picture), (8, picture)], unit="GPU", per_worker=1)  # fmt: skip
 
 
 def test_the_page_holds_what_a_reader_needs(tmp_path: Path) -> None:
-    config = TrainConfig(recipe="demo", data=DataConfig(batch_size=64), run=RunConfig(num_workers=2, seed=7))
+    config = TrainConfig(
+        recipe="demo",
+        data=DataConfig(batch_size=64),
+        training=TrainingConfig(seed=7),
+        run=RunConfig(num_workers=2),
+    )
     text = write_page(results(config), tmp_path).read_text()
     assert "run &amp; name" in text
     assert "top-1 of the best checkpoint<b>60.00 %</b>" in text
@@ -94,7 +99,7 @@ def test_the_page_holds_what_a_reader_needs(tmp_path: Path) -> None:
     assert 'class="card right"><img src="data:image/png;base64,' in text
     assert "ape · 90 %; is cat" in text
     assert "python jobs/imagenet_deit.py demo --x &#x27;&lt;1&gt;&#x27;" in text
-    assert "run.seed = 7" in text
+    assert "training.seed = 7" in text
     assert "hidden" not in text
     assert not re.search(r"""(src|href)=["'](?!data:)""", text)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -133,20 +138,20 @@ class Keep:
 
     def step(self, metrics: dict[str, float], *, step: int) -> None: ...
 
-    def epoch(self, metrics, *, step, take) -> None:  # type: ignore[no-untyped-def]
+    def epoch(self, metrics, *, step, snapshot) -> None:  # type: ignore[no-untyped-def]
         for key, value in metrics.items():
             self.history.setdefault(key, []).append((step, value))
         self.folder.mkdir(exist_ok=True)
-        take({})(self.folder)
+        snapshot().save(self.folder)
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, take: object) -> None: ...
+    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: object) -> None: ...
 
-    def stored(self) -> None: ...
+    def wait_until_saved(self) -> None: ...
 
-    def news(self) -> News:
-        return News.NONE
+    def poll_flags(self) -> Flags:
+        return Flags.NONE
 
-    def leaving(self) -> bool:
+    def node_leaving(self) -> bool:
         return False
 
     def line(self, text: str) -> None: ...
@@ -175,8 +180,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path
 def test_a_real_run_ends_in_a_page_that_agrees_with_evaluation(
     trained: tuple[TrainConfig, Path, RunFacts], tmp_path: Path
 ) -> None:
-    config, checkpoint, facts = trained
-    text = write_run_summary(config, checkpoint, facts, tmp_path).read_text()
+    config, checkpoint, run = trained
+    text = write_run_summary(config, checkpoint, run, tmp_path).read_text()
     expected = evaluate_checkpoint(str(checkpoint), config)["acc1"]
     assert f"top-1 of the best checkpoint<b>{expected:.2f} %</b>" in text
     assert "CPU-hours of training" in text

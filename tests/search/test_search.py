@@ -79,7 +79,7 @@ BAD_AXES = [
     ("model.join=uniform(0,1)", "does not fit the field's type; use choice(a,b,...)"),
     ("model.join=choice(lape,glue)", "'glue' is not one of basic, share"),
     ("optim.epochs=choice(1,2)", "optim.epochs is the length of every trial"),
-    ("run.seed=choice(1,2)", "run.seed is no axis: --seeds N repeats"),
+    ("training.seed=choice(1,2)", "training.seed is no axis: --seeds N repeats"),
     ("run.num_workers=choice(1,2)", "does not change what is learned, so there is nothing to search; give --run.num"),
 ]  # fmt: skip
 

@@ -132,7 +132,7 @@ def test_a_warm_worker_trains_as_a_fresh_process_would(
     trial = undisturbed(service)[6]
     given = plan(service, space="joins", seeds=2, overrides=FIXED)
     config = Engine(given, Ledger("unused")).config(trial)
-    assert (config.model.join, config.run.seed) == ("lape", 1)
+    assert (config.model.join, config.training.seed) == ("lape", 1)
     expected = [
         {name: value for name, value in metrics.items() if "images_per_s" not in name}
         for metrics in alone(config).epochs

@@ -18,7 +18,7 @@ from lape_ray.recipes import recipe
 from lape_ray.search.shelf import Shelf
 from lape_ray.storage import s3
 from lape_ray.training import checkpoint
-from lape_ray.training.checkpoint import DamagedError, read_meta, verify
+from lape_ray.training.checkpoint import DamagedError, read_metadata, verify
 
 BASE = recipe("smoke")
 
@@ -55,11 +55,11 @@ def put(shelf: Shelf, epoch: int, config: TrainConfig = BASE, *, seed: int = 0) 
     )
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    meta = checkpoint.Meta(
+    meta = checkpoint.Metadata(
         epochs_done=epoch, steps_done=5 * epoch, config=config, metrics={"epoch": epoch}, world_size=1
     )
-    copy = checkpoint.snapshot(model=model, ema=None, optimizer=optimizer)
-    return shelf.put(5 * epoch, lambda to: checkpoint.save(to, copy, meta))
+    copy = checkpoint.snapshot(model=model, ema=None, optimizer=optimizer, metadata=meta)
+    return shelf.put(5 * epoch, copy.save)
 
 
 def test_the_newest_whole_checkpoint_of_the_config_is_found(root: str) -> None:
@@ -77,7 +77,7 @@ def test_the_newest_whole_checkpoint_of_the_config_is_found(root: str) -> None:
     assert shelf.names() == [names[0]]
     with shelf.opened(names[0]) as folder:
         verify(folder)
-        assert read_meta(folder).epochs_done == 1
+        assert read_metadata(folder).epochs_done == 1
 
 
 def test_an_interrupted_write_leaves_no_checkpoint(root: str) -> None:
@@ -108,7 +108,7 @@ def test_a_clone_has_the_sources_weights_and_its_own_settings(root: str) -> None
         assert (
             weights == json.loads((theirs / "meta.json").read_text())["files"]["model.safetensors"]["sha256"]
         )
-        assert read_meta(ours).config == config
+        assert read_metadata(ours).config == config
         mine, other = (torch.load(folder / "optimizer.pt") for folder in (ours, theirs))
         assert [group["weight_decay"] for group in mine["param_groups"]] == [0.2, 0.2, 0.0]
         assert torch.equal(mine["state"][0]["exp_avg"], other["state"][0]["exp_avg"])

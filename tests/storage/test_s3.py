@@ -25,7 +25,7 @@ from lape_ray.data.beton import check_beton, write_beton
 from lape_ray.data.loader import build_loader
 from lape_ray.data.remote import local_split
 from lape_ray.data.sources import digits, open_source
-from lape_ray.data.split import split_facts
+from lape_ray.data.split import read_split_info
 from lape_ray.storage import copies, objects, s3, transfer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,7 +44,7 @@ def bucket(server: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.delenv(name)
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no profiles of whoever runs this
+    monkeypatch.setenv("HOME", str(tmp_path))  # without the profiles of the user
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("LAPE_RAY_CACHE", str(tmp_path / "cache"))
     name = f"b{os.urandom(6).hex()}"
@@ -149,8 +149,8 @@ STAGE = "import sys; from lape_ray.data.remote import local_split; print(local_s
 
 def test_data_on_s3_is_read_as_data_on_the_disk(bucket: str, beton: Path) -> None:
     data = DataConfig(train=put_beton(beton, bucket))
-    assert split_facts(data, "train").sha256 == check_beton(beton).sha256
-    assert not storage.cache().exists(), "facts need no copy"
+    assert read_split_info(data, "train").sha256 == check_beton(beton).sha256
+    assert not storage.cache().exists(), "the description needs no copy"
     batches = []
     for path in (data.train, str(beton)):
         loader = build_loader(DataConfig(train=path), "train", image_size=32, batch_size=64, threads=1)
@@ -245,7 +245,7 @@ def test_a_damaged_object_is_refused(bucket: str, beton: Path) -> None:
     assert not list(storage.cache().rglob("digits.beton"))
     objects.put(address, bytes(damaged[:-1]))
     with pytest.raises(ValueError, match=r"but its manifest says [\d,]+; upload it again"):
-        split_facts(DataConfig(train=address), "train")
+        read_split_info(DataConfig(train=address), "train")
     storage.upload(beton, address)
     assert check_beton(local_split(address), deep=True, workers=1)
 
@@ -262,11 +262,11 @@ def test_a_set_of_shards(bucket: str, tmp_path: Path) -> None:
     write_beton(digits(), tmp_path / "set" / "d.beton", shards=3, workers=1)
     storage.upload_folder(tmp_path / "set", f"{bucket}/data", last=".json")
     address = f"{bucket}/data/d.beton"
-    assert split_facts(DataConfig(val=address), "val").num_samples == 1797
+    assert read_split_info(DataConfig(val=address), "val").num_samples == 1797
     assert check_beton(local_split(address)).num_samples == 1797
     objects.delete(f"{bucket}/data/d-00001-of-00003.beton")
     with pytest.raises(FileNotFoundError, match=r"d-00001-of-00003\.beton is missing \(1 of 3 shards are\)"):
-        split_facts(DataConfig(val=address), "val")
+        read_split_info(DataConfig(val=address), "val")
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(
@@ -383,7 +383,7 @@ def test_a_server_that_stays_away_is_an_error_that_says_where(
     bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("lape_ray.storage.files.HASTE_S", 0.3)
+    monkeypatch.setattr("lape_ray.storage.files.CHECK_TIMEOUT_S", 0.3)
     with pytest.raises(
         ValueError, match=r"failed for 0.3 s: .*check that the server at http://127.0.0.1:9 is up"
     ):
@@ -421,7 +421,7 @@ def test_a_missing_bucket_and_a_missing_object(bucket: str) -> None:
     with pytest.raises(FileNotFoundError, match="/x does not exist at http"):
         storage.read_text(f"{bucket}/x")
     with pytest.raises(FileNotFoundError, match=r"x\.beton is missing; write it with jobs/write_beton\.py"):
-        split_facts(DataConfig(train=f"{bucket}/x.beton"), "train")
+        read_split_info(DataConfig(train=f"{bucket}/x.beton"), "train")
 
 
 def test_a_wrong_clock(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,8 +479,8 @@ def test_an_overloaded_server_is_asked_again(bucket: str, monkeypatch: pytest.Mo
     with refusing(503, "SlowDown") as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         with pytest.raises(ConnectionError, match=r"reading failed for 0\.4 s: .*SlowDown"):
-            s3.attempt(
-                lambda: s3.client().get_object(Bucket="b", Key="k"), "s3://b/k", "reading", patience_s=0.4
+            s3.call_with_retry(
+                lambda: s3.client().get_object(Bucket="b", Key="k"), "s3://b/k", "reading", timeout_s=0.4
             )
 
 

@@ -14,19 +14,14 @@ import pytest
 import sqlalchemy
 
 from lape_ray import tracking
-from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.config import TrackingConfig, TrainConfig, replace_fields
 from lape_ray.recipes import recipe
-from lape_ray.tracking import Tracker
+from lape_ray.tracking.failures import never_raise
+from lape_ray.tracking.sender import Sender
 
-FIX = "another process holds the file: close that process, or start an MLflow server and set --run.tracking_uri or"
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tracking database that MLflow has made."""
-    file = tmp_path_factory.mktemp("tracking") / "mlflow.db"
-    tracking.check_reachable(f"sqlite:///{file}")
-    return file
+FIX = (
+    "another process holds the file: close that process, or start an MLflow server and set --tracking.uri or"
+)
 
 
 @pytest.fixture
@@ -47,7 +42,7 @@ def locked(file: Path, how: str) -> Iterator[None]:
 
 
 def config(uri: str) -> TrainConfig:
-    return replace_fields(recipe("smoke"), {"run.tracking_uri": uri})
+    return replace_fields(recipe("smoke"), {"tracking.uri": uri})
 
 
 def create(uri: str) -> str:
@@ -106,7 +101,7 @@ def test_an_experiment_that_cannot_be_made_is_the_reason(
 ) -> None:
     """Once it was taken for one that another job had made meanwhile, and there is none."""
     uri = f"sqlite:///{database}"
-    new = replace_fields(config(uri), {"run.experiment": "never made"})
+    new = replace_fields(config(uri), {"tracking.experiment": "never made"})
     with locked(database, "IMMEDIATE"), pytest.raises(ValueError, match="database is locked") as caught:
         tracking.create_run(new, name="n", command="c", tags={}, datasets={})
     one_line(caught, capfd)
@@ -115,7 +110,7 @@ def test_an_experiment_that_cannot_be_made_is_the_reason(
 def test_a_store_that_cannot_be_opened_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.db").write_text("not a database, and longer than the header of one" * 20)
     with pytest.raises(
-        ValueError, match=r"file is not a database; mend the file, or set --run\.tracking_uri"
+        ValueError, match=r"file is not a database; mend the file, or set --tracking\.uri"
     ) as caught:
         create(f"sqlite:///{tmp_path / 'text.db'}")
     one_line(caught, capfd)
@@ -148,23 +143,26 @@ def test_what_must_not_stop_a_training_is_a_warning(
 @pytest.mark.usefixtures("impatient")
 def test_a_worker_begins_while_the_database_is_locked(
     database: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Its values wait, and are stored when the lock is gone."""
-    monkeypatch.setattr(Tracker, "RETRY_S", 0.1)
+    monkeypatch.setattr(Sender, "RETRY_S", 0.1)
     run_id = create(f"sqlite:///{database}")
     capfd.readouterr()
     new = f"sqlite:///{database}?timeout=0.06"  # as a new process has it
     with locked(database, "EXCLUSIVE"):
-        tracker = Tracker(new, run_id)
+        tracker = tracking.open_tracker(TrackingConfig(), new, run_id, str(tmp_path))
         tracker.metrics({"train/loss": 2.5}, step=3)
         deadline = time.monotonic() + 60
         while "trying again" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert [name for name, *_ in tracker.unsent()] == ["train/loss"]
-    assert tracker.close() == 0
+        tracker.save_unsent()
+        assert '"train/loss"' in (tmp_path / "mlflow_unsent.jsonl").read_text()
+    tracker.close()
+    assert list(tmp_path.iterdir()) == []
     (point,) = mlflow.MlflowClient(new).get_metric_history(run_id, "train/loss")
     assert (point.step, point.value) == (3, 2.5)
     assert "Traceback" not in capfd.readouterr().err
@@ -172,7 +170,7 @@ def test_a_worker_begins_while_the_database_is_locked(
 
 
 def test_an_error_without_words_is_named_by_its_kind(caplog: pytest.LogCaptureFixture) -> None:
-    with tracking.mlflow._never_raise("closing the run"):
+    with never_raise("MLflow: closing the run"):
         raise TimeoutError
     assert caplog.messages == ["MLflow: closing the run failed: TimeoutError"]
     assert caplog.records[0].levelno == logging.WARNING

@@ -83,7 +83,7 @@ class TimmAugment:
         random.seed(seed)
         np.random.seed(seed)
 
-    def __call__(self, images_BCHW: Tensor, *, epoch: int, positions: np.ndarray) -> Tensor:
+    def __call__(self, images_BCHW: Tensor, *, epoch: int, epoch_index: np.ndarray) -> Tensor:
         pictures = [Image.fromarray(image) for image in images_BCHW.permute(0, 2, 3, 1).numpy()]
         augmented = np.stack([np.asarray(self.rand_augment(picture)) for picture in pictures])
         floats = torch.from_numpy(augmented).permute(0, 3, 1, 2).float() / 255
@@ -182,7 +182,7 @@ def accuracies(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     runs = []
     for seed in SEEDS:
         for arm in ARMS:
-            changes = {"run.seed": seed, **({"data.flip": 0.0} if arm == "broken" else {})}
+            changes = {"training.seed": seed, **({"data.flip": 0.0} if arm == "broken" else {})}
             runs.append(Run(arm, replace_fields(config, changes), folder / "sources"))
     table: dict[str, list[float]] = {arm: [] for arm in ARMS}
     seconds = dict.fromkeys(ARMS, 0.0)
@@ -191,7 +191,9 @@ def accuracies(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> di
             table[run.arm].append(accuracy)
             seconds[run.arm] += taken
             print(
-                f"\n{run.arm} seed {run.config.run.seed}: {accuracy:.2f} in {taken:.0f} s", end="", flush=True
+                f"\n{run.arm} seed {run.config.training.seed}: {accuracy:.2f} in {taken:.0f} s",
+                end="",
+                flush=True,
             )
     print(f"\n\n{'arm':8} {'top-1 by seed':20} {'mean':>6} {'sd':>5} {'s a run':>8}")
     for arm, values in table.items():

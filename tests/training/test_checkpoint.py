@@ -15,7 +15,7 @@ from torch import nn
 
 from lape_ray.config import TrainConfig
 from lape_ray.training import checkpoint
-from lape_ray.training.checkpoint import DamagedError, read_meta, read_weights, verify
+from lape_ray.training.checkpoint import DamagedError, read_metadata, read_weights, verify
 
 
 @pytest.fixture
@@ -23,13 +23,12 @@ def folder(tmp_path: Path) -> Path:
     """A whole checkpoint of a small network."""
     network = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(network.parameters())
-    state = checkpoint.snapshot(model=network, ema=network, optimizer=optimizer)
-    meta = checkpoint.Meta(
+    meta = checkpoint.Metadata(
         epochs_done=3, steps_done=17, config=TrainConfig(), metrics={"val/loss": float("nan")}, world_size=2
     )
     place = tmp_path / "run/checkpoint"
     place.mkdir(parents=True)
-    checkpoint.save(place, state, meta)
+    checkpoint.snapshot(model=network, ema=network, optimizer=optimizer, metadata=meta).save(place)
     return place
 
 
@@ -41,7 +40,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_a_whole_one_is_read(folder: Path) -> None:
     verify(folder)
-    assert (read_meta(folder).steps_done, read_meta(folder).config) == (17, TrainConfig())
+    assert (read_metadata(folder).steps_done, read_metadata(folder).config) == (17, TrainConfig())
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -50,9 +49,11 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "steps_done is -1, not a whole number not below 0": lambda v: v.update(steps_done=-1),
     "steps_done is a number of more than 64 bits": lambda v: v.update(steps_done=10**30),
     "world_size is None, not a whole number": lambda v: v.update(world_size=None),
-    "Meta lacks world_size": lambda v: v.pop("world_size"),
-    "Meta lacks progress": lambda v: v.pop("progress"),
-    "Meta has no field ['word_size']; it has epochs_done": lambda v: v.update(word_size=v.pop("world_size")),
+    "Metadata lacks world_size": lambda v: v.pop("world_size"),
+    "Metadata lacks progress": lambda v: v.pop("progress"),
+    "Metadata has no field ['word_size']; it has epochs_done": lambda v: v.update(
+        word_size=v.pop("world_size")
+    ),
     "progress is [], not an object in braces": lambda v: v.update(progress=[]),
     "progress lacks step": lambda v: v["progress"].pop("step"),
     "progress.loss is 'x', not a number": lambda v: v["progress"].update(loss="x"),
@@ -78,7 +79,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_values_of_other_types_are_damage(folder: Path, message: str) -> None:
     """Of every reader, so that a run goes on from the checkpoint before."""
     rewrite(folder, CHANGES[message])
-    for read in (read_meta, verify, read_weights):
+    for read in (read_metadata, verify, read_weights):
         with pytest.raises(DamagedError, match=re.escape(message)) as raised:
             read(folder)  # type: ignore[operator]
         assert str(raised.value).startswith(f"{folder}/meta.json is damaged: ")
@@ -99,7 +100,7 @@ def test_values_of_other_types_are_damage(folder: Path, message: str) -> None:
 )
 def test_a_meta_json_that_is_none(folder: Path, text: str | bytes, message: str) -> None:
     (folder / "meta.json").write_bytes(text.encode() if isinstance(text, str) else text)
-    for read in (read_meta, verify):
+    for read in (read_metadata, verify):
         with pytest.raises(DamagedError, match=re.escape(f"{folder}/{message}")):
             read(folder)
 
@@ -107,7 +108,7 @@ def test_a_meta_json_that_is_none(folder: Path, text: str | bytes, message: str)
 def test_another_version_is_no_damage(folder: Path) -> None:
     rewrite(folder, lambda values: values.update(format=99, epochs="many"))
     with pytest.raises(ValueError, match="has checkpoint format 99; this version reads 3") as raised:
-        read_meta(folder)
+        read_metadata(folder)
     assert not isinstance(raised.value, DamagedError)
 
 

@@ -101,7 +101,8 @@ def graphed(state: TrainState) -> TapeRecorder:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_replayed_steps_learn_what_steps_do(algorithm: str, precision: str) -> None:
     wanted, found = (
-        synthetic_state(config(optim__algorithm=algorithm, run__precision=precision), CPU) for _ in range(2)
+        synthetic_state(config(optim__algorithm=algorithm, training__precision=precision), CPU)
+        for _ in range(2)
     )
     for state in (wanted, found):
         rate_in_a_tensor(state)
@@ -142,13 +143,9 @@ def test_a_checkpoint_does_not_say_how_steps_are_run(algorithm: str, to_graph: b
     rate_in_a_tensor(target if to_graph else source)
     Stepper(source).run(2)
 
-    def parts(state: TrainState) -> dict[str, Any]:
-        ema = None if state.ema is None else state.ema.model
-        return {"model": state.network, "ema": ema, "optimizer": state.optimizer}
-
-    meta = checkpoint.Meta(epochs_done=1, steps_done=2, config=source.config, metrics={}, world_size=1)
-    checkpoint.save(tmp_path, checkpoint.snapshot(**parts(source)), meta)
-    checkpoint.restore(tmp_path, target.config, **parts(target))
+    meta = checkpoint.Metadata(epochs_done=1, steps_done=2, config=source.config, metrics={}, world_size=1)
+    checkpoint.snapshot(**source.saved_parts, metadata=meta).save(tmp_path)
+    checkpoint.restore(tmp_path, target.config, **target.saved_parts)
     for group in target.optimizer.param_groups:
         assert isinstance(group["lr"], Tensor) == group["capturable"] == to_graph
     kept, restored = (state.optimizer.state_dict()["state"] for state in (source, target))

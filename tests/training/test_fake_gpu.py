@@ -69,7 +69,7 @@ def test_augmentation(data: DataConfig, interpolation: str) -> None:
     chosen = dataclasses.replace(data, interpolation=interpolation)  # type: ignore[arg-type]
     augment = build_augment(chosen, image_size=32, seed=0)
     images = torch.empty(256, 3, 32, 32, dtype=torch.uint8)
-    floats = augment(images, epoch=0, positions=np.arange(256))
+    floats = augment(images, epoch=0, epoch_index=np.arange(256))
     assert (floats.device, floats.dtype, floats.shape) == (GPU, torch.float32, images.shape)
 
 

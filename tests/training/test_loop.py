@@ -21,15 +21,15 @@ from torch import Tensor
 
 from lape_ray.config import Span, TrainConfig, replace_fields
 from lape_ray.data.batch import Batch
-from lape_ray.data.sampler import rank_part, sample_index, train_keys, train_places
-from lape_ray.data.split import SplitFacts
+from lape_ray.data.sampler import rank_part, sample_index, train_epoch_index, train_keys
+from lape_ray.data.split import SplitInfo
 from lape_ray.recipes import recipe
 from lape_ray.training import checkpoint
 from lape_ray.training import loop as train_module
 from lape_ray.training import state as state_module
 from lape_ray.training import step as step_module
-from lape_ray.training.flags import News
-from lape_ray.training.loop import Take
+from lape_ray.training.checkpoint import Snapshot
+from lape_ray.training.flags import Flags
 
 CPU = torch.device("cpu")
 Workers = Callable[..., dict[str, Any]]
@@ -47,7 +47,7 @@ class MemoryLoader:
         self.images[:, 0] = (self.labels * 25).to(torch.uint8)[:, None, None]  # something to learn
         self.split, self.batch_size, self.seed = split, batch_size, seed
         classes = tuple(f"class {label}" for label in range(10))
-        self.facts = SplitFacts(path=split, num_samples=101, classes=classes, largest_side=32, sha256=None)
+        self.info = SplitInfo(path=split, num_samples=101, classes=classes, largest_side=32, sha256=None)
         self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
 
     def _part(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,17 +57,17 @@ class MemoryLoader:
             return index, index
         size = {"batch_size": self.batch_size, "micro_batches": self.micro_batches}
         keys = train_keys(101, step_samples=math.prod(size.values()), seed=self.seed, epoch=epoch)
-        places = train_places(len(keys), **size, **place)
-        return sample_index(keys[places]), places
+        epoch_index = train_epoch_index(len(keys), **size, **place)
+        return sample_index(keys[epoch_index]), epoch_index
 
     def __len__(self) -> int:
         return -(-len(self._part(0)[0]) // self.batch_size)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
-        index, places = self._part(epoch)
+        index, epoch_index = self._part(epoch)
         for first in range(start * self.batch_size, len(index), self.batch_size):
             part = slice(first, first + self.batch_size)
-            yield Batch(self.images[index[part]], self.labels[index[part]], places[part])
+            yield Batch(self.images[index[part]], self.labels[index[part]], epoch_index[part])
 
 
 def memory_loader(data: object, split: str, **kwargs: Any) -> MemoryLoader:
@@ -96,29 +96,29 @@ class Recorder:
     def step(self, metrics: dict[str, float], *, step: int) -> None:
         self.losses.append(metrics["train/loss"])
 
-    def epoch(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+    def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         self.epochs.append({k: v for k, v in metrics.items() if "per_s" not in k})
         if self.folder is not None:
-            self._keep(self.folder / f"{metrics['epoch']:.0f}", take)
+            self._keep(self.folder / f"{metrics['epoch']:.0f}", snapshot)
 
-    def checkpoint(self, metrics: dict[str, float], *, step: int, take: Take) -> None:
+    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         if self.folder is not None:
-            self._keep(self.folder / f"step-{step}", take)
+            self._keep(self.folder / f"step-{step}", snapshot)
         if step == self.stop_at:
             raise KilledError
 
-    def _keep(self, folder: Path, take: Take) -> None:
+    def _keep(self, folder: Path, snapshot: Callable[[], Snapshot]) -> None:
         folder.mkdir(parents=True)
-        take({"from": "a test"})(folder)
+        snapshot().save(folder)
 
-    def stored(self) -> None: ...
+    def wait_until_saved(self) -> None: ...
 
-    def leaving(self) -> bool:
+    def node_leaving(self) -> bool:
         return self.leaves
 
-    def news(self) -> News:
+    def poll_flags(self) -> Flags:
         self.asked += 1
-        return News.STOP if self.asked == self.told_at else News.NONE
+        return Flags.STOP if self.asked == self.told_at else Flags.NONE
 
     def line(self, text: str) -> None:
         self.lines.append(text)
@@ -290,8 +290,8 @@ def test_a_damaged_checkpoint_is_found(tmp_path: Path, name: str) -> None:
 def test_a_checkpoint_names_the_classes(tmp_path: Path) -> None:
     run(smoke(optim__epochs=1, run__checkpoint_steps=1), tmp_path)
     names = tuple(f"class {label}" for label in range(10))
-    assert checkpoint.read_meta(tmp_path / "1").classes == names
-    assert checkpoint.read_meta(tmp_path / "step-1").classes == names
+    assert checkpoint.read_metadata(tmp_path / "1").classes == names
+    assert checkpoint.read_metadata(tmp_path / "step-1").classes == names
 
 
 def test_a_checkpoint_from_before_class_names_goes_on(tmp_path: Path) -> None:
@@ -300,14 +300,14 @@ def test_a_checkpoint_from_before_class_names_goes_on(tmp_path: Path) -> None:
     values = json.loads(file.read_text())
     del values["classes"]
     file.write_text(json.dumps(values))
-    assert checkpoint.read_meta(tmp_path / "2").classes is None
+    assert checkpoint.read_metadata(tmp_path / "2").classes is None
     recorder = run(smoke(), tmp_path / "again", resume_from=tmp_path / "2")
     assert len(recorder.epochs) == 1
-    assert checkpoint.read_meta(tmp_path / "again/3").classes is not None
+    assert checkpoint.read_metadata(tmp_path / "again/3").classes is not None
 
 
 def test_the_same_seed_repeats_and_another_does_not() -> None:
-    first, again, other = (run(smoke(**RANDOM, run__seed=seed)).losses for seed in (3, 3, 4))
+    first, again, other = (run(smoke(**RANDOM, training__seed=seed)).losses for seed in (3, 3, 4))
     assert first == again
     assert first != other
 
@@ -403,7 +403,11 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
 def test_training_starts_from_given_weights_with_a_new_head(tmp_path: Path) -> None:
     run(smoke(optim__epochs=1), tmp_path)
     config = smoke(
-        optim__epochs=1, optim__lr=0, optim__min_lr=0, optim__warmup_lr=0, run__init_from=str(tmp_path / "1")
+        optim__epochs=1,
+        optim__lr=0,
+        optim__min_lr=0,
+        optim__warmup_lr=0,
+        training__init_from=str(tmp_path / "1"),
     )
     same = run(config, tmp_path / "same")
     before, _ = checkpoint.read_weights(tmp_path / "1")
@@ -454,7 +458,7 @@ def test_weights_of_any_file_are_read_or_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["none", "bf16"])
 def test_compressed_gradients_train_nearly_the_same(compression: str, with_workers: Workers) -> None:
-    config = smoke(run__compression=compression, optim__accumulate=2)
+    config = smoke(training__compression=compression, optim__accumulate=2)
     one, two = run(config), with_workers(2, config)
     np.testing.assert_allclose(two["losses"], one.losses, rtol=1e-5 if compression == "none" else 1e-2)
     if compression == "bf16":

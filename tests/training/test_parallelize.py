@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_step import step_bytes
 
-from lape_ray.config import ModelConfig, RunConfig
+from lape_ray.config import ModelConfig
 from lape_ray.model import VisionTransformer, build_model
 from lape_ray.training import parallelize
 from lape_ray.training.parallelize import compiled, data_parallel
@@ -132,11 +132,11 @@ def test_compilation_where_there_is_no_compiler(monkeypatch: pytest.MonkeyPatch)
     network = small("lape")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"run\.compile=default needs a C\+\+ compiler"):
-        compiled(network, RunConfig(compile="default"), CPU)
-    assert compiled(network, RunConfig(compile="off"), CPU) == (network, "")
-    assert compiled(network, RunConfig(), CPU) == (network, "")
+        compiled(network, "default", CPU)
+    assert compiled(network, "off", CPU) == (network, "")
+    assert compiled(network, "auto", CPU) == (network, "")
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
-    same, note = compiled(network, RunConfig(), torch.device("cuda"))
+    same, note = compiled(network, "auto", torch.device("cuda"))
     assert same is network
     assert note == "not compiled, and slower for it: Triton is missing"
 
@@ -147,7 +147,7 @@ def _bucket_order(rank: int, port: int, out: Path) -> None:
     network = small("lape", depth=6)
     small_buckets = partial(parallelize.DistributedDataParallel, bucket_cap_mb=0.2)
     parallelize.DistributedDataParallel = small_buckets  # type: ignore[assignment,misc]
-    parallel = data_parallel(network, RunConfig(), CPU, one_micro_batch=True)
+    parallel = data_parallel(network, "none", CPU, one_micro_batch=True)
     for _ in range(5):
         loss_of(parallel, torch.rand(2, 3, 64, 64)).backward()
     if rank == 0:

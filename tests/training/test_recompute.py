@@ -131,10 +131,10 @@ def test_whoever_trains_or_evaluates_has_optimised_blocks(tmp_path: Path) -> Non
     config = TrainConfig(model=ModelConfig(variant="deit_tiny", patch_size=4, **TINY))
     save_file(build_model(config.model).state_dict(), tmp_path / "weights.safetensors")
     state = synthetic_state(training_config("toy", join="lape", batch_size=2), torch.device("cpu"))
-    meta = checkpoint.Meta(epochs_done=1, steps_done=1, config=state.config, metrics={}, world_size=1)
-    copy = checkpoint.snapshot(model=state.network, ema=None, optimizer=state.optimizer)
+    meta = checkpoint.Metadata(epochs_done=1, steps_done=1, config=state.config, metrics={}, world_size=1)
     (tmp_path / "teacher").mkdir()
-    checkpoint.save(tmp_path / "teacher", copy, meta)
+    parts = {**state.saved_parts, "ema": None}
+    checkpoint.snapshot(**parts, metadata=meta).save(tmp_path / "teacher")
     assert state.ema is not None
     networks = [
         (state.network, 32),

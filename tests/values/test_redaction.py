@@ -16,7 +16,9 @@ from lape_ray.config import (
     DataConfig,
     OptimConfig,
     RunConfig,
+    TrackingConfig,
     TrainConfig,
+    TrainingConfig,
     from_dict,
     replace_fields,
     to_dict,
@@ -106,18 +108,18 @@ def test_which_variables_are_secret(
 
 WEB, DATABASE, S3 = f"https://ann:{SECRET}@host", f"postgresql://ann:{SECRET}@host/db", f"s3://a:{SECRET}@b/c"
 MAKE: list[tuple[Callable[[], object], str]] = [
-    (lambda: RunConfig(tracking_uri=WEB), r"tracking_uri='https://host' .* MLFLOW_TRACKING_PASSWORD"),
-    (lambda: RunConfig(tracking_uri=DATABASE), r"tracking_uri='postgresql://ann@host/db' .* PGPASSWORD"),
-    (lambda: RunConfig(tracking_uri=f"mysql://a:{SECRET}@h/d"), "read_default_file=FILE"),
-    (lambda: RunConfig(tracking_uri=f"https://host?token={SECRET}"), r"MLFLOW_TRACKING_TOKEN"),
+    (lambda: TrackingConfig(uri=WEB), r"uri='https://host' .* MLFLOW_TRACKING_PASSWORD"),
+    (lambda: TrackingConfig(uri=DATABASE), r"uri='postgresql://ann@host/db' .* PGPASSWORD"),
+    (lambda: TrackingConfig(uri=f"mysql://a:{SECRET}@h/d"), "read_default_file=FILE"),
+    (lambda: TrackingConfig(uri=f"https://host?token={SECRET}"), r"MLFLOW_TRACKING_TOKEN"),
     (lambda: RunConfig(storage=S3), r"storage='s3://b/c' .* AWS_SECRET_ACCESS_KEY"),
-    (lambda: RunConfig(init_from=S3), "init_from"),
-    (lambda: RunConfig(experiment=WEB), "experiment"),
+    (lambda: TrainingConfig(init_from=S3), "init_from"),
+    (lambda: TrackingConfig(experiment=WEB), "experiment"),
     (lambda: DataConfig(train=S3), "train='s3://b/c'"),
     (lambda: DataConfig(val=S3), "val='s3://b/c'"),
     (lambda: OptimConfig(teacher=f"torchvision:resnet18:{S3}"), "teacher='torchvision:resnet18:s3://b/c'"),
     (lambda: TrainConfig(recipe=WEB), "recipe"),
-    (lambda: replace_fields(recipe("smoke"), {"run.tracking_uri": WEB}), "tracking_uri"),
+    (lambda: replace_fields(recipe("smoke"), {"tracking.uri": WEB}), "uri="),
     (lambda: listing(S3), "address='s3://b/c' .* AWS_PROFILE"),
 ]
 
@@ -141,14 +143,14 @@ def test_every_text_of_a_config_is_looked_at() -> None:
 
 def test_a_record_of_before_is_read_without_its_password() -> None:
     values = to_dict(recipe("smoke"))
-    values["run"]["tracking_uri"] = DATABASE
-    assert from_dict(TrainConfig, values).run.tracking_uri == "postgresql://ann@host/db"
+    values["tracking"]["uri"] = DATABASE
+    assert from_dict(TrainConfig, values).tracking.uri == "postgresql://ann@host/db"
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ["demo", f"--run.tracking_uri={WEB}", "--dump"],
+        ["demo", f"--tracking.uri={WEB}", "--dump"],
         ["demo", f"--optim.lr={WEB}"],
         [WEB],
         ["demo", f"--model.variant={WEB}"],
@@ -201,7 +203,7 @@ def test_a_password_in_the_variable_of_the_server_is_refused(
     with pytest.raises(ValueError, match=f"MLFLOW_TRACKING_URI=.*{way_out}") as refusal:
         tracking.tracking_uri(TrainConfig())
     assert SECRET not in str(refusal.value)
-    other = replace_fields(TrainConfig(), {"run.tracking_uri": "http://other"})
+    other = replace_fields(TrainConfig(), {"tracking.uri": "http://other"})
     assert tracking.tracking_uri(other) == "http://other", "an option stands for itself"
 
 
@@ -215,9 +217,9 @@ def test_a_password_in_the_address_of_s3_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_demo_refuses_a_password_before_it_is_on_a_jobs_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "jobs/demo.py"), f"--home={tmp_path}", f"--run.tracking_uri={WEB}"]
+    command = [sys.executable, str(ROOT / "jobs/demo.py"), f"--home={tmp_path}", f"--tracking.uri={WEB}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == "", "nothing was started"
-    assert "error: option='--run.tracking_uri=https://host' was given" in done.stderr
+    assert "error: option='--tracking.uri=https://host' was given" in done.stderr
     assert SECRET not in done.stderr

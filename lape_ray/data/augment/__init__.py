@@ -8,7 +8,7 @@ erasing        random erasing
 layers         the way of a batch, in which each image has its own operation, through few kernels
 fused          the same on a GPU, with our kernels
 color, hue, filters, geometry    the operations, equal to Pillow's
-draws          random numbers keyed by (seed, epoch, position, stream)
+draws          random numbers keyed by (seed, epoch, epoch index, stream)
 transfer       many small arrays to a device in one copy
 crop           crops of small images of one size, resized and flipped on their device
 """

@@ -1,13 +1,13 @@
-"""Random numbers that depend only on (seed, epoch, position, stream).
+"""Random numbers that depend only on (seed, epoch, index, stream).
 
 So an image's augmentation does not depend on the batch, the rank or the worker it falls to.
 
 The generator is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), counted as
 
     key     = (seed low 32 bits, seed high 32 bits)
-    counter = (position low 32 bits, position high 32 bits, epoch, stream * 2^16 + block)
+    counter = (index low 32 bits, index high 32 bits, epoch, stream * 2^16 + block)
 
-where position is the image's place in the global order of the epoch, stream says what the number is for, and block
+where index is the image's place in the epoch's order over all ranks, stream says what the number is for, and block
 counts the groups of four 32-bit words drawn for it.
 
 Shapes: B images; n numbers for each.
@@ -62,26 +62,30 @@ def philox4x32(counter: Sequence[np.ndarray | np.uint64], key: tuple[int, int]) 
     return np.stack((c0, c1, c2, c3), axis=-1).astype(np.uint32)
 
 
-def words(seed: int, epoch: int, positions: np.ndarray, stream: int, n: int) -> np.ndarray:
-    """Draw (B, n) uint32 words for the images at `positions`, (B,) integers from 0; n is at most 2^18."""
+def words(seed: int, epoch: int, epoch_index: np.ndarray, stream: int, n: int) -> np.ndarray:
+    """Draw (B, n) uint32 words for the images at `epoch_index`, (B,) integers from 0; n is at most 2^18."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed} must be from 0 to 2^64 - 1")
     if not 0 <= epoch < 2**32:
         raise ValueError(f"epoch={epoch} must be from 0 to 2^32 - 1")
-    if positions.ndim != 1 or positions.dtype.kind not in "iu" or (positions.size and positions.min() < 0):
+    if (
+        epoch_index.ndim != 1
+        or epoch_index.dtype.kind not in "iu"
+        or (epoch_index.size and epoch_index.min() < 0)
+    ):
         raise ValueError(
-            f"positions must be one axis of integers from 0; got {positions.dtype} {positions.shape}"
+            f"epoch_index must be one axis of integers from 0; got {epoch_index.dtype} {epoch_index.shape}"
         )
-    position_B1 = positions.astype(np.uint64)[:, None]
+    epoch_index_B1 = epoch_index.astype(np.uint64)[:, None]
     blocks = -(-n // 4)
     counter = (
-        position_B1 & np.uint64(_MASK),
-        position_B1 >> _SHIFT,
+        epoch_index_B1 & np.uint64(_MASK),
+        epoch_index_B1 >> _SHIFT,
         np.uint64(epoch),
         np.uint64(stream << 16) + np.arange(blocks, dtype=np.uint64),
     )
     words_BK4 = philox4x32(counter, (seed & _MASK, seed >> 32))
-    return words_BK4.reshape(len(positions), 4 * blocks)[:, :n]
+    return words_BK4.reshape(len(epoch_index), 4 * blocks)[:, :n]
 
 
 def to_uniform(words_: np.ndarray) -> np.ndarray:
@@ -89,9 +93,9 @@ def to_uniform(words_: np.ndarray) -> np.ndarray:
     return (words_ + 0.5) * 2.0**-32
 
 
-def uniform(seed: int, epoch: int, positions: np.ndarray, stream: int, n: int) -> np.ndarray:
+def uniform(seed: int, epoch: int, epoch_index: np.ndarray, stream: int, n: int) -> np.ndarray:
     """Draw (B, n) float64 in the open interval (0, 1), one word for each number."""
-    return to_uniform(words(seed, epoch, positions, stream, n))
+    return to_uniform(words(seed, epoch, epoch_index, stream, n))
 
 
 def box_muller(u1: np.ndarray, u2: np.ndarray) -> np.ndarray:
@@ -99,7 +103,7 @@ def box_muller(u1: np.ndarray, u2: np.ndarray) -> np.ndarray:
     return np.sqrt(-2.0 * np.log(u1)) * np.cos(2.0 * math.pi * u2)
 
 
-def normal(seed: int, epoch: int, positions: np.ndarray, stream: int, n: int) -> np.ndarray:
+def normal(seed: int, epoch: int, epoch_index: np.ndarray, stream: int, n: int) -> np.ndarray:
     """Draw (B, n) standard normal float64; number i is made of the uniforms 2i and 2i + 1."""
-    u_BN2 = uniform(seed, epoch, positions, stream, 2 * n).reshape(-1, n, 2)
+    u_BN2 = uniform(seed, epoch, epoch_index, stream, 2 * n).reshape(-1, n, 2)
     return box_muller(u_BN2[..., 0], u_BN2[..., 1])

@@ -70,11 +70,11 @@ class RandomErasing:
         self.image_size = image_size
         self.seed = seed
 
-    def draw(self, epoch: int, positions: np.ndarray) -> Boxes:
-        """Draw at most one box for each image at `positions`, (B,): the first of ten that is smaller than the image."""
+    def draw(self, epoch: int, epoch_index: np.ndarray) -> Boxes:
+        """Draw at most one box for each image of `epoch_index` (B,): the first of ten that is smaller than it."""
         height, width = self.image_size
-        B, T = len(positions), _ATTEMPTS
-        words_BN = words(self.seed, epoch, positions, Stream.ERASING, 5 + 2 * T)
+        B, T = len(epoch_index), _ATTEMPTS
+        words_BN = words(self.seed, epoch, epoch_index, Stream.ERASING, 5 + 2 * T)
         key_B2, u = words_BN[:, :2], to_uniform(words_BN[:, 2:])
         erased_u, top_u, left_u = u[:, :3].T
         area_BT = height * width * (_AREA[0] + (_AREA[1] - _AREA[0]) * u[:, 3 : 3 + T])

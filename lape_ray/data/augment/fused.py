@@ -33,7 +33,7 @@ TABLED = (Kind.AUTOCONTRAST, Kind.EQUALIZE, Kind.CONTRAST)  # their tables depen
 OPTIONS = {"enable_fp_fusion": False}
 """Options of the compiler. Pillow rounds products and sums each by itself: they must not become one operation."""
 _PIXELS = 256  # of a program of 4 warps, which then takes about 64 registers and spills none
-_COUNTED = 1024  # at once, of an image that gets a table
+_COUNTED = 1024  # pixels of a step, in an image that gets a table
 
 _TABLE = tl.constexpr(int(Kind.TABLE))
 _AUTOCONTRAST = tl.constexpr(int(Kind.AUTOCONTRAST))
@@ -225,7 +225,7 @@ def plan_fused(layers: Sequence[Layer]) -> dict[str, np.ndarray]:
 def run_fused(
     layers: int, images_BCHW: Tensor, arrays: Mapping[str, Tensor], fill_C: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Apply a number of layers to uint8 images, as `layers.run_plan` does; yields the whole batch at once.
+    """Apply a number of layers to uint8 images, as `layers.run_plan` does; yields the batch as one.
 
     How many images an operation has is the length of its array, so that the device is never waited for.
 

@@ -57,15 +57,15 @@ class ColorJitter:
         self.low_J, self.high_J = np.array([r for _, r in jittered]).reshape(-1, 2).T
         self.seed = seed
 
-    def draw(self, epoch: int, positions: np.ndarray) -> list[Layer]:
-        """Draw the layers for the images at `positions`, (B,), of the epoch's order."""
+    def draw(self, epoch: int, epoch_index: np.ndarray) -> list[Layer]:
+        """Draw the layers for the images at `epoch_index`, (B,), of the epoch's order."""
         J = len(self.properties)
-        u_BN = uniform(self.seed, epoch, positions, Stream.COLOR_JITTER, 2 * J)
+        u_BN = uniform(self.seed, epoch, epoch_index, Stream.COLOR_JITTER, 2 * J)
         order_BJ = np.argsort(u_BN[:, :J], axis=1)
         amount_BJ = self.low_J + (self.high_J - self.low_J) * u_BN[:, J:]
         layers = []
         for place in range(J):
-            layer = Layer(len(positions))
+            layer = Layer(len(epoch_index))
             for j, set_property in enumerate(self.properties):
                 rows = np.flatnonzero(order_BJ[:, place] == j)
                 set_property(layer, rows, amount_BJ[rows, j])

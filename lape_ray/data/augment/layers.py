@@ -106,7 +106,7 @@ _KERNELS: dict[Kind, Callable[[Tensor, _Arguments], Tensor]] = {
 }
 
 
-class Span(NamedTuple):
+class KindSlice(NamedTuple):
     """Neighbouring images of one kind: `start` up to `stop` of their chunk."""
 
     kind: Kind
@@ -115,11 +115,11 @@ class Span(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The images `start` up to `stop` of the batch, and the spans into which each layer orders them."""
+    """The images `start` up to `stop` of the batch, and the slices by kind into which each layer orders them."""
 
     start: int
     stop: int
-    layers: list[list[Span]]
+    layers: list[list[KindSlice]]
 
 
 class Plan(NamedTuple):
@@ -146,7 +146,7 @@ def plan_layers(layers: Sequence[Layer], *, size: int, chunk_size: int) -> Plan:
         for chunk in chunks:
             kinds, starts = np.unique(layer.kind_B[image_B[chunk.start : chunk.stop]], return_index=True)
             stops = [*starts[1:].tolist(), chunk.stop - chunk.start]
-            chunk.layers.append(list(map(Span, map(Kind, kinds), starts.tolist(), stops)))
+            chunk.layers.append(list(map(KindSlice, map(Kind, kinds), starts.tolist(), stops)))
     arrays["restore_B"] = np.argsort(image_B) % chunk_size
     return Plan(chunks, arrays)
 
@@ -168,7 +168,7 @@ def run_plan(
     for start, stop, layers in plan.chunks:
         chunk = slice(start, stop)
         x_BCHW = images_BCHW[chunk]
-        for i, spans in enumerate(layers):
+        for i, slices in enumerate(layers):
             x_BCHW = x_BCHW.index_select(0, arrays[f"order_B{i}"][chunk]).contiguous()
             columns = {name: arrays[f"{name}{i}"][chunk] for name in _COLUMNS}
             parts = [
@@ -176,7 +176,7 @@ def run_plan(
                     x_BCHW[a:b],
                     _Arguments(fill_C=fill_C, **{name: column[a:b] for name, column in columns.items()}),
                 )
-                for kind, a, b in spans
+                for kind, a, b in slices
             ]
             x_BCHW = torch.cat(parts)
         yield chunk, x_BCHW.index_select(0, arrays["restore_B"][chunk])

@@ -22,7 +22,7 @@ from lape_ray.data.augment.three_augment import ThreeAugment
 from lape_ray.data.augment.transfer import to_device
 
 # A CPU finishes about so many pixels before it starts on the next, so that they stay in the core's cache. A GPU
-# takes the whole batch at once.
+# takes the whole batch in one step.
 _CPU_CHUNK_PIXELS = 2**18
 
 
@@ -30,14 +30,14 @@ _Run = Callable[[Tensor, Mapping[str, Tensor], Tensor], Iterator[tuple[slice, Te
 
 
 class _Policy(Protocol):
-    def draw(self, epoch: int, positions: np.ndarray) -> list[Layer]: ...
+    def draw(self, epoch: int, epoch_index: np.ndarray) -> list[Layer]: ...
 
 
 class Augment:
     """Augment and normalise batches; made by `build_augment`.
 
     Calling it draws everything on the host, sends it to the images' device in one copy and queues the kernels; it
-    never waits for the device. An image's result depends on its pixels, the seed, the epoch and its position
+    never waits for the device. An image's result depends on its pixels, the seed, the epoch and its epoch index
     alone, and not on the batch it comes in; where images are small, several batches in one call spare a GPU
     launches.
     """
@@ -65,7 +65,7 @@ class Augment:
 
     @torch.no_grad()
     def __call__(
-        self, images_BCHW: Tensor, *, epoch: int, positions: np.ndarray | Sequence[int] | Tensor
+        self, images_BCHW: Tensor, *, epoch: int, epoch_index: np.ndarray | Sequence[int] | Tensor
     ) -> Tensor:
         """Augment images; returns (x / 255 - mean) / std, as float32 in channels_last memory.
 
@@ -73,13 +73,13 @@ class Augment:
             images_BCHW: uint8 (B, 3, H, W) of the augment's image size, on any device, with any strides; not
                 changed.
             epoch: from 0.
-            positions: (B,) integers on the host, the places of the images in the epoch's order over all ranks.
+            epoch_index: (B,) integers on the host, the images' indices in the epoch's order over all ranks.
         """
-        positions_B = np.asarray(positions) if len(positions) else np.empty(0, dtype=np.int64)
-        self._check(images_BCHW, positions_B)
-        layers = [layer for policy in self.policies for layer in policy.draw(epoch, positions_B)]
+        epoch_index_B = np.asarray(epoch_index) if len(epoch_index) else np.empty(0, dtype=np.int64)
+        self._check(images_BCHW, epoch_index_B)
+        layers = [layer for policy in self.policies for layer in policy.draw(epoch, epoch_index_B)]
         plan, run = self._plan(layers, images_BCHW)
-        boxes = self.erasing.draw(epoch, positions_B) if self.erasing else None
+        boxes = self.erasing.draw(epoch, epoch_index_B) if self.erasing else None
         arrays = to_device({**plan, **(boxes.arrays if boxes else {}), **self.constants}, images_BCHW.device)
         x_BCHW = torch.empty(
             images_BCHW.shape,
@@ -112,11 +112,11 @@ class Augment:
         height, width = self.image_size
         return max(1, _CPU_CHUNK_PIXELS // (height * width))
 
-    def _check(self, images_BCHW: Tensor, positions_B: np.ndarray) -> None:
-        shape = (len(positions_B), 3, *self.image_size)
+    def _check(self, images_BCHW: Tensor, epoch_index_B: np.ndarray) -> None:
+        shape = (len(epoch_index_B), 3, *self.image_size)
         if tuple(images_BCHW.shape) != shape or images_BCHW.dtype != torch.uint8:
             raise ValueError(
-                f"images must be uint8 of shape {shape} (positions, channels, image size); "
+                f"images must be uint8 of shape {shape} (epoch_index, channels, image size); "
                 f"got {images_BCHW.dtype} of shape {tuple(images_BCHW.shape)}"
             )
 
@@ -126,7 +126,7 @@ def build_augment(
 ) -> Augment:
     """Build the augmentation of a training run: RandAugment or 3-Augment, colour jitter, random erasing.
 
-    Colour jitter acts whenever it is above 0. (timm leaves it out beside RandAugment, so for DeiT's recipe it is 0.)
+    Colour jitter acts whenever it is above 0. (timm leaves it out with RandAugment, so for DeiT's recipe it is 0.)
 
     Args:
         image_size: side of the square images, or (height, width), in pixels; at least 8.

@@ -215,10 +215,12 @@ class RandAugment:
         self.interpolation = interpolation
         self.seed = seed
 
-    def draw(self, epoch: int, positions: np.ndarray) -> list[Layer]:
-        """Draw the layers for the images at `positions`, (B,), of the epoch's order."""
+    def draw(self, epoch: int, epoch_index: np.ndarray) -> list[Layer]:
+        """Draw the layers for the images at `epoch_index`, (B,), of the epoch's order."""
         n = self.config.layers
-        u_BnD = uniform(self.seed, epoch, positions, Stream.RAND_AUGMENT, n * 6).reshape(len(positions), n, 6)
+        u_BnD = uniform(self.seed, epoch, epoch_index, Stream.RAND_AUGMENT, n * 6).reshape(
+            len(epoch_index), n, 6
+        )
         return [self._layer(u_BnD[:, i].T) for i in range(n)]
 
     def _layer(self, u_DB: np.ndarray) -> Layer:

@@ -22,11 +22,11 @@ class ThreeAugment:
     def __init__(self, *, seed: int) -> None:
         self.seed = seed
 
-    def draw(self, epoch: int, positions: np.ndarray) -> list[Layer]:
-        """Draw one layer for the images at `positions`, (B,), of the epoch's order."""
-        choice_u, radius_u = uniform(self.seed, epoch, positions, Stream.THREE_AUGMENT, 2).T
+    def draw(self, epoch: int, epoch_index: np.ndarray) -> list[Layer]:
+        """Draw one layer for the images at `epoch_index`, (B,), of the epoch's order."""
+        choice_u, radius_u = uniform(self.seed, epoch, epoch_index, Stream.THREE_AUGMENT, 2).T
         choice_B = (choice_u * 3).astype(np.int64)
-        layer = Layer(len(positions))
+        layer = Layer(len(epoch_index))
         # Grey is the color factor 0, which the amount is.
         layer.kind_B[:] = np.array([Kind.COLOR, Kind.TABLE, Kind.BLUR])[choice_B]
         low, high = _BLUR_RADIUS

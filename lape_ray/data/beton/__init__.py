@@ -1,10 +1,11 @@
-"""Images as .beton files, FFCV's file format, each with a manifest beside it.
+"""Images as .beton files, FFCV's file format, each with a manifest.
 
 format    the layout, and how one file or a set of shards is read
 manifest  the description of a file: its contents and how it was made
 encode    one image as it is stored
 journal   a file that outlives the process which writes it
 writer    `write_beton`: a source to a file or a set of shards
+convert   the steps behind jobs/write_beton.py
 check     `check_beton`: whether a file is what its manifest says
 """
 

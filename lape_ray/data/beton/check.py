@@ -38,6 +38,14 @@ def _check_file(path: Path, deep: bool, workers: int | None) -> Manifest:
         raise ValueError(
             f"{path} has {path.stat().st_size:,} bytes but its manifest says {manifest.bytes:,}; copy or write it again"
         )
+    records_N, lengths_N = _check_tables(path, manifest)
+    if deep:
+        _check_images(path, manifest, records_N, lengths_N, workers)
+    return manifest
+
+
+def _check_tables(path: Path, manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+    """Check labels, sizes and places of all images; returns the records (N,) and the images' lengths in bytes (N,)."""
     records_N, allocations_N = read_tables(path)
     if len(records_N) != manifest.num_samples:
         raise ValueError(
@@ -53,23 +61,22 @@ def _check_file(path: Path, deep: bool, workers: int | None) -> Manifest:
             f"{path} is damaged: its tables of labels and places are not those of its manifest; "
             "copy or write it again"
         )
-    lengths_N = lengths(path, records_N, allocations_N)
-    if deep:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.sha256:
-                raise ValueError(
-                    f"{path} is damaged: its sha256 is not its manifest's; copy or write it again"
-                )
-        starts = range(0, len(records_N), PART_SAMPLES)
-        tasks = (
-            (path, i, records_N["image"][i : i + PART_SAMPLES], lengths_N[i : i + PART_SAMPLES])
-            for i in starts
-        )
-        with processes(workers) as mapper:
-            for reason in mapper(_decode_part, tasks):
-                if reason:
-                    raise ValueError(f"{path} {reason}; write it again")
-    return manifest
+    return records_N, lengths(path, records_N, allocations_N)
+
+
+def _check_images(
+    path: Path, manifest: Manifest, records_N: np.ndarray, lengths_N: np.ndarray, workers: int | None
+) -> None:
+    """Compare the file's sha256 and decode every image."""
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != manifest.sha256:
+            raise ValueError(f"{path} is damaged: its sha256 is not its manifest's; copy or write it again")
+    parts = [slice(start, start + PART_SAMPLES) for start in range(0, len(records_N), PART_SAMPLES)]
+    tasks = ((path, part.start, records_N["image"][part], lengths_N[part]) for part in parts)
+    with processes(workers) as mapper:
+        for reason in mapper(_decode_part, tasks):
+            if reason:
+                raise ValueError(f"{path} {reason}; write it again")
 
 
 def _decode_part(task: tuple[Path, int, np.ndarray, np.ndarray]) -> str | None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lape_ray.data.beton.format import CHECKSUM_BYTES, PAGE_BYTES
 from lape_ray.data.native import add_restart_markers
-from lape_ray.data.sources import Source, load_image, oddity, to_rgb
+from lape_ray.data.sources import Source, load_image, to_rgb, unusual_format
 
 Mode = Literal["auto", "jpg", "raw", "proportion"]
 SMALL_SIDE = 64  # up to this side, pixels are smaller than the time it takes to decode them
@@ -41,13 +41,13 @@ class Encoding:
 
 
 class Encoded(NamedTuple):
-    """One image as it goes into the file; `kind` is a key of Manifest.stored, `odd` one of Manifest.odd."""
+    """One image as it goes into the file; `kind` is a key of Manifest.stored, `unusual` of Manifest.odd."""
 
     kind: str
     width: int
     height: int
     data: bytes
-    odd: str | None
+    unusual: str | None
 
 
 class Rejected(NamedTuple):
@@ -87,7 +87,7 @@ def encode(source: Source, index: int, encoding: Encoding, position: int) -> Enc
             f"{name} is {image.width}x{image.height} pixels and {len(data):,} bytes; a .beton takes "
             f"{MAX_SIDE} pixels a side and {PAGE_BYTES - CHECKSUM_BYTES:,} bytes; set max_size"
         )
-    return Encoded(kind, image.width, image.height, data, oddity(original, name))
+    return Encoded(kind, image.width, image.height, data, unusual_format(original, name))
 
 
 def _with_markers(jpeg: bytes, interval: int) -> bytes | None:

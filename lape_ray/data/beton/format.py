@@ -164,7 +164,7 @@ def set_names(name: str, names: Collection[str], place: str | Path) -> tuple[str
     if name in names:
         if found:
             raise ValueError(
-                f"{place}/{name} is there, and shards of that name too; remove or rename one of them"
+                f"{place}/{name} exists, and shards of that name do too; remove or rename one of them"
             )
         return (name,)
     if not found:

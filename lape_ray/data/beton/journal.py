@@ -2,7 +2,7 @@
 
 Beside x.beton two hidden files grow, .x.beton.partial and .x.beton.journal. A line of the journal is written
 only after the bytes it speaks of are on the disk, so whatever ends the writer (a signal, a full disk, a lost
-machine), the next one goes on after the journal's last whole line.
+machine), the next one continues after the journal's last complete line.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _torn() -> Any:
 
 @contextlib.contextmanager
 def open_journal(path: Path, fingerprint: str, *, fresh: bool = False) -> Iterator[Journal]:
-    """Open the journal of `path`; an earlier one goes on if it has the same fingerprint (of source and options).
+    """Open the journal of `path`; an earlier one is continued if it has the same fingerprint (of source and options).
 
     However the block ends, what it wrote stays for the next writer, unless `finish` was called.
 

@@ -1,4 +1,4 @@
-"""The manifest beside a .beton: what the file holds and how it was made."""
+"""The manifest of a .beton: what the file holds and how it was made."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REPAIR = "copy it again, or write the .beton again"
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The contents of a .beton, or a set of shards; kept beside each file as <name>.beton.json.
+    """The contents of a .beton, or a set of shards; kept next to each file as <name>.beton.json.
 
     Attributes:
         version: of this description
@@ -34,7 +34,7 @@ class Manifest:
         bytes, sha256: of the whole file; of a set, of its files' sha256
         tables_sha256: of the records and the allocation table
         stored: how many images are kept as `original_jpeg`, encoded as `jpeg`, or `raw` pixels
-        odd: how many images were odd in which way: CMYK, grey, rotated by EXIF, ...
+        odd: how many images had which unusual format: CMYK, grey, rotated by EXIF, ...
         skipped: [name, reason] of each sample that was left out
         made: source, options, library versions and time
     """
@@ -61,7 +61,7 @@ class Manifest:
             text = file.read_bytes()
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{file} is missing; copy it with its .beton, or make both from the .beton that is there: "
+                f"{file} is missing; copy it with its .beton, or make both from the existing .beton: "
                 f"jobs/write_beton.py {path} NEW.beton"
             ) from None
         return cls.parse(text, file)
@@ -121,7 +121,7 @@ class Manifest:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write it beside the .beton at `path`."""
+        """Write it next to the .beton at `path`."""
         with appearing(manifest_path(path)) as file:
             file.write((json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
 
@@ -134,7 +134,7 @@ class Manifest:
             f"  {low_w}..{high_w} pixels wide, {low_h}..{high_h} high; stored as {stored}",
             f"  {min(self.class_counts):,}..{max(self.class_counts):,} images a class",
         ]
-        lines += [f"  {count:,} x {oddity}" for oddity, count in self.odd.items()]
+        lines += [f"  {count:,} x {unusual}" for unusual, count in self.odd.items()]
         return "\n".join(lines + [f"  skipped: {reason}" for _, reason in self.skipped])
 
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL
@@ -74,8 +74,8 @@ def write_beton(
 ) -> Manifest:
     """Write `source` to `path` in the source's order, with its manifest.
 
-    If that fails or is killed, what was there under that name stays, and the same call later goes on where this
-    one ended, from hidden files beside `path`.
+    If that fails or is killed, an earlier file of that name stays, and the same call later continues where this
+    one ended, from hidden files next to `path`.
 
     Args:
         max_size: longest side in pixels; larger images are resized once, bicubic with antialiasing. None: never.
@@ -123,7 +123,7 @@ def _refuse_two_sets(path: Path, shards: int) -> None:
     ]
     if others:
         raise ValueError(
-            f"{others[0]} is there already, of another number of shards; remove it, or choose another name"
+            f"{others[0]} exists already, of another number of shards; remove it, or choose another name"
         )
 
 
@@ -271,18 +271,20 @@ class _File:
     def _take_earlier(self, part: _Part, first: int) -> None:
         """Take over a part that begins with sample `first`; a ValueError where it cannot be one."""
         stored_N = part.records()
-        index_N, places_N = stored_N["index"], stored_N["image"]["data_ptr"]
+        index_N, offsets_N = stored_N["index"], stored_N["image"]["data_ptr"]
         samples, size = range(first, min(first + PART_SAMPLES, self.samples)), self.data.seek(0, os.SEEK_END)
         if len(stored_N) + len(part.skipped) != len(samples) or not np.isin(index_N, samples).all():
             raise ValueError(f"it does not speak of the samples from {first} on")
         if (stored_N["kind"] >= len(KINDS)).any():
             raise ValueError("it has an image that is stored in no known way")
-        outside_N = (places_N < self.end) | (places_N > size)  # first, so that the sum below cannot overflow
-        if (outside_N | (places_N + stored_N["size"] + CHECKSUM_BYTES > size)).any():
+        outside_N = (offsets_N < self.end) | (
+            offsets_N > size
+        )  # first, so that the sum below cannot overflow
+        if (outside_N | (offsets_N + stored_N["size"] + CHECKSUM_BYTES > size)).any():
             raise ValueError("it has an image outside of what was written")
         self._take(part)
         if len(stored_N):
-            self.end = int(places_N[-1] + stored_N["size"][-1]) + CHECKSUM_BYTES
+            self.end = int(offsets_N[-1] + stored_N["size"][-1]) + CHECKSUM_BYTES
 
     def _take(self, part: _Part) -> None:
         self.parts.append(part.records())
@@ -304,7 +306,7 @@ class _File:
             image = (RAW if sample.kind == "raw" else JPEG, sample.width, sample.height, self.end)
             stored[count] = (index, KINDS.index(sample.kind), image, size)
             self.end += size + CHECKSUM_BYTES
-            odd.update([sample.odd] if sample.odd else [])
+            odd.update([sample.unusual] if sample.unusual else [])
             count += 1
         encoded = base64.b64encode(stored[:count].tobytes()).decode()
         entry = _Part(stored=encoded, skipped=tuple(skipped), odd=dict(odd))
@@ -320,10 +322,10 @@ class _File:
             )
         count = len(stored_N)
         records_N, allocations_N = np.zeros(count, RECORD), np.zeros(count, ALLOCATION)
-        images_N = records_N["image"] = stored_N["image"]
-        labels_N = records_N["label"] = source.labels_N[stored_N["index"]]
+        records_N["image"] = stored_N["image"]
+        records_N["label"] = source.labels_N[stored_N["index"]]
         allocations_N["sample_id"] = np.arange(count)
-        allocations_N["ptr"], allocations_N["size"] = images_N["data_ptr"], stored_N["size"]
+        allocations_N["ptr"], allocations_N["size"] = stored_N["image"]["data_ptr"], stored_N["size"]
         self.data.seek(self.end)
         self.data.write(allocations_N.tobytes())
         self.data.truncate()  # an interrupted writer may have come further
@@ -331,12 +333,26 @@ class _File:
         header = np.array([(FORMAT_VERSION, len(FIELDS), PAGE_BYTES, count, self.end)], HEADER)
         self.data.write(header.tobytes() + FIELDS.tobytes() + records_N.tobytes())
         self.journal.commit()  # a full disk may show only now, and the old pair is still whole
+        return self._manifest(
+            stored_N, records_N, allocations_N, source, _made(source, encoding, fingerprint)
+        )
+
+    def _manifest(
+        self,
+        stored_N: np.ndarray,
+        records_N: np.ndarray,
+        allocations_N: np.ndarray,
+        source: Source,
+        made: dict[str, Any],
+    ) -> Manifest:
+        """Describe the file, which is complete."""
+        images_N = records_N["image"]
         self.data.seek(0)
         return Manifest(
             version=MANIFEST_VERSION,
-            num_samples=count,
+            num_samples=len(records_N),
             classes=source.classes,
-            class_counts=tuple(np.bincount(labels_N, minlength=len(source.classes)).tolist()),
+            class_counts=tuple(np.bincount(records_N["label"], minlength=len(source.classes)).tolist()),
             width=(int(images_N["width"].min()), int(images_N["width"].max())),
             height=(int(images_N["height"].min()), int(images_N["height"].max())),
             bytes=self.end + allocations_N.nbytes,
@@ -345,15 +361,20 @@ class _File:
             stored=dict(sorted(Counter(KINDS[kind] for kind in stored_N["kind"]).items())),
             odd=dict(sorted(self.odd.items())),
             skipped=tuple(self.skipped),
-            made={
-                "source": source.origin,
-                **dataclasses.asdict(encoding),
-                "fingerprint": fingerprint,
-                "versions": {
-                    "lape_ray": lape_ray.__version__,
-                    "pillow": PIL.__version__,
-                    "numpy": np.__version__,
-                },
-                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            },
+            made=made,
         )
+
+
+def _made(source: Source, encoding: Encoding, fingerprint: str) -> dict[str, Any]:
+    """Record how a file is made, for its manifest."""
+    return {
+        "source": source.origin,
+        **dataclasses.asdict(encoding),
+        "fingerprint": fingerprint,
+        "versions": {
+            "lape_ray": lape_ray.__version__,
+            "pillow": PIL.__version__,
+            "numpy": np.__version__,
+        },
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

@@ -11,9 +11,9 @@ The pixels are those of Pillow, bit for bit: libjpeg-turbo's accurate DCT and sm
 arithmetic of `Image.crop` and `Image.resize` (which rounds otherwise, by 1 of 255, where a crop is more than 100
 times as high as wide). Only what a crop needs is decoded, which is where the speed is.
 
-Random numbers are counter-based (Philox4x32-10): the key is the seed, the counter is the position in the
-epoch's order, the epoch and the purpose. An image's augmentation is thus a function of (seed, epoch, position)
-and of nothing else: not of threads, batch size, ranks or what was drawn before.
+Random numbers are counter-based (Philox4x32-10): the key is the seed, the counter is the image's index in
+the epoch's order over all ranks, the epoch and the purpose. An image's augmentation is thus a function of
+(seed, epoch, index) and of nothing else: not of threads, batch size, ranks or what was drawn before.
 
 Shape suffixes: B images of a batch, H and W pixels of the output, N anything counted.
 """
@@ -143,41 +143,14 @@ class Decoder:
             ValueError: the arrays do not fit together.
         """
         images = len(offsets_B)
-        if isinstance(interpolation, str):
-            if interpolation not in FILTERS:
-                known = ", ".join(FILTERS)
-                raise ValueError(f"interpolation={interpolation!r} is not known; choose one of {known}")
-            interpolation = np.full(images, FILTERS[interpolation], np.uint8)
-        filters_B = _column("interpolation", interpolation, np.uint8, images)
-        if images and filters_B.max() >= len(FILTERS):
-            raise ValueError(f"interpolation must hold indices from 0 to {len(FILTERS) - 1}")
-        if (
-            out_BHW3.dtype != np.uint8
-            or out_BHW3.ndim != 4
-            or out_BHW3.shape[3] != 3
-            or len(out_BHW3) != images
-        ):
-            raise ValueError(
-                f"out is {out_BHW3.dtype} {out_BHW3.shape}; it must be uint8 ({images}, H, W, 3)"
-            )
-        if not out_BHW3.flags.c_contiguous or not out_BHW3.flags.writeable:
-            raise ValueError("out must be C-contiguous and writeable")
-        descriptors_B = np.empty(0, np.int32)
-        if file.dtype == np.int32:
-            descriptors_B, file = _column("descriptors", file, np.int32, images), np.empty(0, np.uint8)
-        elif checksums:
-            raise ValueError("checksums are read from open files only; give their descriptors")
-        if file.dtype != np.uint8 or file.ndim != 1 or not file.flags.c_contiguous:
-            raise ValueError(
-                f"file is {file.dtype} {file.shape}; it must be contiguous uint8 (N,), or int32 (B,)"
-            )
+        filters_B = _filters(interpolation, images)
+        _check_out(out_BHW3, images)
+        bytes_N, descriptors_B = _open_or_in_memory(file, images, checksums)
         height, width = out_BHW3.shape[1:3]
-        if not (1 <= height <= 0xFFFF and 1 <= width <= 0xFFFF):
-            raise ValueError(f"out has {height}x{width} pixels; a side must be from 1 to {0xFFFF}")
         statuses_B = np.empty(images, np.int32)
         _native.decode(
             self._handle,
-            file,
+            bytes_N,
             descriptors_B,
             _column("offsets", offsets_B, np.uint64, images),
             _column("lengths", lengths_B, np.uint64, images),
@@ -196,6 +169,44 @@ class Decoder:
             checksums,
         )
         return statuses_B
+
+
+def _filters(interpolation: Interpolation | Array, images: int) -> Array:
+    """Return each image's index in `FILTERS` (B,); ValueError if a name or an index is not known."""
+    if isinstance(interpolation, str):
+        if interpolation not in FILTERS:
+            known = ", ".join(FILTERS)
+            raise ValueError(f"interpolation={interpolation!r} is not known; choose one of {known}")
+        return np.full(images, FILTERS[interpolation], np.uint8)
+    filters_B = _column("interpolation", interpolation, np.uint8, images)
+    if images and filters_B.max() >= len(FILTERS):
+        raise ValueError(f"interpolation must hold indices from 0 to {len(FILTERS) - 1}")
+    return filters_B
+
+
+def _check_out(out_BHW3: Array, images: int) -> None:
+    """Raise a ValueError where the extension could not write its pixels into `out_BHW3`."""
+    shape = out_BHW3.shape
+    if out_BHW3.dtype != np.uint8 or len(shape) != 4 or (shape[0], shape[3]) != (images, 3):
+        raise ValueError(f"out is {out_BHW3.dtype} {shape}; it must be uint8 ({images}, H, W, 3)")
+    if not out_BHW3.flags.c_contiguous or not out_BHW3.flags.writeable:
+        raise ValueError("out must be C-contiguous and writeable")
+    height, width = shape[1:3]
+    if not (1 <= height <= 0xFFFF and 1 <= width <= 0xFFFF):
+        raise ValueError(f"out has {height}x{width} pixels; a side must be from 1 to {0xFFFF}")
+
+
+def _open_or_in_memory(file: Array, images: int, checksums: bool) -> tuple[Array, Array]:
+    """Return the file's bytes in memory and the descriptors of open files, of which one is empty."""
+    if file.dtype == np.int32:
+        return np.empty(0, np.uint8), _column("descriptors", file, np.int32, images)
+    if checksums:
+        raise ValueError("checksums are read from open files only; give their descriptors")
+    if file.dtype != np.uint8 or file.ndim != 1 or not file.flags.c_contiguous:
+        raise ValueError(
+            f"file is {file.dtype} {file.shape}; it must be contiguous uint8 (N,), or int32 (B,)"
+        )
+    return file, np.empty(0, np.int32)
 
 
 def _column(name: str, values: Array, dtype: type, *shape: int) -> Array:
@@ -238,7 +249,7 @@ def crc32c(data: bytes, *, portable: bool = False) -> int:
 def random_resized_crops(
     seed: int,
     epoch: int,
-    positions_B: Array,
+    epoch_index_B: Array,
     widths_B: Array,
     heights_B: Array,
     *,
@@ -248,31 +259,31 @@ def random_resized_crops(
     """Draw boxes (B, 4) int32 of x, y, width and height, as torchvision's RandomResizedCrop distributes them.
 
     Args:
-        positions_B: each image's place in the order of the epoch, over all ranks.
+        epoch_index_B: each image's place in the order of the epoch, over all ranks.
         widths_B, heights_B: of the images, in pixels.
         scale: smallest and largest share of the image's area.
         ratio: smallest and largest width over height.
     """
     if not (0 < scale[0] <= scale[1] and 0 < ratio[0] <= ratio[1]):
         raise ValueError(f"scale={scale} and ratio={ratio} must each be two numbers with 0 < low <= high")
-    images = len(positions_B)
+    images = len(epoch_index_B)
     widths_B = _column("widths", widths_B, np.uint32, images)
     heights_B = _column("heights", heights_B, np.uint32, images)
     if images and (min(widths_B.min(), heights_B.min()) < 1 or max(widths_B.max(), heights_B.max()) >= 2**31):
         raise ValueError("widths and heights must be at least 1 pixel")
     boxes_B4 = np.empty((images, 4), np.int32)
-    positions_B = _column("positions", positions_B, np.uint64, images)
+    epoch_index_B = _column("epoch_index", epoch_index_B, np.uint64, images)
     _native.random_resized_crops(
-        *_run(seed, epoch), positions_B, widths_B, heights_B, (*scale, *ratio), boxes_B4
+        *_run(seed, epoch), epoch_index_B, widths_B, heights_B, (*scale, *ratio), boxes_B4
     )
     return boxes_B4
 
 
-def flips(seed: int, epoch: int, positions_B: Array, probability: float = 0.5) -> Array:
+def flips(seed: int, epoch: int, epoch_index_B: Array, probability: float = 0.5) -> Array:
     """Draw whether to flip each image, bool (B,); see `random_resized_crops` for the arguments."""
-    flips_B = np.empty(len(positions_B), np.bool_)
-    positions_B = _column("positions", positions_B, np.uint64, len(positions_B))
-    _native.flips(*_run(seed, epoch), positions_B, probability, flips_B)
+    flips_B = np.empty(len(epoch_index_B), np.bool_)
+    epoch_index_B = _column("epoch_index", epoch_index_B, np.uint64, len(epoch_index_B))
+    _native.flips(*_run(seed, epoch), epoch_index_B, probability, flips_B)
     return flips_B
 
 

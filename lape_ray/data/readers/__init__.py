@@ -2,6 +2,7 @@
 
 reader       `Reader`: the interface that they share, and the options that each of them takes
 buffers      memory for batches that is used again
+ahead        `read_ahead`: batches that are started before they are needed
 native       a pass over a .beton through our own decoder, `native/` (C++); the default backend
 resident     a pass over small images that lie on the device as a whole
 torchvision  a pass over a source through Pillow and torchvision, the measure of the others
@@ -19,29 +20,29 @@ import torch
 from lape_ray.config import Backend
 from lape_ray.data.readers.reader import Reader, ReaderOptions
 from lape_ray.data.sources import open_source
-from lape_ray.data.split import SplitFacts
+from lape_ray.data.split import SplitInfo
 
 
-def _native(split: SplitFacts, options: ReaderOptions) -> Reader:
+def _native(split: SplitInfo, options: ReaderOptions) -> Reader:
     from lape_ray.data.readers.native import NativeReader
 
     return NativeReader(split.path, options)
 
 
-def _resident(split: SplitFacts, options: ReaderOptions) -> Reader:
+def _resident(split: SplitInfo, options: ReaderOptions) -> Reader:
     from lape_ray.data.readers.resident import ResidentReader
 
     return ResidentReader(split.path, options)
 
 
-def _torchvision(split: SplitFacts, options: ReaderOptions) -> Reader:
+def _torchvision(split: SplitInfo, options: ReaderOptions) -> Reader:
     from lape_ray.data.readers.torchvision import TorchvisionReader
 
     source = open_source(split.path) if split.source is None else split.source
     return TorchvisionReader(source, options)
 
 
-def _ffcv(split: SplitFacts, options: ReaderOptions) -> Reader:
+def _ffcv(split: SplitInfo, options: ReaderOptions) -> Reader:
     threads = torch.get_num_threads()
     from lape_ray.data.readers.ffcv import BatchLoader
 
@@ -49,7 +50,7 @@ def _ffcv(split: SplitFacts, options: ReaderOptions) -> Reader:
     return BatchLoader(split.path, options)
 
 
-READERS: dict[Backend, Callable[[SplitFacts, ReaderOptions], Reader]] = {
+READERS: dict[Backend, Callable[[SplitInfo, ReaderOptions], Reader]] = {
     "native": _native,
     "resident": _resident,
     "torchvision": _torchvision,

@@ -11,7 +11,7 @@ KEPT = 8  # buffers that wait for their next use, at most
 
 
 class _Lease:
-    """The owner that all arrays over one buffer keep alive; when the last of them is gone, so is it."""
+    """The owner that all arrays over one buffer keep alive; it is deleted with the last of them."""
 
     def __init__(self, buffer_N: np.ndarray, shape: tuple[int, ...]) -> None:
         address = buffer_N.__array_interface__["data"][0]

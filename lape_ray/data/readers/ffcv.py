@@ -76,7 +76,7 @@ class SeededCrop(SimpleRGBImageDecoder):
                     out_BSSC[slot] = out_BSSC[slot, :, ::-1].copy()
             return out_BSSC[: len(keys_B)]
 
-        decode.is_parallel = True  # type: ignore[attr-defined]  # how FFCV's compiler is told
+        decode.is_parallel = True  # type: ignore[attr-defined]  # read by FFCV's compiler
         return decode
 
 
@@ -208,11 +208,8 @@ class BatchLoader(Loader):
     def image_size(self, side: int) -> None:
         self._decoder.side = side
 
-    def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> BatchIterator:
-        """Make one pass over the samples of `keys_N` (int64; see SEED_BIT), the last batch short.
-
-        The keys hold the seeds of the draws, so that positions and epoch add nothing here.
-        """
+    def batches(self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int) -> BatchIterator:
+        """Make one pass; see `Reader.batches`. The keys hold the seeds of the draws, and the other arguments none."""
         return BatchIterator(self, np.ascontiguousarray(keys_N))  # numba compiles again for a strided array
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +18,10 @@ import torch
 from lape_ray.data.augment.draws import Stream, uniform
 from lape_ray.data.beton import read_contents
 from lape_ray.data.native import FILTERS, Decoder, center_crops, check, flips, random_resized_crops
+from lape_ray.data.readers.ahead import read_ahead
 from lape_ray.data.readers.buffers import Buffers
 from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
 from lape_ray.data.sampler import sample_index
-
-BATCHES_AHEAD = 2
 
 
 class NativeReader:
@@ -47,34 +45,21 @@ class NativeReader:
         self.buffers = Buffers()
 
     def batches(
-        self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
+        self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int
     ) -> Generator[np.ndarray, None, None]:
-        """Yield the batches uint8 (B, S, S, 3) of one pass over the samples of `keys_N`, the last batch short.
-
-        A key holds the sample's index in its low 32 bits.
-
-        Args:
-            positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
-
-        Raises:
-            ValueError: images cannot be read, or a file was changed; names them.
-        """
+        """Yield the batches of one pass; see `Reader.batches`."""
+        index_N, side = sample_index(keys_N), self.image_size
+        parts = (slice(start, start + self.batch_size) for start in range(0, len(index_N), self.batch_size))
         pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        pending: deque[Future[np.ndarray]] = deque()
-        index_N = sample_index(keys_N)
-        side = self.image_size
         try:
-            for start in range(0, len(index_N), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                pending.append(pool.submit(self._decode, index_N[part], positions_N[part], epoch, side))
-                if len(pending) > BATCHES_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            yield from read_ahead(
+                pool.submit(self._decode, index_N[part], epoch_index_N[part], epoch, side).result
+                for part in parts
+            )
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _decode(self, index_B: np.ndarray, positions_B: np.ndarray, epoch: int, side: int) -> np.ndarray:
+    def _decode(self, index_B: np.ndarray, epoch_index_B: np.ndarray, epoch: int, side: int) -> np.ndarray:
         crop, contents = self.options.crop, self.contents
         images_B = contents.images_N[index_B]
         shape = (len(index_B), side, side, 3)
@@ -86,7 +71,7 @@ class NativeReader:
         boxes_B4: np.ndarray
         if isinstance(crop, RandomCrop):
             boxes_B4, flips_B, cubic_B = train_draws(
-                crop, self.options.seed, epoch, positions_B, widths_B, heights_B
+                crop, self.options.seed, epoch, epoch_index_B, widths_B, heights_B
             )
         else:
             resize = max(side, math.floor(side / crop.share))
@@ -144,19 +129,19 @@ def train_draws(
     crop: RandomCrop,
     seed: int,
     epoch: int,
-    positions_N: np.ndarray,
+    epoch_index_N: np.ndarray,
     widths_N: np.ndarray,
     heights_N: np.ndarray,
 ) -> TrainDraws:
-    """Draw for the images at `positions_N` of the epoch's order over all ranks, of these sizes in pixels."""
+    """Draw for the images at `epoch_index_N` of the epoch's order over all ranks, of these sizes in pixels."""
     boxes_N4 = random_resized_crops(
-        seed, epoch, positions_N, widths_N, heights_N, scale=crop.scale, ratio=crop.ratio
+        seed, epoch, epoch_index_N, widths_N, heights_N, scale=crop.scale, ratio=crop.ratio
     )
     if crop.interpolation == "random":
-        cubic_N = uniform(seed, epoch, positions_N, Stream.INTERPOLATION, 1)[:, 0] < 0.5
+        cubic_N = uniform(seed, epoch, epoch_index_N, Stream.INTERPOLATION, 1)[:, 0] < 0.5
     else:
-        cubic_N = np.full(len(positions_N), crop.interpolation == "bicubic")
-    return TrainDraws(boxes_N4, flips(seed, epoch, positions_N, crop.flip), cubic_N)
+        cubic_N = np.full(len(epoch_index_N), crop.interpolation == "bicubic")
+    return TrainDraws(boxes_N4, flips(seed, epoch, epoch_index_N, crop.flip), cubic_N)
 
 
 def _state(descriptor: int) -> tuple[int, int]:

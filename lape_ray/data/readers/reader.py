@@ -29,11 +29,15 @@ class Reader(Protocol):
     reuses_buffers: bool
     on_device: bool
 
-    def batches(self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int) -> Pass:
-        """Yield the batches of a pass over the samples of `keys_N`, the last batch short.
+    def batches(self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int) -> Pass:
+        """Yield the batches of one pass over the samples of `keys_N`, the last batch short: uint8 (B, S, S, 3).
 
-        `positions_N`, each sample's place in the epoch's order over all ranks, or the keys' high bits say
-        what is drawn for it. ValueError names images that cannot be read.
+        Args:
+            keys_N: int64; the low 32 bits are the sample's index, the high bits a seed for readers that draw by it.
+            epoch_index_N: each sample's index in the epoch's order over all ranks, which keys its draws.
+
+        Raises:
+            ValueError: images cannot be read, or a file was changed; names them.
         """
 
 
@@ -77,7 +81,7 @@ Crop = RandomCrop | CenterCrop
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderOptions:
-    """What every reader is told.
+    """The options of every reader.
 
     Attributes:
         crop: what is cut out of an image

@@ -60,15 +60,11 @@ class ResidentReader:
         )
 
     def batches(
-        self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
+        self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int
     ) -> Generator[Tensor, None, None]:
-        """Yield the batches uint8 (B, S, S, 3) of one pass over the samples of `keys_N`, the last batch short.
+        """Yield the batches of one pass; see `Reader.batches`.
 
-        A key holds the sample's index in its low 32 bits. The batches are views of channels-first memory on the device,
-        which nothing else uses.
-
-        Args:
-            positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
+        They are views of channels-first memory on the device, which nothing else uses.
         """
         index_N, crop, device = sample_index(keys_N), self.options.crop, self.options.device
         if not isinstance(crop, RandomCrop):
@@ -77,14 +73,14 @@ class ResidentReader:
             return
         side = self.images_N3SS.shape[2]
         sides_N = np.full(len(index_N), side)
-        draws = train_draws(crop, self.options.seed, epoch, positions_N, sides_N, sides_N)
+        draws = train_draws(crop, self.options.seed, epoch, epoch_index_N, sides_N, sides_N)
         sent = to_device(
             {"index": index_N, "boxes": draws.boxes_N4, "flips": draws.flips_N, "cubic": draws.cubic_N},
             device,
         )
-        at_once = max(1, _CROPPED_PIXELS // (self.batch_size * self.image_size**2)) * self.batch_size
-        for start in range(0, len(index_N), at_once):
-            index_B, boxes_B4, flips_B, cubic_B = (sent[name][start : start + at_once] for name in sent)
+        group_size = max(1, _CROPPED_PIXELS // (self.batch_size * self.image_size**2)) * self.batch_size
+        for start in range(0, len(index_N), group_size):
+            index_B, boxes_B4, flips_B, cubic_B = (sent[name][start : start + group_size] for name in sent)
             cropped = crop_and_resize(self.images_N3SS[index_B], boxes_B4, flips_B, cubic_B, self.image_size)
             for images_B3SS in cropped.split(self.batch_size):
                 yield images_B3SS.permute(0, 2, 3, 1)

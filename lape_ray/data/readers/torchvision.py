@@ -1,18 +1,18 @@
 """Batches of a source through Pillow and torchvision: slow and plain, the measure of the other decoders.
 
 Decoding is Pillow's, boxes are drawn by torchvision's own code, crops and resizes are `transforms.v2` on Pillow
-images. Draws are keyed by (seed, epoch, position) as those of our decoder, but are other numbers.
+images. Draws are keyed by (seed, epoch, index) as those of our decoder, but are other numbers.
 
 Shape suffixes: N samples of a pass, B of a batch, S the side of a crop in pixels.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as v2
 
+from lape_ray.data.readers.ahead import read_ahead
 from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
 from lape_ray.data.sampler import sample_index
 from lape_ray.data.sources import Source
 
-BATCHES_AHEAD = 2
 PART_IMAGES = 8  # that a thread works on at a time
 
 
@@ -62,44 +62,35 @@ class TorchvisionReader:
         self.labels_N = source.labels_N
 
     def batches(
-        self, keys_N: np.ndarray, positions_N: np.ndarray, epoch: int
+        self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int
     ) -> Generator[np.ndarray, None, None]:
-        """Yield the batches uint8 (B, S, S, 3) of one pass over the samples of `keys_N`, the last batch short.
-
-        A key holds the sample's index in its low 32 bits.
-
-        Args:
-            positions_N: each sample's place in the order of the epoch over all ranks, which keys its draws.
-
-        Raises:
-            ValueError: an image cannot be read; names it.
-        """
+        """Yield the batches of one pass; see `Reader.batches`."""
+        index_N, side = sample_index(keys_N), self.image_size
+        parts = (slice(start, start + self.batch_size) for start in range(0, len(index_N), self.batch_size))
         pool = ThreadPoolExecutor(self.options.threads, thread_name_prefix="torchvision")
-        pending: deque[tuple[np.ndarray, list[Future[None]]]] = deque()
-        index_N = sample_index(keys_N).tolist()
-        places_N = positions_N.tolist()
-        side = self.image_size
         try:
-            for start in range(0, len(index_N), self.batch_size):
-                index_B = index_N[start : start + self.batch_size]
-                places_B = places_N[start : start + self.batch_size]
-                out_BSS3 = np.empty((len(index_B), side, side, 3), np.uint8)
-                parts = [slice(i, i + PART_IMAGES) for i in range(0, len(index_B), PART_IMAGES)]
-                work = [
-                    pool.submit(self._fill, out_BSS3[part], index_B[part], places_B[part], epoch)
-                    for part in parts
-                ]
-                pending.append((out_BSS3, work))
-                if len(pending) > BATCHES_AHEAD:
-                    yield _finished(*pending.popleft())
-            while pending:
-                yield _finished(*pending.popleft())
+            yield from read_ahead(
+                self._start(pool, index_N[part].tolist(), epoch_index_N[part].tolist(), epoch, side)
+                for part in parts
+            )
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def draw(self, crop: RandomCrop, image: Image.Image, epoch: int, position: int) -> Draw:
-        """Draw for the image at `position` of the epoch's order: a function of these, the seed and the image's size."""
-        generator = torch.Generator().manual_seed(_draw_seed(self.options.seed, epoch, position))
+    def _start(
+        self, pool: Executor, index_B: list[int], epoch_index_B: list[int], epoch: int, side: int
+    ) -> Callable[[], np.ndarray]:
+        """Begin to read a batch in parts; returns what waits for it."""
+        out_BSS3 = np.empty((len(index_B), side, side, 3), np.uint8)
+        parts = [slice(start, start + PART_IMAGES) for start in range(0, len(index_B), PART_IMAGES)]
+        work = [
+            pool.submit(self._fill, out_BSS3[part], index_B[part], epoch_index_B[part], epoch)
+            for part in parts
+        ]
+        return functools.partial(_finished, out_BSS3, work)
+
+    def draw(self, crop: RandomCrop, image: Image.Image, epoch: int, epoch_index: int) -> Draw:
+        """Draw for the image at `epoch_index`: a function of these, the seed and the image's size."""
+        generator = torch.Generator().manual_seed(_draw_seed(self.options.seed, epoch, epoch_index))
         with _RandomFrom(generator):
             top, left, height, width = RandomResizedCrop.get_params(image, list(crop.scale), list(crop.ratio))
         flip, second_filter = torch.rand(2, generator=generator).tolist()
@@ -108,13 +99,13 @@ class TorchvisionReader:
             interpolation = InterpolationMode.BILINEAR
         return Draw(left, top, width, height, flip < crop.flip, interpolation)
 
-    def _fill(self, out_PSS3: np.ndarray, index_P: list[int], positions_P: list[int], epoch: int) -> None:
+    def _fill(self, out_PSS3: np.ndarray, index_P: list[int], epoch_index_P: list[int], epoch: int) -> None:
         """Read, crop and resize some images (P) of a batch into their place."""
         crop = self.options.crop
-        for out_SS3, index, position in zip(out_PSS3, index_P, positions_P, strict=True):
+        for out_SS3, index, epoch_index in zip(out_PSS3, index_P, epoch_index_P, strict=True):
             image = self.source.read(index)
             if isinstance(crop, RandomCrop):
-                draw = self.draw(crop, image, epoch, position)
+                draw = self.draw(crop, image, epoch, epoch_index)
                 square = resized_crop(image, draw, len(out_SS3))
             else:
                 square = center_crop(image, len(out_SS3), crop.share, _filter(crop.interpolation))
@@ -154,8 +145,8 @@ def _finished(out_BSS3: np.ndarray, work: list[Future[None]]) -> np.ndarray:
     return out_BSS3
 
 
-def _draw_seed(seed: int, epoch: int, position: int) -> int:
-    digest = hashlib.blake2b(f"torchvision,{seed},{epoch},{position}".encode(), digest_size=8).digest()
+def _draw_seed(seed: int, epoch: int, epoch_index: int) -> int:
+    digest = hashlib.blake2b(f"torchvision,{seed},{epoch},{epoch_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 

@@ -1,6 +1,6 @@
 """Labelled images as they come: class folders, parquet or tar shards, or scikit-learn's digits.
 
-A source knows every label at once but opens an image only when asked. It pickles as plain arrays of names, and
+A source knows all labels from the start but opens an image only when asked. It pickles as plain arrays of names, and
 `take` cuts it into parts, so that a worker process is sent the few names it works on.
 
     base         `Source`, and how an image file becomes RGB
@@ -9,7 +9,7 @@ A source knows every label at once but opens an image only when asked. It pickle
     parquet      rows of parquet files, as dataset hubs have them
     tar          WebDataset shards
     handwritten  the digits
-    odd          `oddity`: what is unusual about an image that is read all the same
+    unusual      `unusual_format`: what is unusual about an image that can be read
     subset       `select`: parts that are the same each time
     names        `named`: readable names of the classes
     beton        a .beton as a source, to write it again
@@ -23,16 +23,17 @@ from lape_ray.data.sources.base import EXTENSIONS, Source, load_image, to_rgb
 from lape_ray.data.sources.folder import ImageFolder, image_folder
 from lape_ray.data.sources.handwritten import Digits, digits
 from lape_ray.data.sources.names import named
-from lape_ray.data.sources.odd import oddity
 from lape_ray.data.sources.parquet import ParquetShards, parquet_shards
 from lape_ray.data.sources.shards import kind_of_shards
 from lape_ray.data.sources.subset import select
 from lape_ray.data.sources.tar import TarShards, tar_shards
+from lape_ray.data.sources.unusual import unusual_format
 from lape_ray.storage import is_remote
 
 __all__ = [
     "EXTENSIONS", "Digits", "ImageFolder", "ParquetShards", "Source", "TarShards", "digits", "image_folder",
-    "load_image", "named", "oddity", "open_source", "parquet_shards", "select", "tar_shards", "to_rgb",
+    "load_image", "named", "open_source", "parquet_shards", "select", "tar_shards", "to_rgb",
+    "unusual_format",
 ]  # fmt: skip
 
 

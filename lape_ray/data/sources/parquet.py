@@ -107,43 +107,48 @@ def parquet_shards(where: str, split: str | None = None) -> ParquetShards:
         ValueError: a file is damaged or has no such columns; names it. Damage among its images is found as they are
             read, and costs the rest of their row group.
     """
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
     files = find_shards(where, split, ".parquet")
-    origin = f"{where} ({split})" if split else where
     labels, items = [], []
     classes: tuple[str, ...] | None = None
     for shard, file in enumerate(files):
-        try:
-            schema = pq.read_schema(file)
-            image_column = _column(schema.names, IMAGE_COLUMNS, "image")
-            label_column = _column(schema.names, LABEL_COLUMNS, "label")
-            column = pq.read_table(file, columns=[label_column]).column(0)
-            values_N = column.to_numpy()
-            classes = classes or _class_names(schema.metadata or {}, label_column)
-        except _failures() as error:
-            raise ValueError(f"{file} cannot be read as a shard of images: {_first_line(error)}") from error
-        if column.null_count:
-            row = pc.index(pc.is_null(column), True).as_py()
-            raise ValueError(f"{file} row {row} has no label in column {label_column!r}")
-        if values_N.dtype.kind not in "iu":
-            raise ValueError(
-                f"{file} column {label_column!r} is of type {column.type}; labels must be integers"
-            )
-        labels.append(values_N.astype(np.int64))
-        rows_N = np.empty(len(values_N), ROW)
-        rows_N["shard"], rows_N["row"] = shard, np.arange(len(values_N))
+        shard_labels_N, image_column, classes = _read_labels(file, classes)
+        labels.append(shard_labels_N)
+        rows_N = np.empty(len(shard_labels_N), ROW)
+        rows_N["shard"], rows_N["row"] = shard, np.arange(len(shard_labels_N))
         items.append(rows_N)
     labels_N = np.concatenate(labels)
     return ParquetShards(
-        origin=origin,
+        origin=f"{where} ({split})" if split else where,
         classes=classes or numbered_classes(labels_N, where),
         labels_N=labels_N,
         items_N=np.concatenate(items),
         files=files,
         column=image_column,
     )
+
+
+def _read_labels(
+    file: str, classes: tuple[str, ...] | None
+) -> tuple[np.ndarray, str, tuple[str, ...] | None]:
+    """Read a shard's labels int64 (N,) and the name of its image column; and its class names unless they are known."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(file)
+        image_column = _column(schema.names, IMAGE_COLUMNS, "image")
+        label_column = _column(schema.names, LABEL_COLUMNS, "label")
+        column = pq.read_table(file, columns=[label_column]).column(0)
+        labels_N = column.to_numpy()
+        classes = classes or _class_names(schema.metadata or {}, label_column)
+    except _failures() as error:
+        raise ValueError(f"{file} cannot be read as a shard of images: {_first_line(error)}") from error
+    if column.null_count:
+        row = pc.index(pc.is_null(column), True).as_py()
+        raise ValueError(f"{file} row {row} has no label in column {label_column!r}")
+    if labels_N.dtype.kind not in "iu":
+        raise ValueError(f"{file} column {label_column!r} is of type {column.type}; labels must be integers")
+    return labels_N.astype(np.int64), image_column, classes
 
 
 def _column(names: Sequence[str], known: Sequence[str], role: str) -> str:

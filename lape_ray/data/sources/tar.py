@@ -58,7 +58,7 @@ def tar_shards(where: str, split: str | None = None, *, workers: int | None = No
     are. It has one image (`.jpg`, ... as in `EXTENSIONS`) and a label: whole-number text in `.cls`, or else the
     `label` or `cls` of the object in `.json`. Samples with none of the three, hidden files and folders do not count.
 
-    Class names are the lines of `classes.txt` beside the shards or in the folder `where`; without one, the labels
+    Class names are the lines of `classes.txt` next to the shards or in the folder `where`; without one, the labels
     from 0 to the largest.
 
     Args:
@@ -140,7 +140,7 @@ def index_shard(path: str) -> Index:
                     continue
                 fields = samples.setdefault(folder + slash + stem, {})
                 if fields.setdefault(extension.lower(), member) is not member:
-                    raise ValueError(f"{path}: {member.name!r} is there twice; leave one of them")
+                    raise ValueError(f"{path}: {member.name!r} occurs twice; leave one of them")
             for key, fields in samples.items():
                 image = _image(path, key, fields)
                 if image:
@@ -185,7 +185,7 @@ def _members(path: str, file: BinaryIO) -> Iterator[_Member]:
         raise ValueError(f"{path} is cut: it has no end mark; copy it again, or pack it to the end")
     if not only_zeros:
         raise ValueError(
-            f"{path} goes on after byte {rest}, where it should end: a damaged header, or files joined without "
+            f"{path} continues after byte {rest}, where it should end: a damaged header, or files joined without "
             "tar -A; copy it again, or give the parts as shards"
         )
 

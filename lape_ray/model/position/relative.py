@@ -61,7 +61,7 @@ class Alibi2d(nn.Module):
 
 
 class LogitBias(nn.Module):
-    """A table's bias, through a norm of each layer, as the blocks add it to their logits.
+    """The bias of a table, normed for each layer, as the blocks add it to their logits.
 
     Args:
         norms: one module for each layer, from (1, H, P, P) to the same.

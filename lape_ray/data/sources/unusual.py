@@ -1,4 +1,4 @@
-"""Describe what is unusual about an image that is read all the same."""
+"""Describe what is unusual about an image that can be read."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ MODES = {
 }
 
 
-def oddity(image: Image.Image, name: str) -> str | None:
-    """Say in a few words what is odd about an image that `to_rgb` accepts; None: nothing is.
+def unusual_format(image: Image.Image, name: str) -> str | None:
+    """Say in a few words what is unusual about an image that `to_rgb` accepts; None: nothing is.
 
-    Words are the same for the same oddity, so that they can be counted; several are joined by commas. That a
+    The same words stand for the same thing, so that they can be counted; several are joined by commas. That a
     16-bit colour PNG was cut to 8 bits does not show in an opened image, and goes unsaid.
 
     Args:

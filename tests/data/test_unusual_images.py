@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
-from lape_ray.data.sources import Source, image_folder, load_image, oddity, tar_shards
+from lape_ray.data.sources import Source, image_folder, load_image, tar_shards, unusual_format
 
 HEIGHT, WIDTH = 12, 16
 
@@ -63,7 +63,7 @@ def animation(image: Image.Image, format: str) -> bytes:
     return encoded(image, format, save_all=True, append_images=others, **lossless)
 
 
-# name of the file, how it is made of a photograph, what `oddity` says of it
+# name of the file, how it is made of a photograph, what `unusual_format` says of it
 Make = Callable[[Image.Image], bytes]
 READABLE: dict[str, tuple[Make, str | None]] = {
     "plain.jpg": (lambda i: encoded(i, "JPEG"), None),
@@ -149,7 +149,7 @@ def test_pixels_are_those_of_torchvisions_loader(
     expected = pil_loader(str(tmp_path / "copy"))
     assert (image.mode, image.size) == ("RGB", (WIDTH, HEIGHT))
     np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
-    assert oddity(load_image(source.encoded(0), source.name(0)), source.name(0)) == words
+    assert unusual_format(load_image(source.encoded(0), source.name(0)), source.name(0)) == words
 
 
 @pytest.mark.parametrize("make_source", SOURCES.values(), ids=SOURCES)
@@ -160,7 +160,7 @@ def test_deep_grey_keeps_its_high_byte(
     values_HW1 = wide(1)
     source = make_source(tmp_path, "deep.png", deep_png(0, values_HW1))
     np.testing.assert_array_equal(np.asarray(source.read(0)), np.repeat(values_HW1 >> 8, 3, axis=2))
-    assert oddity(load_image(source.encoded(0), "deep.png"), "deep.png") == "16-bit grey"
+    assert unusual_format(load_image(source.encoded(0), "deep.png"), "deep.png") == "16-bit grey"
 
 
 def test_deep_colour_keeps_its_high_byte(tmp_path: Path) -> None:
@@ -195,8 +195,8 @@ def test_an_unreadable_image_is_named(
 
 def test_names_without_an_extension_say_nothing_of_the_format(photograph: Image.Image) -> None:
     image = load_image(encoded(photograph, "PNG"), "x")
-    assert oddity(image, "data/train.parquet row 7") is None
-    assert oddity(image, "x.JPG") == "PNG named .jpg"
+    assert unusual_format(image, "data/train.parquet row 7") is None
+    assert unusual_format(image, "x.JPG") == "PNG named .jpg"
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -205,4 +205,4 @@ def test_damaged_exif_does_not_stop_an_image(photograph: Image.Image) -> None:
     header = b"Exif\0\0II*\0\x08\0\0\0\x01\0"
     for exif, words in ((header + b"\x12\x01\x07\0\x02\0\0\0\x06\0\0\0", "damaged EXIF"), (header, None)):
         data = encoded(photograph, "JPEG", exif=exif)
-        assert oddity(load_image(data, "x.jpg"), "x.jpg") == words
+        assert unusual_format(load_image(data, "x.jpg"), "x.jpg") == words

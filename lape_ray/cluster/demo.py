@@ -1,0 +1,61 @@
+"""Run the whole service on this machine: the steps behind jobs/demo.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lape_ray.cluster.local import executable, local_cluster
+from lape_ray.data.beton.convert import convert
+from lape_ray.tracking import git_commit
+from lape_ray.values.redaction import refuse_secret, shared_variables
+
+# Half as wide as the demo's network and half as long, one worker a trial: 28 trials in minutes.
+SEARCH = (
+    "--seeds=2", "--model.bias=none", "--model.rotary=none", "--model.embed_dim=64", "--optim.epochs=12",
+    "--run.num_workers=1",
+)  # fmt: skip
+
+
+def run_demo(project: Path, *, home: Path, tune: bool, workers: int, overrides: Sequence[str]) -> int:
+    """Write the digits, start a Ray, submit a job of the checkout `project` and wait for it; returns its exit code.
+
+    Args:
+        home: folder for data, checkpoints and MLflow.
+        tune: search over positions and joins; else train one network.
+        workers: training processes, one CPU each.
+        overrides: options of the job, without secrets, as they become its command line.
+    """
+    for word in overrides:
+        refuse_secret("option", word)
+    started, home = time.monotonic(), home.absolute()
+    data = write_digits(home / "data")
+    # Each training gets a name, so that MLflow can compare it with the others.
+    job = ["python", "jobs/imagenet_deit.py", "demo", f"--run.num_workers={workers}"]
+    if tune:
+        job = ["python", "jobs/tune_position.py", "positions", "demo", *SEARCH]
+    job += [f"--data.{split}={path}" for split, path in data.items()] + [*overrides]
+    variables = shared_variables() | {"LAPE_RAY_HOME": str(home), "PYTHONUNBUFFERED": "1"}
+    if commit := git_commit(project):  # a submitted job has the files, but not the repository
+        variables["LAPE_RAY_GIT_COMMIT"] = commit
+    print("starting a private Ray ...", flush=True)
+    with local_cluster(num_cpus=workers) as ray:
+        submit = [executable("ray"), "job", "submit", f"--address={ray.dashboard}"]
+        submit += [f"--working-dir={project}", f"--runtime-env-json={json.dumps({'env_vars': variables})}"]
+        code = subprocess.run([*submit, "--", *job], env={**os.environ, **ray.environment}).returncode
+    outcome = "finished" if code == 0 else "failed"
+    print(f"demo {outcome} after {time.monotonic() - started:.0f} s", flush=True)
+    return code
+
+
+def write_digits(folder: Path) -> dict[str, Path]:
+    """Write scikit-learn's digits as one .beton for each split, unless they exist; returns their paths."""
+    paths = {split: folder / f"digits_{split}.beton" for split in ("train", "val")}
+    for split, path in paths.items():
+        if not path.exists():
+            print(convert("digits", path, split=split), flush=True)
+    return paths

@@ -1,0 +1,213 @@
+"""What a worker's training loop reports, carried to Ray Train, storage, the tracker, Prometheus and the job's log."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import ray.train
+import ray.train.collective
+
+from lape_ray import storage, tracking
+from lape_ray.cluster.checkpoint_list import Listed
+from lape_ray.cluster.checkpoint_writer import CheckpointWriter
+from lape_ray.cluster.prometheus import RunGauges
+from lape_ray.cluster.run import Run
+from lape_ray.cluster.run_end import ERRORS, StorageError
+from lape_ray.cluster.supervisor import LeavingNodes, StopRequest
+from lape_ray.storage import LeaseLostError
+from lape_ray.training.checkpoint import Snapshot
+from lape_ray.training.flags import Flags
+
+
+@dataclass
+class _Saving:
+    """A checkpoint on its way to storage.
+
+    Attributes:
+        metrics: those of its epoch
+        where: its place in the training, in words for people
+        saved: on rank 0 the name of its folder and the seconds that it took; the other ranks have none
+    """
+
+    metrics: dict[str, float]
+    where: str
+    saved: Future[tuple[str, float]] | None
+
+
+@dataclass
+class RayReporter:
+    """Carry what the loop reports to Ray Train, and from rank 0 to storage, the tracker and the job's log.
+
+    Tracker, writer and stop request belong to rank 0; the other ranks have none. Ray Train hears of metrics only: a
+    restart begins with the newest checkpoint of the run's own list.
+    """
+
+    run: Run
+    rank: int
+    world_size: int
+    tracker: tracking.Tracker | None = None
+    writer: CheckpointWriter | None = None
+    stop_request: StopRequest | None = None
+    nodes: LeavingNodes = field(default_factory=LeavingNodes)
+    saving: _Saving | None = None
+    last_poll: float = 0.0
+    """The time at which rank 0 last looked for a request to stop, on the monotonic clock."""
+
+    # --- what the loop calls --------------------------------------------------------------------------------------
+
+    def step(self, metrics: dict[str, float], *, step: int) -> None:
+        rate = self.run.config.data.batch_size / metrics["train/step_s"]
+        self.gauges.show({**metrics, "train/images_per_s": rate})
+        if self.tracker is not None:
+            self.tracker.metrics(metrics, step=step)
+
+    def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
+        self.gauges.show({key: metrics[key] for key in ("epoch", "val/acc1") if key in metrics})
+        if self.tracker is not None:
+            self.tracker.metrics({**metrics, **self._elastic_size()}, step=step)
+        self.wait_until_saved()
+        number = round(metrics["epoch"])
+        entry = Listed(name=f"checkpoint-epoch-{number:06}", steps_done=step, score=metrics.get("val/acc1"))
+        self._save(metrics, entry, f"after epoch {number}", snapshot)
+        every = self.run.config.tracking.position_report_epochs
+        if every is not None and number % every == 0:
+            self._position_report(range(every, number + 1, every))
+
+    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
+        where = f"within epoch {math.ceil(metrics['epoch'])}, after step {step}"
+        if self.saving is not None:
+            self.line(f"no checkpoint {where}: the one {self.saving.where} is not stored yet")
+            return
+        self._save(metrics, Listed(name=f"checkpoint-step-{step:09}", steps_done=step), where, snapshot)
+
+    def wait_until_saved(self) -> None:
+        """Wait for the checkpoint that is being stored, on all ranks; a restart begins with it.
+
+        Raises:
+            StorageError: it could not be stored.
+            LeaseLostError: another driver continues the run.
+        """
+        saving, self.saving = self.saving, None
+        if saving is None:
+            return
+        lost, reason = False, ""
+        if saving.saved is not None:
+            try:
+                _, seconds = saving.saved.result()
+                self.gauges.show({"checkpoint_s": seconds})
+            except Exception as error:  # whatever it is, the other ranks must not wait for this one
+                lost, reason = isinstance(error, LeaseLostError), str(error) or repr(error)
+        lost, reason = ray.train.collective.broadcast_from_rank_zero((lost, reason))
+        if lost:
+            raise LeaseLostError(reason)
+        if reason:
+            raise StorageError(
+                f"the checkpoint {saving.where} could not be stored: {reason}; free space or choose another "
+                "--run.storage. Submitted again, the run continues from the checkpoint before"
+            )
+        ray.train.report(saving.metrics)
+        self.line(f"checkpoint {saving.where}")
+
+    def node_leaving(self) -> bool:
+        return self.nodes.poll()
+
+    def poll_flags(self) -> Flags:
+        flags = Flags.NONE
+        if self.saving is not None and self.saving.saved is not None and self.saving.saved.done():
+            flags |= Flags.SAVED
+        if self.stop_request is not None and time.monotonic() - self.last_poll > 0.2:
+            self.last_poll = time.monotonic()
+            if self.stop_request:
+                flags |= Flags.STOP
+        return flags
+
+    def line(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    # --- what it does of it ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def gauges(self) -> RunGauges:
+        return RunGauges(self.run.name, self.rank)
+
+    def line_of_size(self) -> None:
+        """Say how an elastic run shares out its batch."""
+        config = self.run.config
+        if not isinstance(config.run.num_workers, int):
+            most = -(-config.micro_batches // self.world_size)
+            self.line(
+                f"{self.world_size} of {config.run.num_workers} workers; the batch of {config.data.batch_size} "
+                f"images is {config.micro_batches} micro-batches, {most} or fewer for each"
+            )
+
+    def _elastic_size(self) -> dict[str, float]:
+        """Return the number of workers, where that changes."""
+        return {} if isinstance(self.run.config.run.num_workers, int) else {"train/workers": self.world_size}
+
+    def _save(
+        self, metrics: dict[str, float], entry: Listed, where: str, snapshot: Callable[[], Snapshot]
+    ) -> None:
+        saved = self.writer.begin(entry, snapshot()) if self.writer is not None else None
+        self.saving = _Saving(metrics, where, saved)
+
+    def _position_report(self, epochs: range) -> None:
+        """Draw the report on rank 0, in the loop's thread: its random draws must not meet those of a training step."""
+        saving = self.saving
+        self.wait_until_saved()
+        if self.tracker is not None and saving is not None and saving.saved is not None:
+            from lape_ray.report.progress import report_epoch  # only here: figures need a second to import
+
+            name, _ = saving.saved.result()
+            try:
+                with storage.opened(storage.join(self.run.folder, name)) as checkpoint:
+                    report_epoch(
+                        checkpoint, self.run.config, epochs, folder=self.run.folder, keep=self.tracker.files
+                    )
+            except (OSError, ValueError) as error:  # the training continues
+                self.line(f"no position report of epoch {epochs[-1]}: {error}")
+        ray.train.collective.barrier()  # here, because a collective of the training has less patience
+
+
+@contextlib.contextmanager
+def opened_reporter(run: Run, listed: Sequence[Listed], supervisor: Any) -> Iterator[RayReporter]:
+    """Open this worker's reporter, and close its tracker and writer at the end.
+
+    Args:
+        listed: the run's checkpoints so far, oldest first.
+        supervisor: the handle of the run's actor.
+    """
+    context = ray.train.get_context()
+    reporter = RayReporter(run, rank=context.get_world_rank(), world_size=context.get_world_size())
+    if reporter.rank == 0:
+        reporter.tracker = tracking.open_tracker(
+            run.config.tracking,
+            run.tracking_uri,
+            run.mlflow_run_id,
+            run.folder,
+            check=run.check_lease,
+        )
+        reporter.writer = CheckpointWriter(
+            run, listed, before_publishing=reporter.tracker.save_unsent, tell=reporter.line
+        )
+        reporter.stop_request = StopRequest(supervisor)
+    patience_s = 60.0
+    try:
+        yield reporter
+    except tuple(ERRORS.values()):
+        raise
+    except BaseException:
+        patience_s = 1  # what is not sent is in the run's folder, or is trained again
+        raise
+    finally:
+        if reporter.writer is not None:
+            reporter.writer.close()
+        if reporter.tracker is not None:
+            reporter.tracker.close(patience_s)
