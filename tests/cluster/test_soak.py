@@ -69,7 +69,9 @@ class Watch:
             others: collections.Counter[str] = collections.Counter()
             for process in family:
                 if process.pid != worker.pid:
-                    others[" ".join(process.cmdline()).strip()[-60:] + f" {process.pid}"] += process.memory_info().rss
+                    others[" ".join(process.cmdline()).strip()[-60:] + f" {process.pid}"] += (
+                        process.memory_info().rss
+                    )
             self.samples.append(
                 Sample(
                     worker_bytes=worker.memory_info().rss,
@@ -105,7 +107,9 @@ def test_hundreds_of_epochs_and_several_deaths(service: Service) -> None:
         values = sorted(getattr(sample, name) for sample in samples)
         return float(values[len(values) // 2])
 
-    growth = {name: level(late, name) - level(early, name) for name in Sample.__annotations__ if name != "others"}
+    growth = {
+        name: level(late, name) - level(early, name) for name in Sample.__annotations__ if name != "others"
+    }
     for kind in sorted({*early[-1].others, *late[-1].others}):
         print(kind, early[-1].others.get(kind, 0) >> 20, "->", late[-1].others.get(kind, 0) >> 20, "MiB")
     print(f"{EPOCHS} epochs, {KILLS} deaths, {took:.0f} s; growth: {growth}")
