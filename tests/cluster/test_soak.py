@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import random
 import threading
 import time
@@ -30,6 +31,8 @@ class Sample:
     worker_files: int
     other_bytes: int
     processes: int
+    others: dict[str, int]
+    """Bytes of the other processes, by what they are."""
 
 
 @dataclass
@@ -63,13 +66,20 @@ class Watch:
             return
         worker = found[0]
         with worker.oneshot():
+            others: collections.Counter[str] = collections.Counter()
+            for process in family:
+                if process.pid != worker.pid:
+                    others[" ".join(process.cmdline()).strip()[-60:] + f" {process.pid}"] += (
+                        process.memory_info().rss
+                    )
             self.samples.append(
                 Sample(
                     worker_bytes=worker.memory_info().rss,
                     worker_threads=worker.num_threads(),
                     worker_files=worker.num_fds(),
-                    other_bytes=sum(p.memory_info().rss for p in family if p.pid != worker.pid),
+                    other_bytes=sum(others.values()),
                     processes=len(family),
+                    others=dict(others),
                 )
             )
 
@@ -97,7 +107,11 @@ def test_hundreds_of_epochs_and_several_deaths(service: Service) -> None:
         values = sorted(getattr(sample, name) for sample in samples)
         return float(values[len(values) // 2])
 
-    growth = {name: level(late, name) - level(early, name) for name in Sample.__annotations__}
+    growth = {
+        name: level(late, name) - level(early, name) for name in Sample.__annotations__ if name != "others"
+    }
+    for kind in sorted({*early[-1].others, *late[-1].others}):
+        print(kind, early[-1].others.get(kind, 0) >> 20, "->", late[-1].others.get(kind, 0) >> 20, "MiB")
     print(f"{EPOCHS} epochs, {KILLS} deaths, {took:.0f} s; growth: {growth}")
     assert growth["worker_bytes"] < 30e6
     assert growth["worker_threads"] <= 2
