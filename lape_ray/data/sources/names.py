@@ -56,8 +56,8 @@ def _in_order(source: Source, lines: list[str], file: str) -> list[str]:
     first = min(numbers)
     if sorted(numbers) != list(range(first, first + len(numbers))):
         raise ValueError(
-            f"{file} has bare names, and the classes of {source.origin} are numbers with gaps or repeats, from {first} to "
-            f"{max(numbers)}; give lines such as '{source.classes[0]} NAME'"
+            f"{file} has bare names, and the classes of {source.origin} are numbers with gaps or repeats, from "
+            f"{first} to {max(numbers)}; give lines such as '{source.classes[0]} NAME'"
         )
     return [lines[number - first] for number in numbers]
 
