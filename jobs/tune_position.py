@@ -10,23 +10,33 @@ python jobs/tune_position.py free deit_tiny_lape --space 'optim.lr=loguniform(1e
 from lape_ray.cli import ConfigParser, run_job
 
 SPACES = "positions, paper_table7, paper_table2, joins, recipe, or free (nothing but --space)"
+KINDS = "choice(a,b,...), uniform(low,high), loguniform(low,high) or randint(low,high)"
+SCHEDULES = ("full", "asha", "hyperband", "pbt")
 
 
 def main() -> None:
-    parser = ConfigParser(
-        usage="%(prog)s SPACE RECIPE [--space FIELD=KIND(...)] [options] [--section.field VALUE ...]",
-        description=__doc__,
-    )
+    usage = "%(prog)s SPACE RECIPE [--space FIELD=KIND(...)] [options] [--section.field VALUE ...]"
+    parser = ConfigParser(usage=usage, description=__doc__)
     add = parser.add_argument
     add("space", metavar="SPACE", help=SPACES)
     add("recipe", metavar="RECIPE", help="the config that every trial starts from")
-    add("--space", dest="axes", action="append", default=[], metavar="FIELD=KIND(...)",
-        help="an axis: choice(a,b,...), uniform(low,high), loguniform(low,high) or randint(low,high)")  # fmt: skip
+    add(
+        "--space",
+        dest="axes",
+        action="append",
+        default=[],
+        metavar="FIELD=KIND(...)",
+        help=f"an axis: {KINDS}",
+    )
     add(
         "--sample", choices=("grid", "random", "tpe"), help="how points are chosen (default: grid, or random)"
     )
-    add("--schedule", default="full", choices=("full", "asha", "hyperband", "pbt", "bohb"),
-        help="which trials train to the end: all, or the better (default: full)")  # fmt: skip
+    add(
+        "--schedule",
+        default="full",
+        choices=SCHEDULES,
+        help="which trials train to the end (default: %(default)s)",
+    )
     add("--trials", type=int, metavar="N", help="points to try (default: the whole grid, or 16)")
     add(
         "--seeds",
@@ -35,7 +45,7 @@ def main() -> None:
         metavar="N",
         help="seeds of every point, from training.seed on (default: 1)",
     )
-    add("--metric", default="val/acc1", help="what is compared (default: val/acc1)")
+    add("--metric", default="val/acc1", help="what is compared (default: %(default)s)")
     add(
         "--grace",
         type=int,
@@ -52,19 +62,10 @@ def main() -> None:
     )
     add("--gpus-per-worker", type=float, metavar="SHARE", help="such as 0.25 for small networks (default: 1)")
     add("--list", action="store_true", help="print the points of the space and exit")
-    values = vars(parser.parse_args())
-    names = ("space", "recipe", "axes", "sample", "schedule", "trials", "seeds", "metric", "grace", "eta")
-    options = {name: values.pop(name) for name in names}
-    concurrent, share, only_list = (values.pop(name) for name in ("concurrent", "gpus_per_worker", "list"))
-    from lape_ray.search.command import listing, plan_of  # after parsing, so that --help is instant
+    options, overrides = parser.parse_job()
+    from lape_ray.search.command import run_command  # after parsing, so that --help is instant
 
-    plan = plan_of(**options, overrides=values)
-    if only_list:
-        print(listing(plan))
-        return
-    from lape_ray.search.run import search
-
-    print(search(plan, concurrent=concurrent, gpus_per_worker=share).summary())
+    print(run_command(**options, overrides=overrides))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,16 @@ from lape_ray.search.space import parse_axes
 TRIALS = 16
 
 
+def run_command(*, list: bool, concurrent: int | None, gpus_per_worker: float | None, **options: Any) -> str:
+    """Carry out a command line, or only `list` its points; returns what to print."""
+    plan = plan_of(**options)
+    if list:
+        return listing(plan)
+    from lape_ray.search.run import search  # only here: it imports Ray
+
+    return search(plan, concurrent=concurrent, gpus_per_worker=gpus_per_worker).summary()
+
+
 def plan_of(
     *,
     space: str,
@@ -36,11 +46,6 @@ def plan_of(
         ValueError: what was given is unknown, empty or contradictory; says what to give instead.
     """
     overrides = dict(overrides or {})
-    if schedule == "bohb":
-        raise ValueError(
-            "bohb is not offered: its model lives in a package of its own that is not maintained. Use --schedule "
-            "hyperband --sample tpe, the same idea: HyperBand's brackets, filled by a model of what is known"
-        )
     if seeds < 1:
         raise ValueError(f"--seeds {seeds} trains nothing; give 1 or more")
     base = replace_fields(recipe_of(recipe), overrides)

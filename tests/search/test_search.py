@@ -115,7 +115,6 @@ BAD_PLANS: list[tuple[dict[str, object], str]] = [
     ({"axes": ["model.position=choice(none,learnable)", "model.join=choice(basic,lape)"]},
      "contradiction at model.position=none, model.join=lape: position=none has nothing to join"),
     ({"sample": "grid"}, "optim.lr is a range: write optim.lr=choice(...)"),
-    ({"schedule": "bohb"}, "Use --schedule hyperband --sample tpe"),
     ({"trials": 0}, "at least one trial"),
     ({"seeds": 0}, "--seeds 0 trains nothing"),
     ({"eta": 1}, "--eta 1 keeps every trial"),
