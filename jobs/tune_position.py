@@ -13,16 +13,9 @@ from lape_ray.search.options import parse_search_options
 
 def main() -> None:
     options, overrides = parse_search_options(__doc__)
-    concurrent, share, only_list = (options.pop(name) for name in ("concurrent", "gpus_per_worker", "list"))
-    from lape_ray.search.command import listing, plan_of  # after parsing, so that --help is instant
+    from lape_ray.search.command import run_command  # after parsing, so that --help is instant
 
-    plan = plan_of(**options, overrides=overrides)
-    if only_list:
-        print(listing(plan))
-        return
-    from lape_ray.search.run import search
-
-    print(search(plan, concurrent=concurrent, gpus_per_worker=share).summary())
+    print(run_command(**options, overrides=overrides))
 
 
 if __name__ == "__main__":

@@ -31,13 +31,11 @@ class Show(tune.Callback):
     def __init__(self, session: Session) -> None:
         self.session = session
 
-    def on_trial_start(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+    def on_trial_start(self, *, trial: TuneTrial, **info: Any) -> None:
         """Reopen the run of a trial that an earlier driver closed."""
         self.session.runs.reopen(self.session.records.update(trial))
 
-    def on_trial_result(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
-    ) -> None:
+    def on_trial_result(self, *, trial: TuneTrial, result: dict[str, Any], **info: Any) -> None:
         """Show an epoch that was trained."""
         session = self.session
         record = session.records.update(trial, result)
@@ -48,28 +46,24 @@ class Show(tune.Callback):
         decision = "stop" if stopped else "pause" if paused else "go"
         session.display.reported(record, session.trials, decision)
 
-    def on_trial_complete(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
+    def on_trial_complete(self, *, trial: TuneTrial, **info: Any) -> None:
         """Close the run of a trial that is over."""
         record = self.session.records.update(trial)
         record.state = record.state if record.over else "stopped"
         self._ended(record)
 
-    def on_trial_error(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+    def on_trial_error(self, *, trial: TuneTrial, **info: Any) -> None:
         """Close the run of a trial that failed once too often."""
         self._ended(self.session.records.update(trial))
 
-    def on_trial_recover(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any
-    ) -> None:
+    def on_trial_recover(self, *, trial: TuneTrial, **info: Any) -> None:
         """Say that a trial is tried again."""
         record, reason = self.session.records.update(trial), error_of(trial).splitlines()[0]
         self.session.display.line(
             f"trial {record.id} goes on from its newest checkpoint, as it was interrupted: {reason}"
         )
 
-    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+    def on_step_end(self, *, trials: list[TuneTrial], **info: Any) -> None:
         """Draw the table anew."""
         self.session.refresh(trials)
         self.session.display.draw(self.session.trials)
@@ -88,14 +82,12 @@ class Watch(tune.Callback):
         self._stop: StopRequest | None = None
         self._asked = self._idle = self._looked = 0.0
 
-    def on_trial_result(
-        self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
-    ) -> None:
+    def on_trial_result(self, *, trial: TuneTrial, result: dict[str, Any], **info: Any) -> None:
         """Note a trial whose workers have left a checkpoint because the search is to end."""
         if result.get("interrupted"):
             self._interrupted.add(trial.trial_id)
 
-    def on_step_end(self, iteration: int, trials: list[TuneTrial], **info: Any) -> None:
+    def on_step_end(self, *, trials: list[TuneTrial], **info: Any) -> None:
         """Look whether the search can go on.
 
         Raises:

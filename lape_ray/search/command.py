@@ -16,6 +16,16 @@ from lape_ray.search.space import parse_axes
 TRIALS = 16
 
 
+def run_command(*, list: bool, concurrent: int | None, gpus_per_worker: float | None, **options: Any) -> str:
+    """Carry out a command line, or only `list` its points; returns what to print."""
+    plan = plan_of(**options)
+    if list:
+        return listing(plan)
+    from lape_ray.search.run import search  # only here: it imports Ray
+
+    return search(plan, concurrent=concurrent, gpus_per_worker=gpus_per_worker).summary()
+
+
 def plan_of(
     *,
     space: str,

@@ -20,7 +20,6 @@ from lape_ray.cluster.launch import prepared, refuse_local_store, uses_gpu
 from lape_ray.config import replace_fields
 from lape_ray.model import build_model
 from lape_ray.search import resources
-from lape_ray.search import trials as trials_of_tune
 from lape_ray.search.cells import check_point
 from lape_ray.search.live import Display
 from lape_ray.search.page import HTML, write_report
@@ -31,6 +30,7 @@ from lape_ray.search.session import Session, is_over
 from lape_ray.search.settings import Settings
 from lape_ray.search.statistics import Cell, cells, in_words
 from lape_ray.search.tables import command_line, plain
+from lape_ray.search.trials import analysis, read_trials
 from lape_ray.search.tuner import opened, run_tuner, whole_snapshot
 from lape_ray.training.inputs import changed_inputs, input_digests
 from lape_ray.training.loop import StoppedError
@@ -61,7 +61,7 @@ class SearchResult:
 
     def analysis(self) -> tune.ExperimentAnalysis:
         """Open the search as Ray Tune's analysis of it, see `trials.analysis`."""
-        return trials_of_tune.analysis(self.folder, self.plan.metric, "max" if self.plan.sign > 0 else "min")
+        return analysis(self.folder, self.plan.metric, "max" if self.plan.sign > 0 else "min")
 
     def summary(self) -> str:
         return "\n".join(
@@ -97,6 +97,32 @@ def search(
         StoppedError: SIGTERM or Ctrl-C ended it; the same call continues it.
         ResourcesGoneError: the cluster cannot hold its trials any more; the same call continues it.
     """
+    plan, folder, uri, inputs = _checked(plan)
+    display = display or Display(plan)
+    command = shlex.join(["python", *sys.argv])
+    runs = Runs(plan, uri, command=command, program=sys.argv[0])
+    with contextlib.ExitStack() as stack:
+        lease = stack.enter_context(storage.leased(folder, f"search {plan.name}"))
+        earlier = _earlier(plan, folder, inputs)
+        if plan.base.run.overwrite:
+            storage.empty_folder(folder, but=storage.LEASE_FILES)
+        trials = read_trials(folder) if earlier and whole_snapshot(folder, display.line) else []
+        session = None
+        if not is_over(plan, trials):
+            stack.enter_context(connected(show_logs=not display.draws))
+            session = Session(plan, _settings(plan, folder, lease.token, uri, gpus_per_worker), concurrent)
+        record = stack.enter_context(_recorded(earlier, inputs, folder, runs, trials, display))
+        if session is not None:
+            trials = _train(session, display, runs, lease, record, resumed=earlier is not None)
+            lease.check()
+        return _conclude(plan, trials, record, runs, folder, command)
+
+
+def _checked(plan: Plan) -> tuple[Plan, str, str, Mapping[str, str]]:
+    """Check all that can be checked before anything waits.
+
+    Returns also the search's folder, MLflow's address, and what is in the files that its trials read.
+    """
     base, root = prepared(plan.base)
     plan = replace(plan, base=base)
     check_plan(plan)
@@ -107,28 +133,8 @@ def search(
     tracking.check_trackers(base.tracking)
     _check_networks(plan)
     inputs = input_digests(base)
-    _earlier(plan, folder, inputs)  # a name that cannot be used is refused before anything waits
-    display = display or Display(plan)
-    command = shlex.join(["python", *sys.argv])
-    runs = Runs(plan, uri, command=command, program=sys.argv[0])
-    with contextlib.ExitStack() as stack:
-        lease = stack.enter_context(storage.leased(folder, f"search {plan.name}"))
-        earlier = _earlier(plan, folder, inputs)
-        if plan.base.run.overwrite:
-            storage.empty_folder(folder, but=storage.LEASE_FILES)
-        record = earlier or {"definition": plan.definition(), "mlflow_run_id": "", "sessions": []}
-        record["inputs"] = inputs
-        trials = (
-            trials_of_tune.read_trials(folder) if earlier and whole_snapshot(folder, display.line) else []
-        )
-        if not is_over(plan, trials):
-            stack.enter_context(connected(show_logs=not display.draws))
-            settings = _settings(plan, folder, lease.token, uri, gpus_per_worker)
-        stack.enter_context(_recorded(record, folder, runs, trials, display))
-        if not is_over(plan, trials):
-            trials = _train(Session(plan, settings, concurrent), record, display, runs, lease)
-            lease.check()
-        return _conclude(plan, trials, record, runs, folder, command)
+    _earlier(plan, folder, inputs)
+    return plan, folder, uri, inputs
 
 
 def _settings(plan: Plan, folder: str, lease: str, uri: str, gpus_per_worker: float | None) -> Settings:
@@ -142,20 +148,27 @@ def _settings(plan: Plan, folder: str, lease: str, uri: str, gpus_per_worker: fl
 
 @contextlib.contextmanager
 def _recorded(
-    record: dict[str, Any], folder: str, runs: Runs, trials: list[Trial], display: Display
-) -> Iterator[None]:
+    earlier: dict[str, Any] | None,
+    inputs: Mapping[str, str],
+    folder: str,
+    runs: Runs,
+    trials: list[Trial],
+    display: Display,
+) -> Iterator[dict[str, Any]]:
     """Open the search's own record and MLflow run, and close them with the status that is true."""
     plan = runs.plan
+    record = earlier or {"definition": plan.definition(), "mlflow_run_id": "", "sessions": []}
+    record["inputs"] = dict(inputs)
     record["mlflow_run_id"] = runs.open_parent(record["mlflow_run_id"])
     write_search(folder, record)
-    if trials:
+    if earlier is not None:
         over = f"{sum(trial.over for trial in trials)} of {plan.trials} trials are over"
         display.line(f"search {plan.name} exists: continuing it, {over}")
     display.line(f"search {plan.name}  storage {folder}")
     display.line(f"MLflow run {runs.parent}: {tracking.ui_command(runs.uri)}")
     status: tracking.Status = "KILLED"
     try:
-        yield
+        yield record
         status = "FINISHED"
     except StoppedError:
         raise
@@ -167,7 +180,13 @@ def _recorded(
 
 
 def _train(
-    session: Session, record: dict[str, Any], display: Display, runs: Runs, lease: storage.Lease
+    session: Session,
+    display: Display,
+    runs: Runs,
+    lease: storage.Lease,
+    record: dict[str, Any],
+    *,
+    resumed: bool,
 ) -> list[Trial]:
     """Train until every trial is over; returns them by number."""
     plan, settings, started = session.plan, session.settings, time.time()
@@ -187,8 +206,8 @@ def _train(
         finally:
             runs.settle_unfinished(session.trials)
     runs.send_unsent(settings.folder, session.trials)
-    trained = sum(trial.seconds for trial in session.trials)
-    record["sessions"].append({"wall_s": time.time() - started, "trained_s": trained, "concurrent": at_once})
+    one = {"wall_s": time.time() - started, "concurrent": at_once, "resumed": resumed}
+    record["sessions"].append(one)
     write_search(settings.folder, record)
     return session.trials
 
@@ -265,10 +284,10 @@ def _cost(trials: Sequence[Trial], sessions: Sequence[Mapping[str, Any]]) -> str
     text = f"{len(trials)} trials trained for {duration(trained)} in sum"
     if not trained:
         return text
-    if len(sessions) != 1 or sessions[0]["trained_s"] < trained - 1:
+    if len(sessions) != 1 or sessions[0]["resumed"]:
         return f"{text}, in several sessions"  # what an interrupted one took was not recorded
     one = sessions[0]
-    ideal = one["trained_s"] / one["concurrent"]
+    ideal = trained / one["concurrent"]
     return (
         f"{text}, {one['concurrent']} at a time, in {duration(one['wall_s'])} from the start of the first process "
         f"to the end of the last: {one['wall_s'] / ideal:.2f} times {duration(ideal)}"

@@ -10,12 +10,12 @@ from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
-from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers import FIFOScheduler
 
 from lape_ray.search.session import Session
 
 
-class Rule(TrialScheduler):
+class Rule(FIFOScheduler):
     """Decide by the plan's rule, on Tune's behalf."""
 
     def __init__(self, session: Session) -> None:
@@ -90,19 +90,6 @@ class Rule(TrialScheduler):
         if later != self._idle:
             keep_actors(controller, session.settings.resources, later - self._idle)
             self._idle = later
-
-    def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
-        """Do nothing: what a trial came to is in its record."""
-
-    def on_trial_remove(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """Do nothing: what a trial came to is in its record."""
-
-    def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """Do nothing: what a trial came to is in its record."""
-
-    def debug_string(self) -> str:
-        """Return the name of the rule."""
-        return self.session.plan.schedule
 
 
 # --- private names of Ray, each of which has a test that fails where Ray changes it ----------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +24,7 @@ from lape_ray.search.searcher import Points
 from lape_ray.search.session import Session
 from lape_ray.search.settings import SearchSupervisor
 from lape_ray.search.trial import LapeTrial
+from lape_ray.values.environment import environment
 
 SNAPSHOT, SEARCHER = "experiment_state-", "search_gen_state-"
 _ENVIRONMENT = {
@@ -32,14 +32,12 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # and keeps its curves
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # not every epoch is evaluated
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
 
 
 @contextlib.contextmanager
 def opened(session: Session, display: Display, runs: Runs) -> Iterator[None]:
     """Open a session: start its supervisor, by whose name trials find it; a second driver is refused."""
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     supervisor = only_actor(
@@ -51,7 +49,8 @@ def opened(session: Session, display: Display, runs: Runs) -> Iterator[None]:
     )
     session.open(display, runs, supervisor)
     try:
-        yield
+        with environment(_ENVIRONMENT):
+            yield
     finally:
         session.close()
         ray.kill(supervisor)
@@ -65,10 +64,10 @@ def run_tuner(session: Session, trainable: type[LapeTrial] = LapeTrial) -> tune.
         ResourcesGoneError: the cluster can hold no trial any more.
     """
     folder = session.settings.folder
-    tuner = make_tuner(
-        session, trainable
-    )  # also of a restored search, for Tune to read these objects and no older ones
-    if whole_snapshot(folder, session.display.line):
+    tuner = make_tuner(session, trainable)
+    if whole_snapshot(
+        folder, session.display.line
+    ):  # what is restored are the objects that were just written
         tuner = tune.Tuner.restore(folder, trainable)
     return until_stopped(tuner.fit, session.supervisor)
 
