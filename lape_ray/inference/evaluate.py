@@ -46,7 +46,8 @@ def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str,
     if Path(checkpoint).is_dir():
         return with_absolute_paths(replace_fields(base, overrides))
     made = with_absolute_paths(replace_fields(base, overrides))
-    here = flatten(made) | {"model.image_size": resolve(made.model).image_size}
+    spec = resolve(made.model)
+    here = flatten(made) | {"model.image_size": spec.image_size, "model.num_classes": spec.num_classes}
     said = timm_fields(Path(checkpoint))
     taken = {name: value for name, value in said.items() if name not in overrides and here[name] != value}
     if taken:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lape_ray.config import DataConfig, TrainConfig
-from lape_ray.data.center_crop import center_crop
+from lape_ray.data.center import center_crop
 from lape_ray.data.normalize import Normalize
 from lape_ray.data.sources import EXTENSIONS, load_image, to_rgb
 from lape_ray.model import VisionTransformer, build_model, resolve

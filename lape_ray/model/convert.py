@@ -24,7 +24,7 @@ _STACKS = (
     (re.compile(r"^blocks\.(\d+)\.attn\.relative_position_bias_table$"), "bias.table.table_LRH"),
     (re.compile(r"^pos_embed(\d+)$"), "pos_embed"),
 )
-_DERIVED = re.compile(r"(relative_position_index|attn_mask)$")
+_DERIVED = re.compile(r"(relative_position_index|attn_mask|^n_averaged)$")
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 _ANCHOR = re.compile(r"((?:.*\.)?)blocks\.0\.norm1\.weight")
 _AVERAGE = re.compile(r"(^|[._])ema([._]|$)")
@@ -72,10 +72,15 @@ def one_network(state: Mapping[str, Tensor], *, ema: bool = False) -> dict[str, 
         raise ValueError(
             f"holds {len(chosen)} networks, {', '.join(map(repr, chosen))}; save one of them alone"
         )
-    if not chosen or chosen[0] == "":
-        return {_WRAPPERS.sub("", name): value for name, value in state.items()}
-    prefix = chosen[0]
-    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    prefix = chosen[0] if chosen else ""
+    others = tuple(one for one in prefixes if one != prefix and one.startswith(prefix))  # networks within it
+    own = {
+        name.removeprefix(prefix): value
+        for name, value in state.items()
+        if name.startswith(prefix) and not name.startswith(others)
+    }
+    if not prefix:
+        return {_WRAPPERS.sub("", name): value for name, value in own.items()}
     parents = [prefix[: place + 1] for place, letter in enumerate(prefix[:-1]) if letter == "."]
     for parent in ("", *parents):  # a classifier that was put behind a backbone
         own |= {name: state[parent + name] for name in HEADS if parent + name in state and name not in own}
@@ -132,8 +137,8 @@ def load_weights(
     state, own = convert_state_dict(state_dict), model.state_dict()
     if kind := _unknown_kind(state, own):
         raise ValueError(
-            f"the checkpoint is {kind}, whose layers this network has not; give one of the network that is configured, "
-            "such as DeiT's or timm's deit_tiny_patch16_224"
+            f"the checkpoint is {kind}, and not of the network that is configured; give one that is, such as DeiT's or "
+            "timm's deit_tiny_patch16_224 for --model.variant deit_tiny"
         )
     hint = _hint(state, own)
     if "pos_embed" in state and "pos_embed" not in own and model.pos_embed is not None:

@@ -1,4 +1,4 @@
-"""What weights of other code say of their images, in timm's config.json: mean, deviation, crop, filter and size."""
+"""What weights of other code say of themselves in timm's config.json: mean, deviation, crop, filter, size, classes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ def timm_fields(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it says what this package cannot do, or is damaged; names the file.
     """
-    said = timm_config(file).get("pretrained_cfg")
+    whole = timm_config(file)
+    said = whole.get("pretrained_cfg")
     if not isinstance(said, Mapping):
         return {}
     place, fields = file.parent / "config.json", dict[str, Any]()
     try:
+        if classes := int(whole.get("num_classes", said.get("num_classes", 0))):  # type: ignore[call-overload]
+            fields["model.num_classes"] = classes
         for name in ("mean", "std"):
             if name in said:
                 red, green, blue = map(float, said[name])

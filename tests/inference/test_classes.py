@@ -291,16 +291,21 @@ def test_timms_config_is_followed_with_a_line(tmp_path: Path, caplog: pytest.Log
     (tmp_path / "model.safetensors").touch()
     said = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5], "crop_pct": 0.9, "interpolation": "bilinear",
             "input_size": [3, 384, 384]}  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "x", "pretrained_cfg": said}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "x", "num_classes": 10, "pretrained_cfg": said})
+    )
     made = config_for(str(tmp_path / "model.safetensors"), "deit_tiny_basic", {"data.eval_crop": 1.0})
     assert (made.data.mean, made.data.std, made.data.interpolation) == (
         (0.5,) * 3,
         (0.25, 0.5, 0.5),
         "bilinear",
     )
-    assert (made.data.eval_crop, made.model.image_size) == (1.0, 384)
+    assert (made.data.eval_crop, made.model.image_size, made.model.num_classes) == (1.0, 384, 10)
     (line,) = caplog.messages
-    assert "its config.json is followed, as by --data.mean 0.5,0.5,0.5 --data.std 0.25,0.5,0.5" in line
+    assert (
+        "its config.json is followed, as by --model.num_classes 10 --data.mean 0.5,0.5,0.5 --data.std 0.25,"
+        in line
+    )
     said["crop_mode"] = "border"
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": said}))
     with pytest.raises(

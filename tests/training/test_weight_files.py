@@ -246,7 +246,7 @@ def test_a_whole_mae_is_a_backbone(tmp_path: Path) -> None:
         ({f"layers.{i}.blocks.0.norm1.weight": torch.ones(2) for i in (0, 1)}, {}, "Swin"),
         ({"layer1.0.conv1.weight": torch.ones(2)}, {}, "torchvision:NAME:FILE"),
         ({"vit.embeddings.cls_token": torch.ones(2)}, {}, "Hugging Face"),
-        ({"encoder.layers.encoder_layer_0.ln_1.weight": torch.ones(2)}, {}, "torchvision's ViT"),
+        ({"encoder.layers.encoder_layer_0.ln_1.weight": torch.ones(2)}, {}, "torchvision's names"),
     ],
     ids=["distilled", "undistilled", "width", "depth", "deit3", "timm-deit3", "t2t", "swin", "resnet", "hub", "vit"],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as v2
 
-from lape_ray.data.center_crop import center_crop
+from lape_ray.data.center import center_crop
 from lape_ray.data.readers.ahead import read_ahead
 from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
 from lape_ray.data.sampler import sample_index
