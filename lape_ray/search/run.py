@@ -166,11 +166,14 @@ def _recorded(
         display.line(f"search {plan.name} exists: continuing it, {over}")
     display.line(f"search {plan.name}  storage {folder}")
     display.line(f"MLflow run {runs.parent}: {tracking.ui_command(runs.uri)}")
-    status: tracking.Status = "KILLED"
+    status: tracking.Status | None = "KILLED"
     try:
         yield record
         status = "FINISHED"
     except StoppedError:
+        raise
+    except storage.LeaseLostError:
+        status = None
         raise
     except Exception:
         status = "FAILED"
@@ -203,8 +206,10 @@ def _train(
         lease.call_when_lost(lambda: session.supervisor.stop.remote())
         try:
             run_tuner(session)
-        finally:
+        except BaseException:
+            lease.check()  # where it is lost another driver continues the search, and says what becomes of it
             runs.settle_unfinished(session.trials)
+            raise
     runs.send_unsent(settings.folder, session.trials)
     one = {"wall_s": time.time() - started, "concurrent": at_once, "resumed": resumed}
     record["sessions"].append(one)

@@ -109,7 +109,8 @@ class Runs:
             if trial.run_id:
                 tracking.send_unsent(trial_folder(folder, trial.number), self.uri, trial.run_id)
 
-    def close(self, status: tracking.Status) -> None:
-        """Wait until MLflow has all of it, and close the search's run."""
+    def close(self, status: tracking.Status | None) -> None:
+        """Wait until MLflow has all of it, and close the search's run; None: it stays open."""
         self._thread.shutdown()
-        tracking.finish_run(self.uri, self.parent, status)
+        if status is not None:
+            tracking.finish_run(self.uri, self.parent, status)
