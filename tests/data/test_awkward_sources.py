@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -572,6 +573,21 @@ def test_a_validation_set_without_some_classes(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "val/b")
     with pytest.raises(ValueError, match=rf"/val has class 'd', which is none of the 3 of {train}"):
         convert(str(tmp_path), val, split="val", classes_of=str(train), workers=1)
+
+
+def test_folders_that_are_trained_on_directly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without a .beton there is no summary, and what is left out is logged."""
+    write_files(tmp_path, "train/a/1.png", "train/b/2.png", "train/b/3.gif", "val/b/1.png", "val/a/2.png")
+    data = DataConfig(
+        train=f"{tmp_path}/train", val=f"{tmp_path}/val", backend="torchvision", batch_size=1, upscale=True
+    )
+    config = TrainConfig(data=data, model=ModelConfig(num_classes=2))
+    check_data(config)
+    assert caplog.messages == [f"{tmp_path}/train: 1 x .gif file, such as b/3.gif is left out"]
+    with pytest.raises(
+        ValueError, match=r"holds several splits; choose one of train, val with --split, or give its"
+    ):
+        check_data(dataclasses.replace(config, data=dataclasses.replace(data, train=str(tmp_path))))
 
 
 def test_classes_in_another_order_are_matched_by_name(tmp_path: Path) -> None:

@@ -101,13 +101,13 @@ def _left_out(listing: Listing, layout: Layout) -> LeftOut:
 def _flat(top: Path, listing: Listing, base: str) -> ImageFolder:
     """Open images that lie in one folder, if the labels of Kaggle's ImageNet are there."""
     names = [name for name in listing.files[base] if name.lower().endswith(EXTENSIONS)]
-    example = f"; {shown(top / names[0])} lies in none" if names else ""
     known = kaggle_labels(top, names) if names else None
     if known is None:
-        raise ValueError(
-            f"{shown(top)} has no class folders{example}; images must lie in {shown(top)}/<class>/ (Kaggle's ImageNet: "
-            f"{TABLE} in a folder above names those of val), and a .beton is given by its own name"
-        )
+        betons = [name for name in listing.files[base] if name.endswith(".beton")]
+        more = f"; {shown(top / betons[0])} is given by its own name" if betons else ""
+        if names:
+            more = f", and {shown(top / names[0])} lies in none (Kaggle's ImageNet needs {TABLE} in a folder above)"
+        raise ValueError(f"{shown(top)} has no class folders; images must lie in {shown(top)}/<class>/{more}")
     classes, labels = known
     counts = listing.left_out(base)
     for name in set(listing.files[base]) - set(names):

@@ -301,7 +301,8 @@ def _image(path: str, key: str, fields: dict[str, _Member]) -> _Member | None:
         )
     if not images and LABELS.keys() & fields.keys():
         raise ValueError(
-            f"{path}: sample {key!r} has no image; {has}, and needs one of {', '.join(EXTENSIONS)}"
+            f"{path}: sample {key!r} has no image; {has}, and needs one of {', '.join(EXTENSIONS)}; add it, or "
+            "remove the sample"
         )
     dotted = [member.name for member in fields.values() if member.name.lower().endswith(EXTENSIONS)]
     if dotted and not images:
