@@ -244,8 +244,6 @@ def _status_of(uri: str, run_id: str) -> Iterator[_End]:
     except BaseException:  # Ctrl-C, or the SystemExit by which a stopped job's driver ends
         tracking.finish_run(uri, run_id, "KILLED")
         raise
-    if not end.tracked:
-        tracking.tag_run(uri, run_id, {"incomplete": "not all of the run is stored here; submit it again"})
     tracking.finish_run(uri, run_id, "FINISHED" if end.tracked else "KILLED")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import pickle
 import re
 import reprlib
+import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -88,6 +90,8 @@ def read_weight_file(file: Path, *, ema: bool = False) -> dict[str, Tensor]:
 
 
 def _load(file: Path) -> object:
+    if kind := _other_kind(file):
+        raise DamagedError(f"{file} is {kind}")
     try:
         return load_file(file) if file.suffix == ".safetensors" else _unpickle(file)
     except Exception as error:  # these readers raise whatever a file brings them to
@@ -100,6 +104,24 @@ def _load(file: Path) -> object:
         )
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DamagedError(f"{file} {what}: {reason}; {RESTORE}") from None
+
+
+def _other_kind(file: Path) -> str:
+    """Say what a file is that is known and not read, and what to give; empty: it may be one that is."""
+    if file.suffix in (".npz", ".h5", ".keras", ".msgpack", ".onnx", ".gguf"):
+        return f"a {file.suffix} file of another framework; give timm's or PyTorch's file of the same weights"
+    names: list[str] = []
+    with (
+        contextlib.suppress(zipfile.BadZipFile, OSError, ValueError, NotImplementedError),
+        zipfile.ZipFile(file) as parts,
+    ):
+        names = parts.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        return (
+            "a TorchScript program; save its weights alone: torch.save({'model': "
+            f"torch.jit.load({str(file)!r}).state_dict()}}, 'weights.pth')"
+        )
+    return ""
 
 
 def _more_than_tensors(file: Path, name: str) -> str:

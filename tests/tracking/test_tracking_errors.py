@@ -18,6 +18,7 @@ import pytest
 import sqlalchemy
 
 from lape_ray import tracking
+from lape_ray.cluster import launch
 from lape_ray.cluster.controller import variables
 from lape_ray.cluster.launch import prepared
 from lape_ray.config import TrackingConfig, TrainConfig, replace_fields
@@ -229,6 +230,17 @@ def test_metrics_that_went_to_another_store_are_missed(
     assert "the workers reach another store by this address, or none; start an MLflow server" in caplog.text
     tracking.log_values(uri, run_id, {"epoch": 1.0})
     assert tracking.holds_metric(uri, run_id, "epoch")
+
+
+@pytest.mark.parametrize(("tracked", "status"), [(True, "FINISHED"), (False, "KILLED")])
+def test_a_run_that_is_not_stored_whole_does_not_end_as_finished(
+    database: Path, tracked: bool, status: str
+) -> None:
+    uri = f"sqlite:///{database}"
+    run_id = create(uri)
+    with launch._status_of(uri, run_id) as end:
+        end.tracked = tracked
+    assert mlflow.MlflowClient(uri).get_run(run_id).info.status == status
 
 
 # --- addresses ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lape_ray.config import ModelConfig
 from lape_ray.model import build_model
@@ -202,6 +202,23 @@ def test_a_whole_pickled_network_is_refused_with_the_way_out(tmp_path: Path) -> 
     assert "torch.save({'model': MODEL.state_dict()}, 'weights.pth')" in str(raised.value)
     trusted = torch.load(file, weights_only=False)  # the advice
     same(loaded(saved(tmp_path, {"model": trusted.state_dict()}, "weights.pth")), dict(network.state_dict()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_other_kinds_of_files_are_named(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "x.pt"))
+    with pytest.raises(
+        ValueError, match=r"x\.pt is a TorchScript program; save its weights alone: "
+    ) as raised:
+        read_weights(tmp_path / "x.pt")
+    advice = str(raised.value).partition("alone: ")[2]
+    exec(advice.replace("'weights.pth'", f"'{tmp_path}/weights.pth'"), {"torch": torch})
+    assert read_weights(tmp_path / "weights.pth")[0].keys() == {"weight", "bias"}
+    np.savez(tmp_path / "x.npz", a=np.zeros(2))
+    with pytest.raises(
+        ValueError, match=r"x\.npz is a \.npz file of another framework; give timm's or PyTorch's"
+    ):
+        read_weights(tmp_path / "x.npz")
 
 
 # --- networks of other kinds ----------------------------------------------------------------------------------
