@@ -5,18 +5,21 @@ Shapes: D width, K classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from lape_ray.config import ModelConfig
 from lape_ray.model.block import Block
-from lape_ray.model.compact import ConvTokenizer, SequencePool
+from lape_ray.model.compact import SequencePool
+from lape_ray.model.network import Network
 from lape_ray.model.position import Layout, build_position
 from lape_ray.model.variants import VariantSpec, resolve
-from lape_ray.model.vit import PatchEmbed, VisionTransformer
+from lape_ray.model.vit import VisionTransformer
 
 
-def build_model(config: ModelConfig) -> VisionTransformer:
+def build_model(config: ModelConfig) -> Network:
     """Build a freshly initialised network; draws from torch's global generator, in an order that seeds rest on.
 
     Raises:
@@ -25,17 +28,18 @@ def build_model(config: ModelConfig) -> VisionTransformer:
     spec = resolve(config)
     width = spec.embed_dim
     patch_embed = _patch_embed(spec)
+    grid = patch_embed.grid
     pool = SequencePool(embed_dim=width) if spec.sequence_pool else None
     tokens = [_prefix_token(width, spec.init_prefix_std) for _ in range(spec.num_prefix)]
     cls_token, dist_token, *_ = [*tokens, None, None]
     blocks = nn.ModuleList(_blocks(spec))
     head = nn.Linear(width, spec.num_classes)
     head_dist = None if dist_token is None else nn.Linear(width, spec.num_classes)
-    for module in (blocks, pool, head, head_dist):
+    for module in (patch_embed, blocks, pool, head, head_dist):
         if module is not None:
             module.apply(_init_linear)
     position = build_position(
-        Layout(patch_embed.grid, spec.num_prefix, spec.depth, spec.num_heads, width),
+        Layout(grid, spec.num_prefix, spec.depth, spec.num_heads, width),
         position=config.position,
         join=config.join,
         bias=config.bias,
@@ -46,7 +50,7 @@ def build_model(config: ModelConfig) -> VisionTransformer:
     )
     return VisionTransformer(
         patch_embed=patch_embed,
-        grid=patch_embed.grid,
+        grid=grid,
         blocks=blocks,
         position=position,
         norm=nn.LayerNorm(width, eps=spec.eps),
@@ -58,10 +62,9 @@ def build_model(config: ModelConfig) -> VisionTransformer:
     )
 
 
-def _patch_embed(spec: VariantSpec) -> PatchEmbed | ConvTokenizer:
-    if spec.patch_size is None:
-        return ConvTokenizer(image_size=spec.image_size, layers=spec.conv_layers, embed_dim=spec.embed_dim)
-    return PatchEmbed(image_size=spec.image_size, patch_size=spec.patch_size, embed_dim=spec.embed_dim)
+def _patch_embed(spec: VariantSpec) -> Any:
+    patches = {} if spec.patch_size is None else {"patch_size": spec.patch_size}
+    return spec.tokenizer(image_size=spec.image_size, embed_dim=spec.embed_dim, **patches)
 
 
 def _prefix_token(width: int, std: float) -> nn.Parameter:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lape_ray.model.position import check_fixed_table, resizers
-from lape_ray.model.vit import VisionTransformer
+from lape_ray.model.network import Network
+from lape_ray.model.position import check_fixed_table
 
 # The official LaPE code keeps a layer's position parts in its block; here a join or bias holds those of all layers.
 _RENAMES = (
+    (re.compile(r"^tokens_to_token\."), "patch_embed."),
     (re.compile(r"^blocks\.(\d+)\.pe_norm\.(weight|bias)$"), r"join.norms.\1.\2"),
     (re.compile(r"^blocks\.(\d+)\.attn\.pe_norm\.(weight|bias)$"), r"bias.norms.\1.\2"),
 )
@@ -23,19 +24,26 @@ _STACKS = (
     (re.compile(r"^blocks\.(\d+)\.attn\.relative_position_bias_table$"), "bias.table.table_LRH"),
     (re.compile(r"^pos_embed(\d+)$"), "pos_embed"),
 )
+# T2T-ViT's own code keeps the training state around the weights, and its published figures are the average's.
+_ENTRIES = ("model", "state_dict_ema", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")
 _DERIVED = re.compile(r"relative_position_index$")
 
 
-def convert_state_dict(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
-    """Rename a checkpoint of the official LaPE code, DeiT or timm to this package's names.
+def inner_state_dict(loaded: Mapping[str, object]) -> object:
+    """Return the weights of a checkpoint that may hold more: one of its `_ENTRIES`, or all of it."""
+    return next((loaded[name] for name in _ENTRIES if loaded.get(name) is not None), loaded)
 
-    Takes `{"model": ...}` or a bare state dict, with or without the prefixes of DDP and torch.compile. A state
-    dict of this package passes through unchanged. Sizes are left alone: `load_weights` resizes.
+
+def convert_state_dict(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
+    """Rename a checkpoint of the official LaPE code, DeiT, T2T-ViT or timm to this package's names.
+
+    Takes what `inner_state_dict` takes, with or without the prefixes of DDP and torch.compile. A state dict of this
+    package passes through unchanged. Sizes are left alone: `load_weights` resizes.
     """
-    inner = state_dict.get("model", state_dict)
+    inner = inner_state_dict(state_dict)
     if not isinstance(inner, Mapping):
-        raise ValueError(f"the checkpoint's entry 'model' is a {type(inner).__name__}, not a state dict")
+        raise ValueError(f"the checkpoint holds a {type(inner).__name__} where its state dict should be")
     converted: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, value in inner.items():
@@ -63,9 +71,7 @@ def convert_state_dict(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
     return converted
 
 
-def load_weights(
-    model: VisionTransformer, state_dict: Mapping[str, object], *, new_head: bool = False
-) -> list[str]:
+def load_weights(model: Network, state_dict: Mapping[str, object], *, new_head: bool = False) -> list[str]:
     """Load any checkpoint that `convert_state_dict` reads into `model`, resizing position tables where needed.
 
     With `new_head` a classifier for another number of classes is left as it was initialised. Returns one line for each
@@ -77,7 +83,7 @@ def load_weights(
     state, own = convert_state_dict(state_dict), model.state_dict()
     if "pos_embed" in state and "pos_embed" not in own and model.pos_embed is not None:
         check_fixed_table(state.pop("pos_embed"), model.pos_embed)
-    notes = _fit(state, own, resizers(model.grid, model.num_prefix), new_head=new_head)
+    notes = _fit(state, own, model.resizers(), new_head=new_head)
     problems = [f"missing {name}" for name in own if name not in state]
     problems += [f"unknown {name}" for name in state if name not in own]
     problems += [

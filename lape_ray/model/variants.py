@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lape_ray.config import ModelConfig
 from lape_ray.model.block import Block
-from lape_ray.model.compact import ResidualNormBlock
+from lape_ray.model.compact import ConvTokenizer, ResidualNormBlock
+from lape_ray.model.t2t import STRIDE, TokensToToken
+from lape_ray.model.vit import PatchEmbed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,19 +24,26 @@ class VariantSpec:
     num_heads: int
     mlp_ratio: float = 4.0
     image_size: int = 224
-    patch_size: int | None = 16  # None: tokens come from `conv_layers` convolutions
+    patch_size: int | None = 16  # None: the tokenizer knows no patches
     num_classes: int = 1000
     drop_path: float = 0.0
     attention_dropout: float = 0.0
     # ---
     num_prefix: int = 1
-    conv_layers: int = 0
+    tokenizer: Callable[..., Any] = PatchEmbed
+    """Makes images to tokens on its `grid`; takes image_size, embed_dim, and patch_size where that is not None."""
+    tokenizer_stride: int = 0  # pixels from one token to the next where there is no patch_size
     qkv_bias: bool = True
     eps: float = 1e-6
     block: type[Block] = Block
     sequence_pool: bool = False
     init_prefix_std: float = 0.02
     init_position_std: float = 0.02
+
+    @property
+    def token_stride(self) -> int:
+        """Pixels from one token to the next."""
+        return self.patch_size or self.tokenizer_stride
 
 
 OVERRIDABLE = (
@@ -54,6 +65,18 @@ def _compact(depth: int, **kwargs: Any) -> VariantSpec:
     )  # fmt: skip
 
 
+def _cct(depth: int, layers: int) -> VariantSpec:
+    tokenizer = partial(ConvTokenizer, layers=layers)
+    return _pooled(depth, patch_size=None, tokenizer=tokenizer, tokenizer_stride=2**layers)
+
+
+def _t2t(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float) -> VariantSpec:
+    return VariantSpec(
+        embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, patch_size=None,
+        tokenizer=TokensToToken, tokenizer_stride=STRIDE, qkv_bias=False, eps=1e-5,
+    )  # fmt: skip
+
+
 def _pooled(depth: int, **kwargs: Any) -> VariantSpec:
     return _compact(depth, num_prefix=0, sequence_pool=True, **kwargs)
 
@@ -68,9 +91,12 @@ VARIANTS: dict[str, VariantSpec] = {
     "vit_lite_6_4": _compact(6, patch_size=4),
     "vit_lite_7_4": _compact(7, patch_size=4),
     "cvt_7_4": _pooled(7, patch_size=4),
-    "cct_6_3x1": _pooled(6, patch_size=None, conv_layers=1),
-    "cct_7_3x1": _pooled(7, patch_size=None, conv_layers=1),
-    "cct_7_3x2": _pooled(7, patch_size=None, conv_layers=2),
+    "cct_6_3x1": _cct(6, layers=1),
+    "cct_7_3x1": _cct(7, layers=1),
+    "cct_7_3x2": _cct(7, layers=2),
+    "t2t_vit_7": _t2t(256, 7, 4, 2.0),
+    "t2t_vit_12": _t2t(256, 12, 4, 2.0),
+    "t2t_vit_14": _t2t(384, 14, 6, 3.0),
 }
 
 
@@ -79,7 +105,7 @@ def resolve(config: ModelConfig) -> VariantSpec:
     spec = VARIANTS[config.variant]
     if spec.patch_size is None and config.patch_size is not None:
         raise ValueError(
-            f"patch_size={config.patch_size} does not apply to {config.variant}, whose tokens are convolutions; "
+            f"patch_size={config.patch_size} does not apply to {config.variant}, whose tokens are no patches; "
             "leave model.patch_size out"
         )
     chosen = {name: getattr(config, name) for name in OVERRIDABLE if getattr(config, name) is not None}

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_is_learned
+from lape_ray.model.convert import inner_state_dict
 from lape_ray.storage import local, safe_relative
 from lape_ray.values.typed import Count, from_json, typed
 
@@ -265,7 +266,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> tuple[dict[str, Any]
 
 
 def _read_tensors(file: Path) -> dict[str, Any]:
-    """Read a state dict, or an object that holds one as its `model`, from a file that may be anything."""
+    """Read a state dict, or an object that `inner_state_dict` finds one in, from a file that may be anything."""
     if not file.exists():
         raise FileNotFoundError(f"checkpoint {file} does not exist")
     if not file.stat().st_size:
@@ -281,7 +282,7 @@ def _read_tensors(file: Path) -> dict[str, Any]:
         what = "holds more than tensors, or is damaged" if more else "is no readable checkpoint"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DamagedError(f"{file} {what}: {reason}; {_RESTORE}") from None
-    state = loaded.get("model", loaded) if isinstance(loaded, Mapping) else loaded
+    state = inner_state_dict(loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping):
         raise DamagedError(f"{file} holds a {type(state).__name__}, not a state dict; {_RESTORE}")
     for name, value in state.items():

@@ -24,7 +24,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, *, exempt: set[str])
     for name, parameter in model.named_parameters():
         if parameter.ndim <= 1 or name in exempt:
             kept.append(parameter)
-        elif config.algorithm == "muon" and name.startswith("blocks."):
+        elif config.algorithm == "muon" and parameter.ndim == 2 and ".blocks." in f".{name}":
             decayed[3 if name.endswith("qkv.weight") else 1].append(parameter)
         else:
             decayed[0].append(parameter)

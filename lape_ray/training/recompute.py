@@ -11,31 +11,32 @@ Shapes: B images, N tokens, Q tokens that are read after the block, D width, H h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from lape_ray.model import VisionTransformer
+from lape_ray.model import Network
 from lape_ray.model.block import Block
 from lape_ray.model.compact import ResidualNormBlock
 from lape_ray.model.position import LayerPosition
 
 Cheap = Callable[[Tensor], Tensor]
+N = TypeVar("N", bound=Network)
 
 
-def optimise_blocks(network: VisionTransformer) -> VisionTransformer:
+def optimise_blocks(network: N) -> N:
     """Replace the network's blocks by ones that compute the same for less; changes `network` and returns it.
 
     Parameters and their names stay. Blocks of a kind that `OPTIMISED` does not hold stay as they are.
     """
-    for index, block in enumerate(network.blocks):
-        last = index == len(network.blocks) - 1
-        if type(block) in OPTIMISED:
-            num_queries = network.num_prefix if last and network.pool is None else None
-            network.blocks[index] = OPTIMISED[type(block)](block, num_queries)
+    for blocks, num_read in network.stages():
+        for index, block in enumerate(blocks):
+            num_queries = num_read if index == len(blocks) - 1 else None
+            if type(block) in OPTIMISED:
+                blocks[index] = OPTIMISED[type(block)](block, num_queries)
     return network
 
 

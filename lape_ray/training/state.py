@@ -22,7 +22,7 @@ from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.mixup import Mixer
 from lape_ray.data.processes import usable_cpus
 from lape_ray.data.ready import Augmented, Normalized
-from lape_ray.model import VisionTransformer, build_model, resolve
+from lape_ray.model import Network, build_model, resolve
 from lape_ray.training.cuda_graph import CudaRecorder, StepGraph
 from lape_ray.training.distributed import World
 from lape_ray.training.flags import RankFlags
@@ -39,7 +39,7 @@ class TrainState:
     config: TrainConfig
     world: World
     flags: RankFlags
-    network: VisionTransformer
+    network: Network
     model: nn.Module
     """The network as the training step calls it: compiled, and data parallel where the run has several workers."""
     ema: Ema | None
@@ -121,7 +121,7 @@ def build_state(
     )
 
 
-def _build_networks(config: TrainConfig, world: World) -> tuple[VisionTransformer, nn.Module, str]:
+def _build_networks(config: TrainConfig, world: World) -> tuple[Network, nn.Module, str]:
     """Build the network, and what the training step calls of it; returns also a line on its compilation."""
     torch.manual_seed(config.training.seed)
     network = optimise_blocks(build_model(config.model)).to(world.device)
