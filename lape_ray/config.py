@@ -33,7 +33,7 @@ Variant = Literal[
     "deit_tiny", "deit_small", "deit_base",
     "deit_tiny_distilled", "deit_small_distilled", "deit_base_distilled",
     "vit_lite_6_4", "vit_lite_7_4", "cvt_7_4", "cct_6_3x1", "cct_7_3x1", "cct_7_3x2",
-    "t2t_vit_7", "t2t_vit_12", "t2t_vit_14",
+    "t2t_vit_7", "t2t_vit_12", "t2t_vit_14", "ceit_tiny", "ceit_small",
 ]  # fmt: skip
 Compile = Literal["auto", "off", "default", "max-autotune-no-cudagraphs"]
 Compression = Literal["none", "bf16"]
@@ -119,7 +119,7 @@ class ModelConfig:
     variant: Variant = option("deit_tiny", "network family and size")
     num_classes: int | None = option(None, "outputs of the classifier")
     image_size: int | None = option(None, "side of the square input, in pixels")
-    patch_size: int | None = option(None, "side of a patch, in pixels (not for CCT and T2T-ViT)")
+    patch_size: int | None = option(None, "side of a patch, in pixels (not for CCT, T2T-ViT and CeiT)")
     embed_dim: int | None = option(None, "width of a token")
     depth: int | None = option(None, "number of blocks")
     num_heads: int | None = option(None, "attention heads of a block")

@@ -5,6 +5,7 @@ Shapes: D width, K classes.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from lape_ray.config import ModelConfig
 from lape_ray.model.block import Block
+from lape_ray.model.ceit import CeiT, LayerAttention
 from lape_ray.model.compact import SequencePool
 from lape_ray.model.network import Network
 from lape_ray.model.position import Layout, build_position
@@ -35,7 +37,8 @@ def build_model(config: ModelConfig) -> Network:
     blocks = nn.ModuleList(_blocks(spec))
     head = nn.Linear(width, spec.num_classes)
     head_dist = None if dist_token is None else nn.Linear(width, spec.num_classes)
-    for module in (patch_embed, blocks, pool, head, head_dist):
+    lca = _layer_attention(spec)
+    for module in (patch_embed, blocks, pool, head, head_dist, lca):
         if module is not None:
             module.apply(_init_linear)
     position = build_position(
@@ -48,7 +51,8 @@ def build_model(config: ModelConfig) -> Network:
         eps=spec.eps,
         std=spec.init_position_std,
     )
-    return VisionTransformer(
+    network = VisionTransformer if lca is None else partial(CeiT, lca=lca)
+    return network(
         patch_embed=patch_embed,
         grid=grid,
         blocks=blocks,
@@ -65,6 +69,19 @@ def build_model(config: ModelConfig) -> Network:
 def _patch_embed(spec: VariantSpec) -> Any:
     patches = {} if spec.patch_size is None else {"patch_size": spec.patch_size}
     return spec.tokenizer(image_size=spec.image_size, embed_dim=spec.embed_dim, **patches)
+
+
+def _layer_attention(spec: VariantSpec) -> LayerAttention | None:
+    if not spec.layer_attention:
+        return None
+    return LayerAttention(
+        embed_dim=spec.embed_dim,
+        depth=spec.depth,
+        num_heads=spec.num_heads,
+        mlp_ratio=spec.mlp_ratio,
+        eps=spec.eps,
+        dropout=spec.attention_dropout,
+    )
 
 
 def _prefix_token(width: int, std: float) -> nn.Parameter:

@@ -16,7 +16,10 @@ from lape_ray.model.position import check_fixed_table
 
 # The official LaPE code keeps a layer's position parts in its block; here a join or bias holds those of all layers.
 _RENAMES = (
-    (re.compile(r"^tokens_to_token\."), "patch_embed."),
+    (re.compile(r"^(tokens_to_token|i2t)\."), "patch_embed."),
+    (re.compile(r"^(blocks\.\d+)\.leff\."), r"\1.mlp."),
+    (re.compile(r"^lca\.feedforward\."), "lca.mlp."),
+    (re.compile(r"^pos_layer_embed$"), "lca.pos_layer_embed"),
     (re.compile(r"^blocks\.(\d+)\.pe_norm\.(weight|bias)$"), r"join.norms.\1.\2"),
     (re.compile(r"^blocks\.(\d+)\.attn\.pe_norm\.(weight|bias)$"), r"bias.norms.\1.\2"),
 )
@@ -36,7 +39,7 @@ def inner_state_dict(loaded: Mapping[str, object]) -> object:
 
 
 def convert_state_dict(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
-    """Rename a checkpoint of the official LaPE code, DeiT, T2T-ViT or timm to this package's names.
+    """Rename a checkpoint of the official LaPE code, DeiT, T2T-ViT, CeiT or timm to this package's names.
 
     Takes what `inner_state_dict` takes, with or without the prefixes of DDP and torch.compile. A state dict of this
     package passes through unchanged. Sizes are left alone: `load_weights` resizes.

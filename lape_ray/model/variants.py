@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 from lape_ray.config import ModelConfig
+from lape_ray.model import ceit, t2t
 from lape_ray.model.block import Block
 from lape_ray.model.compact import ConvTokenizer, ResidualNormBlock
-from lape_ray.model.t2t import STRIDE, TokensToToken
 from lape_ray.model.vit import PatchEmbed
 
 
@@ -37,6 +37,7 @@ class VariantSpec:
     eps: float = 1e-6
     block: type[Block] = Block
     sequence_pool: bool = False
+    layer_attention: bool = False
     init_prefix_std: float = 0.02
     init_position_std: float = 0.02
 
@@ -73,7 +74,14 @@ def _cct(depth: int, layers: int) -> VariantSpec:
 def _t2t(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float) -> VariantSpec:
     return VariantSpec(
         embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, patch_size=None,
-        tokenizer=TokensToToken, tokenizer_stride=STRIDE, qkv_bias=False, eps=1e-5,
+        tokenizer=t2t.TokensToToken, tokenizer_stride=t2t.STRIDE, qkv_bias=False, eps=1e-5,
+    )  # fmt: skip
+
+
+def _ceit(embed_dim: int, num_heads: int) -> VariantSpec:
+    return VariantSpec(
+        embed_dim=embed_dim, depth=12, num_heads=num_heads, patch_size=None, tokenizer=ceit.ConvStem,
+        tokenizer_stride=ceit.STRIDE, block=ceit.LeFFBlock, layer_attention=True,
     )  # fmt: skip
 
 
@@ -97,6 +105,8 @@ VARIANTS: dict[str, VariantSpec] = {
     "t2t_vit_7": _t2t(256, 7, 4, 2.0),
     "t2t_vit_12": _t2t(256, 12, 4, 2.0),
     "t2t_vit_14": _t2t(384, 14, 6, 3.0),
+    "ceit_tiny": _ceit(192, 3),
+    "ceit_small": _ceit(384, 6),
 }
 
 

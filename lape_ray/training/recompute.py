@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from lape_ray.model import Network
 from lape_ray.model.block import Block
+from lape_ray.model.ceit import LeFFBlock
 from lape_ray.model.compact import ResidualNormBlock
 from lape_ray.model.position import LayerPosition
 
@@ -74,9 +75,27 @@ class RecomputingResidualNormBlock(ResidualNormBlock):
         return x_BQD + self.drop_path(recomputed(self.mlp.fc2, F.gelu, self.mlp.fc1(x_BQD)))
 
 
+class RecomputingLeFFBlock(LeFFBlock):
+    """A `LeFFBlock` that takes less memory; its feed-forward part runs once, so that statistics move once.
+
+    Arguments are those of `RecomputingBlock`.
+    """
+
+    def __init__(self, block: Block, num_queries: int | None) -> None:
+        nn.Module.__init__(self)
+        _take_over(self, block)
+        self.num_queries = num_queries
+
+    def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
+        """Compute the tokens (B, Q, D) after the block."""
+        x_BQD = _attention_branch(self, x_BND, position, self.num_queries)
+        return x_BQD + self.drop_path(self.mlp(self.norm2(x_BQD)))
+
+
 OPTIMISED: dict[type[nn.Module], Callable[[Any, int | None], Block]] = {
     Block: RecomputingBlock,
     ResidualNormBlock: RecomputingResidualNormBlock,
+    LeFFBlock: RecomputingLeFFBlock,
 }
 
 

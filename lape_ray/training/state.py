@@ -30,6 +30,7 @@ from lape_ray.training.loss import load_teacher
 from lape_ray.training.optim import Ema, build_optimizer
 from lape_ray.training.parallelize import compiled, data_parallel, missing_compiler
 from lape_ray.training.recompute import optimise_blocks
+from lape_ray.training.statistics import RunningStatistics
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,7 @@ class TrainState:
     val_loader: Normalized
     mixer: Mixer
     teacher: nn.Module | None
+    statistics: RunningStatistics
     autocast: Callable[[], AbstractContextManager[None]]
     graph: StepGraph | None = None
     """Runs the whole step, where `run.cuda_graph` asks for it."""
@@ -64,8 +66,8 @@ class TrainState:
 
     @property
     def micro_batches(self) -> range:
-        """The micro-batches of a step that this worker computes: every worker has one, some may have one more."""
-        return range(self.world.rank, self.config.micro_batches, self.world.size)
+        """The micro-batches of a step that this worker computes."""
+        return own_micro_batches(self.config, self.world)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -114,11 +116,19 @@ def build_state(
         val_loader=Normalized(loaders[1], config.data, device),
         mixer=Mixer(config.data, num_classes=spec.num_classes, label_smoothing=config.optim.label_smoothing),
         teacher=_build_teacher(config, device),
+        statistics=RunningStatistics(
+            network, world, micro_batches=config.micro_batches, own=len(own_micro_batches(config, world))
+        ),
         autocast=autocast_for(config, device),
         graph=StepGraph(CudaRecorder()) if graph else None,
         classes=classes,
         notes=tuple(filter(None, (note, slower))),
     )
+
+
+def own_micro_batches(config: TrainConfig, world: World) -> range:
+    """Return the micro-batches of a step that a worker computes: every worker has one, some may have one more."""
+    return range(world.rank, config.micro_batches, world.size)
 
 
 def _build_networks(config: TrainConfig, world: World) -> tuple[Network, nn.Module, str]:

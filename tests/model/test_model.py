@@ -57,6 +57,8 @@ def tiny(**kwargs: object) -> ModelConfig:
         ("t2t_vit_7", 4_306_126, 3_584),
         ("t2t_vit_12", 6_937_806, 6_144),
         ("t2t_vit_14", 21_541_454, 10_752),
+        ("ceit_tiny", 6_356_904, 4_608),
+        ("ceit_small", 24_204_840, 9_216),
     ],
 )
 def test_parameter_counts(variant: Variant, parameters: int, lape: int) -> None:

@@ -23,7 +23,7 @@ from lape_ray.training.optim import Ema
 from lape_ray.training.recompute import optimise_blocks
 
 TINY: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 2, "image_size": 16, "num_classes": 5}
-SIZES: dict[str, dict[str, Any]] = {"cct": {}, "t2t": {"image_size": 32}}
+SIZES: dict[str, dict[str, Any]] = {"cct": {}, "t2t": {"image_size": 32}, "ceit": {"image_size": 32}}
 JOINS = [{"position": position, "join": join} for position in ABSOLUTES for join in valid_joins(position)]
 BIAS_JOINS = [{"bias": bias, "bias_join": join} for bias in BIASES for join in valid_bias_joins(bias)]
 # Every join with every bias and rotation that it can meet a layer with; then the families, of which some heads read a
@@ -69,7 +69,7 @@ def outputs_and_gradients(network: nn.Module, *, bf16: bool = False, side: int =
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(cell.values()))
 def test_optimised_blocks_compute_what_plain_ones_do(cell: dict[str, str]) -> None:
     network = network_of(**cell)
-    side = 32 if cell["variant"].startswith("t2t") else 16
+    side = 32 if cell["variant"].startswith(("t2t", "ceit")) else 16
     plain = outputs_and_gradients(network, side=side)
     optimised = outputs_and_gradients(optimise_blocks(network), side=side)
     assert not any(type(block) in recompute.OPTIMISED for block in network.blocks)
