@@ -6,6 +6,7 @@
     compact    the parts of Compact Transformers: convolutional tokens, their block, sequence pooling
     t2t        tokens of T2T-ViT
     ceit       CeiT: its stem, its block, attention over layers
+    swin       Swin: attention in shifted windows, merging, the network of its stages
     position/  every position embedding and join
     variants   families and sizes by name, and a config's overrides
     build      from a config to a network

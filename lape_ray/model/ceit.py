@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_ray.model.block import Attention, Block, Mlp
-from lape_ray.model.network import Stage
 from lape_ray.model.position import LayerPosition
 from lape_ray.model.vit import VisionTransformer
 
@@ -117,7 +116,3 @@ class CeiT(VisionTransformer):
             x_BND = block(x_BND, position)
             classes.append(x_BND[:, 0])
         return self.head(self.norm(self.lca(torch.stack(classes, dim=1))))
-
-    def stages(self) -> list[Stage]:
-        """List the blocks; the last computes all tokens, whose statistics its batch norms learn."""
-        return [Stage(self.blocks)]

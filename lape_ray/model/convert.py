@@ -20,17 +20,20 @@ _RENAMES = (
     (re.compile(r"^(blocks\.\d+)\.leff\."), r"\1.mlp."),
     (re.compile(r"^lca\.feedforward\."), "lca.mlp."),
     (re.compile(r"^pos_layer_embed$"), "lca.pos_layer_embed"),
-    (re.compile(r"^blocks\.(\d+)\.pe_norm\.(weight|bias)$"), r"join.norms.\1.\2"),
-    (re.compile(r"^blocks\.(\d+)\.attn\.pe_norm\.(weight|bias)$"), r"bias.norms.\1.\2"),
+    (re.compile(r"\bblocks\.(\d+)\.pe_norm\.(weight|bias)$"), r"join.norms.\1.\2"),
+    (re.compile(r"\bblocks\.(\d+)\.attn\.pe_norm\.(weight|bias)$"), r"bias.norms.\1.\2"),
+    (re.compile(r"^absolute_pos_embed$"), "pos_embed"),
+    (re.compile(r"^head\.fc\."), "head."),
 )
 _STACKS = (
-    (re.compile(r"^blocks\.(\d+)\.attn\.relative_position_bias_table$"), "bias.table.table_LRH"),
-    (re.compile(r"^pos_embed(\d+)$"), "pos_embed"),
+    (re.compile(r"^(.*)\bblocks\.(\d+)\.attn\.relative_position_bias_table$"), r"\1bias.table.table_LRH"),
+    (re.compile(r"^()pos_embed(\d+)$"), "pos_embed"),
 )
 # T2T-ViT's own code keeps the training state around the weights, and its published figures are the average's.
 _ENTRIES = ("model", "state_dict_ema", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")
-_DERIVED = re.compile(r"relative_position_index$")
+_DERIVED = re.compile(r"(relative_position_index|attn_mask)$")
+_DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 
 
 def inner_state_dict(loaded: Mapping[str, object]) -> object:
@@ -39,7 +42,7 @@ def inner_state_dict(loaded: Mapping[str, object]) -> object:
 
 
 def convert_state_dict(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
-    """Rename a checkpoint of the official LaPE code, DeiT, T2T-ViT, CeiT or timm to this package's names.
+    """Rename a checkpoint of the official LaPE code, DeiT, T2T-ViT, CeiT, Swin or timm to this package's names.
 
     Takes what `inner_state_dict` takes, with or without the prefixes of DDP and torch.compile. A state dict of this
     package passes through unchanged. Sizes are left alone: `load_weights` resizes.
@@ -58,7 +61,7 @@ def convert_state_dict(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
             continue
         for pattern, target in _STACKS:
             if match := pattern.match(name):
-                stacks.setdefault(target, {})[int(match[1])] = value
+                stacks.setdefault(match.expand(target), {})[int(match[2])] = value
                 break
         else:
             for pattern, replacement in _RENAMES:
@@ -71,7 +74,17 @@ def convert_state_dict(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
         converted[target] = torch.stack(tables)
     if "pos_embed" in converted and converted["pos_embed"].ndim == 2:  # the official sincos1d table is (N, D)
         converted["pos_embed"] = converted["pos_embed"].unsqueeze(0)
-    return converted
+    return _downsample_ends_its_stage(converted)
+
+
+def _downsample_ends_its_stage(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename timm's Swin, where merging begins a stage; in Swin's own code and here it ends the stage before."""
+    if any(name.startswith("layers.0.downsample.") for name in state):
+        return state
+    return {
+        _DOWNSAMPLE.sub(lambda match: f"layers.{int(match[1]) - 1}.downsample.", name): value
+        for name, value in state.items()
+    }
 
 
 def load_weights(model: Network, state_dict: Mapping[str, object], *, new_head: bool = False) -> list[str]:

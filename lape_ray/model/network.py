@@ -25,7 +25,7 @@ class Network(nn.Module):
     state dict is part of its state: checkpoints and the moving average hold it.
     """
 
-    pos_embed: nn.Parameter | nn.Buffer | None
+    pos_embed: Tensor | None
     """The (T, N, D) table of the absolute position embedding."""
 
     def stages(self) -> list[Stage]:

@@ -12,6 +12,7 @@ from lape_ray.config import ModelConfig
 from lape_ray.model import ceit, t2t
 from lape_ray.model.block import Block
 from lape_ray.model.compact import ConvTokenizer, ResidualNormBlock
+from lape_ray.model.swin import NormedPatchEmbed
 from lape_ray.model.vit import PatchEmbed
 
 
@@ -28,6 +29,8 @@ class VariantSpec:
     num_classes: int = 1000
     drop_path: float = 0.0
     attention_dropout: float = 0.0
+    depths: tuple[int, ...] | None = None  # blocks of each stage; heads and width double from stage to stage
+    window_size: int | None = None
     # ---
     num_prefix: int = 1
     tokenizer: Callable[..., Any] = PatchEmbed
@@ -49,7 +52,7 @@ class VariantSpec:
 
 OVERRIDABLE = (
     "embed_dim", "depth", "num_heads", "mlp_ratio", "image_size", "patch_size", "num_classes", "drop_path",
-    "attention_dropout",
+    "attention_dropout", "depths", "window_size",
 )  # fmt: skip
 
 
@@ -85,6 +88,13 @@ def _ceit(embed_dim: int, num_heads: int) -> VariantSpec:
     )  # fmt: skip
 
 
+def _swin(embed_dim: int, depths: tuple[int, ...], num_heads: int) -> VariantSpec:
+    return VariantSpec(
+        embed_dim=embed_dim, depth=sum(depths), depths=depths, num_heads=num_heads, patch_size=4, window_size=7,
+        num_prefix=0, tokenizer=NormedPatchEmbed, eps=1e-5,
+    )  # fmt: skip
+
+
 def _pooled(depth: int, **kwargs: Any) -> VariantSpec:
     return _compact(depth, num_prefix=0, sequence_pool=True, **kwargs)
 
@@ -107,6 +117,9 @@ VARIANTS: dict[str, VariantSpec] = {
     "t2t_vit_14": _t2t(384, 14, 6, 3.0),
     "ceit_tiny": _ceit(192, 3),
     "ceit_small": _ceit(384, 6),
+    "swin_tiny": _swin(96, (2, 2, 6, 2), 3),
+    "swin_small": _swin(96, (2, 2, 18, 2), 3),
+    "swin_base": _swin(128, (2, 2, 18, 2), 4),
 }
 
 
@@ -118,5 +131,18 @@ def resolve(config: ModelConfig) -> VariantSpec:
             f"patch_size={config.patch_size} does not apply to {config.variant}, whose tokens are no patches; "
             "leave model.patch_size out"
         )
-    chosen = {name: getattr(config, name) for name in OVERRIDABLE if getattr(config, name) is not None}
+    if spec.depths is None and (config.depths, config.window_size) != (None, None):
+        raise ValueError(
+            f"depths and window_size do not apply to {config.variant}, which has one stage; set model.depth, or choose "
+            "a swin_* variant"
+        )
+    if spec.depths is not None and config.depth is not None:
+        raise ValueError(
+            f"depth={config.depth} does not apply to {config.variant}, which has several stages; set model.depths"
+        )
+    chosen: dict[str, Any] = {
+        name: getattr(config, name) for name in OVERRIDABLE if getattr(config, name) is not None
+    }
+    if config.depths is not None:
+        chosen["depth"] = sum(config.depths)
     return dataclasses.replace(spec, **chosen)

@@ -23,6 +23,7 @@ from lape_ray.model.block import Block
 from lape_ray.model.ceit import LeFFBlock
 from lape_ray.model.compact import ResidualNormBlock
 from lape_ray.model.position import LayerPosition
+from lape_ray.model.swin import WindowBlock
 
 Cheap = Callable[[Tensor], Tensor]
 N = TypeVar("N", bound=Network)
@@ -76,26 +77,27 @@ class RecomputingResidualNormBlock(ResidualNormBlock):
 
 
 class RecomputingLeFFBlock(LeFFBlock):
-    """A `LeFFBlock` that takes less memory; its feed-forward part runs once, so that statistics move once.
+    """A `LeFFBlock` that takes less memory; its `LeFF` runs once, so that statistics move once.
 
-    Arguments are those of `RecomputingBlock`.
+    Args:
+        block: whose parts this takes over.
+        num_queries: not used, for the convolutions and their statistics need every token.
     """
 
     def __init__(self, block: Block, num_queries: int | None) -> None:
         nn.Module.__init__(self)
         _take_over(self, block)
-        self.num_queries = num_queries
 
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
-        """Compute the tokens (B, Q, D) after the block."""
-        x_BQD = _attention_branch(self, x_BND, position, self.num_queries)
-        return x_BQD + self.drop_path(self.mlp(self.norm2(x_BQD)))
+        x_BND = _attention_branch(self, x_BND, position, None)
+        return x_BND + self.drop_path(self.mlp(self.norm2(x_BND)))
 
 
 OPTIMISED: dict[type[nn.Module], Callable[[Any, int | None], Block]] = {
     Block: RecomputingBlock,
     ResidualNormBlock: RecomputingResidualNormBlock,
     LeFFBlock: RecomputingLeFFBlock,
+    WindowBlock: RecomputingBlock,  # windows are its attention's affair
 }
 
 

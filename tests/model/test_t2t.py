@@ -84,6 +84,14 @@ def test_performers_compute_in_float32_under_autocast() -> None:
     assert tokens.dtype == torch.bfloat16  # autocast goes on behind them
 
 
+def test_a_fresh_network_begins_as_the_official_one() -> None:
+    torch.manual_seed(0)
+    embed = build_model(ModelConfig(**SMALL)).patch_embed
+    for linear in (embed.attention1.kqv, embed.attention2.mlp[0], embed.project):  # type: ignore[union-attr,index]
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert linear.bias.abs().max() == 0
+
+
 def test_projections_are_state_that_nothing_trains() -> None:
     torch.manual_seed(0)
     network = build_model(ModelConfig(**SMALL))
