@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.data.batch import Batch
-from lape_ray.model import VisionTransformer, build_model, resolve
+from lape_ray.model import Network, build_model, resolve
 from lape_ray.recipes import recipe
 from lape_ray.training.cuda_graph import WARM_UP
 from lape_ray.training.loss import training_loss
@@ -65,7 +65,7 @@ DEFAULT_CANDIDATES = (
 # ---- the networks
 
 
-def ours(config: TrainConfig) -> VisionTransformer:
+def ours(config: TrainConfig) -> Network:
     """Build our network with the run's seed, as `build_state` does: every candidate starts from these weights."""
     torch.manual_seed(config.training.seed)
     return optimise_blocks(build_model(config.model))
@@ -260,7 +260,7 @@ class Run:
         return dataclasses.replace(
             state,
             config=config,
-            network=cast(VisionTransformer, network),  # the loop asks it for parameters only
+            network=cast(Network, network),  # the loop asks it for parameters only
             model=compiled(network, config.run.compile, device)[0],
             ema=Ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
             optimizer=build_optimizer(network, config.optim, exempt=exempt),

@@ -33,6 +33,8 @@ Variant = Literal[
     "deit_tiny", "deit_small", "deit_base",
     "deit_tiny_distilled", "deit_small_distilled", "deit_base_distilled",
     "vit_lite_6_4", "vit_lite_7_4", "cvt_7_4", "cct_6_3x1", "cct_7_3x1", "cct_7_3x2",
+    "t2t_vit_7", "t2t_vit_12", "t2t_vit_14", "ceit_tiny", "ceit_small",
+    "swin_tiny", "swin_small", "swin_base",
 ]  # fmt: skip
 Compile = Literal["auto", "off", "default", "max-autotune-no-cudagraphs"]
 Compression = Literal["none", "bf16"]
@@ -118,12 +120,12 @@ class ModelConfig:
     variant: Variant = option("deit_tiny", "network family and size")
     num_classes: int | None = option(None, "outputs of the classifier")
     image_size: int | None = option(None, "side of the square input, in pixels")
-    patch_size: int | None = option(
-        None, "side of a patch, in pixels (not for CCT, whose tokens come from convolutions)"
-    )
-    embed_dim: int | None = option(None, "width of a token")
+    patch_size: int | None = option(None, "side of a patch, in pixels (not for CCT, T2T-ViT and CeiT)")
+    embed_dim: int | None = option(None, "width of a token (Swin: of the first stage)")
     depth: int | None = option(None, "number of blocks")
-    num_heads: int | None = option(None, "attention heads of a block")
+    num_heads: int | None = option(None, "attention heads of a block (Swin: of the first stage)")
+    depths: tuple[int, int, int, int] | None = option(None, "blocks of each stage (Swin)")
+    window_size: int | None = option(None, "side of an attention window, in tokens (Swin)")
     mlp_ratio: float | None = option(None, "hidden width of the MLP over embed_dim")
     drop_path: float | None = option(None, "stochastic depth rate of the last block; grows linearly from 0")
     attention_dropout: float | None = option(None, "dropout on attention weights")
@@ -136,7 +138,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         _check_range(
-            self, 1, 2**31, "num_classes", "image_size", "patch_size", "embed_dim", "depth", "num_heads"
+            self, 1, 2**31, "num_classes", "image_size", "patch_size", "embed_dim", "depth", "num_heads",
+            "window_size",
+        )  # fmt: skip
+        _require(
+            self.depths is None or min(self.depths) >= 1,
+            f"depths={self.depths} must be above 0 for every stage",
         )
         _check_range(self, 0.1, 64, "mlp_ratio")
         _check_range(self, 0, 0.99, "drop_path", "attention_dropout")

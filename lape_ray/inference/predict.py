@@ -22,7 +22,7 @@ from lape_ray.config import DataConfig, TrainConfig
 from lape_ray.data.center import center_crop
 from lape_ray.data.normalize import Normalize
 from lape_ray.data.sources import EXTENSIONS, load_image, to_rgb
-from lape_ray.model import VisionTransformer, build_model, resolve
+from lape_ray.model import Network, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.storage import write_rows, written_path
 from lape_ray.training.checkpoint import about, read_weights
@@ -111,7 +111,7 @@ class Predictor:
         return np.asarray(logits_BK.float().softmax(-1).cpu())
 
 
-def load_network(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> VisionTransformer:
+def load_network(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> Network:
     """Build `config.model` with the weights of a checkpoint of any origin, on the CPU, with optimised blocks.
 
     A warning says which table was resized.

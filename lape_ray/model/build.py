@@ -5,48 +5,55 @@ Shapes: D width, K classes.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
 
 from lape_ray.config import ModelConfig
 from lape_ray.model.block import Block
-from lape_ray.model.compact import ConvTokenizer, SequencePool
-from lape_ray.model.position import Layout, build_position
+from lape_ray.model.ceit import CeiT, LayerAttention
+from lape_ray.model.compact import SequencePool
+from lape_ray.model.network import Network
+from lape_ray.model.position import Layout, build_position, build_staged_position
+from lape_ray.model.swin import PatchMerging, Swin, SwinStage, WindowBlock
 from lape_ray.model.variants import VariantSpec, resolve
-from lape_ray.model.vit import PatchEmbed, VisionTransformer
+from lape_ray.model.vit import VisionTransformer
 
 
-def build_model(config: ModelConfig) -> VisionTransformer:
+def build_model(config: ModelConfig) -> Network:
     """Build a freshly initialised network; draws from torch's global generator, in an order that seeds rest on.
 
     Raises:
         ValueError: the sizes or the position embeddings do not fit each other; says how to mend it.
     """
     spec = resolve(config)
+    return _build_vit(spec, config) if spec.depths is None else _build_swin(spec, config)
+
+
+def _build_vit(spec: VariantSpec, config: ModelConfig) -> VisionTransformer:
     width = spec.embed_dim
     patch_embed = _patch_embed(spec)
+    grid = patch_embed.grid
     pool = SequencePool(embed_dim=width) if spec.sequence_pool else None
     tokens = [_prefix_token(width, spec.init_prefix_std) for _ in range(spec.num_prefix)]
     cls_token, dist_token, *_ = [*tokens, None, None]
     blocks = nn.ModuleList(_blocks(spec))
     head = nn.Linear(width, spec.num_classes)
     head_dist = None if dist_token is None else nn.Linear(width, spec.num_classes)
-    for module in (blocks, pool, head, head_dist):
+    lca = _layer_attention(spec)
+    for module in (patch_embed, blocks, pool, head, head_dist, lca):
         if module is not None:
             module.apply(_init_linear)
     position = build_position(
-        Layout(patch_embed.grid, spec.num_prefix, spec.depth, spec.num_heads, width),
-        position=config.position,
-        join=config.join,
-        bias=config.bias,
-        bias_join=config.bias_join,
-        rotary=config.rotary,
-        eps=spec.eps,
-        std=spec.init_position_std,
+        Layout(grid, spec.num_prefix, spec.depth, spec.num_heads, width),
+        **_position_options(spec, config),
     )
-    return VisionTransformer(
+    network = VisionTransformer if lca is None else partial(CeiT, lca=lca)
+    return network(
         patch_embed=patch_embed,
-        grid=patch_embed.grid,
+        grid=grid,
         blocks=blocks,
         position=position,
         norm=nn.LayerNorm(width, eps=spec.eps),
@@ -58,10 +65,99 @@ def build_model(config: ModelConfig) -> VisionTransformer:
     )
 
 
-def _patch_embed(spec: VariantSpec) -> PatchEmbed | ConvTokenizer:
-    if spec.patch_size is None:
-        return ConvTokenizer(image_size=spec.image_size, layers=spec.conv_layers, embed_dim=spec.embed_dim)
-    return PatchEmbed(image_size=spec.image_size, patch_size=spec.patch_size, embed_dim=spec.embed_dim)
+def _position_options(spec: VariantSpec, config: ModelConfig) -> dict[str, Any]:
+    names = {name: getattr(config, name) for name in ("position", "join", "bias", "bias_join", "rotary")}
+    return {**names, "eps": spec.eps, "std": spec.init_position_std}
+
+
+def _build_swin(spec: VariantSpec, config: ModelConfig) -> Swin:
+    """Build Swin's stages: from each to the next, rows and columns are halved, width and heads doubled."""
+    patch_embed = _patch_embed(spec)
+    layouts = [
+        Layout((side, side), 0, depth, spec.num_heads << stage, spec.embed_dim << stage)
+        for stage, (side, depth) in enumerate(_stage_sides(spec, patch_embed.grid[0]))
+    ]
+    windows = [each._replace(grid=(min(each.grid[0], spec.window_size or 1),) * 2) for each in layouts]
+    positions = build_staged_position(layouts, windows, **_position_options(spec, config))
+    width, rates = layouts[-1].embed_dim, iter(_drop_path_rates(spec))
+    stages = [
+        SwinStage(
+            blocks=[
+                _window_block(spec, layout, window.grid[0], block, next(rates))
+                for block in range(layout.depth)
+            ],
+            window=window.grid,
+            position=position,
+            downsample=None
+            if layout is layouts[-1]
+            else PatchMerging(side=layout.grid[0], embed_dim=layout.embed_dim, eps=spec.eps),
+        )
+        for layout, window, position in zip(layouts, windows, positions, strict=True)
+    ]
+    network = Swin(
+        patch_embed=patch_embed,
+        grid=patch_embed.grid,
+        stages=stages,
+        pos_embed=positions[0].pos_embed,
+        norm=nn.LayerNorm(width, eps=spec.eps),
+        head=nn.Linear(width, spec.num_classes),
+    )
+    return network.apply(_init_linear)
+
+
+def _stage_sides(spec: VariantSpec, side: int) -> list[tuple[int, int]]:
+    """List the side of each stage's grid and its number of blocks; a ValueError where windows do not fill a grid."""
+    depths, window = spec.depths or (), spec.window_size or 1
+    found = []
+    for stage, depth in enumerate(depths):
+        odd = stage + 1 < len(depths) and side % 2
+        if side < 1 or odd or side % min(side, window):
+            multiple = (spec.patch_size or 1) * (window << len(depths) - 1)
+            raise ValueError(
+                f"image_size={spec.image_size} gives stage {stage} a grid of {side} x {side}, which windows of "
+                f"{window} do not fill or merging cannot halve; choose a multiple of {multiple}, or another "
+                "model.window_size"
+            )
+        found.append((side, depth))
+        side //= 2
+    return found
+
+
+def _window_block(
+    spec: VariantSpec, layout: Layout, window: int, block: int, drop_path: float
+) -> WindowBlock:
+    """Make a block; every second one is shifted by half a window, unless one window is the whole grid."""
+    side = layout.grid[0]
+    return WindowBlock(
+        side=side,
+        window=window,
+        shift=window // 2 if block % 2 and side > window else 0,
+        embed_dim=layout.embed_dim,
+        num_heads=layout.num_heads,
+        mlp_ratio=spec.mlp_ratio,
+        eps=spec.eps,
+        qkv_bias=spec.qkv_bias,
+        attention_dropout=spec.attention_dropout,
+        drop_path=drop_path,
+    )
+
+
+def _patch_embed(spec: VariantSpec) -> Any:
+    patches = {} if spec.patch_size is None else {"patch_size": spec.patch_size}
+    return spec.tokenizer(image_size=spec.image_size, embed_dim=spec.embed_dim, **patches)
+
+
+def _layer_attention(spec: VariantSpec) -> LayerAttention | None:
+    if not spec.layer_attention:
+        return None
+    return LayerAttention(
+        embed_dim=spec.embed_dim,
+        depth=spec.depth,
+        num_heads=spec.num_heads,
+        mlp_ratio=spec.mlp_ratio,
+        eps=spec.eps,
+        dropout=spec.attention_dropout,
+    )
 
 
 def _prefix_token(width: int, std: float) -> nn.Parameter:
@@ -70,8 +166,6 @@ def _prefix_token(width: int, std: float) -> nn.Parameter:
 
 
 def _blocks(spec: VariantSpec) -> list[Block]:
-    """Make the blocks; stochastic depth grows linearly from 0 to `spec.drop_path`."""
-    rates = [spec.drop_path * layer / max(spec.depth - 1, 1) for layer in range(spec.depth)]
     return [
         spec.block(
             embed_dim=spec.embed_dim,
@@ -82,8 +176,13 @@ def _blocks(spec: VariantSpec) -> list[Block]:
             attention_dropout=spec.attention_dropout,
             drop_path=rate,
         )
-        for rate in rates
+        for rate in _drop_path_rates(spec)
     ]
+
+
+def _drop_path_rates(spec: VariantSpec) -> list[float]:
+    """Compute each block's rate of stochastic depth, which grows linearly from 0 to `spec.drop_path`."""
+    return [spec.drop_path * layer / max(spec.depth - 1, 1) for layer in range(spec.depth)]
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -11,20 +11,27 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lape_ray.model.position import check_fixed_table, resizers
+from lape_ray.model.network import Network
+from lape_ray.model.position import check_fixed_table
 from lape_ray.model.variants import VARIANTS
-from lape_ray.model.vit import VisionTransformer
 
 # The official LaPE code keeps a layer's position parts in its block; here a join or bias holds those of all layers.
 _RENAMES = (
-    (re.compile(r"^blocks\.(\d+)\.pe_norm\.(weight|bias)$"), r"join.norms.\1.\2"),
-    (re.compile(r"^blocks\.(\d+)\.attn\.pe_norm\.(weight|bias)$"), r"bias.norms.\1.\2"),
+    (re.compile(r"^(tokens_to_token|i2t)\."), "patch_embed."),
+    (re.compile(r"^(blocks\.\d+)\.leff\."), r"\1.mlp."),
+    (re.compile(r"^lca\.feedforward\."), "lca.mlp."),
+    (re.compile(r"^pos_layer_embed$"), "lca.pos_layer_embed"),
+    (re.compile(r"\bblocks\.(\d+)\.pe_norm\.(weight|bias)$"), r"join.norms.\1.\2"),
+    (re.compile(r"\bblocks\.(\d+)\.attn\.pe_norm\.(weight|bias)$"), r"bias.norms.\1.\2"),
+    (re.compile(r"^absolute_pos_embed$"), "pos_embed"),
+    (re.compile(r"^head\.fc\."), "head."),
 )
 _STACKS = (
-    (re.compile(r"^blocks\.(\d+)\.attn\.relative_position_bias_table$"), "bias.table.table_LRH"),
-    (re.compile(r"^pos_embed(\d+)$"), "pos_embed"),
+    (re.compile(r"^(.*)\bblocks\.(\d+)\.attn\.relative_position_bias_table$"), r"\1bias.table.table_LRH"),
+    (re.compile(r"^()pos_embed(\d+)$"), "pos_embed"),
 )
 _DERIVED = re.compile(r"(relative_position_index|attn_mask|^n_averaged)$")
+_DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 _ANCHOR = re.compile(r"((?:.*\.)?)blocks\.0\.norm1\.weight")
 _AVERAGE = re.compile(r"(^|[._])ema([._]|$)")
@@ -34,9 +41,9 @@ _PRETRAINING = re.compile(r"decoder_|mask_token$|head(_dist)?\.")
 KINDS = tuple(
     (re.compile(pattern), words)
     for pattern, words in (
-        (r"tokens_to_token\.", "a T2T-ViT"),
+        (r"patch_embed\.attention1\.", "a T2T-ViT"),
         (r"layers\.\d+\.blocks\.", "a Swin transformer"),
-        (r"i2t\.", "a CeiT"),
+        (r"lca\.", "a CeiT"),
         (r"blocks_token_only\.", "a CaiT"),
         (r"blocks\.\d+\.(gamma_1|ls1\.)", "a network with LayerScale, such as DeiT III or DINOv2"),
         (r"blocks\.\d+\.\d+\.norm1", "a DINOv2 in chunks"),
@@ -48,7 +55,7 @@ KINDS = tuple(
         (r"fc_norm\.", "a network whose head reads the mean of all tokens (fc_norm)"),
     )
 )  # fmt: skip
-"""Names that tell a network which this package has not, and what to call it."""
+"""Names, as they are here, that tell a network of another family, and what to call it."""
 
 
 def one_network(state: Mapping[str, Tensor], *, ema: bool = False) -> dict[str, Tensor]:
@@ -88,7 +95,7 @@ def one_network(state: Mapping[str, Tensor], *, ema: bool = False) -> dict[str, 
 
 
 def convert_state_dict(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
-    """Rename a checkpoint of the official LaPE code, DeiT or timm to this package's names.
+    """Rename a checkpoint of the official LaPE code, DeiT, T2T-ViT, CeiT, Swin or timm to this package's names.
 
     Takes `{"model": ...}` or a bare state dict, with or without prefixes (see `one_network`). A state dict of this
     package passes through unchanged. Sizes are left alone: `load_weights` resizes.
@@ -106,7 +113,7 @@ def convert_state_dict(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
             continue
         for pattern, target in _STACKS:
             if match := pattern.match(name):
-                stacks.setdefault(target, {})[int(match[1])] = value
+                stacks.setdefault(match.expand(target), {})[int(match[2])] = value
                 break
         else:
             for pattern, replacement in _RENAMES:
@@ -119,12 +126,20 @@ def convert_state_dict(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
         converted[target] = torch.stack(tables)
     if "pos_embed" in converted and converted["pos_embed"].ndim == 2:  # the official sincos1d table is (N, D)
         converted["pos_embed"] = converted["pos_embed"].unsqueeze(0)
-    return converted
+    return _downsample_ends_its_stage(converted)
 
 
-def load_weights(
-    model: VisionTransformer, state_dict: Mapping[str, object], *, new_head: bool = False
-) -> list[str]:
+def _downsample_ends_its_stage(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename timm's Swin, where merging begins a stage; in Swin's own code and here it ends the stage before."""
+    if any(name.startswith("layers.0.downsample.") for name in state):
+        return state
+    return {
+        _DOWNSAMPLE.sub(lambda match: f"layers.{int(match[1]) - 1}.downsample.", name): value
+        for name, value in state.items()
+    }
+
+
+def load_weights(model: Network, state_dict: Mapping[str, object], *, new_head: bool = False) -> list[str]:
     """Load any checkpoint that `convert_state_dict` reads into `model`, resizing position tables where needed.
 
     With `new_head` a classifier for another number of classes, or one that the checkpoint has not, is left as it was
@@ -145,7 +160,7 @@ def load_weights(
         check_fixed_table(state.pop("pos_embed"), model.pos_embed)
     notes = _without_head(state, own) if new_head else []
     if not hint:
-        notes += _fit(state, own, resizers(model.grid, model.num_prefix), new_head=new_head)
+        notes += _fit(state, own, model.resizers(), new_head=new_head)
     problems = [f"missing {name}" for name in own if name not in state]
     problems += [f"unknown {name}" for name in state if name not in own]
     problems += [

@@ -5,13 +5,14 @@ Shapes: B images, C channels, H x W pixels, N tokens = prefix tokens + P patches
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_ray.model.position import Grid, LayerPosition, PositionEmbeddings
+from lape_ray.model.network import Network, Stage
+from lape_ray.model.position import Grid, LayerPosition, PositionEmbeddings, resizers
 
 
 class PatchEmbed(nn.Module):
@@ -33,7 +34,7 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Network):
     """ViT and DeiT (arXiv 2010.11929, 2012.12877); with `pool` Compact Transformers, and with LaPE by `position`.
 
     Args:
@@ -84,7 +85,6 @@ class VisionTransformer(nn.Module):
         return self._classify(self.norm(x_BND))
 
     def layer_positions(self) -> list[LayerPosition]:
-        """Compute what every layer receives of position; the same for every image."""
         return PositionEmbeddings(self.pos_embed, self.join, self.bias, self.rotary).layers(len(self.blocks))
 
     def _prefix(self) -> list[nn.Parameter]:
@@ -103,11 +103,17 @@ class VisionTransformer(nn.Module):
         both_B2K = torch.stack((self.head(x_BND[:, 0]), self.head_dist(x_BND[:, 1])), dim=1)
         return both_B2K if self.training else both_B2K.mean(dim=1)
 
+    def stages(self) -> list[Stage]:
+        return [Stage(self.blocks, self.num_prefix if self.pool is None else None)]
+
     def position_parameters(self) -> set[str]:
-        """Name the parameters that DeiT exempts from weight decay as it does norms and biases: tokens and tables.
+        """Name what DeiT exempts from weight decay as it does norms and biases: tokens and tables.
 
         The relative bias is not among them: DeiT-style code, the paper's included, decays it.
         """
         own = {name for name, _ in self.named_parameters(recurse=False)}
         turned = set() if self.rotary is None else {name for name, _ in self.rotary.named_parameters()}
         return own | {f"rotary.{name}" for name in turned}
+
+    def resizers(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        return resizers(self.grid, self.num_prefix)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lape_ray.model import VisionTransformer
+from lape_ray.model import Network, VisionTransformer
 from lape_ray.model.block import Block
 from lape_ray.model.compact import ResidualNormBlock
 from lape_ray.model.position import LayerPosition
@@ -251,9 +251,18 @@ class PositionView:
 
 
 def view(
-    network: VisionTransformer, *, label: str, description: str = "", images_BCHW: Tensor | None = None
+    network: Network, *, label: str, description: str = "", images_BCHW: Tensor | None = None
 ) -> PositionView:
-    """Compute all that a report shows of `network`; the strength of position only if images are given."""
+    """Compute all that a report shows of `network`; the strength of position only if images are given.
+
+    Raises:
+        ValueError: the network has several grids of tokens, which no report can draw yet.
+    """
+    if not isinstance(network, VisionTransformer):
+        raise ValueError(
+            f"{label} is a {type(network).__name__}, whose stages see different grids; a position report draws "
+            "networks of one grid, such as DeiT, T2T-ViT and CeiT"
+        )
     return PositionView(
         label=label,
         description=description,

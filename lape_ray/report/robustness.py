@@ -74,24 +74,19 @@ class Robustness:
     shifts: Mapping[int, float]
 
 
-def token_stride(spec: VariantSpec) -> int:
-    """Return the pixels from one token to the next."""
-    return spec.patch_size or 2**spec.conv_layers
-
-
 def sizes_for(spec: VariantSpec) -> list[int]:
     """List image sizes in pixels, ascending: 160 to 384 for a network of 224.
 
     For another size they are the same shares of it, in whole tokens.
     """
-    stride = token_stride(spec)
+    stride = spec.token_stride
     sizes = {max(2, round(size / 224 * spec.image_size / stride)) * stride for size in SIZES_OF_224}
     return sorted(sizes | {spec.image_size})
 
 
 def shifts_for(spec: VariantSpec) -> list[int]:
     """List shifts in pixels, ascending: 0 to half the image, at whole and half tokens, nine at most."""
-    stride = token_stride(spec)
+    stride = spec.token_stride
     step = max(1, stride // 2)
     steps = spec.image_size // 2 // step
     every = -(-steps // 8)
@@ -128,7 +123,7 @@ def measure_robustness(
         progress(f"{label}: shifted by {pixels} px ({number} of {len(moved)} shifts)")
         shifts[pixels] = measure.top1(network, Shifted(loader=loader, pixels=pixels))
     return Robustness(
-        label=label, trained_size=spec.image_size, patch=token_stride(spec), sizes=sizes, shifts=shifts
+        label=label, trained_size=spec.image_size, patch=spec.token_stride, sizes=sizes, shifts=shifts
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lape_ray.config import DataConfig
-from lape_ray.model import VisionTransformer
+from lape_ray.model import Network
 from lape_ray.model.convert import HEADS, convert_state_dict, load_weights
 from lape_ray.storage import local
 from lape_ray.training.checkpoint import about, read_weights
@@ -16,9 +16,7 @@ from lape_ray.training.classes import checkpoint_classes, other_classes, places_
 from lape_ray.training.preprocessing import differs, of_checkpoint
 
 
-def load_initial(
-    network: VisionTransformer, path: str, data: DataConfig, classes: Sequence[str] | None
-) -> list[str]:
+def load_initial(network: Network, path: str, data: DataConfig, classes: Sequence[str] | None) -> list[str]:
     """Load the checkpoint at `path` into a fresh network; the rows of its head go to the classes of their names.
 
     A head without the name of one of `classes` (K; None: they have no names), or of another size, is left fresh.

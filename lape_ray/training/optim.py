@@ -24,7 +24,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, *, exempt: set[str])
     for name, parameter in model.named_parameters():
         if parameter.ndim <= 1 or name in exempt:
             kept.append(parameter)
-        elif config.algorithm == "muon" and name.startswith("blocks."):
+        elif config.algorithm == "muon" and parameter.ndim == 2 and ".blocks." in f".{name}":
             decayed[3 if name.endswith("qkv.weight") else 1].append(parameter)
         else:
             decayed[0].append(parameter)
@@ -70,15 +70,19 @@ def lr_at(step: int, *, config: OptimConfig, steps_per_epoch: int) -> float:
 
 
 class Ema:
-    """Exponential moving average of a model's weights; `model` is a copy of the network that holds it."""
+    """Exponential moving average of a model's weights and statistics; `model` is a copy that holds it."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._average: list[Tensor] = list(self.model.parameters())
-        self._source: list[Tensor] = list(model.parameters())
+        self._average, self._source = _floating_state(self.model), _floating_state(model)
 
     @torch.no_grad()
     def update(self) -> None:
         """Set average = decay * average + (1 - decay) * weights, in one fused call over all tensors."""
         torch._foreach_lerp_(self._average, self._source, 1 - self.decay)
+
+
+def _floating_state(model: nn.Module) -> list[Tensor]:
+    """List what an average is taken of: parameters and saved buffers, but no counts."""
+    return [value for value in model.state_dict(keep_vars=True).values() if value.is_floating_point()]

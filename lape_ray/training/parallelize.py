@@ -55,7 +55,8 @@ def data_parallel(
 ) -> DistributedDataParallel:
     """Wrap `module` so that its gradients are averaged over all workers of the default process group.
 
-    Gradients live in the buckets that are sent. Buffers are not sent: none of ours changes. Every parameter takes part
+    Gradients live in the buckets that are sent. Buffers are not sent: the only ones that change are those that
+    `RunningStatistics` moves alike on all workers. Every parameter takes part
     in every step, so that buckets are ordered again after the first one by when gradients arrive: the position chain's
     come last, so that no other bucket waits for them.
 

@@ -11,31 +11,34 @@ Shapes: B images, N tokens, Q tokens that are read after the block, D width, H h
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from lape_ray.model import VisionTransformer
+from lape_ray.model import Network
 from lape_ray.model.block import Block
+from lape_ray.model.ceit import LeFFBlock
 from lape_ray.model.compact import ResidualNormBlock
 from lape_ray.model.position import LayerPosition
+from lape_ray.model.swin import WindowBlock
 
 Cheap = Callable[[Tensor], Tensor]
+N = TypeVar("N", bound=Network)
 
 
-def optimise_blocks(network: VisionTransformer) -> VisionTransformer:
+def optimise_blocks(network: N) -> N:
     """Replace the network's blocks by ones that compute the same for less; changes `network` and returns it.
 
     Parameters and their names stay. Blocks of a kind that `OPTIMISED` does not hold stay as they are.
     """
-    for index, block in enumerate(network.blocks):
-        last = index == len(network.blocks) - 1
-        if type(block) in OPTIMISED:
-            num_queries = network.num_prefix if last and network.pool is None else None
-            network.blocks[index] = OPTIMISED[type(block)](block, num_queries)
+    for blocks, num_read in network.stages():
+        for index, block in enumerate(blocks):
+            num_queries = num_read if index == len(blocks) - 1 else None
+            if type(block) in OPTIMISED:
+                blocks[index] = OPTIMISED[type(block)](block, num_queries)
     return network
 
 
@@ -73,9 +76,28 @@ class RecomputingResidualNormBlock(ResidualNormBlock):
         return x_BQD + self.drop_path(recomputed(self.mlp.fc2, F.gelu, self.mlp.fc1(x_BQD)))
 
 
+class RecomputingLeFFBlock(LeFFBlock):
+    """A `LeFFBlock` that takes less memory; its `LeFF` runs once, so that statistics move once.
+
+    Args:
+        block: whose parts this takes over.
+        num_queries: not used, for the convolutions and their statistics need every token.
+    """
+
+    def __init__(self, block: Block, num_queries: int | None) -> None:
+        nn.Module.__init__(self)
+        _take_over(self, block)
+
+    def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
+        x_BND = _attention_branch(self, x_BND, position, None)
+        return x_BND + self.drop_path(self.mlp(self.norm2(x_BND)))
+
+
 OPTIMISED: dict[type[nn.Module], Callable[[Any, int | None], Block]] = {
     Block: RecomputingBlock,
     ResidualNormBlock: RecomputingResidualNormBlock,
+    LeFFBlock: RecomputingLeFFBlock,
+    WindowBlock: RecomputingBlock,  # windows are its attention's affair
 }
 
 

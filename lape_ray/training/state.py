@@ -22,7 +22,7 @@ from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.mixup import Mixer
 from lape_ray.data.processes import usable_cpus
 from lape_ray.data.ready import Augmented, Normalized
-from lape_ray.model import VisionTransformer, build_model, resolve
+from lape_ray.model import Network, build_model, resolve
 from lape_ray.training.cuda_graph import CudaRecorder, StepGraph
 from lape_ray.training.distributed import World
 from lape_ray.training.flags import RankFlags
@@ -30,6 +30,7 @@ from lape_ray.training.loss import load_teacher
 from lape_ray.training.optim import Ema, build_optimizer
 from lape_ray.training.parallelize import compiled, data_parallel, missing_compiler
 from lape_ray.training.recompute import optimise_blocks
+from lape_ray.training.statistics import RunningStatistics
 
 
 @dataclass(kw_only=True)
@@ -39,7 +40,7 @@ class TrainState:
     config: TrainConfig
     world: World
     flags: RankFlags
-    network: VisionTransformer
+    network: Network
     model: nn.Module
     """The network as the training step calls it: compiled, and data parallel where the run has several workers."""
     ema: Ema | None
@@ -48,6 +49,7 @@ class TrainState:
     val_loader: Normalized
     mixer: Mixer
     teacher: nn.Module | None
+    statistics: RunningStatistics
     autocast: Callable[[], AbstractContextManager[None]]
     graph: StepGraph | None = None
     """Runs the whole step, where `run.cuda_graph` asks for it."""
@@ -64,8 +66,8 @@ class TrainState:
 
     @property
     def micro_batches(self) -> range:
-        """The micro-batches of a step that this worker computes: every worker has one, some may have one more."""
-        return range(self.world.rank, self.config.micro_batches, self.world.size)
+        """The micro-batches of a step that this worker computes."""
+        return own_micro_batches(self.config, self.world)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -114,6 +116,9 @@ def build_state(
         val_loader=Normalized(loaders[1], config.data, device),
         mixer=Mixer(config.data, num_classes=spec.num_classes, label_smoothing=config.optim.label_smoothing),
         teacher=_build_teacher(config, device, classes),
+        statistics=RunningStatistics(
+            network, world, micro_batches=config.micro_batches, own=len(own_micro_batches(config, world))
+        ),
         autocast=autocast_for(config, device),
         graph=StepGraph(CudaRecorder()) if graph else None,
         classes=classes,
@@ -121,7 +126,12 @@ def build_state(
     )
 
 
-def _build_networks(config: TrainConfig, world: World) -> tuple[VisionTransformer, nn.Module, str]:
+def own_micro_batches(config: TrainConfig, world: World) -> range:
+    """Return the micro-batches of a step that a worker computes: every worker has one, some may have one more."""
+    return range(world.rank, config.micro_batches, world.size)
+
+
+def _build_networks(config: TrainConfig, world: World) -> tuple[Network, nn.Module, str]:
     """Build the network, and what the training step calls of it; returns also a line on its compilation."""
     torch.manual_seed(config.training.seed)
     network = optimise_blocks(build_model(config.model)).to(world.device)

@@ -47,6 +47,7 @@ def optimizer_step(
             partial(_whole_step, state), *_drawn(state, next(batches), key=(epoch, step, micro))
         )
     state.optimizer.zero_grad(set_to_none=True)
+    state.statistics.begin()
     loss = torch.zeros((), device=state.world.device)
     for micro in state.micro_batches:
         mixed = _drawn(state, next(batches), key=(epoch, step, micro))
@@ -79,15 +80,17 @@ def _gradients(state: TrainState, images_BCHW: Tensor, targets_BK: Tensor) -> Te
     share = state.world.size / state.config.micro_batches
     loss = training_loss(logits, targets_BK, teacher) * share
     loss.backward()
+    state.statistics.end_micro_batch()
     return loss.detach()
 
 
 def _update(state: TrainState) -> None:
-    """Update the weights, and their moving average, from the gradients."""
+    """Update the weights from the gradients, the statistics from the micro-batches, and the moving average of both."""
     clip_norm = state.config.optim.clip_norm
     if clip_norm is not None:
         nn.utils.clip_grad_norm_(state.network.parameters(), clip_norm)
     state.optimizer.step()
+    state.statistics.end()
     if state.ema is not None:
         state.ema.update()
 

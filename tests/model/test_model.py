@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.networks import CELLS, cell_id, count
 from safetensors import safe_open
 from torch import Tensor
 
@@ -27,8 +28,6 @@ from lape_ray.model.position import (
     JOINS,
     ROTARIES,
     LayerPosition,
-    valid_bias_joins,
-    valid_joins,
 )
 from lape_ray.model.position.resize import resize_absolute, resize_relative
 from lape_ray.model.variants import VARIANTS
@@ -38,24 +37,6 @@ TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "image_size": 16, "patch_si
 
 def tiny(**kwargs: object) -> ModelConfig:
     return ModelConfig(**{**TINY, **kwargs})  # type: ignore[arg-type]
-
-
-CELLS = [
-    {"position": position, "join": join, "bias": bias, "bias_join": bias_join, "rotary": rotary}
-    for position in ABSOLUTES
-    for join in valid_joins(position)
-    for bias in BIASES
-    for bias_join in valid_bias_joins(bias)
-    for rotary in ROTARIES
-]
-
-
-def cell_id(cell: dict[str, str]) -> str:
-    return "-".join(cell.values())
-
-
-def count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -73,6 +54,11 @@ def count(model: torch.nn.Module) -> int:
         ("cct_6_3x1", 3_233_803, 3_072),
         ("cct_7_3x1", 3_760_139, 3_584),
         ("cct_7_3x2", 3_853_259, 3_584),
+        ("t2t_vit_7", 4_306_126, 3_584),
+        ("t2t_vit_12", 6_937_806, 6_144),
+        ("t2t_vit_14", 21_541_454, 10_752),
+        ("ceit_tiny", 6_356_904, 4_608),
+        ("ceit_small", 24_204_840, 9_216),
     ],
 )
 def test_parameter_counts(variant: Variant, parameters: int, lape: int) -> None:

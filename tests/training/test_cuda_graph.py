@@ -97,6 +97,20 @@ def graphed(state: TrainState) -> TapeRecorder:
     return recorder
 
 
+def test_a_replayed_step_moves_statistics_as_a_step_does() -> None:
+    of_ceit = config(model__variant="ceit_tiny", model__patch_size=None)
+    wanted, found = (synthetic_state(of_ceit, CPU) for _ in range(2))
+    graphed(found)
+    for state in (wanted, found):
+        rate_in_a_tensor(state)
+        Stepper(state).run(STEPS)
+    for networks in ((wanted.network, found.network), (wanted.ema.model, found.ema.model)):  # type: ignore[union-attr]
+        states = [network.state_dict() for network in networks]
+        for name, value in states[0].items():
+            assert torch.equal(states[1][name], value), name
+    assert found.network.state_dict()["patch_embed.backbone.bn.num_batches_tracked"] == STEPS
+
+
 @pytest.mark.parametrize("algorithm", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_replayed_steps_learn_what_steps_do(algorithm: str, precision: str) -> None:

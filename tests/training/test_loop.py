@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lape_ray.config import Span, TrainConfig, replace_fields
@@ -217,6 +218,49 @@ def test_a_run_killed_within_an_epoch_goes_on_with_fewer_workers(
     killed = with_workers(2, config, stop_at=5)
     rest = run(config, resume_from=tmp_path / "2" / "step-5")
     np.testing.assert_allclose(killed["losses"] + rest.losses, whole.losses, rtol=1e-5)
+
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "t2t_vit_7": {"model__variant": "t2t_vit_7", "model__patch_size": None},
+    "ceit_tiny": {"model__variant": "ceit_tiny", "model__patch_size": None},
+    "swin_tiny": {
+        "model__variant": "swin_tiny", "model__patch_size": 2, "model__window_size": 4, "model__depth": None,
+        "model__depths": (2, 1, 1, 1), "model__bias": "relative2d",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_on_bit_for_bit(tmp_path: Path, family: str) -> None:
+    config = smoke(**{**RANDOM, **FAMILIES[family]}, run__checkpoint_steps=2, optim__accumulate=2)
+    whole = run(config, tmp_path / "whole")
+    killed = Recorder(tmp_path / "killed", stop_at=5)
+    with pytest.raises(KilledError):
+        train_module.train(config, device=CPU, reporter=killed)
+    rest = run(config, tmp_path / "rest", tmp_path / "killed/step-5")
+    assert killed.losses + rest.losses == whole.losses
+    assert killed.epochs + rest.epochs == whole.epochs
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert (tmp_path / "whole/3" / name).read_bytes() == (tmp_path / "rest/3" / name).read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_the_same_on_any_number_of_workers(
+    tmp_path: Path, family: str, with_workers: Workers
+) -> None:
+    """Running statistics too: evaluation reads them, on each worker its own."""
+    config = smoke(**{**RANDOM, **FAMILIES[family]}, optim__accumulate=4)
+    one, three = run(config, tmp_path / "one"), with_workers(3, config)
+    np.testing.assert_allclose(three["losses"], one.losses, rtol=1e-4)
+    for a, b in zip(one.epochs, three["epochs"], strict=True):
+        assert b["val/loss"] == pytest.approx(a["val/loss"], rel=1e-4)
+        assert b["val_ema/loss"] == pytest.approx(a["val_ema/loss"], rel=1e-4)
+    wanted, found = (load_file(tmp_path / each / "3/model.safetensors") for each in ("one", "3"))
+    for name, value in wanted.items():
+        if name.endswith("num_batches_tracked"):
+            assert value == found[name] == 9, "one step more for each optimizer step"
+        elif "running" in name:
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_a_machine_that_leaves_and_time_are_reasons_for_a_checkpoint(tmp_path: Path) -> None:

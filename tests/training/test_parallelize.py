@@ -39,7 +39,13 @@ MODELS = {
     "rotary": {"position": "none", "join": "basic", "rotary": "mixed"},
     "distilled": {"variant": "deit_tiny_distilled", "join": "lape"},
     "cct": {"variant": "cct_7_3x1", "join": "lape"},
-}
+    "t2t": {"variant": "t2t_vit_7", "join": "lape"},
+    "ceit": {"variant": "ceit_tiny", "join": "lape"},
+    "swin": {
+        "variant": "swin_tiny", "join": "lape", "bias": "relative2d", "window_size": 4, "depth": None,
+        "depths": (2, 2, 1, 1),
+    },
+}  # fmt: skip
 
 
 class Operators(TorchDispatchMode):
@@ -56,9 +62,10 @@ class Operators(TorchDispatchMode):
 
 
 def small(name: str, *, depth: int = 4) -> VisionTransformer:
-    values: dict[str, Any] = {"variant": "deit_tiny", "image_size": 64, "num_classes": 10, **MODELS[name]}
+    sizes = {"image_size": 64, "num_classes": 10, "depth": depth, "embed_dim": 64, "num_heads": 2}
+    values: dict[str, Any] = {"variant": "deit_tiny", **sizes, "drop_path": 0.1, **MODELS[name]}
     torch.manual_seed(0)
-    config = ModelConfig(depth=depth, embed_dim=64, num_heads=2, drop_path=0.1, **values)
+    config = ModelConfig(**values)
     return optimise_blocks(build_model(config))
 
 

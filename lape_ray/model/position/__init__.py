@@ -14,8 +14,10 @@ the Literal of `lape_ray.config`.
 
 from lape_ray.model.position.absolute import ABSOLUTES, check_fixed_table
 from lape_ray.model.position.build import (
+    STAGED_JOINS,
     PositionEmbeddings,
     build_position,
+    build_staged_position,
     check_joins,
     valid_bias_joins,
     valid_joins,
@@ -32,11 +34,13 @@ __all__ = [
     "BIAS_JOINS",
     "JOINS",
     "ROTARIES",
+    "STAGED_JOINS",
     "Grid",
     "LayerPosition",
     "Layout",
     "PositionEmbeddings",
     "build_position",
+    "build_staged_position",
     "check_fixed_table",
     "check_joins",
     "resizers",

@@ -5,23 +5,26 @@ Shapes: T tables (1, or one a layer), N tokens = prefix tokens + patches, D widt
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from lape_ray.model.position.absolute import ABSOLUTES
+from lape_ray.model.position.absolute import ABSOLUTES, AbsoluteKind
 from lape_ray.model.position.join import JOINS, Join
 from lape_ray.model.position.layout import LayerPosition, Layout
 from lape_ray.model.position.relative import BIAS_JOINS, BIASES, LogitBias
 from lape_ray.model.position.rotary import ROTARIES, Rotary
 
+STAGED_JOINS = {name: join for name, join in JOINS.items() if join.staged}
 
-def valid_joins(position: str) -> tuple[str, ...]:
-    """List the joins that can carry an absolute embedding."""
+
+def valid_joins(position: str, joins: Mapping[str, type[Join]] = JOINS) -> tuple[str, ...]:
+    """List those of `joins` that can carry an absolute embedding."""
     kind = ABSOLUTES[position]
     if kind is None:
         return ("basic",)
-    return tuple(name for name, join in JOINS.items() if kind.trained or not join.per_layer)
+    return tuple(name for name, join in joins.items() if kind.trained or not join.per_layer)
 
 
 def valid_bias_joins(bias: str) -> tuple[str, ...]:
@@ -29,21 +32,27 @@ def valid_bias_joins(bias: str) -> tuple[str, ...]:
     return ("basic",) if BIASES[bias] is None else tuple(BIAS_JOINS)
 
 
-def check_joins(position: str, join: str, bias: str, bias_join: str) -> None:
+def check_joins(
+    position: str, join: str, bias: str, bias_join: str, joins: Mapping[str, type[Join]] = JOINS
+) -> None:
     """Refuse a combination that means nothing: a join of no embedding, or one fixed table for every layer.
+
+    Args:
+        joins: those that the network has.
 
     Raises:
         ValueError: the join is none of the valid ones, which it names.
     """
-    if join not in valid_joins(position):
-        why = (
-            "has nothing to join"
-            if ABSOLUTES[position] is None
-            else "is fixed, so that a table for each layer equals share"
-        )
+    if join not in valid_joins(position, joins):
+        if ABSOLUTES[position] is None:
+            why = "has nothing to join"
+        elif join not in joins:
+            why = "cannot be joined so in a network of several stages, whose grid and width change"
+        else:
+            why = "is fixed, so that a table for each layer equals share"
         raise ValueError(
             f"position={position} {why}: join={join} is not valid; "
-            f"valid joins of {position} are {', '.join(valid_joins(position))}"
+            f"valid joins of {position} are {', '.join(valid_joins(position, joins))}"
         )
     if bias_join not in valid_bias_joins(bias):
         raise ValueError(
@@ -55,7 +64,7 @@ def check_joins(position: str, join: str, bias: str, bias_join: str) -> None:
 class PositionEmbeddings(NamedTuple):
     """All position embeddings of blocks that see one grid, each where it is used."""
 
-    pos_embed: nn.Parameter | nn.Buffer | None
+    pos_embed: Tensor | None
     """(T, N, D) table of the absolute embedding: trained, or fixed and not part of a checkpoint."""
     join: Join | None
     """Carries the table into the blocks."""
@@ -65,7 +74,7 @@ class PositionEmbeddings(NamedTuple):
     def layers(self, depth: int) -> list[LayerPosition]:
         """Compute what each of `depth` layers receives; the same for every image."""
         layers = [LayerPosition()] * depth
-        if self.join is not None:
+        if self.join is not None and self.pos_embed is not None:
             layers = self.join(self.pos_embed)
         if self.bias is not None:
             layers = [p._replace(logits_1HNN=b) for p, b in zip(layers, self.bias(), strict=True)]
@@ -95,14 +104,58 @@ def build_position(
         ValueError: the joins do not fit, or an embedding does not fit the layout.
     """
     check_joins(position, join, bias, bias_join)
-    pos_embed: nn.Parameter | nn.Buffer | None = None
-    carrier = logit_bias = None
+    pos_embed = carrier = None
     if (kind := ABSOLUTES[position]) is not None:
         carrier = JOINS[join](layout, kind, eps=eps)
-        table_TND = kind.make(layout, layout.depth if carrier.per_layer else 1, std)
-        pos_embed = nn.Parameter(table_TND) if kind.trained else nn.Buffer(table_TND, persistent=False)
-    if (table := BIASES[bias]) is not None:
-        norms = BIAS_JOINS[bias_join](layout)
-        logit_bias = LogitBias(table(layout), norms, num_prefix=layout.num_prefix)
+        pos_embed = _table(kind, layout, layout.depth if carrier.per_layer else 1, std)
+    logit_bias = _logit_bias(layout, bias, bias_join, std=0.0)
+    return PositionEmbeddings(pos_embed, carrier, logit_bias, _rotation(layout, rotary))
+
+
+def build_staged_position(
+    layouts: Sequence[Layout],
+    windows: Sequence[Layout],
+    *,
+    position: str,
+    join: str,
+    bias: str,
+    bias_join: str,
+    rotary: str,
+    eps: float,
+    std: float,
+) -> list[PositionEmbeddings]:
+    """Do the same for a network of several stages: the first has the table, and each a join, a bias and a rotation.
+
+    Args:
+        layouts: of each stage's tokens, that the table and the joins see.
+        windows: of the tokens that see each other in each stage's attention, for bias and rotation.
+        std: of the trained tables' truncated normal initialisation, biases' too.
+    """
+    check_joins(position, join, bias, bias_join, STAGED_JOINS)
+    kind = ABSOLUTES[position]
+    table = None if kind is None else _table(kind, layouts[0], 1, std)
+    return [
+        PositionEmbeddings(
+            table if index == 0 else None,
+            None if kind is None else JOINS[join](layout, kind, eps=eps),
+            _logit_bias(window, bias, bias_join, std=std),
+            _rotation(window, rotary),
+        )
+        for index, (layout, window) in enumerate(zip(layouts, windows, strict=True))
+    ]
+
+
+def _table(kind: AbsoluteKind, layout: Layout, tables: int, std: float) -> nn.Parameter | nn.Buffer:
+    table_TND = kind.make(layout, tables, std)
+    return nn.Parameter(table_TND) if kind.trained else nn.Buffer(table_TND, persistent=False)
+
+
+def _logit_bias(layout: Layout, bias: str, bias_join: str, *, std: float) -> LogitBias | None:
+    if (table := BIASES[bias]) is None:
+        return None
+    return LogitBias(table(layout, std=std), BIAS_JOINS[bias_join](layout), num_prefix=layout.num_prefix)
+
+
+def _rotation(layout: Layout, rotary: str) -> Rotary | None:
     turn = ROTARIES[rotary]
-    return PositionEmbeddings(pos_embed, carrier, logit_bias, None if turn is None else turn(layout))
+    return None if turn is None else turn(layout)

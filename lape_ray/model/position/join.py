@@ -21,6 +21,8 @@ class Join(nn.Module):
     """The interface of a join; `per_layer` says whether it wants a table for each layer."""
 
     per_layer: ClassVar[bool] = False
+    staged: ClassVar[bool] = False
+    """Whether it is defined for a network of several stages, between which grid and width change."""
 
     def __init__(self, layout: Layout, kind: AbsoluteKind, *, eps: float) -> None:
         super().__init__()
@@ -30,9 +32,15 @@ class Join(nn.Module):
         """Give each layer its share of w."""
         raise NotImplementedError
 
+    def carried(self, layers: list[LayerPosition]) -> Tensor | None:
+        """Return the (1, N, D) that goes on to the next stage after the last of `layers`; None: nothing."""
+        return None
+
 
 class Basic(Join):
     """x_0 = x + w, once: the default of ViT and DeiT (LaPE paper, eq. 2)."""
+
+    staged = True
 
     def forward(self, w_TND: Tensor) -> list[LayerPosition]:
         return [LayerPosition(residual_1ND=w_TND)] + [LayerPosition()] * (self.depth - 1)
@@ -77,6 +85,8 @@ class Lape(Join):
     of at least half a unit, so that no two large factors can follow each other.
     """
 
+    staged = True
+
     def __init__(self, layout: Layout, kind: AbsoluteKind, *, eps: float) -> None:
         super().__init__(layout, kind, eps=eps)
         self.norms = _norms(layout, eps)
@@ -89,6 +99,9 @@ class Lape(Join):
             w_TND = norm(self._stop_degenerate_rows(w_TND) if self.zero_rows else w_TND)
             layers.append(LayerPosition(attention_1ND=w_TND))
         return layers
+
+    def carried(self, layers: list[LayerPosition]) -> Tensor | None:
+        return layers[-1].attention_1ND
 
     def _stop_degenerate_rows(self, w_TND: Tensor) -> Tensor:
         degenerate_TN1 = w_TND.detach().var(dim=-1, keepdim=True, correction=0) < self.eps

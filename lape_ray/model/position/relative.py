@@ -25,13 +25,18 @@ def relative_index(layout: Layout) -> Tensor:
 
 
 class Relative2d(nn.Module):
-    """A trained bias for every 2-D offset, head and layer, zero at first (Swin, arXiv 2103.14030, eq. 4)."""
+    """A trained bias for every 2-D offset, head and layer (Swin, arXiv 2103.14030, eq. 4).
 
-    def __init__(self, layout: Layout) -> None:
+    Args:
+        std: of its truncated normal initialisation; 0: it begins at zero.
+    """
+
+    def __init__(self, layout: Layout, *, std: float = 0.0) -> None:
         super().__init__()
         height, width = layout.grid
         offsets = (2 * height - 1) * (2 * width - 1)
-        self.table_LRH = nn.Parameter(torch.zeros(layout.depth, offsets, layout.num_heads))
+        table_LRH = torch.zeros(layout.depth, offsets, layout.num_heads)
+        self.table_LRH = nn.Parameter(nn.init.trunc_normal_(table_LRH, std=std) if std > 0 else table_LRH)
         self.register_buffer("index_PP", relative_index(layout), persistent=False)
 
     def forward(self) -> Tensor:
@@ -43,9 +48,10 @@ class Alibi2d(nn.Module):
     """Minus the Euclidean distance of two patches, in patches, times a head's fixed slope (arXiv 2311.00566).
 
     Slopes are the geometric series 2^(-8/H), 2^(-16/H), ... of ALiBi (arXiv 2108.12409).
+    Nothing is drawn: `std` is that of other biases.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, *, std: float = 0.0) -> None:
         super().__init__()
         row_P, column_P = (index.double() for index in layout.patch_rows_columns())
         distance_PP = torch.hypot(row_P[:, None] - row_P[None, :], column_P[:, None] - column_P[None, :])
