@@ -7,6 +7,7 @@ W x W tokens of a window, X = (R / W)^2 windows of an image, w position embeddin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lape_ray.model.block import Attention, Block, rotate
 from lape_ray.model.network import Network, Stage
-from lape_ray.model.position import Grid, LayerPosition, PositionEmbeddings, resizers
+from lape_ray.model.position import Grid, LayerPosition, PositionEmbeddings, bias_resizers, resize_absolute
 from lape_ray.model.vit import PatchEmbed
 
 
@@ -205,8 +206,10 @@ class Swin(Network):
         return {name for name in names if name == "pos_embed" or any(part in name for part in inside)}
 
     def resizers(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        found = resizers(self.grid, 0)
+        found: dict[str, Callable[[Tensor], Tensor]] = {
+            "pos_embed": partial(resize_absolute, grid=self.grid, num_prefix=0)
+        }
         for index, stage in enumerate(self._layers()):
-            own = resizers(stage.window, 0)
-            found |= {f"layers.{index}.{name}": resize for name, resize in own.items()}
+            biases = bias_resizers(stage.window)
+            found |= {f"layers.{index}.{name}": resize for name, resize in biases.items()}
         return found
