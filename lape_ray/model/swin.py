@@ -7,14 +7,15 @@ W x W tokens of a window, X = (R / W)^2 windows of an image, w position embeddin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lape_ray.model.block import Attention, Block
+from lape_ray.model.block import Attention, Block, rotate
 from lape_ray.model.network import Network, Stage
-from lape_ray.model.position import Grid, LayerPosition, PositionEmbeddings, resizers
+from lape_ray.model.position import Grid, LayerPosition, PositionEmbeddings, bias_resizers, resize_absolute
 from lape_ray.model.vit import PatchEmbed
 
 
@@ -42,17 +43,27 @@ class WindowAttention(Attention):
         self.register_buffer("mask_XVV", mask_XVV, persistent=False)
 
     def heads(self, qkv_BNM: Tensor, position: LayerPosition) -> tuple[Tensor, Tensor, Tensor]:
-        """Split qkv into windows and heads: queries, keys and values, (B, X H, V, E) each."""
-        windows_BXVM = to_windows(qkv_BNM, self.side, self.window, self.shift)
-        per_image = (-1, windows_BXVM.shape[1])
-        q, k, v = super().heads(windows_BXVM.flatten(0, 1), position)
-        return tuple(part.unflatten(0, per_image).flatten(1, 2) for part in (q, k, v))
+        """Split qkv into windows and heads: queries, keys and values, (B, X H, V, E) each; rotate queries and keys."""
+        image = self._rolled(qkv_BNM.unflatten(1, (self.side, self.side)), -self.shift)
+        # Rows and columns of windows and in them, and the three with their heads; one copy puts all into their places.
+        parts = image.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
+        parts = parts.unflatten(-1, (3, self.num_heads, -1)).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = parts.flatten(5, 6).flatten(2, 3).unbind(0)
+        if position.rotation is not None:
+            q, k = rotate(q, position.rotation), rotate(k, position.rotation)
+        return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, logits_1HVV: Tensor | None) -> Tensor:
         """Mix the values inside each window and project the result, (B, N, D)."""
+        across = self.side // self.window
         mixed = self._mix(q, k, v, self._logits(logits_1HVV, q.shape[1]))
-        windows_BXVD = mixed.unflatten(1, (-1, self.num_heads)).transpose(2, 3).flatten(3)
-        return self.proj(from_windows(windows_BXVD, self.side, self.window, self.shift))
+        parts = mixed.unflatten(2, (self.window, self.window)).unflatten(1, (across, across, self.num_heads))
+        image = parts.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+        return self.proj(self._rolled(image, self.shift).flatten(1, 2))
+
+    @staticmethod
+    def _rolled(image: Tensor, shift: int) -> Tensor:
+        return image.roll((shift, shift), dims=(1, 2)) if shift else image
 
     def _logits(self, bias_1HVV: Tensor | None, heads: int) -> Tensor | None:
         """Add the windows' mask to the bias that all of them share, (1, X H, V, V)."""
@@ -64,31 +75,12 @@ class WindowAttention(Attention):
         return both.flatten(0, 1).unsqueeze(0)
 
 
-def to_windows(x_BND: Tensor, side: int, window: int, shift: int) -> Tensor:
-    """Shift the grid up and to the left by `shift` tokens and cut it into windows, (B, X, V, D)."""
-    image = x_BND.unflatten(1, (side, side))
-    if shift:
-        image = image.roll((-shift, -shift), dims=(1, 2))
-    parts = image.unflatten(2, (-1, window)).unflatten(
-        1, (-1, window)
-    )  # rows, in a window, columns, in a window
-    return parts.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def from_windows(x_BXVD: Tensor, side: int, window: int, shift: int) -> Tensor:
-    """Undo `to_windows`, (B, N, D)."""
-    across = side // window
-    parts = x_BXVD.unflatten(2, (window, window)).unflatten(1, (across, across)).transpose(2, 3)
-    image = parts.flatten(3, 4).flatten(1, 2)
-    return (image.roll((shift, shift), dims=(1, 2)) if shift else image).flatten(1, 2)
-
-
 def _border_mask(side: int, window: int, shift: int) -> Tensor:
     """Compute -100 for two tokens of one window that the shift brought together from opposite borders, (X, V, V)."""
     place = torch.arange(side)
     region = (place >= side - window).int() + (place >= side - shift).int()
-    label_1N1 = (3 * region[:, None] + region[None, :]).reshape(1, -1, 1)
-    label_XV = to_windows(label_1N1, side, window, 0)[0, :, :, 0]
+    label = (3 * region[:, None] + region[None, :]).unflatten(1, (-1, window)).unflatten(0, (-1, window))
+    label_XV = label.transpose(1, 2).flatten(2, 3).flatten(0, 1)
     return torch.where(label_XV[:, :, None] == label_XV[:, None, :], 0.0, -100.0)
 
 
@@ -214,8 +206,10 @@ class Swin(Network):
         return {name for name in names if name == "pos_embed" or any(part in name for part in inside)}
 
     def resizers(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        found = resizers(self.grid, 0)
+        found: dict[str, Callable[[Tensor], Tensor]] = {
+            "pos_embed": partial(resize_absolute, grid=self.grid, num_prefix=0)
+        }
         for index, stage in enumerate(self._layers()):
-            own = resizers(stage.window, 0)
-            found |= {f"layers.{index}.{name}": resize for name, resize in own.items()}
+            biases = bias_resizers(stage.window)
+            found |= {f"layers.{index}.{name}": resize for name, resize in biases.items()}
         return found

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lape_ray
 from lape_ray.config import ModelConfig, Variant
-from lape_ray.model import build_model
+from lape_ray.model import build_model, resolve
 from lape_ray.model.block import Attention, Block, rotate
 from lape_ray.model.compact import ResidualNormBlock
 from lape_ray.model.convert import convert_state_dict, load_weights
@@ -110,6 +110,20 @@ def test_no_other_code_of_a_network_knows_an_embedding_by_name() -> None:
         }
         found |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
         assert not found & names, path.name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_network_keeps_its_interface(variant: Variant) -> None:
+    with torch.device("meta"):
+        network = build_model(ModelConfig(variant=variant, join="lape", bias="relative2d", bias_join="lape"))
+        layers = network.layer_positions()
+    blocks = [block for stage in network.stages() for block in stage.blocks]
+    assert len(layers) == len(blocks) == resolve(ModelConfig(variant=variant)).depth
+    parameters = dict(network.named_parameters())
+    assert {"pos_embed"} <= network.position_parameters() <= set(parameters)
+    for beginning in network.resizers():
+        assert any(name.startswith(beginning) for name in parameters), beginning
+    assert network.pos_embed is parameters["pos_embed"]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=cell_id)

@@ -15,7 +15,7 @@ from lape_ray.config import ModelConfig, parse_value
 from lape_ray.model import build_model
 from lape_ray.model.convert import load_weights
 from lape_ray.model.position import ABSOLUTES, BIASES, ROTARIES, STAGED_JOINS, valid_bias_joins, valid_joins
-from lape_ray.model.swin import Swin, from_windows, to_windows
+from lape_ray.model.swin import Swin
 from lape_ray.training.optim import parameter_groups
 from lape_ray.training.recompute import optimise_blocks
 
@@ -139,17 +139,6 @@ def test_attention_sees_windows_of_the_image_and_no_opposite_border() -> None:
             )
             wanted = {(r, c) for r in rows for c in columns}
             assert {(r, c) for r, c in changed.nonzero().tolist()} == wanted
-
-
-@pytest.mark.parametrize("shift", [0, 3])
-def test_windows_are_put_back(shift: int) -> None:
-    x = torch.randn(2, 14 * 14, 5)
-    windows = to_windows(x, 14, 7, shift)
-    assert windows.shape == (2, 4, 49, 5)
-    assert torch.equal(
-        windows[1, 1, 0], x[1, 14 * shift + 7 + shift]
-    )  # image, window to the right, its first token
-    assert torch.equal(from_windows(windows, 14, 7, shift), x)
 
 
 def test_position_does_not_grow_with_the_batch() -> None:

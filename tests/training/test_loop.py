@@ -245,17 +245,29 @@ def test_every_family_goes_on_bit_for_bit(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_in_bfloat16(family: str) -> None:
+    plain, short = (
+        run(smoke(**FAMILIES[family], optim__epochs=2, training__precision=precision))
+        for precision in ("fp32", "bf16")
+    )
+    assert short.losses != plain.losses
+    np.testing.assert_allclose(short.losses, plain.losses, rtol=0.02)
+    assert short.epochs[-1]["val_ema/loss"] == pytest.approx(plain.epochs[-1]["val_ema/loss"], rel=0.02)
+
+
+@pytest.mark.parametrize(("size", "micro_batches"), [(2, 2), (3, 4)])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_learns_the_same_on_any_number_of_workers(
-    tmp_path: Path, family: str, with_workers: Workers
+    tmp_path: Path, family: str, size: int, micro_batches: int, with_workers: Workers
 ) -> None:
     """Running statistics too: evaluation reads them, on each worker its own."""
-    config = smoke(**{**RANDOM, **FAMILIES[family]}, optim__accumulate=4)
-    one, three = run(config, tmp_path / "one"), with_workers(3, config)
-    np.testing.assert_allclose(three["losses"], one.losses, rtol=1e-4)
-    for a, b in zip(one.epochs, three["epochs"], strict=True):
+    config = smoke(**{**RANDOM, **FAMILIES[family]}, optim__accumulate=micro_batches)
+    one, several = run(config, tmp_path / "one"), with_workers(size, config)
+    np.testing.assert_allclose(several["losses"], one.losses, rtol=1e-4)
+    for a, b in zip(one.epochs, several["epochs"], strict=True):
         assert b["val/loss"] == pytest.approx(a["val/loss"], rel=1e-4)
         assert b["val_ema/loss"] == pytest.approx(a["val_ema/loss"], rel=1e-4)
-    wanted, found = (load_file(tmp_path / each / "3/model.safetensors") for each in ("one", "3"))
+    wanted, found = (load_file(tmp_path / each / "3/model.safetensors") for each in ("one", str(size)))
     for name, value in wanted.items():
         if name.endswith("num_batches_tracked"):
             assert value == found[name] == 9, "one step more for each optimizer step"

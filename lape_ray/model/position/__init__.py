@@ -25,7 +25,7 @@ from lape_ray.model.position.build import (
 from lape_ray.model.position.join import JOINS
 from lape_ray.model.position.layout import Grid, LayerPosition, Layout
 from lape_ray.model.position.relative import BIAS_JOINS, BIASES
-from lape_ray.model.position.resize import resizers
+from lape_ray.model.position.resize import bias_resizers, resize_absolute, resizers
 from lape_ray.model.position.rotary import ROTARIES
 
 __all__ = [
@@ -39,10 +39,12 @@ __all__ = [
     "LayerPosition",
     "Layout",
     "PositionEmbeddings",
+    "bias_resizers",
     "build_position",
     "build_staged_position",
     "check_fixed_table",
     "check_joins",
+    "resize_absolute",
     "resizers",
     "valid_bias_joins",
     "valid_joins",

@@ -40,8 +40,12 @@ def _resize_key_norm(vector_P: Tensor, grid: Grid) -> Tensor:
 
 def resizers(grid: Grid, num_prefix: int) -> dict[str, Callable[[Tensor], Tensor]]:
     """Tell how each weight whose size depends on the grid is resized, by the beginning of its name in a network."""
+    return {"pos_embed": lambda table: resize_absolute(table, grid, num_prefix), **bias_resizers(grid)}
+
+
+def bias_resizers(grid: Grid) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Tell the same of the weights of a bias alone, whose `grid` may be a window's."""
     return {
-        "pos_embed": lambda table: resize_absolute(table, grid, num_prefix),
         "bias.table.table_LRH": lambda table: resize_relative(table, grid),
         "bias.norms.": lambda vector: _resize_key_norm(vector, grid),
     }
