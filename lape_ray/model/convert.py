@@ -35,13 +35,14 @@ _DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 _ANCHOR = re.compile(r"((?:.*\.)?)blocks\.0\.norm1\.weight")
 _AVERAGE = re.compile(r"(^|[._])ema([._]|$)")
+_FAMILIES = {"t2t": "patch_embed.attention1.", "ceit": "lca.", "swin": "layers."}
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 # Parts of pre-training that a new training leaves out, with a line.
 _PRETRAINING = re.compile(r"decoder_|mask_token$|head(_dist)?\.")
 KINDS = tuple(
     (re.compile(pattern), words)
     for pattern, words in (
-        (r"patch_embed\.attention1\.", "a T2T-ViT"),
+        (r"patch_embed\.(attention1|project)\.", "a T2T-ViT"),
         (r"layers\.\d+\.blocks\.", "a Swin transformer"),
         (r"lca\.", "a CeiT"),
         (r"blocks_token_only\.", "a CaiT"),
@@ -197,6 +198,7 @@ def _hint(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
             name
             for name, spec in VARIANTS.items()
             if (spec.embed_dim, spec.depth, spec.num_prefix == 2) == (width, depth, distilled)
+            and _family(state) == (name.partition("_")[0] if name.startswith(tuple(_FAMILIES)) else "")
         ]
         variant = f": choose --model.variant {' or '.join(found)}" if found else ""
         return f"it has {depth} blocks of width {width}{variant}"
@@ -208,6 +210,11 @@ def _hint(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
             "--training.init_from"
         )
     return ""
+
+
+def _family(state: Mapping[str, Tensor]) -> str:
+    """Return the beginning of its variants' names where a network is none of plain blocks; else an empty text."""
+    return next((family for family, part in _FAMILIES.items() if any(n.startswith(part) for n in state)), "")
 
 
 def _size(state: Mapping[str, Tensor]) -> tuple[int, int]:

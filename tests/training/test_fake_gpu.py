@@ -82,7 +82,8 @@ def test_crops_of_images_on_the_device() -> None:
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "base" not in name])
 def test_a_recipes_network(name: str) -> None:
-    config = replace_fields(recipe(name), {"model.depth": 2})
+    stages = resolve(recipe(name).model).depths is not None
+    config = replace_fields(recipe(name), {"model.depths": (1, 1, 1, 1)} if stages else {"model.depth": 2})
     size = resolve(config.model)
     network = optimise_blocks(build_model(config.model))
     images = Normalize(config.data)(torch.empty(8, 3, size.image_size, size.image_size, dtype=torch.uint8))

@@ -452,7 +452,7 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
     run(smoke(optim__epochs=1), tmp_path)
     with pytest.raises(ValueError, match=r"another config \(optim\.lr: 0\.001 -> 0\.002\)"):
         run(smoke(optim__epochs=1, optim__lr=2e-3), resume_from=tmp_path / "1")
-    with pytest.raises(ValueError, match="no checkpoint: it has no meta"):
+    with pytest.raises(ValueError, match="no checkpoint of ours: it has no meta"):
         run(smoke(optim__epochs=1), resume_from=tmp_path)
 
 
