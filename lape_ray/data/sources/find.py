@@ -35,8 +35,11 @@ def kind_of_shards(where: str) -> Kind | None:
         return next((kind for kind, pattern in NAMES.items() if pattern.search(where)), None)
     first: dict[str, str] = {}
     for folder, names in list_below(where).files.items():
+        siblings = frozenset(names)
         for name in names:
-            kind = _kind(name, names) or ("image" if folder and name.lower().endswith(EXTENSIONS) else None)
+            kind = _kind(name, siblings) or (
+                "image" if folder and name.lower().endswith(EXTENSIONS) else None
+            )
             if kind:
                 first.setdefault(kind, joined(folder, name))
     if len(first) > 1:
@@ -93,8 +96,7 @@ def find_shards(where: str, split: str | None, kind: Kind) -> Found:
     files = sorted(file for files in places.values() for file in files)
     if is_folder:
         _refuse_several_places(where, places)
-        _refuse_incomplete(where, files)
-        _note_gaps(files, left_out)
+    _refuse_or_note_lost(where, files, left_out)
     _refuse_same_file(files)
     return Found(tuple(str(file) for file in files), left_out)
 
@@ -116,8 +118,9 @@ def _below(where: str, kind: Kind) -> tuple[list[Path], LeftOut]:
     listing = list_below(where)
     left_out, found = listing.left_out(), []
     for folder, names in listing.files.items():
+        siblings = frozenset(names)
         for name in names:
-            if _kind(name, names) == kind:
+            if _kind(name, siblings) == kind:
                 found.append(Path(where, folder, name))
             elif name != CLASSES_FILE:
                 left_out.add_file(joined(folder, name))
@@ -176,21 +179,29 @@ def _refuse_several_places(where: str, places: Mapping[Path, Sequence[Path]]) ->
         )
 
 
-def _refuse_incomplete(where: str, files: Sequence[Path]) -> None:
-    """Refuse files whose names count more of them, such as train-00001-of-00004."""
+def _refuse_or_note_lost(where: str, files: Sequence[Path], left_out: LeftOut) -> None:
+    """Refuse a folder with fewer files than their names count, such as train-00001-of-00004; of a glob count them.
+
+    Count numbers that are missing in between, too.
+    """
     sets: dict[tuple[Path, str, str], dict[int, str]] = {}
     for file in files:
         if match := re.fullmatch(r"(.*?[-_])(\d+)([-_]of[-_]\d+)(\D.*)", file.name):
             sets.setdefault((file.parent, match[1], match[3]), {})[int(match[2])] = match[2]
     for (folder, before, of), numbers in sets.items():
         count = int(of[4:])
-        if len(numbers) < count:
-            lost = next(number for number in itertools.count() if number not in numbers)
-            name = f"{before}{lost:0{len(next(iter(numbers.values())))}}{of}{files[0].suffix}"
+        if len(numbers) >= count:
+            continue
+        lost = next(number for number in itertools.count() if number not in numbers)
+        name = f"{folder / before}{lost:0{len(next(iter(numbers.values())))}}{of}{files[0].suffix}"
+        if Path(where).is_dir():
             raise ValueError(
-                f"{folder / name} is not there, and {where} holds {len(numbers)} of {count} files; copy the others, or "
-                f"give those that are there by a glob, such as '{folder}/{before}*{of}*{files[0].suffix}'"
+                f"{name} is not there, and {where} holds {len(numbers)} of {count} files; copy the others, or give "
+                f"those that are there by a glob, such as '{folder}/{before}*{of}*{files[0].suffix}'"
             )
+        left_out.add("file of the same set", name, count - len(numbers))
+    if not sets:
+        _note_gaps(files, left_out)
 
 
 def _note_gaps(files: Sequence[Path], left_out: LeftOut) -> None:
