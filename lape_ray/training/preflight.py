@@ -54,7 +54,10 @@ def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
 
 def check_other_weights(config: TrainConfig) -> None:
     """Check that the weights which the run starts from, and its teacher, fit its network and its classes."""
-    train, source = read_split_info(config.data, "train"), config.optim.teacher
+    source = config.optim.teacher
+    if config.training.init_from is None and source is None:
+        return
+    train = read_split_info(config.data, "train")
     if config.training.init_from is not None:
         load_initial(build_model(config.model), config.training.init_from, config.data, train.classes)
     if source is not None:

@@ -294,7 +294,12 @@ def make_record(folder: Path) -> Path:
 
 
 def read_record(file: Path) -> None:
-    earlier_run(TrainConfig(), str(file.parent))
+    """Damage may say that the run is finished, which is refused in the words for any that is."""
+    try:
+        earlier_run(TrainConfig(), str(file.parent))
+    except ValueError as error:
+        if "is finished already; choose another --run.name" not in str(error):
+            raise
 
 
 MADE_AGAIN = {"lease", "list of checkpoints", "record of a run", "mark of a copy", "journal of a download"}

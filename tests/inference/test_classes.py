@@ -18,7 +18,7 @@ from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import image_folder
 from lape_ray.data.sources.names import named
 from lape_ray.inference.checkpoints import open_predictor
-from lape_ray.inference.evaluate import config_for, evaluate_checkpoint
+from lape_ray.inference.evaluate import config_for, evaluate_checkpoint, evaluation
 from lape_ray.model import build_model
 from lape_ray.report.robustness import measure_robustness
 from lape_ray.training import checkpoint
@@ -327,3 +327,18 @@ def test_a_table_that_is_resized_is_said(
     open_predictor(file, larger | {"data.val": val})
     line = f"{file}: pos_embed resized from (1, 5, 32) to (1, 17, 32)"
     assert caplog.messages == [line, line]
+
+
+def test_the_line_of_a_result_says_what_was_seen(
+    tmp_path: Path, network: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a relative path, too, and one with a ~."""
+    ours(tmp_path / "c", network)
+    beton(tmp_path / "val.beton", BIRDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    line = evaluation("c", overrides={"data.val": "val.beton"})
+    assert line.startswith("12 images  top-1 100.000  top-5 100.000  loss ")
+    assert line.endswith("  (16 px, crop 0.875 of the shorter side, bicubic)")
+    other = evaluation("~/c", overrides={"data.val": "~/val.beton", "data.eval_crop": 1.0})
+    assert other.endswith("  (16 px, crop 1 of the shorter side, bicubic)")
