@@ -233,7 +233,8 @@ def _free(found: _Found, address: str) -> bool:
     if any(values.get(key) != ours[key] for key in ("boot", "pid_namespace")):
         return False  # of another machine or container, whose processes cannot be seen from here
     if all(values.get(key) == value for key, value in ours.items()):  # this process could not give it back
-        return values.get("owner") not in _OWN
+        owner = values.get("owner")
+        return not (isinstance(owner, str) and owner in _OWN)
     pid = values.get("pid")
     if not isinstance(pid, int) or not 0 < pid < 2**31:
         return False
