@@ -61,7 +61,8 @@ class LeFF(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         class_B1D, patches_BPD = x_BND[:, :1], x_BND[:, 1:]
         side = math.isqrt(patches_BPD.shape[1])
-        image_BCHW = patches_BPD.transpose(1, 2).unflatten(2, (side, side))
+        # Contiguous, so that weights' gradients have the weights' layout, in which data parallelism sends them.
+        image_BCHW = patches_BPD.transpose(1, 2).unflatten(2, (side, side)).contiguous()
         image_BCHW = F.gelu(self.bn1(self.conv1(image_BCHW)))
         image_BCHW = F.gelu(self.bn2(self.conv2(image_BCHW)))
         image_BCHW = self.bn3(self.conv3(image_BCHW))

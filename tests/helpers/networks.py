@@ -111,6 +111,8 @@ def check_cell(config: ModelConfig) -> None:
         for name, parameter in network.named_parameters():
             assert parameter.grad is not None, f"{name} gets no gradient"
             assert parameter.grad.isfinite().all(), f"{name} gets a non-finite gradient"
+            # or DDP copies it into its bucket, and warns of that
+            assert parameter.grad.stride() == parameter.stride(), f"{name}'s gradient has another layout"
         optimizer.step()
     for state in optimizer.state.values():
         assert all(value.isfinite().all() for value in state.values() if isinstance(value, Tensor))
