@@ -8,8 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lape_ray.config import Bias, BiasJoin, Join, Position, Rotary, TrainConfig, flatten, replace_fields
-from lape_ray.model.position import check_joins, valid_joins
+from lape_ray.config import (
+    Bias,
+    BiasJoin,
+    Join,
+    ModelConfig,
+    Position,
+    Rotary,
+    TrainConfig,
+    flatten,
+    replace_fields,
+)
+from lape_ray.model import resolve
+from lape_ray.model.position import JOINS, STAGED_JOINS, check_joins, valid_joins
 from lape_ray.search.space import Axis, Choice, Range, as_text, differing
 
 Cell = Mapping[str, Any]
@@ -37,18 +48,27 @@ class Space:
         return [{**cell, **settings} for cell in self.cells for settings in crossed]
 
 
-def _valid(position: str, join: str, bias: str, bias_join: str) -> bool:
+def _joins_of(model: ModelConfig) -> Mapping[str, type[Any]]:
+    """Return the joins that a network has, by name."""
+    return JOINS if resolve(model).depths is None else STAGED_JOINS
+
+
+def _valid(cell: Sequence[str], joins: Mapping[str, type[Any]]) -> bool:
+    position, join, bias, bias_join, _ = cell
     try:
-        check_joins(position, join, bias, bias_join)
+        check_joins(position, join, bias, bias_join, joins)
     except ValueError:
         return False
     return True
 
 
 def positions(base: TrainConfig) -> Space:
-    """Every valid combination of position, join, bias, bias_join and rotary: 210 cells; fix some to have fewer."""
+    """Every valid combination of position, join, bias, bias_join and rotary: 210 cells; fix some to have fewer.
+
+    A network of several stages has fewer joins, and so 105 cells.
+    """
     kinds = [typing.get_args(kind) for kind in (Position, Join, Bias, BiasJoin, Rotary)]
-    cells = [cell for cell in itertools.product(*kinds) if _valid(*cell[:4])]
+    cells = [cell for cell in itertools.product(*kinds) if _valid(cell, _joins_of(base.model))]
     return Space(cells=tuple(dict(zip(NETWORK_AXES, cell, strict=True)) for cell in cells))
 
 
@@ -91,7 +111,8 @@ def paper_table2(base: TrainConfig) -> Space:
 
 def joins(base: TrainConfig) -> Space:
     """Every join of the recipe's own position embedding."""
-    return Space(cells=tuple({"model.join": join} for join in valid_joins(base.model.position)))
+    found = valid_joins(base.model.position, _joins_of(base.model))
+    return Space(cells=tuple({"model.join": join} for join in found))
 
 
 def recipe(base: TrainConfig) -> Space:
@@ -170,7 +191,7 @@ def check_point(base: TrainConfig, point: Cell) -> TrainConfig:
     try:
         config = replace_fields(base, point)
         model = config.model
-        check_joins(model.position, model.join, model.bias, model.bias_join)
+        check_joins(model.position, model.join, model.bias, model.bias_join, _joins_of(model))
     except ValueError as error:
         settings = ", ".join(f"{each}={value}" for each, value in point.items())
         raise ValueError(

@@ -101,6 +101,9 @@ def test_named_spaces_hold_what_they_say() -> None:
         "basic", "share", "unshare", "lape", "lape_shared",
     ]  # fmt: skip
     assert len(SPACES["paper_table7"](base).cells) == 14
+    swin = recipe("swin_tiny_lape")
+    assert len(SPACES["positions"](swin).cells) == 105
+    assert [cell["model.join"] for cell in SPACES["joins"](swin).cells] == ["basic", "lape"]
     fixed = build_space("positions", base, {}, ("model.bias", "model.rotary"))
     assert len(fixed.cells) == 14  # 1 without position, 5 of learnable, 4 of each fixed table
     assert {cell["model.bias"] for cell in fixed.cells} == {"none"}
