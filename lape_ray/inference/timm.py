@@ -23,8 +23,10 @@ TIMM_NAMES = {
 
 
 def not_for_timm(config: TrainConfig) -> str | None:
-    """Say why timm has no model of this kind; None where it has."""
+    """Say why timm cannot load a network of this kind; None where it can."""
     model = config.model
+    if model.variant.startswith("swin_"):
+        return "a Swin is not written in timm's names"
     if model.variant not in TIMM_NAMES:
         return f"timm has no {model.variant}"
     if model.join != "basic":
