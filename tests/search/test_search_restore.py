@@ -166,7 +166,8 @@ def node(cluster: LocalCluster) -> Iterator[None]:
         "--block",
         "--node-ip-address=127.0.0.1",
     ]
-    environment = {**os.environ, **cluster.environment}
+    # Its actors inherit the pace of the toy's epochs; with less the search would be over before another node is there.
+    environment = {**os.environ, **cluster.environment, "TOY_EPOCH_S": "0.5"}
     process = subprocess.Popen([executable("ray"), *words], env=environment, stdout=subprocess.DEVNULL)
     try:
         yield
@@ -179,7 +180,7 @@ def test_nodes_that_join_are_used_and_without_any_the_search_ends_to_be_continue
     folder = tmp_path / "nodes"
     with local_cluster(num_cpus=0) as cluster:
         driver, environment = command(cluster, folder, "full", "random", "2", "0")
-        environment |= {"TOY_EPOCH_S": "0.5", "TOY_WAIT_S": "20"}
+        environment |= {"TOY_WAIT_S": "20"}
         with contextlib.ExitStack() as nodes:
             nodes.enter_context(node(cluster))
             first = subprocess.Popen(
