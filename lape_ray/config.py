@@ -263,7 +263,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Where a training begins, and the arithmetic that it is computed in."""
+    """The beginning of a training, and the arithmetic that it is computed in."""
 
     seed: int = option(0, "seed of initialisation, order and augmentation")
     precision: Precision = option("auto", "auto: bf16 on GPU, fp32 on CPU")
@@ -282,7 +282,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where a run's metrics and pages are kept, and how often pages are made."""
+    """The places of a run's metrics and pages, and how often pages are made."""
 
     uri: str | None = option(None, "MLflow server; none: $MLFLOW_TRACKING_URI, else sqlite in $LAPE_RAY_HOME")
     experiment: str = option("lape_ray", "MLflow experiment")

@@ -45,14 +45,15 @@ def connected(*, show_logs: bool = True) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        if not _has_authentication():
-            stack.enter_context(_token_of_its_own())
+        address = _address()  # asked once: it looks through the processes of the host
         options: dict[str, Any] = {}
-        if _address() is None:
+        if address is None:
+            if not _has_authentication():
+                stack.enter_context(_token_of_its_own())
             stack.enter_context(_known_address())
             options["address"] = "local"
         elif len(find_gcs_addresses()) > 1:
-            options["runtime_env"] = {"env_vars": {"RAY_ADDRESS": _address()}}
+            options["runtime_env"] = {"env_vars": {"RAY_ADDRESS": address}}
         ray.init(log_to_driver=show_logs, configure_logging=True, **options)
         try:
             yield

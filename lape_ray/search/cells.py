@@ -30,7 +30,7 @@ NETWORK_AXES = ("model.position", "model.join", "model.bias", "model.bias_join",
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched: every cell, crossed with every value of every axis."""
+    """The points of a search: every cell, crossed with every value of every axis."""
 
     cells: tuple[Cell, ...] = ({},)
     axes: Mapping[str, Axis] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Space:
         return all(isinstance(axis, Choice) for axis in self.axes.values())
 
     def points(self) -> list[dict[str, Any]]:
-        """Every combination, cells first; of a finite space only."""
+        """List every combination, cells first; of a finite space only."""
         values = [axis.values for axis in self.axes.values() if isinstance(axis, Choice)]
         crossed = [
             dict(zip(self.axes, combination, strict=True)) for combination in itertools.product(*values)
@@ -63,7 +63,7 @@ def _valid(cell: Sequence[str], joins: Mapping[str, type[Any]]) -> bool:
 
 
 def positions(base: TrainConfig) -> Space:
-    """Every valid combination of position, join, bias, bias_join and rotary: 210 cells; fix some to have fewer.
+    """List every valid combination of position, join, bias, bias_join and rotary: 210 cells; fix some to have fewer.
 
     A network of several stages has fewer joins, and so 105 cells.
     """
@@ -110,7 +110,7 @@ def paper_table2(base: TrainConfig) -> Space:
 
 
 def joins(base: TrainConfig) -> Space:
-    """Every join of the recipe's own position embedding."""
+    """List every join of the recipe's own position embedding."""
     found = valid_joins(base.model.position, _joins_of(base.model))
     return Space(cells=tuple({"model.join": join} for join in found))
 
@@ -181,7 +181,7 @@ def build_space(name: str, base: TrainConfig, axes: Mapping[str, Axis], fixed: S
 
 
 def _corners(space: Space) -> list[dict[str, Any]]:
-    """Every combination of cells and choices, with ranges at their middle."""
+    """List every combination of cells and choices, with ranges at their middle."""
     choices = {each: a if isinstance(a, Choice) else Choice((a.at(0.5),)) for each, a in space.axes.items()}
     return Space(cells=space.cells, axes=choices).points()
 

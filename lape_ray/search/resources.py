@@ -1,4 +1,4 @@
-"""What a trial takes of the cluster, and how many trials it has room for."""
+"""Compare what a trial takes of the cluster with what the cluster has room for."""
 
 from __future__ import annotations
 

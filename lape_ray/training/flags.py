@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 class Flags(enum.Flag):
-    """What one rank knows and all must act upon together, at the same step."""
+    """The facts that one rank knows and all must act upon together, at the same step."""
 
     NONE = 0
     SAVE = enum.auto()

@@ -1,4 +1,4 @@
-"""What weights of other code say of themselves in timm's config.json: mean, deviation, crop, filter, size, classes."""
+"""Read what weights of other code say of themselves in timm's config.json: mean, std, crop, filter, size, classes."""
 
 from __future__ import annotations
 
