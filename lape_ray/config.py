@@ -311,7 +311,9 @@ class RunConfig:
     name: str | None = option(None, "name of the run; the same name resumes it; none: recipe and time")
     storage: str | None = option(None, "folder or s3:// address for checkpoints; none: $LAPE_RAY_HOME/runs")
     num_workers: int | Span = option(
-        1, "training processes, one for each GPU; LOW:HIGH: as many of these as the cluster has at the time"
+        1,
+        "training processes, one for each GPU; LOW:HIGH: as many of these as the cluster has at the time; "
+        "0: train in this process, without Ray",
     )
     device: Device = option("auto", "where workers compute; auto: gpu if the cluster has any")
     cpus_per_worker: int = option(
@@ -355,7 +357,10 @@ class RunConfig:
         _check_choices(self)
         _check_range(self, 0, 2**31, "max_failures", "wait_s", "outage_s")
         low, high = self.workers
-        _require(1 <= low <= high, f"num_workers={self.num_workers} must be from 1 up, and LOW at most HIGH")
+        _require(
+            1 <= low <= high,
+            f"num_workers={self.num_workers} must be from 1 up, and LOW at most HIGH; or 0, which is without Ray",
+        )
         _check_range(self, 1, 10**6, "cpus_per_worker", "log_steps", "eval_epochs", "keep_checkpoints",
                      "timeout_s", "start_timeout_s", "stop_after_epochs", "checkpoint_steps")  # fmt: skip
         _check_range(self, 0, 10**6, "checkpoint_minutes")
@@ -364,12 +369,16 @@ class RunConfig:
 
     @property
     def workers(self) -> Span:
-        """The least and the most workers."""
-        return (
-            Span(self.num_workers, self.num_workers)
-            if isinstance(self.num_workers, int)
-            else self.num_workers
-        )
+        """The least and the most workers; the command's own process is one."""
+        if isinstance(self.num_workers, Span):
+            return self.num_workers
+        count = 1 if self.in_process else self.num_workers
+        return Span(count, count)
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the command itself trains, without Ray."""
+        return self.num_workers == 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,16 @@
-"""Run a training on Ray: connect, launch, supervise, report. Only this room and search import ray.
+"""Run a training, on Ray or in this process: launch, supervise, report. Only this room and search import ray.
 
 launch           `fit`: a run as its driver sees it
+in_process       a run in the process of its command, without Ray
+on_ray           a run on Ray: connected, with room for its workers
 controller       Ray Train's controller of a run: built, supervised, started again
 run              `Run`: what the driver decided about a run, as it travels to the workers
 run_end          the ways in which workers end a run for good
-worker           a worker process: may it start, where does it continue, how does it end
+worker           a worker: may it start, where does it continue, how does it end
+ray_worker       a worker of Ray Train, and what it knows of the others
+group            the workers as one of them sees the others
+signals          SIGTERM and Ctrl-C as requests to end after a checkpoint
+pages            a trained run's pages in MLflow
 reporter         what the loop reports, carried to Ray Train, the tracker, Prometheus and the log
 checkpoint_writer  checkpoints on their way from rank 0's memory to storage
 supervisor       the actor that carries stop requests and counts failures

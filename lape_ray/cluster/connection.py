@@ -34,15 +34,17 @@ _ENVIRONMENT = {
 
 
 @contextlib.contextmanager
-def connected(*, show_logs: bool = True) -> Iterator[None]:
+def connected(*, show_logs: bool = True) -> Iterator[bool]:
     """Connect to the cluster: the connection that exists, the cluster at RAY_ADDRESS, or a local one.
+
+    Yields whether it is a local one that ends with the block.
 
     A local one gets a token, where no RAY_AUTH_MODE or RAY_AUTH_TOKEN says otherwise.
     Without `show_logs`, what other processes print stays in their logs: a table on a terminal needs the room.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if ray.is_initialized():
-        yield
+        yield False
         return
     with contextlib.ExitStack() as stack:
         address = _address()  # asked once: it looks through the processes of the host
@@ -56,7 +58,7 @@ def connected(*, show_logs: bool = True) -> Iterator[None]:
             options["runtime_env"] = {"env_vars": {"RAY_ADDRESS": address}}
         ray.init(log_to_driver=show_logs, configure_logging=True, **options)
         try:
-            yield
+            yield address is None
         finally:
             ray.shutdown()
 

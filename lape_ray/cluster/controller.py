@@ -17,10 +17,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import read_list
 from lape_ray.cluster.connection import only_actor
+from lape_ray.cluster.ray_worker import run_worker
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import RunEnd, WorkersFailedError
 from lape_ray.cluster.supervisor import FailureCount, Supervisor, until_stopped
-from lape_ray.cluster.worker import run_worker
 from lape_ray.config import TrainConfig
 from lape_ray.storage import Lease
 from lape_ray.values.redaction import shared_variables

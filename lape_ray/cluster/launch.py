@@ -1,7 +1,7 @@
-"""One training run on a cluster, as its driver sees it.
+"""One training run, as its driver sees it.
 
-`fit` is what a job calls. It checks everything that can be checked before workers start, makes or continues
-the MLflow run, trains through Ray Train, and leaves every status right, whatever happens.
+`fit` is what a job calls. It checks everything that can be checked before workers start, makes or continues the MLflow
+run, trains through Ray Train or in this process, and leaves every status right, whatever happens.
 """
 
 from __future__ import annotations
@@ -10,21 +10,13 @@ import contextlib
 import logging
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import ray
-import ray.train
-import torch
+from typing import Protocol
 
 from lape_ray import storage, tracking
 from lape_ray.cluster.checkpoint_list import best, read_list, recover
-from lape_ray.cluster.connection import connected, refuse_little_shared_memory
-from lape_ray.cluster.controller import supervised, train_to_the_end, variables
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
 from lape_ray.config import NETWORK_FIELDS, TrainConfig, replace_fields
@@ -36,7 +28,6 @@ from lape_ray.training.inputs import input_digests
 from lape_ray.training.loop import StoppedError
 from lape_ray.training.preflight import check_before_start, with_absolute_paths
 
-PAGES_LIMIT_S = 1800.0
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +58,18 @@ class FitResult:
         )
 
 
-# --- driver ---------------------------------------------------------------------------------------------------
+class Place(Protocol):
+    """The place where a run's workers compute."""
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether they compute on GPUs."""
+
+    def train(self, run: Run, lease: Lease) -> None:
+        """Train, or complete what was trained before; raises the error of how else it ended."""
+
+    def make_pages(self, run: Run, checkpoint: str) -> None:
+        """Make the pages of a trained run. A failure is a warning, and not the run's."""
 
 
 def fit(config: TrainConfig) -> FitResult:
@@ -96,13 +98,7 @@ def fit(config: TrainConfig) -> FitResult:
             tracking.check_reachable(uri)
         else:
             print(f"run {name} exists and is not finished: continuing it", flush=True)
-        stack.enter_context(connected())
-        use_gpu = uses_gpu(config)
-        _wait_for_resources(config, use_gpu)
-        refuse_local_store(uri)
-        supervisor = stack.enter_context(supervised(config, folder))
-        if use_gpu and config.run.workers.high > 1:
-            refuse_little_shared_memory()
+        place: Place = stack.enter_context(_place(config, folder, uri))
         lease.check()
         if config.run.overwrite:
             storage.empty_folder(folder, but=LEASE_FILES)
@@ -113,24 +109,35 @@ def fit(config: TrainConfig) -> FitResult:
             lease=lease.token,
             tracking_uri=uri,
             mlflow_run_id=_open_mlflow_run(config, uri, earlier),
-            use_gpu=use_gpu,
+            use_gpu=place.use_gpu,
             inputs=inputs,
         )
         write_run(run, finished=False)
         _tell(f"run {name}  storage {folder}\nMLflow run {run.mlflow_run_id}: {tracking.ui_command(uri)}")
-        return _train_and_conclude(run, lease, supervisor)
+        return _train_and_conclude(run, lease, place)
+
+
+def _place(config: TrainConfig, folder: str, uri: str) -> contextlib.AbstractContextManager[Place]:
+    """Open the place of the run's workers; imports Ray only where it is wanted."""
+    if config.run.in_process:
+        from lape_ray.cluster.in_process import in_process
+
+        return in_process(config)
+    from lape_ray.cluster.on_ray import on_ray
+
+    return on_ray(config, folder, uri)
 
 
 def _tell(text: str) -> None:
     print(text, flush=True)
 
 
-def _train_and_conclude(run: Run, lease: Lease, supervisor: Any) -> FitResult:
+def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:
     """Train, and leave the best checkpoint, the pages and the status in MLflow and in the run's record."""
     uri, run_id = run.tracking_uri, run.mlflow_run_id
     with _status_of(uri, run_id) as end:
         before = read_list(run.folder)
-        train_to_the_end(run, lease, supervisor)
+        place.train(run, lease)
         lease.check()
         chosen = best(recover(run.folder, log.warning))
         if chosen is None:
@@ -145,7 +152,7 @@ def _train_and_conclude(run: Run, lease: Lease, supervisor: Any) -> FitResult:
             )
             end.tracked = tracked
         if run.config.tracking.pages and tracked:
-            _log_pages(run, checkpoint)
+            place.make_pages(run, checkpoint)
     lease.check()
     write_run(run, finished=tracked and run.config.run.stop_after_epochs is None)
     recover(run.folder, log.warning, before=storage.modified(storage.join(run.folder, RECORD)))
@@ -166,44 +173,6 @@ def _what_it_is(config: TrainConfig) -> str:
     of_recipe = recipe(config.recipe).model
     other = [key for key in NETWORK_FIELDS if getattr(config.model, key) != getattr(of_recipe, key)]
     return "-".join([config.recipe, *(f"{key}-{getattr(config.model, key)}" for key in other)])
-
-
-def uses_gpu(config: TrainConfig) -> bool:
-    """Tell whether workers of this config compute on GPUs of the connected cluster."""
-    if config.run.device == "auto":
-        return ray.cluster_resources().get("GPU", 0) > 0
-    return config.run.device == "gpu"
-
-
-def _wait_for_resources(config: TrainConfig, use_gpu: bool) -> None:
-    """Wait until the cluster could hold all workers; Ray Train itself would wait without a word."""
-    run = config.run
-    least = run.workers.low
-    need = {"CPU": least * run.cpus_per_worker} | ({"GPU": least} if use_gpu else {})
-    deadline = time.monotonic() + run.wait_s
-    told = False
-    while missing := {k: n for k, n in need.items() if ray.cluster_resources().get(k, 0) < n}:
-        have = ", ".join(f"{ray.cluster_resources().get(k, 0):g} {k}" for k in missing)
-        want = ", ".join(f"{n:g} {k}" for k, n in missing.items())
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"the run needs {want}, but the cluster has {have}: lower --run.num_workers or "
-                "--run.cpus_per_worker, add nodes, or wait longer for them with --run.wait_s"
-            )
-        if not told:
-            print(f"waiting up to {run.wait_s} s: the run needs {want}, the cluster has {have}", flush=True)
-        told = True
-        time.sleep(1)
-
-
-def refuse_local_store(uri: str) -> None:
-    """Raise a ValueError where the MLflow store is a file that not all nodes of the connected cluster can reach."""
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    if nodes > 1 and tracking.is_local(uri):
-        raise ValueError(
-            f"the MLflow store {uri!r} is a file on this machine, but the cluster has {nodes} nodes: "
-            "start an MLflow server and set MLFLOW_TRACKING_URI"
-        )
 
 
 def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None) -> str:
@@ -251,35 +220,3 @@ def prepared(config: TrainConfig) -> tuple[TrainConfig, str]:
     """Prepare `config`: paths that mean the same on every worker, and the storage that its runs lie in."""
     config = with_absolute_paths(config)
     return config, config.run.storage or str(storage.home() / "runs")
-
-
-def _log_pages(run: Run, checkpoint: str) -> None:
-    """Make the run's pages on a worker's node, which has data and GPU. A failure is a warning, and not the run's."""
-    task = ray.remote(_make_pages).options(
-        num_cpus=run.config.run.cpus_per_worker,
-        num_gpus=int(run.use_gpu),
-        runtime_env={"env_vars": variables()},
-    )
-    made = task.remote(run, checkpoint)
-    try:
-        ray.get(made, timeout=PAGES_LIMIT_S)
-    except Exception as error:  # whatever goes wrong with pages, the run is trained
-        ray.cancel(made, force=True)
-        log.warning("the run's pages could not be made: %s", str(error).strip().splitlines()[-1])
-
-
-def _make_pages(run: Run, checkpoint: str) -> None:
-    from lape_ray.report.build import checkpoint_report  # only here: figures need a second to import
-    from lape_ray.report.summary import METRICS, write_run_summary
-
-    uri, run_id = run.tracking_uri, run.mlflow_run_id
-    torch.set_num_threads(run.config.run.cpus_per_worker)
-    facts = tracking.read_run(uri, run_id, METRICS)
-    with storage.opened(checkpoint) as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:
-        try:
-            drawn = Path(folder, "position_report")
-            if checkpoint_report(files, run.config, facts.name, drawn) is not None:
-                tracking.log_files(uri, run_id, drawn, "position_report")
-        finally:  # one page does not wait for the other to succeed
-            summary = write_run_summary(run.config, files, facts, Path(folder, "summary"))
-            tracking.log_files(uri, run_id, summary.parent, "summary")

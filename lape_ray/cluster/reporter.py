@@ -1,4 +1,4 @@
-"""What a worker's training loop reports, carried to Ray Train, storage, the tracker, Prometheus and the job's log."""
+"""What a worker's training loop reports, carried to the group, storage, the tracker, Prometheus and the job's log."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
-
-import ray.train
-import ray.train.collective
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 
 from lape_ray import storage, tracking
 from lape_ray.cluster.checkpoint_list import Listed
 from lape_ray.cluster.checkpoint_writer import CheckpointWriter
-from lape_ray.cluster.prometheus import RunGauges
+from lape_ray.cluster.group import Group
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import ERRORS, StorageError
-from lape_ray.cluster.supervisor import LeavingNodes, StopRequest
 from lape_ray.storage import LeaseLostError
 from lape_ray.training.checkpoint import Snapshot
+from lape_ray.training.distributed import World
 from lape_ray.training.flags import Flags
+
+WAIT_S = 1.0  # for which rank 0 waits for a checkpoint before the ranks ask each other again
 
 
 @dataclass
@@ -42,20 +39,17 @@ class _Saving:
 
 
 @dataclass
-class RayReporter:
-    """Carry what the loop reports to Ray Train, and from rank 0 to storage, the tracker and the job's log.
+class RunReporter:
+    """Carry what the loop reports to the group, and from rank 0 to storage, the tracker and the job's log.
 
-    Tracker, writer and stop request belong to rank 0; the other ranks have none. Ray Train hears of metrics only: a
-    restart begins with the newest checkpoint of the run's own list.
+    Tracker and writer belong to rank 0; the other ranks have none.
     """
 
     run: Run
-    rank: int
-    world_size: int
+    group: Group
+    world: World
     tracker: tracking.Tracker | None = None
     writer: CheckpointWriter | None = None
-    stop_request: StopRequest | None = None
-    nodes: LeavingNodes = field(default_factory=LeavingNodes)
     saving: _Saving | None = None
     last_poll: float = 0.0
     """The time at which rank 0 last looked for a request to stop, on the monotonic clock."""
@@ -64,12 +58,12 @@ class RayReporter:
 
     def step(self, metrics: dict[str, float], *, step: int) -> None:
         rate = self.run.config.data.batch_size / metrics["train/step_s"]
-        self.gauges.show({**metrics, "train/images_per_s": rate})
+        self.group.show({**metrics, "train/images_per_s": rate})
         if self.tracker is not None:
             self.tracker.metrics(metrics, step=step)
 
     def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
-        self.gauges.show({key: metrics[key] for key in ("epoch", "val/acc1") if key in metrics})
+        self.group.show({key: metrics[key] for key in ("epoch", "val/acc1") if key in metrics})
         if self.tracker is not None:
             self.tracker.metrics({**metrics, **self._elastic_size()}, step=step)
         self.wait_until_saved()
@@ -97,14 +91,16 @@ class RayReporter:
         saving, self.saving = self.saving, None
         if saving is None:
             return
+        while self.world.any(not _stored(saving)):  # a worker that hangs meanwhile is noticed
+            pass
         lost, reason = False, ""
         if saving.saved is not None:
             try:
                 _, seconds = saving.saved.result()
-                self.gauges.show({"checkpoint_s": seconds})
+                self.group.show({"checkpoint_s": seconds})
             except Exception as error:  # whatever it is, the other ranks must not wait for this one
                 lost, reason = isinstance(error, LeaseLostError), str(error) or repr(error)
-        lost, reason = ray.train.collective.broadcast_from_rank_zero((lost, reason))
+        lost, reason = self.group.broadcast((lost, reason))
         if lost:
             raise LeaseLostError(reason)
         if reason:
@@ -112,45 +108,41 @@ class RayReporter:
                 f"the checkpoint {saving.where} could not be stored: {reason}; free space or choose another "
                 "--run.storage. Submitted again, the run continues from the checkpoint before"
             )
-        ray.train.report(saving.metrics)
+        self.group.heard(saving.metrics)
         self.line(f"checkpoint {saving.where}")
 
     def node_leaving(self) -> bool:
-        return self.nodes.poll()
+        return self.group.node_leaving()
 
     def poll_flags(self) -> Flags:
         flags = Flags.NONE
         if self.saving is not None and self.saving.saved is not None and self.saving.saved.done():
             flags |= Flags.SAVED
-        if self.stop_request is not None and time.monotonic() - self.last_poll > 0.2:
+        if self.group.rank == 0 and time.monotonic() - self.last_poll > 0.2:
             self.last_poll = time.monotonic()
-            if self.stop_request:
+            if self.group.stop_asked():
                 flags |= Flags.STOP
         return flags
 
     def line(self, text: str) -> None:
-        if self.rank == 0:
+        if self.group.rank == 0:
             print(text, flush=True)
 
     # --- what it does of it ---------------------------------------------------------------------------------------
-
-    @cached_property
-    def gauges(self) -> RunGauges:
-        return RunGauges(self.run.name, self.rank)
 
     def line_of_size(self) -> None:
         """Say how an elastic run shares out its batch."""
         config = self.run.config
         if not isinstance(config.run.num_workers, int):
-            most = -(-config.micro_batches // self.world_size)
+            most = -(-config.micro_batches // self.group.size)
             self.line(
-                f"{self.world_size} of {config.run.num_workers} workers; the batch of {config.data.batch_size} "
+                f"{self.group.size} of {config.run.num_workers} workers; the batch of {config.data.batch_size} "
                 f"images is {config.micro_batches} micro-batches, {most} or fewer for each"
             )
 
     def _elastic_size(self) -> dict[str, float]:
         """Return the number of workers, where that changes."""
-        return {} if isinstance(self.run.config.run.num_workers, int) else {"train/workers": self.world_size}
+        return {} if isinstance(self.run.config.run.num_workers, int) else {"train/workers": self.group.size}
 
     def _save(
         self, metrics: dict[str, float], entry: Listed, where: str, snapshot: Callable[[], Snapshot]
@@ -173,20 +165,23 @@ class RayReporter:
                     )
             except (OSError, ValueError) as error:  # the training continues
                 self.line(f"no position report of epoch {epochs[-1]}: {error}")
-        ray.train.collective.barrier()  # here, because a collective of the training has less patience
+        self.group.barrier()
+
+
+def _stored(saving: _Saving) -> bool:
+    """Tell, after a moment, whether this rank has nothing to store any more."""
+    return saving.saved is None or bool(wait([saving.saved], timeout=WAIT_S).done)
 
 
 @contextlib.contextmanager
-def opened_reporter(run: Run, listed: Sequence[Listed], supervisor: Any) -> Iterator[RayReporter]:
+def opened_reporter(run: Run, group: Group, listed: Sequence[Listed], world: World) -> Iterator[RunReporter]:
     """Open this worker's reporter, and close its tracker and writer at the end.
 
     Args:
         listed: the run's checkpoints so far, oldest first.
-        supervisor: the handle of the run's actor.
     """
-    context = ray.train.get_context()
-    reporter = RayReporter(run, rank=context.get_world_rank(), world_size=context.get_world_size())
-    if reporter.rank == 0:
+    reporter = RunReporter(run, group, world)
+    if group.rank == 0:
         reporter.tracker = tracking.open_tracker(
             run.config.tracking,
             run.tracking_uri,
@@ -197,7 +192,6 @@ def opened_reporter(run: Run, listed: Sequence[Listed], supervisor: Any) -> Iter
         reporter.writer = CheckpointWriter(
             run, listed, before_publishing=reporter.tracker.save_unsent, tell=reporter.line
         )
-        reporter.stop_request = StopRequest(supervisor)
     patience_s = 60.0
     try:
         yield reporter

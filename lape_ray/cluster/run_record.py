@@ -85,6 +85,14 @@ def earlier_run(
     return earlier
 
 
+def read_run(folder: str) -> tuple[TrainConfig, str]:
+    """Read the config and the MLflow run of the run in `folder`; a ValueError where it holds none."""
+    record = _read_run(folder)
+    if record is None:
+        raise ValueError(f"{folder} holds no run")
+    return from_dict(TrainConfig, record.config, "config"), record.mlflow_run_id
+
+
 def _read_run(folder: str) -> Record | None:
     """Read the record, or make it again from the newest checkpoint; None where the folder is free."""
     address = storage.join(folder, RECORD)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from types import FrameType
 from typing import Any, TypeVar
 
 import ray
 import ray.train
 from ray.train import UserCallback
 
+from lape_ray.cluster.signals import signals_ask
+
 T = TypeVar("T")
 MEMORY = "OutOfMemoryError"  # torch's; it would come again at the same place
-ENDING = (signal.SIGTERM, signal.SIGINT)
 LEAVE_GROUP_S = 5
 """The time that workers have to leave their process group after a failure; Ray Train's default is half a minute."""
 
@@ -101,20 +99,6 @@ class StopRequest:
         return bool(ready)
 
 
-class LeavingNodes:
-    """What Ray says of nodes that are about to go; all workers must ask equally often."""
-
-    def __init__(self) -> None:
-        self._told: object = None
-
-    def poll(self) -> bool:
-        """Return true once for each time that Ray tells of such a node."""
-        info = ray.train.get_preemption_info()
-        new = info is not None and info != self._told
-        self._told = info
-        return new
-
-
 def until_stopped(fit: Callable[[], T], supervisor: Any) -> T:
     """Return what `fit` returns; meanwhile SIGTERM or Ctrl-C asks the workers for a checkpoint and the end.
 
@@ -131,23 +115,6 @@ def until_stopped(fit: Callable[[], T], supervisor: Any) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    with _signals_stop(supervisor):
+    with signals_ask(supervisor.stop.remote):
         threading.Thread(target=work, name="fit", daemon=True).start()
         return done.result()
-
-
-@contextlib.contextmanager
-def _signals_stop(supervisor: Any) -> Iterator[None]:
-    def ask(number: int, frame: FrameType | None) -> None:
-        for each in ENDING:
-            signal.signal(each, signal.SIG_DFL)
-        name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        print(f"{name}: the run ends after a checkpoint; a second one ends it at once", flush=True)
-        supervisor.stop.remote()
-
-    before = {number: signal.signal(number, ask) for number in ENDING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

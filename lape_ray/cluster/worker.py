@@ -1,23 +1,18 @@
-"""One training process of a run on Ray: may it start, where does it continue, and how does it end."""
+"""One training process of a run: may it start, where does it continue, and how does it end. Knows no Ray."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import ray
-import ray.train
-import ray.train.collective
-import ray.train.torch
 import torch
 
 from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import Listed, recover, write_list
+from lape_ray.cluster.group import Group
 from lape_ray.cluster.reporter import opened_reporter
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import ERRORS, RunEnd
@@ -29,23 +24,17 @@ from lape_ray.training.distributed import World
 from lape_ray.training.loop import train
 
 
-def run_worker(payload: dict[str, Any]) -> RunEnd:
-    """Train. What ends a run for good is returned on every rank: as an error, Ray Train would repeat it.
-
-    Args:
-        payload: the `run`, and its `supervisor`, the actor's handle.
-    """
-    run: Run = payload["run"]
-    _quiet_ray_train()
-    device = ray.train.torch.get_device()
-    end, listed = _check_restart_allowed(run, payload["supervisor"])
+def train_run(run: Run, group: Group, device: torch.device) -> RunEnd:
+    """Train, on every worker. What ends a run for good is returned: as an error, Ray Train would repeat it."""
+    tell = _tell if group.rank == 0 else _ignore
+    end, listed = _check_restart_allowed(run, group, tell)
     if end.kind != "done":
         return end
     _stage(run.config, device)
     try:
         with (
-            _newest_complete(run, listed, device) as (folder, listed),
-            opened_reporter(run, listed, payload["supervisor"]) as reporter,
+            _newest_complete(run, listed, device, tell) as (folder, listed),
+            opened_reporter(run, group, listed, World.current(device)) as reporter,
         ):
             reporter.line_of_size()
             train(run.config, device=device, reporter=reporter, resume_from=folder)
@@ -55,31 +44,31 @@ def run_worker(payload: dict[str, Any]) -> RunEnd:
 
 
 def _tell(text: str) -> None:
-    """Print a line, on rank 0 only."""
-    if ray.train.get_context().get_world_rank() == 0:
-        print(text, flush=True)
+    print(text, flush=True)
 
 
-def _check_restart_allowed(run: Run, supervisor: Any) -> tuple[RunEnd, tuple[Listed, ...]]:
+def _ignore(text: str) -> None:
+    """Say nothing, as rank 0 says it."""
+
+
+def _check_restart_allowed(
+    run: Run, group: Group, tell: Callable[[str], None]
+) -> tuple[RunEnd, tuple[Listed, ...]]:
     """Find the run's checkpoints, on all ranks; returns also how the run ends here, or `done` where it continues."""
     end, listed = RunEnd(), tuple[Listed, ...]()
 
     def find_checkpoints() -> tuple[Listed, ...]:
         run.check_lease()
-        return recover(run.folder, _tell)
+        return recover(run.folder, tell)
 
-    if ray.train.get_context().get_world_rank() == 0:
+    if group.rank == 0:
         try:
-            listed = storage.retry(find_checkpoints, run.config.run.outage_s, _tell)
-            newest = listed[-1].name if listed else None
-            if reason := ray.get(supervisor.started.remote(newest)):
+            listed = storage.retry(find_checkpoints, run.config.run.outage_s, tell)
+            if reason := group.may_start(listed[-1].name if listed else None):
                 end = RunEnd("failures", reason)
         except LeaseLostError as error:
             end = RunEnd.of(error)
-    # Plain values: the actor of Ray Train that hands them on would import torch for ours, which takes 0.5 GB.
-    kind, reason, entries = ray.train.collective.broadcast_from_rank_zero(
-        (end.kind, end.reason, [asdict(one) for one in listed])
-    )
+    kind, reason, entries = group.broadcast((end.kind, end.reason, [asdict(one) for one in listed]))
     return RunEnd(kind, reason), tuple(Listed(**one) for one in entries)
 
 
@@ -110,7 +99,7 @@ def _stage(config: TrainConfig, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _newest_complete(
-    run: Run, listed: tuple[Listed, ...], device: torch.device
+    run: Run, listed: tuple[Listed, ...], device: torch.device, tell: Callable[[str], None]
 ) -> Iterator[tuple[Path | None, tuple[Listed, ...]]]:
     """Open the newest checkpoint that every worker finds complete; None: the run has none yet.
 
@@ -138,18 +127,8 @@ def _newest_complete(
                 yield folder, listed[:count]
                 return
         reasons.append(reason or f"{name}: damaged as another worker reads it")
-        _tell(f"warning: a checkpoint cannot be used, trying the one before: {reasons[-1]}")
+        tell(f"warning: a checkpoint cannot be used, trying the one before: {reasons[-1]}")
     raise DamagedError(
         f"no checkpoint of this run is whole ({'; '.join(reasons)}); "
         "restore one of them, or start again with --run.overwrite true"
     )
-
-
-def _quiet_ray_train() -> None:
-    """Keep Ray Train from repeating every report's metrics for every rank.
-
-    Some of its loggers are named after their file instead of their module, so that LoggingConfig misses them.
-    """
-    for name in list(logging.root.manager.loggerDict):
-        if "ray/train/" in name:
-            logging.getLogger(name).setLevel(logging.WARNING)

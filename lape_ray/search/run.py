@@ -16,7 +16,8 @@ from ray import tune
 from lape_ray import storage, tracking
 from lape_ray.cluster.connection import connected
 from lape_ray.cluster.controller import variables
-from lape_ray.cluster.launch import prepared, refuse_local_store, uses_gpu
+from lape_ray.cluster.launch import prepared
+from lape_ray.cluster.on_ray import refuse_local_store, uses_gpu
 from lape_ray.config import replace_fields
 from lape_ray.model import build_model
 from lape_ray.search import resources

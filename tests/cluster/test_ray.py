@@ -160,6 +160,14 @@ def test_two_workers_and_a_run_that_resumes_before_a_damaged_checkpoint(
     assert [one.value for one in events.Scalars("train/loss")] == pytest.approx(service.losses(run))
 
 
+def test_a_run_in_the_drivers_process_learns_the_same_and_goes_on_with_a_worker(service: Service) -> None:
+    changes = {"run__name": "home", "optim__epochs": 2}
+    begun = fit(service.config(**changes, run__num_workers=0, run__stop_after_epochs=1))
+    ended = fit(service.config(**changes))
+    assert ended.mlflow_run_id == begun.mlflow_run_id
+    assert service.losses(service.run(ended.mlflow_run_id)) == alone(service.config(**changes)).losses
+
+
 def test_two_drivers_of_one_run(service: Service) -> None:
     """The second is refused before it has touched anything, also where it was told to overwrite."""
     folder = service.home / "runs/alone"

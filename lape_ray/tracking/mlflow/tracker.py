@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,9 @@ class MlflowTracker:
         self._run_id = run_id
         self._sender = Sender(_History(uri, run_id), folder, check)
         self._sender.start()
-        self._monitor = _watch_system(uri, run_id)
+        # Not here: importing MLflow takes seconds, and a server that is away more, which no training waits for.
+        self._watching = ThreadPoolExecutor(1, thread_name_prefix="watch")
+        self._monitor = self._watching.submit(_watch_system, uri, run_id)
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Queue `values` for the run's history."""
@@ -55,9 +58,10 @@ class MlflowTracker:
 
     def close(self, timeout_s: float = 60) -> None:
         """Wait until everything is stored, and keep the rest in the run's folder."""
-        if self._monitor is not None:
-            with never_raise("MLflow: watching the system"):
-                self._monitor.finish()
+        with never_raise("MLflow: watching the system"):
+            if (monitor := self._monitor.result(timeout=timeout_s)) is not None:
+                monitor.finish()
+        self._watching.shutdown(wait=False)
         self._sender.close(timeout_s)
 
 

@@ -1,0 +1,79 @@
+"""The pages of a trained run in MLflow: its summary and its position report.
+
+    python -m lape_ray.cluster.pages RUN_FOLDER CHECKPOINT_FOLDER
+
+makes them (again). A command that has trained does that as it ends, in a process that outlives it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from lape_ray import storage, tracking
+from lape_ray.cluster.run import Run
+from lape_ray.cluster.run_record import read_run
+from lape_ray.config import TrainConfig
+from lape_ray.values.redaction import redacted
+
+TAG = "pages"
+"""The tag of a run whose pages are missing, which says why."""
+
+
+def make_pages(config: TrainConfig, uri: str, run_id: str, checkpoint: str) -> None:
+    """Draw the pages of a run from the checkpoint at that address, and put them into MLflow."""
+    from lape_ray.report.build import checkpoint_report  # only here: figures need a second to import
+    from lape_ray.report.summary import METRICS, write_run_summary
+
+    torch.set_num_threads(config.run.cpus_per_worker)
+    facts = tracking.read_run(uri, run_id, METRICS)
+    with storage.opened(checkpoint) as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:
+        try:
+            drawn = Path(folder, "position_report")
+            if checkpoint_report(files, config, facts.name, drawn) is not None:
+                tracking.log_files(uri, run_id, drawn, "position_report")
+        finally:  # one page does not wait for the other to succeed
+            summary = write_run_summary(config, files, facts, Path(folder, "summary"))
+            tracking.log_files(uri, run_id, summary.parent, "summary")
+
+
+def hand_over(run: Run, checkpoint: str) -> None:
+    """Let a process make the pages that outlives this one; what it says is in a file that goes with its success."""
+    log = tempfile.NamedTemporaryFile(prefix="lape-pages-", suffix=".log", delete=False)  # noqa: SIM115
+    with log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, run.folder, checkpoint, log.name],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the terminal is not for it
+            env={**os.environ, "MLFLOW_TRACKING_URI": run.tracking_uri},
+        )
+    print(
+        f"process {process.pid} makes the run's pages, which MLflow has soon; its log is {log.name}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Make the pages of the run whose record is in the given folder; the log file goes where all is well."""
+    folder, checkpoint, *log = sys.argv[1:]
+    config, run_id = read_run(folder)
+    uri = tracking.tracking_uri(config)
+    try:
+        make_pages(config, uri, run_id, checkpoint)
+    except Exception as error:
+        why = redacted(f"{type(error).__name__}: {error}")
+        tracking.tag_run(uri, run_id, {TAG: f"could not be made: {why}"})
+        raise
+    for name in log:
+        Path(name).unlink()
+
+
+if __name__ == "__main__":
+    main()

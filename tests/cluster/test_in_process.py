@@ -1,0 +1,150 @@
+"""A run in the command's own process (`run.num_workers 0`): no Ray, and otherwise the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from helpers.service import alone
+
+from lape_ray.cluster.launch import fit
+from lape_ray.cluster.pages import main
+from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.data.beton import write_beton
+from lape_ray.data.sources import digits
+from lape_ray.recipes import recipe
+from lape_ray.training.checkpoint import weights_sha256
+from lape_ray.training.loop import DivergedError
+
+ROOT = Path(__file__).parent.parent.parent
+GOLDEN = Path(__file__).parent.parent / "golden" / "smoke_losses.json"
+WITHOUT_RAY = (
+    "import runpy, sys\nsys.modules['ray'] = None\nsys.argv = sys.argv[1:]\n"
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    for split in ("train", "val"):
+        source = digits(split)
+        write_beton(source.take(np.arange(160)), folder / f"{split}.beton", workers=1)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAPE_RAY_HOME", str(home))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def config(home: Path, **changes: object) -> TrainConfig:
+    values = {name.replace("__", "."): value for name, value in changes.items()}
+    data: dict[str, object] = {f"data.{s}": str(home / f"{s}.beton") for s in ("train", "val")}
+    more = {"run.num_workers": 0, "tracking.pages": False}
+    return replace_fields(recipe("smoke"), {**data, **more, **values})
+
+
+def command(home: Path, *words: str) -> list[str]:
+    data = [f"--data.{split}={home / f'{split}.beton'}" for split in ("train", "val")]
+    job = [str(ROOT / "jobs/imagenet_deit.py"), "smoke", "--run.num_workers=0", *data, *words]
+    return [sys.executable, "-c", WITHOUT_RAY, *job]
+
+
+def losses(home: Path, run_id: str) -> list[float]:
+    history = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}").get_metric_history(run_id, "train/loss")
+    return [point.value for point in sorted(history, key=lambda point: point.step)]
+
+
+def test_a_command_trains_without_ray_and_hands_its_pages_over(home: Path) -> None:
+    done = subprocess.run(command(home, "--run.name=pages"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"MLflow run ([0-9a-f]{32})", done.stdout)
+    log = re.search(r"process \d+ makes the run's pages, which MLflow has soon; its log is (\S+)", done.stdout)
+    assert found
+    assert log
+    assert losses(home, found[1]) == alone(config(home)).losses
+    deadline = time.monotonic() + 200
+    while Path(log[1]).exists():
+        assert time.monotonic() < deadline, Path(log[1]).read_text()
+        time.sleep(0.5)
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    assert client.get_run(found[1]).info.status == "FINISHED"
+    names = {
+        file.path for kind in ("summary", "position_report") for file in client.list_artifacts(found[1], kind)
+    }
+    assert {"summary/summary.html", "position_report/position_report.html"} <= names
+
+
+def test_it_goes_on_where_it_stopped(home: Path) -> None:
+    changes = {"run__name": "parts", "optim__epochs": 3}
+    first = fit(config(home, **changes, run__stop_after_epochs=1))
+    second = fit(config(home, **changes))
+    assert second.mlflow_run_id == first.mlflow_run_id
+    whole = fit(config(home, **{**changes, "run__name": "whole"}))
+    assert losses(home, second.mlflow_run_id) == losses(home, whole.mlflow_run_id)
+    found = [
+        weights_sha256(home / f"runs/{name}/checkpoint-epoch-000003/model.safetensors")
+        for name in ("parts", "whole")
+    ]
+    assert found[0] == found[1]
+
+
+def test_sigterm_leaves_a_checkpoint_and_the_command_goes_on(home: Path) -> None:
+    words = command(home, "--run.name=stopped", "--optim.epochs=400", "--tracking.pages=false")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("epoch   2/400"):
+                break
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, output + errors
+    assert "SIGTERM: the run ends after a checkpoint" in output
+    assert "error: stopped after epoch" in errors
+    record = json.loads((home / "runs/stopped/run.json").read_text())
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    assert client.get_run(record["mlflow_run_id"]).info.status == "KILLED"
+    steps = json.loads((home / "runs/stopped/checkpoints.json").read_text())["checkpoints"][-1]["steps_done"]
+    assert len(losses(home, record["mlflow_run_id"])) == steps
+
+
+def test_a_loss_that_diverges_fails_the_run(home: Path) -> None:
+    wild = {"optim__lr": 1000, "optim__weight_decay": 1000, "optim__clip_norm": None, "optim__epochs": 20}
+    with pytest.raises(DivergedError, match=r"lower optim\.lr"):
+        fit(config(home, run__name="diverged", **wild))
+    record = json.loads((home / "runs/diverged/run.json").read_text())
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    assert client.get_run(record["mlflow_run_id"]).info.status == "FAILED"
+
+
+def test_a_gpu_that_is_not_there_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"torch finds no GPU here: set --run\.device cpu"):
+        fit(config(home, run__name="gpu", run__device="gpu"))
+
+
+def test_pages_that_cannot_be_made_are_said_in_mlflow(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = fit(config(home, run__name="pageless"))
+    log = tmp_path / "pages.log"
+    log.touch()
+    gone = result.checkpoint + "-gone"
+    monkeypatch.setattr(sys, "argv", ["pages", str(home / "runs/pageless"), gone, str(log)])
+    with pytest.raises((OSError, ValueError), match="gone"):
+        main()
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    assert "could not be made" in client.get_run(result.mlflow_run_id).data.tags["pages"]
+    assert log.exists()
