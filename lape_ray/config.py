@@ -327,7 +327,8 @@ class RunConfig:
         "launch a whole optimizer step at once: for small networks, one worker on a GPU, no accumulation; "
         "a step's memory stays held",
     )
-    log_steps: int = option(50, "steps between two progress lines")
+    log_steps: int = option(50, "steps between two points of the metrics' curves")
+    progress_s: float = option(5, "least seconds between two progress lines of an epoch")
     eval_epochs: int = option(1, "epochs between two evaluations")
     checkpoint_steps: int | None = option(
         None, "optimizer steps between two checkpoints within an epoch; none: by checkpoint_minutes alone"
@@ -363,7 +364,7 @@ class RunConfig:
         )
         _check_range(self, 1, 10**6, "cpus_per_worker", "log_steps", "eval_epochs", "keep_checkpoints",
                      "timeout_s", "start_timeout_s", "stop_after_epochs", "checkpoint_steps")  # fmt: skip
-        _check_range(self, 0, 10**6, "checkpoint_minutes")
+        _check_range(self, 0, 10**6, "checkpoint_minutes", "progress_s")
         if self.name is not None:
             check_name(self.name, "name")
 

@@ -409,7 +409,7 @@ def smoke() -> TrainConfig:
             mean=(0.3,) * 3, std=(0.36,) * 3,
         ),
         optim=OptimConfig(lr=1e-3, epochs=1, warmup_epochs=0, clip_norm=1.0, ema_decay=0.9),
-        run=RunConfig(log_steps=1),
+        run=RunConfig(log_steps=1, progress_s=0),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import time
@@ -56,7 +57,11 @@ def connected(*, show_logs: bool = True) -> Iterator[bool]:
             options["address"] = "local"
         elif len(find_gcs_addresses()) > 1:
             options["runtime_env"] = {"env_vars": {"RAY_ADDRESS": address}}
-        ray.init(log_to_driver=show_logs, configure_logging=True, **options)
+        # Ray tells of addresses that this command knows, and of the token, which is its own.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        found = ray.init(log_to_driver=show_logs, logging_level=logging.WARNING, **options)
+        if address is None and (dashboard := found.dashboard_url):
+            print(f"Ray dashboard: http://{dashboard}", flush=True)
         try:
             yield address is None
         finally:

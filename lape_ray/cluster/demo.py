@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
+import asyncio
+import logging
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lape_ray.cluster.local import executable, local_cluster
+from lape_ray.cluster.local import LocalCluster, local_cluster
 from lape_ray.data.beton.convert import convert
 from lape_ray.tracking import git_commit
+from lape_ray.values.environment import environment
 from lape_ray.values.redaction import refuse_secret, shared_variables
 
 # Half as wide as the demo's network and half as long, one worker a trial: 28 trials in minutes.
@@ -44,12 +46,29 @@ def run_demo(project: Path, *, home: Path, tune: bool, workers: int, overrides: 
         variables["LAPE_RAY_GIT_COMMIT"] = commit
     print("starting a private Ray ...", flush=True)
     with local_cluster(num_cpus=workers) as ray:
-        submit = [executable("ray"), "job", "submit", f"--address={ray.dashboard}"]
-        submit += [f"--working-dir={project}", f"--runtime-env-json={json.dumps({'env_vars': variables})}"]
-        code = subprocess.run([*submit, "--", *job], env={**os.environ, **ray.environment}).returncode
-    outcome = "finished" if code == 0 else "failed"
-    print(f"demo {outcome} after {time.monotonic() - started:.0f} s", flush=True)
-    return code
+        done = _submit(ray, job, {"working_dir": str(project), "env_vars": variables})
+    print(f"demo {'finished' if done else 'failed'} after {time.monotonic() - started:.0f} s", flush=True)
+    return 0 if done else 1
+
+
+def _submit(ray: LocalCluster, job: Sequence[str], runtime_env: dict[str, Any]) -> bool:
+    """Submit a job as `ray job submit` does, print what it prints, and tell whether it succeeded."""
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every file that it does not send
+    with environment(ray.environment):
+        access = {"Authorization": f"Bearer {ray.environment['RAY_AUTH_TOKEN']}"}
+        client = JobSubmissionClient(ray.dashboard, headers=access)
+        name = client.submit_job(entrypoint=shlex.join(job), runtime_env=runtime_env)
+
+        async def show() -> None:
+            async for text in client.tail_job_logs(name):
+                print(text, end="", flush=True)
+
+        asyncio.run(show())
+        while not (status := client.get_job_status(name)).is_terminal():
+            time.sleep(0.2)
+    return status == JobStatus.SUCCEEDED
 
 
 def write_digits(folder: Path) -> dict[str, Path]:

@@ -109,7 +109,6 @@ class RunReporter:
                 "--run.storage. Submitted again, the run continues from the checkpoint before"
             )
         self.group.heard(saving.metrics)
-        self.line(f"checkpoint {saving.where}")
 
     def node_leaving(self) -> bool:
         return self.group.node_leaving()

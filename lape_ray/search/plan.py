@@ -105,7 +105,9 @@ def check_plan(plan: Plan) -> None:
         ValueError: says which, and what to give instead.
     """
     if plan.base.run.in_process:
-        raise ValueError("--run.num_workers 0 trains without Ray, which a search needs: give 1, or leave it out")
+        raise ValueError(
+            "--run.num_workers 0 trains without Ray, which a search needs: give 1, or leave it out"
+        )
     if plan.metric not in METRICS:
         raise ValueError(f"--metric {plan.metric!r} is not known; choose one of {', '.join(METRICS)}")
     if plan.metric.startswith("val_ema") and not plan.base.optim.ema_decay:

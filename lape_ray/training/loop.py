@@ -216,6 +216,7 @@ def train_epoch(
     window = LogWindow(state.world, start, batch_size=config.data.batch_size)
     saving = _Saving(state, epoch, reporter, window, save)
     lr = _lr(state, epoch, start.step - 1) if start.step else 0.0
+    shown = time.monotonic()
     first_batch = start.step * len(state.micro_batches)
     with contextlib.closing(state.train_loader.epoch(epoch, start=first_batch)) as ready:
         batches = Waited(ready)
@@ -229,9 +230,11 @@ def train_epoch(
                 metrics = window.read(step, batches.read())
                 _refuse_divergence(metrics["train/loss"], epoch, step)
                 reporter.step({**metrics, "train/lr": lr}, step=epoch * steps + step + 1)
-                reporter.line(
-                    _progress_line(state, epoch, step, {**metrics, "train/lr": lr}, window.mean_rate)
-                )
+                if time.monotonic() - shown >= config.run.progress_s:
+                    shown = time.monotonic()
+                    reporter.line(
+                        _progress_line(state, epoch, step, {**metrics, "train/lr": lr}, window.mean_rate)
+                    )
                 flags |= saving.due_by_clock()
             saving.act(state.flags.all_reduce(flags), step)
     return {

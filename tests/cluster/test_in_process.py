@@ -71,7 +71,9 @@ def test_a_command_trains_without_ray_and_hands_its_pages_over(home: Path) -> No
     done = subprocess.run(command(home, "--run.name=pages"), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"MLflow run ([0-9a-f]{32})", done.stdout)
-    log = re.search(r"process \d+ makes the run's pages, which MLflow has soon; its log is (\S+)", done.stdout)
+    log = re.search(
+        r"process \d+ makes the run's pages, which MLflow has soon; its log is (\S+)", done.stdout
+    )
     assert found
     assert log
     assert losses(home, found[1]) == alone(config(home)).losses

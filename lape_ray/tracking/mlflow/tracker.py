@@ -76,6 +76,9 @@ def _watch_system(uri: str, run_id: str) -> SystemMetricsMonitor | None:
     with never_raise("MLflow: watching the system"):
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+        logging.getLogger("mlflow").setLevel(
+            logging.WARNING
+        )  # it would tell that it begins, and of missing GPUs
         monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=uri)
         monitor.start()
         return monitor
