@@ -278,7 +278,7 @@ def _make_pages(run: Run, checkpoint: str) -> None:
     with storage.opened(checkpoint) as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:
         try:
             drawn = Path(folder, "position_report")
-            if checkpoint_report(files, run.config, facts.name, drawn) is not None:
+            if checkpoint_report(files, run.config, facts.name, drawn):
                 tracking.log_files(uri, run_id, drawn, "position_report")
         finally:  # one page does not wait for the other to succeed
             summary = write_run_summary(run.config, files, facts, Path(folder, "summary"))
