@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 import time
 from collections import Counter
@@ -53,6 +54,10 @@ MODELS: dict[str, dict[str, Any]] = {
     # The sizes of ViT-Lite-7/4 in DeiT's block, which peers have too; its own has a norm on the residual stream.
     "vit_lite": {"variant": "deit_tiny", "image_size": 32, "patch_size": 4, "embed_dim": 256, "depth": 7,
                  "num_heads": 4, "mlp_ratio": 2.0, "num_classes": 10},
+    "cct": {"variant": "cct_7_3x1"},
+    "t2t_vit_7": {"variant": "t2t_vit_7", "position": "sincos1d"},
+    "ceit_tiny": {"variant": "ceit_tiny"},
+    "swin_tiny": {"variant": "swin_tiny"},
     "toy": {"variant": "deit_tiny", "image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2,
             "num_heads": 2, "num_classes": 10},
 }  # fmt: skip
@@ -71,10 +76,17 @@ def ours(config: TrainConfig) -> Network:
     return optimise_blocks(build_model(config.model))
 
 
+def _refuse_others(config: TrainConfig) -> None:
+    """Raise a CannotRunError where peers, which are built as DeiT, have no such network."""
+    if not config.model.variant.startswith("deit"):
+        raise CannotRunError(f"only DeiT's network is built of it, not that of {config.model.variant}")
+
+
 def timm(config: TrainConfig) -> nn.Module:
     """Build timm's network with our weights; all names are the same."""
     from timm.models.vision_transformer import VisionTransformer as Timm
 
+    _refuse_others(config)
     spec = resolve(config.model)
     network: nn.Module = Timm(
         img_size=spec.image_size, patch_size=spec.patch_size, embed_dim=spec.embed_dim, depth=spec.depth,
@@ -97,6 +109,7 @@ def torchvision(config: TrainConfig) -> nn.Module:
     """Build torchvision's network with our weights; it has no stochastic depth."""
     from torchvision.models.vision_transformer import VisionTransformer as Torchvision
 
+    _refuse_others(config)
     spec = resolve(config.model)
     network: nn.Module = Torchvision(
         image_size=spec.image_size, patch_size=spec.patch_size, num_layers=spec.depth,
@@ -270,7 +283,8 @@ class Run:
 # ---- parity, before anything is timed
 
 IMAGES = 4
-SHORT = 2  # blocks of a network that is compiled for the check: they hold everything that twelve do
+# Blocks of a network that is compiled for the check: they hold everything that twelve do, shifted windows too.
+SHORT: dict[bool, dict[str, Any]] = {False: {"depth": 2}, True: {"depths": (2, 1, 1, 1)}}
 # Relative distance (of the 2-norms) of logits and of the worst gradient.
 TOLERANCE = {"fp32": (1e-4, 1e-3), "bf16": (2e-2, 5e-2)}
 GATE_STEPS = 20
@@ -297,7 +311,8 @@ def check_parity(run: Run, device: torch.device) -> Row:
     Raises:
         WrongMathsError: a distance is above `TOLERANCE`, or a parameter got no gradient.
     """
-    config = run.config(drop_path=0.0, **({} if run.mode == "eager" else {"depth": SHORT}))
+    staged = resolve(run.config().model).depths is not None
+    config = run.config(drop_path=0.0, **({} if run.mode == "eager" else SHORT[staged]))
     wanted_BK, gradients = _outcome(ours(config).to(device, torch.float64), config)
     network = run.network(config).to(device)
     with autocast_for(config, device)():
@@ -432,12 +447,25 @@ def _graphs() -> tuple[int, int]:
 def training_flops(network: nn.Module, side: int) -> int:
     """Return the operations of an image's forward and backward pass in matrix products; a multiply-add counts 2.
 
-    What is computed again in backward is not counted.
+    What is computed again in backward is not counted, nor what is computed once for a whole batch.
     """
-    # A fused attention would count what its backward computes again.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        network(torch.zeros(1, 3, side, side)).sum().backward()
-    return counter.get_total_flops()
+    counts = []
+    for images in (2, 3):
+        counter = FlopCounterMode(
+            display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward}
+        )
+        # A fused attention would count what its backward computes again.
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            network(torch.zeros(images, 3, side, side)).sum().backward()
+        counts.append(counter.get_total_flops())
+    return counts[1] - counts[0]
+
+
+def _conv_backward(grad_out: Any, image: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    """Count a convolution's backward pass, each gradient as its forward pass; torch takes all for one group."""
+    output_mask = rest[-1]
+    forward = 2 * math.prod(grad_out) * math.prod(weight[1:])
+    return forward * sum(output_mask[:2])
 
 
 def kernels(run: Callable[[int], None], device: torch.device) -> Row:

@@ -23,7 +23,10 @@ from lape_ray.values.redaction import redacted, refuse_secret
 from lape_ray.values.typed import typed
 
 Position = Literal["none", "learnable", "sincos1d", "sincos2d"]
-Join = Literal["basic", "share", "unshare", "lape", "lape_shared"]
+Join = Literal[
+    "basic", "share", "unshare", "lape", "lape_shared",
+    "lape_identity", "lape_scalar", "lape_gamma", "lape_affine", "lape_norm", "lape_scalar_norm", "lape_gamma_norm",
+]  # fmt: skip
 Bias = Literal["none", "relative2d", "alibi2d"]
 BiasJoin = Literal["basic", "lape"]
 Rotary = Literal["none", "axial", "mixed"]

@@ -199,6 +199,81 @@ def test_operations_are_those_of_deit_tiny() -> None:
     assert train_step.training_flops(train_step.timm(config), 224) == pytest.approx(7.46e9, rel=0.01)
 
 
+def block_products(tokens: int, width: int, mlp: float, keys: int, queries: int | None = None) -> float:
+    """Multiply-adds of a block's matrix products; keys, and values, are of all tokens."""
+    queries = queries or tokens
+    attention = 3 * tokens * width**2 + 2 * queries * keys * width + queries * width**2
+    return attention + 2 * mlp * queries * width**2
+
+
+def performer_products(tokens: int, given: int) -> tuple[float, float]:
+    """Multiply-adds of a performer of width 64 with 32 features; those of its features are apart."""
+    features = 2 * 64 * 32
+    return tokens * (given * 3 * 64 + 2 * 32 * 64 + 32 + 3 * 64**2), tokens * features
+
+
+def products_by_hand(model: str) -> float:
+    """Multiply-adds of a forward and a backward pass, which takes twice the forward's where all gets a gradient."""
+    if model == "swin_tiny":
+        stages = [(3136 >> 2 * stage, 96 << stage, depth) for stage, depth in enumerate((2, 2, 6, 2))]
+        blocks = sum(depth * block_products(tokens, width, 4, 49) for tokens, width, depth in stages)
+        merging = sum(tokens / 4 * 8 * width**2 for tokens, width, _ in stages[:3])
+        return 2 * 3136 * 48 * 96 + 3 * (blocks + merging + 768 * 1000)
+    if model == "t2t_vit_7":
+        blocks = 6 * block_products(197, 256, 2, 197) + block_products(197, 256, 2, 197, queries=1)
+        (first, first_w), (second, second_w) = performer_products(3136, 147), performer_products(784, 576)
+        trained = first + second + 196 * 576 * 256 + blocks + 256 * 1000
+        return 3 * trained + 2 * (first_w + second_w)
+    assert model == "ceit_tiny"
+    stem, patches = 112**2 * 147 * 64, 196 * 16 * 64 * 192
+    leff = 196 * (2 * 4 * 192**2 + 9 * 4 * 192)
+    layers = block_products(12, 192, 4, 12, queries=1)
+    blocks = 12 * (block_products(197, 192, 0, 197) + leff)
+    return 2 * stem + 3 * (patches + blocks + layers + 192 * 1000)
+
+
+@pytest.mark.parametrize("join", ["basic", "lape"])
+@pytest.mark.parametrize("model", ["swin_tiny", "t2t_vit_7", "ceit_tiny"])
+def test_operations_are_those_counted_by_hand(model: str, join: str) -> None:
+    """Depthwise convolutions too; what LaPE computes once for a batch is of no image."""
+    config = training_config(model, join=join, batch_size=2)
+    found = train_step.training_flops(train_step.ours(config), 224)
+    assert found == pytest.approx(2 * products_by_hand(model), rel=1e-3)
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "cct": {"image_size": 16, "depth": 2, "embed_dim": 32},
+    "t2t_vit_7": {"image_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2},
+    "ceit_tiny": {"image_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2},
+    "swin_tiny": {
+        "image_size": 32,
+        "patch_size": 2,
+        "window_size": 4,
+        "depths": (2, 1, 1, 1),
+        "embed_dim": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("model", TINY)
+def test_every_family_is_checked_and_timed(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(train_step.MODELS, model, {**train_step.MODELS[model], **TINY[model]})
+    for candidate in ("basic", "lape"):
+        made = train_step.prepare(Run(model, 2, candidate, "eager", "cpu", 1, 1))
+        assert made.work(1) == 2
+        assert made.facts["logits"] < 1e-4 and made.facts["train_flops"] > 0 and made.facts["step_bytes"] > 0
+    for peer in ("timm", "torchvision"):
+        with pytest.raises(common.CannotRunError, match="only DeiT's network is built of it"):
+            train_step.prepare(Run(model, 2, peer, "eager", "cpu", 1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", TINY)
+def test_every_family_is_one_graph(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(train_step.MODELS, model, {**train_step.MODELS[model], **TINY[model]})
+    assert train_step.prepare(Run(model, 2, "lape", "compiled", "cpu", 1, 1)).work(1) == 2
+
+
 def test_memory_of_a_step_is_what_is_held_at_once() -> None:
     def run(steps: int) -> None:
         first = torch.zeros(2**20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from lape_ray.config import (
     to_dict,
     what_is_learned,
 )
-from lape_ray.recipes import RECIPES, recipe
+from lape_ray.recipes import RECIPES, TABLE1, recipe
 from lape_ray.training.checkpoint import differences
 
 GOLDEN = Path(__file__).parent / "golden" / "recipes"
@@ -74,6 +75,51 @@ def test_swins_rows_differ_in_position_alone() -> None:
         assert differences(lape, both) == ["model.bias: 'none' -> 'relative2d'"]
         wanted = ["model.position: 'learnable' -> 'none'", "model.bias: 'none' -> 'relative2d'"]
         assert differences(basic, relative) == wanted
+
+
+# Variant, position, join, bias; at epoch 100, at the end, the network's authors, and an independent re-run.
+TABLE1_ROWS = """
+deit_tiny learnable basic none 58.13 71.54 72.2 72.14
+deit_tiny learnable lape none 60.36 73.11 - 72.94
+deit_small learnable basic none 68.41 80.00 79.9 79.81
+deit_small learnable lape none 69.49 80.54 - 80.39
+deit_base learnable basic none 74.16 81.64 81.8 81.85
+deit_base learnable lape none 75.43 81.97 - 82.15
+t2t_vit_7 sincos1d basic none 65.62 71.69 71.7 71.76
+t2t_vit_7 sincos1d lape none 66.43 71.92 - 72.01
+deit_tiny_distilled learnable basic none 61.89 74.16 74.5 -
+deit_tiny_distilled learnable lape none 63.43 74.97 - -
+deit_small_distilled learnable basic none 70.65 80.98 81.2 -
+deit_small_distilled learnable lape none 71.84 81.48 - -
+deit_base_distilled learnable basic none 76.41 83.05 83.4 -
+deit_base_distilled learnable lape none 77.39 83.41 - -
+swin_tiny none basic relative2d 73.79 81.12 81.2 -
+swin_tiny learnable basic none 72.76 80.92 - -
+swin_tiny learnable lape none 73.39 81.25 - -
+swin_tiny learnable lape relative2d 74.02 81.49 - 81.48
+swin_small none basic relative2d 76.03 83.17 83.2 -
+swin_small learnable basic none 75.37 82.81 - -
+swin_small learnable lape none 76.50 83.26 - -
+swin_small learnable lape relative2d 76.93 83.39 - -
+ceit_tiny learnable basic none 66.91 76.52 76.4 76.62
+ceit_tiny learnable lape none 67.21 76.87 - 76.89
+ceit_small learnable basic none 73.60 81.88 82.0 -
+ceit_small learnable lape none 73.87 82.12 - -
+"""
+
+
+def test_table_1_has_a_recipe_for_each_row_with_its_figures() -> None:
+    rows = [line.split() for line in TABLE1_ROWS.strip().splitlines()]
+    networks = {tuple(row[:4]): row[4:] for row in rows}
+    assert len(rows) == len(networks) == len(TABLE1) == 26
+    for name in TABLE1:
+        model = recipe(name).model
+        at_100, end, authors, again = networks.pop((model.variant, model.position, model.join, model.bias))
+        text = " ".join(str(RECIPES[name].__doc__).split())
+        assert f"Paper: {end}, and {at_100} at epoch 100 (table 1)" in text, name
+        assert authors == "-" or re.search(rf"authors(: | have ){authors}\b", text), name
+        assert again == "-" or f"independent re-run has {again} (2502.02919)" in text, name
+    assert not networks
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:

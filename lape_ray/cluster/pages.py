@@ -35,7 +35,7 @@ def make_pages(config: TrainConfig, uri: str, run_id: str, checkpoint: str) -> N
     with storage.opened(checkpoint) as files, tempfile.TemporaryDirectory(prefix="lape-pages-") as folder:
         try:
             drawn = Path(folder, "position_report")
-            if checkpoint_report(files, config, facts.name, drawn) is not None:
+            if checkpoint_report(files, config, facts.name, drawn):
                 tracking.log_files(uri, run_id, drawn, "position_report")
         finally:  # one page does not wait for the other to succeed
             summary = write_run_summary(config, files, facts, Path(folder, "summary"))

@@ -78,17 +78,25 @@ class Attention(nn.Module):
 
     def attend(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
         """Mix the values for each query and project the result, (B, Q, D)."""
-        return self.proj(self._mix(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).transpose(1, 2).flatten(2))
+        return self.proj(self.mixed(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).flatten(2))
+
+    def mixed(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
+        """Mix the values for each query, (B, Q, H, E)."""
+        return self.mix(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).transpose(1, 2)
 
     def weights(self, h_BND: Tensor, position: LayerPosition) -> Tensor:
-        """Compute the weights (B, H, N, N) that `forward` mixes the values with; rows sum to 1."""
+        """Compute the weights (B, H, N, N) that `forward` mixes the values with; rows sum to 1.
+
+        Where attention sees windows, a query has weights for the keys of its window alone.
+        """
         q_BHNE, k_BHNE, _ = self.heads(self.qkv(h_BND), position)
         # The fused kernel returns no weights, but applied to an identity it returns nothing else.
-        identity_NN = torch.eye(h_BND.shape[1], dtype=h_BND.dtype, device=h_BND.device)
+        identity_NN = torch.eye(k_BHNE.shape[2], dtype=h_BND.dtype, device=h_BND.device)
         identity_BHNN = identity_NN.expand(*q_BHNE.shape[:2], -1, -1)
-        return self._mix(q_BHNE, k_BHNE, identity_BHNN, position.logits_1HNN)
+        return self.mixed(q_BHNE, k_BHNE, identity_BHNN, position.logits_1HNN).transpose(1, 2)
 
-    def _mix(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
+    def mix(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
+        """Compute attention through the fused kernel, (B, H, Q, E)."""
         return F.scaled_dot_product_attention(
             q_BHQE,
             k_BHNE,

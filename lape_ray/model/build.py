@@ -75,7 +75,7 @@ def _build_swin(spec: VariantSpec, config: ModelConfig) -> Swin:
     patch_embed = _patch_embed(spec)
     layouts = [
         Layout((side, side), 0, depth, spec.num_heads << stage, spec.embed_dim << stage)
-        for stage, (side, depth) in enumerate(_stage_sides(spec, patch_embed.grid[0]))
+        for stage, (side, depth) in enumerate(stage_sides(spec, patch_embed.grid[0]))
     ]
     windows = [each._replace(grid=(min(each.grid[0], spec.window_size or 1),) * 2) for each in layouts]
     positions = build_staged_position(layouts, windows, **_position_options(spec, config))
@@ -105,7 +105,7 @@ def _build_swin(spec: VariantSpec, config: ModelConfig) -> Swin:
     return network.apply(_init_linear)
 
 
-def _stage_sides(spec: VariantSpec, side: int) -> list[tuple[int, int]]:
+def stage_sides(spec: VariantSpec, side: int) -> list[tuple[int, int]]:
     """List the side of each stage's grid and its number of blocks; a ValueError where windows do not fill a grid."""
     depths, window = spec.depths or (), spec.window_size or 1
     found = []

@@ -7,15 +7,20 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lape_ray.model.position import LayerPosition
+from lape_ray.model.position import Grid, LayerPosition
 
 
 class Stage(NamedTuple):
     """Blocks that follow each other and see one grid of tokens."""
 
     blocks: nn.ModuleList
+    grid: Grid
+    window: Grid
+    """Rows and columns of patches that see each other, on which bias and rotation are defined; the grid, or less."""
     num_read: int | None = None
     """How many of the first tokens are read after the last block; None: all."""
+    merge: nn.Module | None = None
+    """Makes the stage's tokens those of the next one, and its w too; None: there is no next one."""
 
 
 class Network(nn.Module):
@@ -27,6 +32,8 @@ class Network(nn.Module):
 
     pos_embed: Tensor | None
     """The (T, N, D) table of the absolute position embedding."""
+    num_prefix: int
+    """Tokens before the patches, in every stage."""
 
     def stages(self) -> list[Stage]:
         """List the stages in the order of the forward pass; `training` puts cheaper blocks into their lists."""

@@ -53,13 +53,13 @@ class WindowAttention(Attention):
             q, k = rotate(q, position.rotation), rotate(k, position.rotation)
         return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, logits_1HVV: Tensor | None) -> Tensor:
-        """Mix the values inside each window and project the result, (B, N, D)."""
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, logits_1HVV: Tensor | None) -> Tensor:
+        """Mix the values inside each window, (B, N, H, E); a query's weights are those of its window's V keys."""
         across = self.side // self.window
-        mixed = self._mix(q, k, v, self._logits(logits_1HVV, q.shape[1]))
+        mixed = self.mix(q, k, v, self._logits(logits_1HVV, q.shape[1]))
         parts = mixed.unflatten(2, (self.window, self.window)).unflatten(1, (across, across, self.num_heads))
         image = parts.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-        return self.proj(self._rolled(image, self.shift).flatten(1, 2))
+        return self._rolled(image, self.shift).flatten(1, 2).unflatten(2, (self.num_heads, -1))
 
     @staticmethod
     def _rolled(image: Tensor, shift: int) -> Tensor:
@@ -110,9 +110,12 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * embed_dim, 2 * embed_dim, bias=False)
 
     def forward(self, x_BND: Tensor) -> Tensor:
+        return self.reduction(self.norm(self.neighbours(x_BND)))
+
+    def neighbours(self, x_BND: Tensor) -> Tensor:
+        """Put each 2 x 2 neighbours into one vector, (B, N / 4, 4 D)."""
         parts = x_BND.unflatten(1, (self.side // 2, 2, self.side // 2, 2))
-        neighbours = parts.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)  # row parity runs fastest
-        return self.reduction(self.norm(neighbours))
+        return parts.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)  # row parity runs fastest
 
 
 class SwinStage(nn.Module):
@@ -168,7 +171,7 @@ class Swin(Network):
         head: nn.Module,
     ) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.num_prefix = grid, 0
         self.patch_embed = patch_embed
         self.pos_embed = pos_embed
         self.layers = nn.ModuleList(stages)
@@ -197,7 +200,11 @@ class Swin(Network):
         return [cast(SwinStage, stage) for stage in self.layers]
 
     def stages(self) -> list[Stage]:
-        return [Stage(stage.blocks) for stage in self._layers()]
+        rows, columns = self.grid
+        return [
+            Stage(stage.blocks, (rows >> index, columns >> index), stage.window, merge=stage.downsample)
+            for index, stage in enumerate(self._layers())
+        ]
 
     def position_parameters(self) -> set[str]:
         """Name what Swin's code exempts from weight decay as it does norms and biases: all tables, biases' too."""

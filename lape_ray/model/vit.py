@@ -104,7 +104,8 @@ class VisionTransformer(Network):
         return both_B2K if self.training else both_B2K.mean(dim=1)
 
     def stages(self) -> list[Stage]:
-        return [Stage(self.blocks, self.num_prefix if self.pool is None else None)]
+        num_read = self.num_prefix if self.pool is None else None
+        return [Stage(self.blocks, self.grid, self.grid, num_read)]
 
     def position_parameters(self) -> set[str]:
         """Name what DeiT exempts from weight decay as it does norms and biases: tokens and tables.

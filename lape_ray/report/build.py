@@ -18,7 +18,7 @@ from lape_ray.inference.checkpoints import ResolvedCheckpoint, resolve_checkpoin
 from lape_ray.inference.evaluate import choose_device, val_places
 from lape_ray.inference.predict import load_network
 from lape_ray.inference.samples import folder_images, validation_images
-from lape_ray.report.position import PositionView, view
+from lape_ray.report.position import PositionView, views
 from lape_ray.report.position_page import HTML, write_position_report
 from lape_ray.report.robustness import Robustness, measure_robustness
 from lape_ray.storage import is_remote, join, written_folder
@@ -53,7 +53,7 @@ def build_position_report(
     """
     patch = parse_token(token) if token else None
     notes: list[str] = []
-    views: list[PositionView] = []
+    seen: list[PositionView] = []
     measured: list[Robustness] = []
     with tempfile.TemporaryDirectory(prefix="lape-report-") as downloads:
         checkpoints = resolve_checkpoints(specs, overrides, downloads=Path(downloads))
@@ -61,11 +61,11 @@ def build_position_report(
             _require_validation_images(checkpoints)
         for checkpoint in checkpoints:
             progress(f"{checkpoint.label}: {checkpoint.description}")
-            views.append(_view(checkpoint, _images(checkpoint, images, count, notes), ema=ema))
+            seen += _views(checkpoint, _images(checkpoint, images, count, notes), ema=ema)
         if robustness:
             measured = [_robustness(one, robustness_images, progress, ema=ema) for one in checkpoints]
     with tempfile.TemporaryDirectory(prefix="lape-report-") as fresh:  # only this report's files are logged
-        write_position_report(views, Path(fresh), token=patch, robustness=measured, notes=notes)
+        write_position_report(seen, Path(fresh), token=patch, robustness=measured, notes=notes)
         notes += _log_to_runs(checkpoints, Path(fresh))
         with written_folder(out) as folder:
             _replace_report(Path(fresh), folder)
@@ -131,17 +131,17 @@ def _replace_report(fresh: Path, out: Path) -> None:
 
 def checkpoint_report(
     checkpoint: Path, config: TrainConfig, label: str, out: Path, *, count: int = 16
-) -> PositionView | None:
+) -> list[PositionView]:
     """Write the report of one checkpoint folder of ours into `out`, strength measured on `count` images.
 
-    Returns what was seen; None, and no report, where the network has no position.
+    Returns what was seen; nothing, and no report, where the network has no position.
     """
     notes: list[str] = []
     resolved = ResolvedCheckpoint(label=label, path=str(checkpoint), config=config)
-    seen = _view(resolved, _images(resolved, None, count, notes), ema=False)
-    if not seen.depth:
-        return None
-    write_position_report([seen], out, notes=notes)
+    seen = _views(resolved, _images(resolved, None, count, notes), ema=False)
+    if not any(one.depth for one in seen):
+        return []
+    write_position_report(seen, out, notes=notes)
     return seen
 
 
@@ -172,7 +172,7 @@ def _images(
         return None
 
 
-def _view(checkpoint: ResolvedCheckpoint, images_BCHW: Tensor | None, *, ema: bool) -> PositionView:
+def _views(checkpoint: ResolvedCheckpoint, images_BCHW: Tensor | None, *, ema: bool) -> list[PositionView]:
     network = load_network(checkpoint.path, checkpoint.config, ema=ema)
     normalised = None if images_BCHW is None else Normalize(checkpoint.config.data)(images_BCHW)
-    return view(network, label=checkpoint.label, description=checkpoint.description, images_BCHW=normalised)
+    return views(network, label=checkpoint.label, description=checkpoint.description, images_BCHW=normalised)

@@ -107,7 +107,7 @@ def _ticks(axis: Axes, rows: int, columns: int, *, left: bool, bottom: bool) -> 
 
 
 def maps_figure(
-    named: Sequence[tuple[str, Tensor]],
+    named: Sequence[tuple[str, Tensor | Sequence[Tensor]]],
     *,
     title: str,
     x: str,
@@ -115,27 +115,31 @@ def maps_figure(
     colors: str,
     limit: float | None = 1.0,
     marks: Sequence[tuple[int, int] | None] = (),
+    firsts: Sequence[int] = (),
 ) -> Figure:
-    """Draw a row of maps (L, rows, columns) for each name, a column for each layer, all on one colour scale.
+    """Draw a row of maps (rows, columns) for each name, one a layer, all on one colour scale.
 
     The scale is symmetric: -limit to limit, or the largest absolute value of all maps where `limit` is None.
-    `marks` are the (row, column) to frame in each name's maps.
+    `marks` are the (row, column) to frame in each name's maps, `firsts` how many layers lie before each name's; by
+    default none.
     """
-    depth = max(len(maps_LYX) for _, maps_LYX in named)
+    depth = max(len(maps) for _, maps in named)
+    firsts = firsts or [0] * len(named)
     if limit is None:
-        limit = max(float(maps_LYX.nan_to_num().abs().max()) for _, maps_LYX in named) or 1.0
+        limit = max(float(one.nan_to_num().abs().max()) for _, maps in named for one in maps) or 1.0
     names = [_wrap(name, CELL_IN, NAME_PT) for name, _ in named]
     colors = _wrap(colors, BAR * CELL_IN * len(named), NAME_PT)
     figure, axes = _grid(len(named), depth, title=title, names=names, colors=colors)
     image = None
-    for index, (_, maps_LYX) in enumerate(named):
-        for layer, map_YX in enumerate(maps_LYX):
+    for index, (_, maps) in enumerate(named):
+        for layer, map_YX in enumerate(maps):
             axis = axes[index, layer]
             image = _show(axis, map_YX, -limit, limit)
             last = index == len(named) - 1 or layer >= len(named[index + 1][1])
             _ticks(axis, *map_YX.shape, left=layer == 0, bottom=last)
-            if index == 0 or layer >= len(named[index - 1][1]):
-                axis.set_title(f"layer {layer + 1}", fontsize=9)
+            under = index > 0 and layer < len(named[index - 1][1]) and firsts[index - 1] == firsts[index]
+            if not under:
+                axis.set_title(f"layer {firsts[index] + layer + 1}", fontsize=9)
             if layer == 0:
                 axis.set_ylabel(f"{names[index]}\n{y}", fontsize=NAME_PT)
             if last:
@@ -150,18 +154,23 @@ def maps_figure(
     return figure
 
 
+def _given(part: Tensor | None) -> Tensor:
+    assert part is not None
+    return part
+
+
 def token_figure(views: Sequence[PositionView], token: tuple[int, int] | None) -> Figure | None:
     """Draw the correlation of one patch's embedding with every patch's; None where no view has a token embedding."""
-    named, marks = [], []
-    for one in views:
-        patch = one.patch(token)
-        if (maps_LYX := one.correlation_maps(patch)) is not None:
-            named.append((one.label, maps_LYX))
-            marks.append(divmod(patch, one.grid[1]))
-    title = "Position embedding of the framed patch against every patch, as attention sees it"
-    if not named:
+    shown = [one for one in views if one.correlation_LNN is not None]
+    if not shown:
         return None
-    return maps_figure(named, title=title, x="column", y="row", colors=CORRELATION, marks=marks)
+    patches = [one.patch(token) for one in shown]
+    return maps_figure(
+        [(one.label, _given(one.correlation_maps(patch))) for one, patch in zip(shown, patches, strict=True)],
+        title="Position embedding of the framed patch against every patch, as attention sees it",
+        x="column", y="row", colors=CORRELATION, firsts=[one.first_layer for one in shown],
+        marks=[divmod(patch, one.grid[1]) for one, patch in zip(shown, patches, strict=True)],
+    )  # fmt: skip
 
 
 def class_figure(views: Sequence[PositionView]) -> Figure | None:
@@ -182,11 +191,14 @@ def class_figure(views: Sequence[PositionView]) -> Figure | None:
 
 def matrix_figure(views: Sequence[PositionView]) -> Figure | None:
     """Draw the correlation of all tokens with all tokens; None where no view has a token embedding."""
-    named = [(one.label, one.correlation_LNN) for one in views if one.correlation_LNN is not None]
-    title = (
-        "Position embedding of every token against every token, as attention sees it (prefix tokens first)"
-    )
-    return maps_figure(named, title=title, x="token", y="token", colors=CORRELATION) if named else None
+    shown = [one for one in views if one.correlation_LNN is not None]
+    if not shown:
+        return None
+    return maps_figure(
+        [(one.label, _given(one.correlation_LNN)) for one in shown],
+        title="Position embedding of every token against every token, as attention sees it (prefix tokens first)",
+        x="token", y="token", colors=CORRELATION, firsts=[one.first_layer for one in shown],
+    )  # fmt: skip
 
 
 def bias_figure(one: PositionView, token: tuple[int, int] | None) -> Figure | None:
@@ -196,32 +208,29 @@ def bias_figure(one: PositionView, token: tuple[int, int] | None) -> Figure | No
     """
     if one.bias_LHPP is None:
         return None
-    patch = one.patch(token)
     heads = [
-        (f"head {head + 1}", one.patch_maps(one.bias_LHPP[:, head], patch))
+        (f"head {head + 1}", one.window_maps(one.bias_LHPP[:, head], token))
         for head in range(one.bias_LHPP.shape[1])
     ]
-    marks = [divmod(patch, one.grid[1])] * len(heads)
-    title = f"{one.label}: bias on the attention logits of the framed patch"
     return maps_figure(
-        heads, title=title, x="column", y="row", colors="added to the logit", limit=None, marks=marks
-    )
+        heads,
+        title=f"{one.label}: bias on the attention logits of the framed patch",
+        x="column", y="row", colors="added to the logit", limit=None,
+        marks=[one.place_in_window(token)] * len(heads), firsts=[one.first_layer] * len(heads),
+    )  # fmt: skip
 
 
 def rotation_figure(views: Sequence[PositionView], token: tuple[int, int] | None) -> Figure | None:
     """Draw how far a rotation turns every key against one query; None where no view rotates."""
-    named, marks = [], []
-    for one in views:
-        if one.rotation_LPP is not None:
-            patch = one.patch(token)
-            named.append((one.label, one.patch_maps(one.rotation_LPP, patch)))
-            marks.append(divmod(patch, one.grid[1]))
-    title = "Rotation of every key against the framed query"
-    if not named:
+    shown = [one for one in views if one.rotation_LPP is not None]
+    if not shown:
         return None
     return maps_figure(
-        named, title=title, x="column", y="row", colors="mean cosine of the angle", marks=marks
-    )
+        [(one.label, one.window_maps(_given(one.rotation_LPP), token)) for one in shown],
+        title="Rotation of every key against the framed query",
+        x="column", y="row", colors="mean cosine of the angle",
+        marks=[one.place_in_window(token) for one in shown], firsts=[one.first_layer for one in shown],
+    )  # fmt: skip
 
 
 def _lines(axis: Axes, title: str, x: str, y: str) -> None:
@@ -266,7 +275,7 @@ def strength_figure(views: Sequence[PositionView]) -> Figure | None:
         for axis, values_LN in ((left, strength.norm_ratio_LN), (right, strength.moved_LN)):
             if values_LN is None:
                 continue
-            layers = range(1, len(values_LN) + 1)
+            layers = range(one.first_layer + 1, one.first_layer + len(values_LN) + 1)
             patches_L = values_LN[:, one.num_prefix :].mean(1)
             axis.plot(layers, patches_L, "o-", color=f"C{index}", markersize=4, label=f"{one.label}, patches")
             for token, (name, style) in enumerate(zip(one.prefix, ("s--", "^:"), strict=False)):

@@ -11,6 +11,13 @@ from lape_ray.report.position import PositionView
 from lape_ray.report.robustness import Robustness, robustness_figure, robustness_tables
 
 HTML = "position_report.html"
+ROWS = "One row a network, or a stage of it; one column a layer."
+STAGES = (
+    "A network of several stages has a row for each, on its own grid, and the framed patch is the one that holds the "
+    "first stage's. LaPE's w passes from stage to stage through the tokens' own merging. So does a table that is added "
+    "to the tokens, and its later rows are drawn as if all tokens of an image had the same deviation before a merging. "
+    "Bias and rotation are those of a window."
+)
 
 
 def write_position_report(
@@ -63,11 +70,12 @@ def _maps(page: Page, views: Sequence[PositionView], folder: Path, token: tuple[
             "Cosine similarity of the embeddings' rows. Where position is added to the tokens, attention sees it "
             "through the layer's common LayerNorm (eq. 6-7 of the LaPE paper: l2 LN(w), and l2 changes no cosine); "
             "with LaPE it is the layer's own LN_w(w)."
+            + (f" {STAGES}" if any(one.stride > 1 for one in views) else "")
         )
-        page.figure(figures.save(figure, folder, "token"), "One row a network, one column a layer.")
+        page.figure(figures.save(figure, folder, "token"), ROWS)
     if (figure := figures.class_figure(views)) is not None:
         page.heading("The tokens before the patches against all patches")
-        page.figure(figures.save(figure, folder, "class_token"), "One row a network, one column a layer.")
+        page.figure(figures.save(figure, folder, "class_token"), ROWS)
     if (figure := figures.matrix_figure(views)) is not None:
         page.heading("All tokens against all tokens")
         page.figure(
@@ -105,7 +113,7 @@ def _strength(page: Page, views: Sequence[PositionView], folder: Path) -> None:
         for name, values_LN in (("ratio", one.strength.norm_ratio_LN), ("moved", one.strength.moved_LN)):
             if values_LN is not None:
                 patches = [f"{value:.3f}" for value in values_LN[:, one.num_prefix :].mean(1).tolist()]
-                rows.append((one.label, name, *patches))
+                rows.append((one.label, name, *[""] * one.first_layer, *patches))
     depth = max(len(row) for row in rows) - 2
     header = ("network", "of patches", *(f"layer {layer + 1}" for layer in range(depth)))
     page.table(header, [(*row, *[""] * (depth + 2 - len(row))) for row in rows])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -51,49 +51,54 @@ def report_epoch(
     epoch = epochs[-1]
     with tempfile.TemporaryDirectory(prefix="lape-report-") as temporary:
         drawn = Path(temporary)
-        view = checkpoint_report(checkpoint, config, f"epoch {epoch}", drawn / "report")
-        if view is None:
+        seen = checkpoint_report(checkpoint, config, f"epoch {epoch}", drawn / "report")
+        if not seen:
             return
         keep(drawn / "report", f"position_report/epoch-{epoch:06}")
-        what, maps_LYX = training_maps(view)
-        remember(folder, epoch, maps_LYX)
+        what, maps = training_maps(seen)
+        remember(folder, epoch, maps)
         write_training_page(config.run.name or "", what, recall(folder, epochs), drawn / "training")
         keep(drawn / "training", "position_report")
 
 
-def training_maps(view: PositionView) -> tuple[str, Tensor]:
-    """Return what is followed, in words, and the maps (L, Y, X) of the centre patch.
+def training_maps(seen: Sequence[PositionView]) -> tuple[str, list[Tensor]]:
+    """Return what is followed, in words, and the map (Y, X) of the centre patch for each layer of all stages.
 
-    They are its correlation, or without one its bias or rotation. The view must have some position (`view.depth`).
+    They are its correlation, or without one its bias or rotation. The network must have some position.
     """
-    patch = view.patch(None)
-    if (maps_LYX := view.correlation_maps(patch)) is not None:
-        return CORRELATION, maps_LYX
-    if view.bias_LHPP is not None:
-        return BIAS, view.patch_maps(view.bias_LHPP.mean(1), patch)
-    assert view.rotation_LPP is not None
-    return ROTATION, view.patch_maps(view.rotation_LPP, patch)
+    maps: list[Tensor] = []
+    what = ROTATION
+    for one in seen:
+        if (maps_LYX := one.correlation_maps(one.patch(None))) is not None:
+            what = CORRELATION
+        elif one.bias_LHPP is not None:
+            what, maps_LYX = BIAS, one.window_maps(one.bias_LHPP.mean(1), None)
+        else:
+            assert one.rotation_LPP is not None
+            maps_LYX = one.window_maps(one.rotation_LPP, None)
+        maps += maps_LYX.unbind()
+    return what, maps
 
 
-def remember(run: str, epoch: int, maps_LYX: Tensor) -> None:
+def remember(run: str, epoch: int, maps: Sequence[Tensor]) -> None:
     """Keep the maps after `epoch` in the run's folder, to four digits."""
     rounded = [
-        [[round(value, 4) for value in row] for row in layer] for layer in maps_LYX.nan_to_num().tolist()
+        [[round(value, 4) for value in row] for row in map_YX.nan_to_num().tolist()] for map_YX in maps
     ]
     storage.write_text(_place(run, epoch), json.dumps(rounded))
 
 
-def recall(run: str, epochs: Iterable[int]) -> dict[int, Tensor]:
+def recall(run: str, epochs: Iterable[int]) -> dict[int, list[Tensor]]:
     """Read the maps of those of `epochs` that are kept; a ValueError names a file that holds none."""
     places = {epoch: _place(run, epoch) for epoch in epochs}
     return {epoch: _maps_in(place) for epoch, place in places.items() if storage.exists(place)}
 
 
-def _maps_in(place: str) -> Tensor:
+def _maps_in(place: str) -> list[Tensor]:
     fix = "delete that file, and pages leave its epoch out"
     values = from_json(tuple[tuple[tuple[float, ...], ...], ...], storage.read_text(place), place, fix)
     try:
-        return torch.tensor(values, dtype=torch.float32)
+        return [torch.tensor(map_YX, dtype=torch.float32) for map_YX in values]
     except ValueError as error:  # rows of several lengths
         raise ValueError(f"{place} is damaged: {error}; {fix}") from None
 
@@ -102,8 +107,8 @@ def _place(run: str, epoch: int) -> str:
     return storage.join(run, MAPS, f"epoch-{epoch:06}.json")
 
 
-def write_training_page(name: str, what: str, maps: Mapping[int, Tensor], folder: Path) -> Path:
-    """Write the figure and page of a run's maps (L, Y, X) by epoch; returns the page."""
+def write_training_page(name: str, what: str, maps: Mapping[int, Sequence[Tensor]], folder: Path) -> Path:
+    """Write the figure and page of a run's maps (Y, X), one a layer, by epoch; returns the page."""
     epochs = sorted(maps)
     chosen = [epochs[index] for index in evenly_spaced(len(epochs), ROWS)]
     figure = figures.maps_figure(

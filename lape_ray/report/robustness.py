@@ -21,6 +21,7 @@ from lape_ray.data.ready import Normalized
 from lape_ray.inference.evaluate import by_name
 from lape_ray.inference.samples import batches_at, evenly_spaced
 from lape_ray.model import build_model, resolve
+from lape_ray.model.build import stage_sides
 from lape_ray.model.convert import load_weights
 from lape_ray.model.variants import VariantSpec
 from lape_ray.report.figures import curves_figure
@@ -77,11 +78,25 @@ class Robustness:
 def sizes_for(spec: VariantSpec) -> list[int]:
     """List image sizes in pixels, ascending: 160 to 384 for a network of 224.
 
-    For another size they are the same shares of it, in whole tokens.
+    For another size they are the same shares of it, in whole tokens. A network of windows takes fewer: those which its
+    windows fill, up to twice its own.
     """
     stride = spec.token_stride
+    if spec.depths is not None:
+        last = stride << len(spec.depths) - 1  # pixels from one token of the last stage to the next
+        candidates = range(last, 2 * spec.image_size + 1, last)
+        least = SIZES_OF_224[0] * spec.image_size / 224
+        return [size for size in candidates if size >= least and _windows_fill(spec, size)]
     sizes = {max(2, round(size / 224 * spec.image_size / stride)) * stride for size in SIZES_OF_224}
     return sorted(sizes | {spec.image_size})
+
+
+def _windows_fill(spec: VariantSpec, size: int) -> bool:
+    try:
+        stage_sides(spec, size // spec.token_stride)
+    except ValueError:
+        return False
+    return True
 
 
 def shifts_for(spec: VariantSpec) -> list[int]:

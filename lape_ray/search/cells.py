@@ -21,6 +21,7 @@ from lape_ray.config import (
 )
 from lape_ray.model import resolve
 from lape_ray.model.position import JOINS, STAGED_JOINS, check_joins, valid_joins
+from lape_ray.recipes import RECIPES, TABLE1
 from lape_ray.search.space import Axis, Choice, Range, as_text, differing
 
 Cell = Mapping[str, Any]
@@ -53,6 +54,11 @@ def _joins_of(model: ModelConfig) -> Mapping[str, type[Any]]:
     return JOINS if resolve(model).depths is None else STAGED_JOINS
 
 
+def _whole_joins(model: ModelConfig) -> Mapping[str, type[Any]]:
+    """Return those of them that lack no part of LaPE."""
+    return {name: join for name, join in _joins_of(model).items() if not join.partial}
+
+
 def _valid(cell: Sequence[str], joins: Mapping[str, type[Any]]) -> bool:
     position, join, bias, bias_join, _ = cell
     try:
@@ -65,11 +71,28 @@ def _valid(cell: Sequence[str], joins: Mapping[str, type[Any]]) -> bool:
 def positions(base: TrainConfig) -> Space:
     """List every valid combination of position, join, bias, bias_join and rotary: 210 cells; fix some to have fewer.
 
-    A network of several stages has fewer joins, and so 105 cells.
+    A network of several stages has fewer joins, and so 105 cells. Joins that lack a part of LaPE are left out; the
+    space `paper_table8` has them.
     """
     kinds = [typing.get_args(kind) for kind in (Position, Join, Bias, BiasJoin, Rotary)]
-    cells = [cell for cell in itertools.product(*kinds) if _valid(cell, _joins_of(base.model))]
+    cells = [cell for cell in itertools.product(*kinds) if _valid(cell, _whole_joins(base.model))]
     return Space(cells=tuple(dict(zip(NETWORK_AXES, cell, strict=True)) for cell in cells))
+
+
+def paper_table1(base: TrainConfig) -> Space:
+    """Make the 26 rows of the LaPE paper's table 1, each with all that its own recipe sets, but for the length.
+
+    All train as long as the base: T2T-ViT's 10 epochs of cool-down are left out. The paper's figures stand in the
+    recipes. Distilled networks need --optim.teacher, which others leave aside.
+    """
+    if base.recipe not in TABLE1:
+        raise ValueError(
+            f"the space paper_table1 goes over recipes and is of one of them, such as deit_tiny_lape; this one's "
+            f"recipe is {base.recipe or 'none'}"
+        )
+    rows = [flatten(RECIPES[name]()) for name in TABLE1]
+    fields = [each for each in differing(rows) if each != "optim.cooldown_epochs"]
+    return Space(cells=tuple({each: row[each] for each in fields} for row in rows))
 
 
 def paper_table7(base: TrainConfig) -> Space:
@@ -86,6 +109,16 @@ def paper_table7(base: TrainConfig) -> Space:
     rows.append(("none", "basic", "relative2d"))
     cells = [(position, join, bias, "basic", "none") for position, join, bias in rows]
     return Space(cells=tuple(dict(zip(NETWORK_AXES, cell, strict=True)) for cell in cells))
+
+
+def paper_table8(base: TrainConfig) -> Space:
+    """Make the 9 rows of the LaPE paper's table 8: the default, and LaPE with more and more of its LayerNorm.
+
+    Paper, DeiT-Ti with a learnable table (`deit_tiny_lape`): basic 71.54, lape_identity 70.67, lape_scalar 71.22,
+    lape_gamma 71.13, lape_affine 70.85, lape_norm 72.56, lape_scalar_norm 72.49, lape_gamma_norm 71.80, lape 73.11.
+    """
+    rows = ("basic", *(name for name, join in JOINS.items() if join.partial), "lape")
+    return Space(cells=tuple({"model.join": join} for join in rows))
 
 
 def paper_table2(base: TrainConfig) -> Space:
@@ -110,8 +143,8 @@ def paper_table2(base: TrainConfig) -> Space:
 
 
 def joins(base: TrainConfig) -> Space:
-    """List every join of the recipe's own position embedding."""
-    found = valid_joins(base.model.position, _joins_of(base.model))
+    """List every join of the recipe's own position embedding, but none that lacks a part of LaPE."""
+    found = valid_joins(base.model.position, _whole_joins(base.model))
     return Space(cells=tuple({"model.join": join} for join in found))
 
 
@@ -138,7 +171,8 @@ def free(base: TrainConfig) -> Space:
 
 
 SPACES: dict[str, Callable[[TrainConfig], Space]] = {
-    function.__name__: function for function in (positions, paper_table7, paper_table2, joins, recipe, free)
+    function.__name__: function
+    for function in (positions, paper_table1, paper_table2, paper_table7, paper_table8, joins, recipe, free)
 }
 
 
@@ -166,7 +200,8 @@ def build_space(name: str, base: TrainConfig, axes: Mapping[str, Axis], fixed: S
         cell for cell in named.cells if all(cell.get(each, current[each]) == current[each] for each in fixed)
     ]
     if not cells:
-        given = " ".join(f"--{each} {current[each]}" for each in fixed if each in NETWORK_AXES)
+        named_fields = set().union(*named.cells)
+        given = " ".join(f"--{each} {current[each]}" for each in fixed if each in named_fields)
         raise ValueError(f"no cell of the space {name} has {given}; leave out one of these options")
     kept = {each: axis for each, axis in named.axes.items() if each not in fixed} | dict(axes)
     space = Space(cells=tuple(cells), axes=kept)
@@ -217,7 +252,17 @@ def label(point: Cell, fields: Sequence[str]) -> str:
 def labels(points: Sequence[Cell]) -> list[str]:
     """Name each point by the fields in which they differ."""
     fields = differing(points) or list(points[0])
+    fields = [each for each in fields if not _told_by_variant(points, each)]
     return [label(point, fields) for point in points]
+
+
+def _told_by_variant(points: Sequence[Cell], field: str) -> bool:
+    """Whether a field is part of what several networks are trained with, each its own, and names none of them."""
+    found: dict[Any, set[Any]] = {}
+    for point in points:
+        found.setdefault(point.get("model.variant"), set()).add(as_text(point.get(field)))
+    own = field not in NETWORK_AXES and field != "model.variant"
+    return own and 1 < len(found) < len(points) and all(len(values) == 1 for values in found.values())
 
 
 def _short(value: Any) -> str:

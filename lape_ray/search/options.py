@@ -7,7 +7,10 @@ from typing import Any
 
 from lape_ray.cli import ConfigParser
 
-SPACES = "positions, paper_table7, paper_table2, joins, recipe, or free (nothing but --space)"
+SPACES = (
+    "positions, paper_table1, paper_table2, paper_table7, paper_table8, joins, recipe, or free (nothing but "
+    "--space)"
+)
 
 
 def parse_search_options(

@@ -133,8 +133,11 @@ def check_plan(plan: Plan) -> None:
         raise ValueError(
             "--run.stop_after_epochs is for single runs; a search is continued by its own command"
         )
-    if plan.base.optim.teacher is None and plan.base.model.variant.endswith("distilled"):
-        raise ValueError("a distilled network needs a teacher: give --optim.teacher")
+    variants = {cell.get("model.variant", plan.base.model.variant) for cell in plan.space.cells}
+    if plan.base.optim.teacher is None and any(variant.endswith("distilled") for variant in variants):
+        raise ValueError(
+            "a distilled network needs a teacher: give --optim.teacher, or --model.variant of another network"
+        )
     if plan.schedule == "pbt":
         _check_population(plan)
 

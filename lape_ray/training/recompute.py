@@ -34,11 +34,11 @@ def optimise_blocks(network: N) -> N:
 
     Parameters and their names stay. Blocks of a kind that `OPTIMISED` does not hold stay as they are.
     """
-    for blocks, num_read in network.stages():
-        for index, block in enumerate(blocks):
-            num_queries = num_read if index == len(blocks) - 1 else None
+    for stage in network.stages():
+        for index, block in enumerate(stage.blocks):
+            num_queries = stage.num_read if index == len(stage.blocks) - 1 else None
             if type(block) in OPTIMISED:
-                blocks[index] = OPTIMISED[type(block)](block, num_queries)
+                stage.blocks[index] = OPTIMISED[type(block)](block, num_queries)
     return network
 
 

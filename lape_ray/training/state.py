@@ -160,9 +160,11 @@ def _build_loader(config: TrainConfig, split: Literal["train", "val"], world: Wo
 def _build_teacher(
     config: TrainConfig, device: torch.device, classes: tuple[str, ...] | None
 ) -> nn.Module | None:
-    if config.optim.teacher is None:
-        return None
     spec = resolve(config.model)
+    if (
+        config.optim.teacher is None or spec.num_prefix < 2
+    ):  # without a distillation token nothing reads its answers
+        return None
     teacher = load_teacher(
         config.optim.teacher,
         num_classes=spec.num_classes,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import cell_id, check_cell, check_golden, check_official, count, perturbed
+from helpers.networks import WHOLE_JOINS, cell_id, check_cell, check_golden, check_official, count, perturbed
 from timm.models.swin_transformer import SwinTransformer
 
 from lape_ray.config import ModelConfig, parse_value
@@ -32,7 +32,8 @@ OFFICIAL: dict[str, dict[str, str]] = {
 CELLS = [
     {"position": position, "join": join, "bias": bias, "bias_join": bias_join, "rotary": rotary}
     for position in ABSOLUTES
-    for join in valid_joins(position, STAGED_JOINS)
+    for join in valid_joins(position, WHOLE_JOINS)
+    if join in STAGED_JOINS
     for bias in BIASES
     for bias_join in valid_bias_joins(bias)
     for rotary in ROTARIES
@@ -151,7 +152,9 @@ def test_position_does_not_grow_with_the_batch() -> None:
 
 @pytest.mark.parametrize("join", ["share", "unshare", "lape_shared"])
 def test_joins_without_a_meaning_are_refused(join: str) -> None:
-    with pytest.raises(ValueError, match=r"several stages.*valid joins of learnable are basic, lape$"):
+    with pytest.raises(
+        ValueError, match=r"several stages.*valid joins of learnable are basic, lape, lape_identity, "
+    ):
         build_model(ModelConfig(**SMALL, join=join))
     with pytest.raises(ValueError, match="nothing to join"):
         build_model(ModelConfig(**SMALL, position="none", join=join))

@@ -42,7 +42,7 @@ from lape_ray.report.position import (
     rotations,
     seen_by_attention,
     split_common_norm,
-    view,
+    views,
 )
 from lape_ray.report.robustness import Few, Robustness, Shifted, shifts_for, sizes_for
 from lape_ray.training.recompute import optimise_blocks
@@ -59,6 +59,12 @@ def network(**kwargs: object) -> VisionTransformer:
             if "norm" in name or "table" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model.eval()
+
+
+def view(*given: Any, **named: Any) -> PositionView:
+    """The view of a network of one stage."""
+    (one,) = views(*given, **named)
+    return one
 
 
 def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -140,7 +146,7 @@ def test_a_hand_made_embedding_gives_its_known_correlation() -> None:
 
 def test_a_zero_row_has_no_correlation() -> None:
     model = build_model(ModelConfig(**TINY, position="sincos2d", join="lape"))  # type: ignore[arg-type]
-    found = correlations(model)
+    (found,) = correlations(model)
     assert found[:, 0].isnan().all()
     assert found[:, 1:, 1:].isfinite().all()
 
@@ -149,27 +155,27 @@ def test_position_is_not_told_where_it_depends_on_the_image() -> None:
     model = build_model(ModelConfig(variant="vit_lite_6_4", join="share"))
     with pytest.raises(ValueError, match=r"Compact Transformer.*report joins basic, lape"):
         correlations(model)
-    assert correlations(build_model(ModelConfig(variant="cvt_7_4", join="basic"))).shape == (7, 64, 64)
+    assert correlations(build_model(ModelConfig(variant="cvt_7_4", join="basic")))[0].shape == (7, 64, 64)
 
 
 def test_bias_maps_are_the_tables_offsets() -> None:
     model = network(position="none", bias="relative2d")
-    table, maps = model.bias.table.table_LRH, biases(model)
+    table, (maps,) = model.bias.table.table_LRH, biases(model)
     assert maps.shape == (3, 2, 16, 16)
     for query, key in ((0, 15), (5, 6), (9, 2)):
         rows, columns = query // 4 - key // 4 + 3, query % 4 - key % 4 + 3
         torch.testing.assert_close(maps[:, :, query, key], table[:, rows * 7 + columns])
-    assert biases(network()) is None
+    assert biases(network()) == [None]
 
 
 def test_rotation_of_a_patch_against_itself_is_one() -> None:
-    found = rotations(network(position="none", rotary="axial"))
+    (found,) = rotations(network(position="none", rotary="axial"))
     torch.testing.assert_close(found.diagonal(dim1=1, dim2=2), torch.ones(3, 16))
     frequency = 100.0 ** (
         -torch.arange(0, 16, 4) / 16
     )  # one column to the right: only x turns, half of the channels
     torch.testing.assert_close(found[0, 0, 1], (frequency.cos().sum() + 4) / 8)
-    assert rotations(network()) is None
+    assert rotations(network()) == [None]
 
 
 # --- how strongly ---------------------------------------------------------------------------------------------
@@ -191,7 +197,7 @@ def test_strength_of_the_first_layer_by_hand(variant: str) -> None:
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     for join in ("basic", "lape"):
         model = network(variant=variant, join=join)
-        strength = measure_strength(model, images)
+        (strength,) = measure_strength(model, images)
         x, block, w = model._tokens(images), model.blocks[0], model.pos_embed
         if join == "lape":
             tokens, position = block.norm1(x), layer_norm(w, model.join.norms[0])
@@ -222,7 +228,7 @@ def test_the_position_part_of_the_stream_is_exact_in_every_layer(variant: str) -
     model.patch_embed.proj.bias.zero_()
     seen: list[Tensor] = []
     model.blocks[2].attn.qkv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    strength = measure_strength(model, torch.randn(2, 3, 16, 16))
+    (strength,) = measure_strength(model, torch.randn(2, 3, 16, 16))
     if variant == "deit_tiny":
         torch.testing.assert_close(seen[0][0], seen_by_attention(model)[2])
     else:  # the norm on the stream scales rows: same directions, and its own size
@@ -235,17 +241,17 @@ def test_the_position_part_of_the_stream_is_exact_in_every_layer(variant: str) -
 def test_strength_is_that_of_the_plain_blocks(variant: str, join: str) -> None:
     """A checkpoint is opened with optimised blocks, whose norms and last layer are called in another way."""
     images = torch.randn(3, 3, 16, 16)
-    plain = measure_strength(network(variant=variant, join=join), images)
-    optimised = measure_strength(optimise_blocks(network(variant=variant, join=join)), images)
+    (plain,) = measure_strength(network(variant=variant, join=join), images)
+    (optimised,) = measure_strength(optimise_blocks(network(variant=variant, join=join)), images)
     torch.testing.assert_close(optimised.norm_ratio_LN, plain.norm_ratio_LN)
     torch.testing.assert_close(optimised.moved_LN, plain.moved_LN, rtol=1e-4, atol=1e-6)
 
 
 def test_without_position_nothing_moves() -> None:
-    strength = measure_strength(network(position="none"), torch.randn(2, 3, 16, 16))
+    (strength,) = measure_strength(network(position="none"), torch.randn(2, 3, 16, 16))
     assert strength.norm_ratio_LN is None
     assert strength.moved_LN.abs().max() == 0
-    moved = measure_strength(network(position="none", bias="alibi2d"), torch.randn(2, 3, 16, 16)).moved_LN
+    moved = measure_strength(network(position="none", bias="alibi2d"), torch.randn(2, 3, 16, 16))[0].moved_LN
     assert (moved[:, 1:] > 0.01).all()
     assert moved[:, 0].abs().max() == 0, "ALiBi gives the class token no bias"
 
@@ -418,7 +424,7 @@ def test_a_training_is_followed_over_restarts(tmp_path: Path) -> None:
     run, seen = str(tmp_path / "run"), {}
     for epoch in (2, 4, 8):
         one = view(network(join="lape"), label="a")
-        what, seen[epoch] = progress.training_maps(one)
+        what, seen[epoch] = progress.training_maps([one])
         progress.remember(run, epoch, seen[epoch])
     maps = progress.recall(run, range(2, 11, 2))
     assert list(maps) == [2, 4, 8]
@@ -429,10 +435,13 @@ def test_a_training_is_followed_over_restarts(tmp_path: Path) -> None:
 
 
 def test_a_training_without_token_embedding_shows_what_there_is() -> None:
-    what, maps_LYX = progress.training_maps(view(network(position="none", bias="relative2d"), label="r"))
-    assert (what.partition(",")[0], maps_LYX.shape) == ("bias on the attention logits", (3, 4, 4))
-    what, maps_LYX = progress.training_maps(view(network(position="none", rotary="axial"), label="r"))
-    assert (what.partition(" of")[0], maps_LYX.shape) == ("mean cosine", (3, 4, 4))
+    what, maps = progress.training_maps(views(network(position="none", bias="relative2d"), label="r"))
+    assert (what.partition(",")[0], [one.shape for one in maps]) == (
+        "bias on the attention logits",
+        [(4, 4)] * 3,
+    )
+    what, maps = progress.training_maps(views(network(position="none", rotary="axial"), label="r"))
+    assert (what.partition(" of")[0], [one.shape for one in maps]) == ("mean cosine", [(4, 4)] * 3)
 
 
 def test_a_figure_is_the_same_bytes_twice() -> None:

@@ -18,10 +18,10 @@ from helpers.simulated_tune import KilledError, Simulation, session_of
 from ray.tune.experiment import Trial as TuneTrial
 
 from lape_ray.cli import parse
-from lape_ray.config import what_is_learned
-from lape_ray.recipes import recipe
+from lape_ray.config import flatten, what_is_learned
+from lape_ray.recipes import TABLE1, recipe
 from lape_ray.report.statistics import Estimate
-from lape_ray.search.cells import SPACES, build_space
+from lape_ray.search.cells import SPACES, build_space, check_point, labels
 from lape_ray.search.command import listing, plan_of
 from lape_ray.search.live import Display
 from lape_ray.search.page import write_report
@@ -109,10 +109,41 @@ def test_named_spaces_hold_what_they_say() -> None:
     assert {cell["model.bias"] for cell in fixed.cells} == {"none"}
 
 
+def test_the_papers_table_1_trains_each_row_as_its_recipe() -> None:
+    made = plan_of(
+        space="paper_table1", recipe="deit_tiny_lape", axes=[], overrides={"optim.teacher": "a teacher"}
+    )
+    assert made.points == len(made.space.cells) == len(set(labels(made.space.points()))) == 26
+    for name, point in zip(TABLE1, made.space.points(), strict=True):
+        wanted, found = flatten(recipe(name)), flatten(check_point(made.base, point))
+        apart = {each for each, value in wanted.items() if found[each] != value}
+        assert apart <= {"recipe", "optim.teacher", "optim.cooldown_epochs"}, name
+    assert labels(made.space.points())[6] == "variant=deit_tiny_distilled learnable basic"
+    some = plan_of(
+        space="paper_table1", recipe="swin_tiny_rpe", axes=[], overrides={"model.variant": "swin_tiny"}
+    )
+    assert labels(some.space.points()) == [
+        "relative2d", "learnable basic", "learnable lape", "learnable lape relative2d",
+    ]  # fmt: skip
+
+
+def test_the_papers_table_8_takes_a_layer_norm_apart() -> None:
+    for name in ("deit_tiny_lape", "swin_tiny_lape"):
+        cells = build_space("paper_table8", recipe(name), {}).cells
+        assert [cell["model.join"] for cell in cells] == [
+            "basic", "lape_identity", "lape_scalar", "lape_gamma", "lape_affine", "lape_norm", "lape_scalar_norm",
+            "lape_gamma_norm", "lape",
+        ]  # fmt: skip
+
+
 BAD_PLANS: list[tuple[dict[str, object], str]] = [
     ({"space": "everything"}, "space 'everything' is not known; known spaces are positions"),
     ({"space": "free"}, "a single cell, so there is nothing to search: fix fewer fields, or add an axis such as"),
     ({"space": "joins", "overrides": {"model.position": "none"}}, "a single cell"),
+    ({"space": "paper_table1", "axes": []}, "goes over recipes and is of one of them, such as deit_tiny_lape; this"),
+    ({"space": "paper_table1", "recipe": "deit_tiny_lape", "axes": []}, "needs a teacher: give --optim.teacher"),
+    ({"space": "paper_table1", "recipe": "deit_tiny_lape", "axes": [], "overrides": {"data.batch_size": 9}},
+     "no cell of the space paper_table1 has --data.batch_size 9; leave out"),
     ({"overrides": {"optim.lr": 1e-3}}, "both fixed by --optim.lr and searched by --space optim.lr; leave out one"),
     ({"space": "joins", "axes": ["model.join=choice(basic,lape)"]}, "goes over model.join itself; leave out --space"),
     ({"axes": ["model.position=choice(none,learnable)", "model.join=choice(basic,lape)"]},

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_ray.model.position.absolute import AbsoluteKind
@@ -23,6 +24,8 @@ class Join(nn.Module):
     per_layer: ClassVar[bool] = False
     staged: ClassVar[bool] = False
     """Whether it is defined for a network of several stages, between which grid and width change."""
+    partial: ClassVar[bool] = False
+    """Whether it lacks a part of LaPE, to show what that part does; spaces of all joins leave it out."""
 
     def __init__(self, layout: Layout, kind: AbsoluteKind, *, eps: float) -> None:
         super().__init__()
@@ -86,12 +89,17 @@ class Lape(Join):
     """
 
     staged = True
+    normalised: ClassVar[bool] = True
 
     def __init__(self, layout: Layout, kind: AbsoluteKind, *, eps: float) -> None:
         super().__init__(layout, kind, eps=eps)
-        self.norms = _norms(layout, eps)
-        self.zero_rows = kind.zero_prefix and layout.num_prefix > 0
+        self.norms = self.make_norms(layout, eps)
+        self.zero_rows = self.normalised and kind.zero_prefix and layout.num_prefix > 0
         self.eps = eps
+
+    def make_norms(self, layout: Layout, eps: float) -> nn.ModuleList:
+        """Make LN_l of every layer."""
+        return _norms(layout, eps)
 
     def forward(self, w_TND: Tensor) -> list[LayerPosition]:
         layers = []
@@ -108,6 +116,85 @@ class Lape(Join):
         return torch.where(degenerate_TN1, w_TND.detach(), w_TND)
 
 
+class PartialNorm(nn.Module):
+    """Some parts of a LayerNorm, weight * (x - mean) / deviation + bias, under the names that they have in a whole one.
+
+    Args:
+        weights: how many gains, which begin at 1: 0, 1 for all channels, or one for each of `dim`.
+        bias: whether a shift is added, which begins at 0.
+    """
+
+    def __init__(self, dim: int, *, eps: float, normalised: bool, weights: int, bias: bool) -> None:
+        super().__init__()
+        self.dim, self.eps, self.normalised = dim, eps, normalised
+        self.weight = nn.Parameter(torch.ones(weights)) if weights else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, w_TND: Tensor) -> Tensor:
+        if self.normalised:
+            w_TND = F.layer_norm(w_TND, (self.dim,), eps=self.eps)
+        if self.weight is not None:
+            w_TND = w_TND * self.weight
+        return w_TND if self.bias is None else w_TND + self.bias
+
+
+class PartialLape(Lape):
+    """LaPE with a part of LN_l for the whole of it: the rows of the paper's table 8, for w_l = f(w_{l-1})."""
+
+    partial = True
+    scaled: ClassVar[str] = "no"
+    """By "no" gain, by a "scalar" one for each layer, or by a "vector" of one for each channel."""
+    shifted: ClassVar[bool] = False
+
+    def make_norms(self, layout: Layout, eps: float) -> nn.ModuleList:
+        dim = layout.embed_dim
+        weights = {"no": 0, "scalar": 1, "vector": dim}[self.scaled]
+        return nn.ModuleList(
+            PartialNorm(dim, eps=eps, normalised=self.normalised, weights=weights, bias=self.shifted)
+            for _ in range(layout.depth)
+        )
+
+
+class LapeIdentity(PartialLape):
+    """Attention reads LN_x(x) + w, the same w in every layer."""
+
+    normalised = False
+
+
+class LapeScalar(LapeIdentity):
+    """w_l = g_l w_{l-1}, with one g_l for all channels."""
+
+    scaled = "scalar"
+
+
+class LapeGamma(LapeIdentity):
+    """w_l = gamma_l w_{l-1}, with one gamma for each channel."""
+
+    scaled = "vector"
+
+
+class LapeAffine(LapeGamma):
+    """w_l = gamma_l w_{l-1} + beta_l."""
+
+    shifted = True
+
+
+class LapeNorm(PartialLape):
+    """w_l = Norm(w_{l-1}): the mean of each row subtracted, and the rest divided by its deviation."""
+
+
+class LapeScalarNorm(LapeNorm):
+    """w_l = g_l Norm(w_{l-1}), with one g_l for all channels."""
+
+    scaled = "scalar"
+
+
+class LapeGammaNorm(LapeNorm):
+    """w_l = gamma_l Norm(w_{l-1}), with one gamma for each channel."""
+
+    scaled = "vector"
+
+
 def _norms(layout: Layout, eps: float) -> nn.ModuleList:
     """Make LN_w,l of every layer."""
     return nn.ModuleList(nn.LayerNorm(layout.embed_dim, eps=eps) for _ in range(layout.depth))
@@ -119,4 +206,11 @@ JOINS: dict[str, type[Join]] = {
     "unshare": Unshare,
     "lape": Lape,
     "lape_shared": LapeShared,
+    "lape_identity": LapeIdentity,
+    "lape_scalar": LapeScalar,
+    "lape_gamma": LapeGamma,
+    "lape_affine": LapeAffine,
+    "lape_norm": LapeNorm,
+    "lape_scalar_norm": LapeScalarNorm,
+    "lape_gamma_norm": LapeGammaNorm,
 }
