@@ -81,7 +81,7 @@ def to_tensor(images: list[Image.Image]) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def photos() -> list[Image.Image]:
     """Eight photographs, 224 wide and 192 high."""
-    return [cut(number, (224, 192)) for number in range(8)]
+    return [cut(number, (224, 192)) for number in range(24, 32)]
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_transforms_equal_timms_on_pillow(name, images):
             if name not in GEOMETRIC:
                 assert error.max() == 0
             elif name == "Rotate" and resample == Image.Resampling.BICUBIC:
-                assert error.max() <= 4 and share < 0.1 and (error > 1).float().mean() < 2e-3
+                assert error.max() <= 4 and share < 0.1 and (error > 1).float().mean() < 1e-3
             else:
                 assert error.max() <= 1 and share < 0.01
 
