@@ -28,6 +28,14 @@ def shared_dir() -> Path:
     return SHARED
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "shared_dir" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("slow"):
+            raise pytest.UsageError(
+                f"{item.nodeid} needs {SHARED}, which clones lack; mark it slow or use tests/data"
+            )
+
+
 @pytest.fixture(scope="session")
 def photograph_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Class folders, each with a JPEG: photographs of all sizes, shapes, colours and codings."""
