@@ -20,10 +20,36 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real photographs, CIFAR-10 and reference outputs that lie beside the checkout; absent elsewhere."""
+    """CIFAR-10 and ImageNet photographs beside the checkout, which may not be copied; for slow tests alone."""
     if not SHARED.is_dir():
-        pytest.skip(f"the development data is not at {SHARED}")
+        pytest.skip(
+            f"CIFAR-10 and ImageNet photographs, which may not be copied here, are not at {SHARED}/data"
+        )
     return SHARED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "shared_dir" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("slow"):
+            raise pytest.UsageError(
+                f"{item.nodeid} needs {SHARED}, which clones lack; mark it slow or use tests/data"
+            )
+
+
+@pytest.fixture(scope="session")
+def photograph_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders, each with a JPEG: photographs of all sizes, shapes, colours and codings."""
+    from helpers.photographs import write_photographs
+
+    return write_photographs(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(scope="session")
+def thumbnail_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs of 32 x 32 pixels in parquet shards, train and test, as hubs have CIFAR-10."""
+    from helpers.photographs import write_thumbnails
+
+    return write_thumbnails(tmp_path_factory.mktemp("thumbnails"))
 
 
 @pytest.fixture(scope="module")

@@ -273,4 +273,6 @@ def test_help_is_instant_and_needs_no_heavy_import(job: str) -> None:
         times.append(time.perf_counter() - start)
         assert done.returncode == 0, done.stderr
         assert "usage:" in done.stdout
-    assert min(times) < 1
+        if times[-1] < 1:
+            return  # once is enough: the machine may have been busy
+    raise AssertionError(f"--help took {min(times):.1f} s")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers.commands import run_here
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -49,7 +48,7 @@ NAMES = [
 def test_a_command_is_understood(job: str, words: str) -> None:
     """Run the exact command with an option that ends it before it works on data; `--help` hides unknown options."""
     given, end = shlex.split(words), SHORT.get(Path(job).name, "--help")
-    done = subprocess.run([sys.executable, str(ROOT / job), *given, end], capture_output=True, text=True)
+    done = run_here(job, *given, end)
     assert done.returncode == 0, done.stderr
     if end == "--help":
         named = {word.partition("=")[0] for word in given if word.startswith("--")}

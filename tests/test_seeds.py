@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -83,34 +81,35 @@ def test_the_table_pairs_seeds() -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_record_that_was_cut_off_is_completed(tmp_path: Path) -> None:
-    """As a command: two trainings at once, then one seed more, and the first are not trained again."""
+def test_a_record_that_was_cut_off_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two trainings at once, then one seed more, and the first are not trained again."""
     command = [
-        sys.executable,
-        str(ROOT / "benchmarks/seeds.py"),
+        "seeds.py",
         "digits",
         "--test=val",
         "--epochs=1",
         "--at-once=2",
+        f"--json={tmp_path / 'x.json'}",
     ]
-    command += [f"--json={tmp_path / 'x.json'}", *(f"--{name}={value}" for name, value in TINY.items())]
-    environment = {"LAPE_RAY_HOME": str(tmp_path), "PATH": "/usr/bin", "PYTHONPATH": str(ROOT)}
+    command += [f"--{name}={value}" for name, value in TINY.items()]
+    monkeypatch.setenv("LAPE_RAY_HOME", str(tmp_path))
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, *words], capture_output=True, text=True, env=environment)
+    def run(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", [*command, *words])
+        seeds.main()
+        return capsys.readouterr().err
 
-    first = run("--seeds=1")
-    assert first.returncode == 0, first.stderr
+    run("--seeds=1")
     before = json.loads((tmp_path / "x.json").read_text())["sections"]["runs"]
     assert [row["seed"] for row in before] == [121, 121]
     assert {row["recipe"] for row in before} == {"vit_lite_7_4_basic", "vit_lite_7_4_lape"}
     assert all(len(row["acc1_by_epoch"]) == 1 for row in before)
     second = run("--seeds=2")
-    assert second.returncode == 0, second.stderr
     after = json.loads((tmp_path / "x.json").read_text())["sections"]["runs"]
     assert after[:2] == before
     assert [row["seed"] for row in after[2:]] == [122, 122]
-    assert "3 of 4: vit_lite_7_4" in second.stderr
-    other = run("--seeds=2", "--optim.lr=1")
-    assert other.returncode == 2
-    assert "holds trainings with another overrides" in other.stderr
+    assert "3 of 4: vit_lite_7_4" in second
+    with pytest.raises(ValueError, match="holds trainings with another overrides"):
+        run("--seeds=2", "--optim.lr=1")

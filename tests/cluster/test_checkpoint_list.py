@@ -335,7 +335,7 @@ def test_a_kill_between_any_two_requests_to_s3(tmp_path: Path, monkeypatch: pyte
 def test_a_disk_that_is_full_at_any_moment_loses_nothing(run: Path, tmp_path: Path) -> None:
     """A small disk of every size at which a session fails, until one where it does not; then there is space again."""
     if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
+        pytest.skip("needs root, to mount a small file system")
     disk, failures = tmp_path / "disk", set[str]()
     disk.mkdir()
     for pages in range(10, 200):

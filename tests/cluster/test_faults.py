@@ -210,7 +210,7 @@ def test_a_hung_worker(service: Service, capfd: pytest.CaptureFixture[str]) -> N
 def test_a_full_disk(service: Service, undisturbed: list[float], tmp_path: Path) -> None:
     """One line, a checkpoint that is whole, and a run that goes on once there is space."""
     if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
+        pytest.skip("needs root, to mount a small file system")
     small = tmp_path / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], check=True)

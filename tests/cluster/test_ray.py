@@ -12,6 +12,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from helpers.commands import run_here
 from helpers.service import Service, alone
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -114,12 +115,11 @@ def test_a_relative_store_is_the_drivers(
 def test_evaluate_agrees_with_the_run(service: Service, submitted: subprocess.CompletedProcess[str]) -> None:
     found = re.search(r"best checkpoint: (\S+)", submitted.stdout)
     assert found
-    command = [sys.executable, str(ROOT / "jobs/evaluate.py"), found[1]]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_here("jobs/evaluate.py", found[1])
     assert done.returncode == 0, done.stderr
     run = service.run_of(submitted.stdout)
     assert f"160 images  top-1 {run.data.metrics['val/acc1']:.3f}" in done.stdout
-    mixed = subprocess.run([*command, "--model.join=basic"], capture_output=True, text=True)
+    mixed = run_here("jobs/evaluate.py", found[1], "--model.join=basic")
     assert mixed.returncode == 2
     assert f"error: {found[1]}: the checkpoint is of another model: unknown join.norms.0" in mixed.stderr
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import io
 import math
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from helpers.photographs import cut
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy import stats
 
@@ -79,22 +79,18 @@ def to_tensor(images: list[Image.Image]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def photos(shared_dir: Path) -> list[Image.Image]:
-    """Eight ImageNet photographs, 224 wide and 192 high."""
-    paths = sorted((shared_dir / "data/imagenet-sample").rglob("*.JPEG"))[::25]
-    return [Image.open(path).convert("RGB").resize((224, 192), Image.Resampling.BICUBIC) for path in paths]
+def photos() -> list[Image.Image]:
+    """Eight photographs, 224 wide and 192 high."""
+    return [cut(number, (224, 192)) for number in range(24, 32)]
 
 
 @pytest.fixture(scope="module")
-def cifar(shared_dir: Path) -> list[Image.Image]:
-    """64 CIFAR-10 images, 32 px."""
-    parquet = pytest.importorskip("pyarrow.parquet")
-    table = parquet.ParquetFile(shared_dir / "data/cifar10/test-00000-of-00001.parquet")
-    rows = next(table.iter_batches(batch_size=64, columns=["image"]))["image"].to_pylist()
-    return [Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in rows]
+def thumbnails() -> list[Image.Image]:
+    """64 photographs, 32 px."""
+    return [cut(number, (32, 32)) for number in range(64)]
 
 
-@pytest.fixture(params=["photos", "cifar"])
+@pytest.fixture(params=["photos", "thumbnails"])
 def images(request: pytest.FixtureRequest) -> list[Image.Image]:
     return request.getfixturevalue(request.param)
 
@@ -410,12 +406,12 @@ def as_pillow(layer: Layer, i: int, image: Image.Image) -> Image.Image:
         ColorJitter((0.4, 0.4, 0.4, 0.2), seed=0),
     ],
 )
-def test_chains_of_operations_equal_pillows(policy, cifar):
+def test_chains_of_operations_equal_pillows(policy, thumbnails):
     layers = policy.draw(epoch=4, epoch_index=np.arange(64))
-    expected = list(cifar)
+    expected = list(thumbnails)
     for layer in layers:
         expected = [as_pillow(layer, i, image) for i, image in enumerate(expected)]
-    error = difference(run_layers(layers, to_tensor(cifar)), expected)
+    error = difference(run_layers(layers, to_tensor(thumbnails)), expected)
     if isinstance(policy, ColorJitter):
         assert error.max() == 0
     else:
@@ -589,8 +585,8 @@ def build(data: DataConfig | str, size: tuple[int, int], seed: int = 0, fused: b
     return Augment(policies, erasing, image_size=size, mean=MEAN, std=STD, fused=fused)
 
 
-def test_without_augmentation_it_normalises(cifar):
-    x = to_tensor(cifar)
+def test_without_augmentation_it_normalises(thumbnails):
+    x = to_tensor(thumbnails)
     got = build(NONE, (32, 32))(x, epoch=0, epoch_index=np.arange(64))
     expected = (x.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     assert got.dtype == torch.float32 and got.is_contiguous(memory_format=torch.channels_last)
@@ -627,8 +623,8 @@ def test_what_comes_from_outside_has_the_mean_colour():
     torch.testing.assert_close(outside, expected.expand_as(outside), rtol=0, atol=2e-6)
 
 
-def test_epoch_seed_and_index_each_change_the_result(cifar):
-    x, epoch_index = to_tensor(cifar), np.arange(64)
+def test_epoch_seed_and_index_each_change_the_result(thumbnails):
+    x, epoch_index = to_tensor(thumbnails), np.arange(64)
     results = [
         build(EVERYTHING, (32, 32), seed)(x, epoch=epoch, epoch_index=epoch_index + offset)
         for seed, epoch, offset in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1000))
@@ -639,8 +635,8 @@ def test_epoch_seed_and_index_each_change_the_result(cifar):
 
 
 @pytest.mark.parametrize("spec", [DEIT, DEIT_III, EVERYTHING], ids=["deit", "deit_iii", "everything"])
-def test_strides_of_the_input_do_not_matter_and_it_is_not_changed(spec, cifar):
-    x = to_tensor(cifar)[:, :, :, :24]  # higher than wide
+def test_strides_of_the_input_do_not_matter_and_it_is_not_changed(spec, thumbnails):
+    x = to_tensor(thumbnails)[:, :, :, :24]  # higher than wide
     augment, epoch_index = build(spec, (32, 24)), np.arange(64)
     assert not x.is_contiguous(memory_format=torch.channels_last)
     before = x.clone()
@@ -725,11 +721,11 @@ def test_the_package_needs_only_torch_and_numpy():
     }  # the last in a module that only GPUs need
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("spec", [DEIT, DEIT_III, EVERYTHING], ids=["deit", "deit_iii", "everything"])
-def test_a_gpu_gives_the_cpus_images_and_is_never_waited_for(spec, fused, cifar):
-    x, epoch_index = to_tensor(cifar), np.arange(64)
+def test_a_gpu_gives_the_cpus_images_and_is_never_waited_for(spec, fused, thumbnails):
+    x, epoch_index = to_tensor(thumbnails), np.arange(64)
     expected = build(spec, (32, 32))(x, epoch=0, epoch_index=epoch_index)
     augment = build(spec, (32, 32), fused=fused)
     on_gpu = x.cuda()

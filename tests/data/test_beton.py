@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.commands import Done, run_here
 from PIL import Image
 
 from lape_ray.data.beton import Manifest, check_beton, manifest_path, read_contents, write_beton
@@ -79,9 +80,13 @@ def test_layout_is_ffcvs() -> None:
 
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "process_cache"])
 def test_stock_ffcv_reads_it(
-    os_cache: bool, shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    os_cache: bool,
+    photograph_folder: Path,
+    thumbnail_shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Photographs as original bytes, and CIFAR-10 as pixels, through FFCV's unchanged Loader."""
+    """Photographs as original bytes, and thumbnails as pixels, through FFCV's unchanged Loader."""
     import cv2
     import torch
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, SimpleRGBImageDecoder
@@ -98,13 +103,13 @@ def test_stock_ffcv_reads_it(
         batches = [(images.copy(), labels.clone()) for images, labels in loader]
         return np.concatenate([b[0] for b in batches]), np.concatenate([b[1] for b in batches])[:, 0]
 
-    cifar = select(open_source(str(shared_dir / "data" / "cifar10"), "test"), "per-class:20")
-    assert write_beton(cifar, tmp_path / "c.beton", workers=1).stored == {"raw": 200}
+    thumbnails = select(open_source(str(thumbnail_shards), "test"), "per-class:20")
+    assert write_beton(thumbnails, tmp_path / "c.beton", workers=1).stored == {"raw": 200}
     images, labels = stock(tmp_path / "c.beton", SimpleRGBImageDecoder())
-    assert np.array_equal(labels, cifar.labels_N)
-    assert all(np.array_equal(images[i], np.asarray(cifar.read(i))) for i in range(200))
+    assert np.array_equal(labels, thumbnails.labels_N)
+    assert all(np.array_equal(images[i], np.asarray(thumbnails.read(i))) for i in range(200))
 
-    photographs = image_folder(shared_dir / "data" / "imagenet-sample")
+    photographs = image_folder(photograph_folder)
     manifest = write_beton(photographs, tmp_path / "p.beton", workers=1)
     assert manifest.stored == {"jpeg": 3, "original_jpeg": 197}
     images, labels = stock(tmp_path / "p.beton", CenterCropRGBImageDecoder((64, 64), 1.0))
@@ -117,7 +122,7 @@ def test_stock_ffcv_reads_it(
         square = np.asarray(image)[top : top + side, left : left + side]
         expected = cv2.resize(square, (64, 64), interpolation=cv2.INTER_AREA)
         errors.append(np.abs(images[i].astype(int) - expected).mean())
-    assert np.max(errors) < 1.6  # of 255: FFCV's inverse DCT is fast rather than accurate
+    assert np.max(errors) < 2.2  # of 255: FFCV's inverse DCT is fast rather than accurate
     torch.set_num_threads(threads)
 
 
@@ -164,8 +169,8 @@ def test_resize_bounds_the_longest_side(folder: Path, tmp_path: Path) -> None:
     assert write_beton(source, path, max_size=90, workers=1).stored == {"jpeg": 5, "raw": 1}
 
 
-def test_bytes_do_not_depend_on_workers(shared_dir: Path, tmp_path: Path) -> None:
-    source = image_folder(shared_dir / "data" / "imagenet-sample")
+def test_bytes_do_not_depend_on_workers(photograph_folder: Path, tmp_path: Path) -> None:
+    source = image_folder(photograph_folder)
     seen: list[tuple[int, int]] = []
     one = write_beton(source, tmp_path / "1.beton", max_size=100, workers=1)
     two = write_beton(
@@ -398,11 +403,8 @@ def test_places_and_labels_that_no_file_has(copy: Path) -> None:
         open_source(str(copy))
 
 
-def run_job(*arguments: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *options, str(ROOT / "jobs" / "write_beton.py"), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+def run_job(*arguments: str | Path) -> Done:
+    return run_here("jobs/write_beton.py", *arguments)
 
 
 def test_job_writes_and_verifies(folder: Path, tmp_path: Path) -> None:
@@ -426,7 +428,10 @@ def test_job_writes_and_verifies(folder: Path, tmp_path: Path) -> None:
 
 
 def test_job_help_is_instant_and_errors_are_one_line(tmp_path: Path) -> None:
-    done = run_job("--help", options=("-X", "importtime"))
+    command = [sys.executable, "-X", "importtime", str(ROOT / "jobs/write_beton.py"), "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert "holdout:N" in done.stdout
     assert not [
         name for name in ("numpy", "torch", "ffcv", "PIL") if f"| {name}\n" in done.stderr.replace("  ", "")

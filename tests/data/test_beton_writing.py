@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.photographs import cut
 from PIL import Image
 
 from lape_ray.data.beton import (
@@ -30,7 +31,7 @@ from lape_ray.data.beton import (
 )
 from lape_ray.data.beton.journal import open_journal
 from lape_ray.data.beton.writer import PART_SAMPLES
-from lape_ray.data.sources import Source, digits, open_source, select
+from lape_ray.data.sources import Source, digits, open_source
 from lape_ray.data.sources.beton import beton_images
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -155,15 +156,17 @@ def test_one_writer_at_a_time(source: Source, tmp_path: Path) -> None:
     assert write_beton(source, path, workers=1).num_samples == MANY
 
 
-def test_a_killed_writer_goes_on(shared_dir: Path, tmp_path: Path) -> None:
-    """SIGKILL of the job and its processes, seconds into CIFAR-10; then the same command again."""
+def test_a_killed_writer_goes_on(thumbnail_shards: Path, tmp_path: Path) -> None:
+    """SIGKILL of the job and its processes after some of the parts; then the same command again."""
     job = ROOT / "jobs" / "write_beton.py"
-    arguments = [str(shared_dir / "data" / "cifar10"), str(tmp_path / "x.beton"), "--split", "train"]
-    arguments += ["--subset", "per-class:1000", "--mode", "jpg", "--workers", "2"]
+    arguments = [str(thumbnail_shards), str(tmp_path / "x.beton"), "--split", "train"]
+    arguments += ["--mode", "jpg", "--workers", "2"]
     slow = textwrap.dedent(f"""
-        import runpy, sys
+        import runpy, sys, time
         from lape_ray.data.beton import journal
-        journal.COMMIT_SECONDS = 0.2  # there is little to write here
+        journal.COMMIT_SECONDS = 0
+        add = journal.Journal.add
+        journal.Journal.add = lambda self, entry: (add(self, entry), time.sleep(0.3))  # there is little to write
         sys.argv = {["write_beton.py", *arguments]!r}
         runpy.run_path({str(job)!r}, run_name="__main__")
     """)
@@ -182,8 +185,7 @@ def test_a_killed_writer_goes_on(shared_dir: Path, tmp_path: Path) -> None:
     )
     assert again.returncode == 0, again.stderr
     assert "continuing after" in again.stderr
-    cifar = select(open_source(arguments[0], "train"), "per-class:1000")
-    whole = write_beton(cifar, tmp_path / "y.beton", mode="jpg", workers=2)
+    whole = write_beton(open_source(arguments[0], "train"), tmp_path / "y.beton", mode="jpg", workers=2)
     assert check_beton(tmp_path / "x.beton").sha256 == whole.sha256
 
 
@@ -266,14 +268,12 @@ def test_shards_of_other_classes_are_refused(source: Source, tmp_path: Path) -> 
         check_beton(path)
 
 
-def test_a_file_of_ffcvs_own_writer_is_a_source(tmp_path: Path, shared_dir: Path) -> None:
+def test_a_file_of_ffcvs_own_writer_is_a_source(tmp_path: Path) -> None:
     """Rewritten without loss: the same coefficients with restart markers, checksums and a manifest."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    photographs = sorted((shared_dir / "data" / "imagenet-sample").glob("*/*.JPEG"))[:12]
-    pictures = [np.asarray(Image.open(file).convert("RGB")) for file in photographs]
-    dataset = [(picture, label) for label, picture in enumerate(pictures)]
+    dataset = [(np.asarray(cut(number, (500 - number, 300 + 9 * number))), number) for number in range(12)]
     fields = {
         "image": RGBImageField(write_mode="jpg", max_resolution=300, jpeg_quality=90),
         "label": IntField(),

@@ -25,10 +25,10 @@ INDEX = 0xFFFFFFFF
 
 
 @pytest.fixture(scope="module")
-def data(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+def data(photograph_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     """60 photographs, one of each class, then 140 ramps (red grows to the right, green downwards) of one class."""
     root = tmp_path_factory.mktemp("data")
-    for folder in sorted((shared_dir / "data" / "imagenet-sample").iterdir())[:PHOTOGRAPHS]:
+    for folder in sorted(photograph_folder.iterdir())[:PHOTOGRAPHS]:
         (root / "images").mkdir(exist_ok=True)
         (root / "images" / folder.name).symlink_to(folder)
     (root / "images" / "ramps").mkdir()
@@ -289,7 +289,7 @@ def test_bad_arguments(data: DataConfig, tmp_path: Path) -> None:
         build_loader(dataclasses.replace(data, train=str(cut)), "train", **options)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_gpu_batches_survive_a_host_that_runs_ahead(train: Loader) -> None:
     """Every copy is queued behind long work, so a buffer reused too early would show."""
     expected = [images for images, *_ in of_rank(train, 0, 1, 5).epoch(0)]

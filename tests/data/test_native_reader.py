@@ -31,9 +31,9 @@ SIDE = 64
 
 
 @pytest.fixture(scope="module")
-def source(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(photograph_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
     root = tmp_path_factory.mktemp("images")
-    for folder in sorted((shared_dir / "data" / "imagenet-sample").iterdir())[:37]:
+    for folder in sorted(photograph_folder.iterdir())[:37]:
         (root / folder.name).symlink_to(folder)
     return image_folder(root)
 

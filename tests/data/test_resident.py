@@ -54,8 +54,8 @@ def test_a_whole_image_comes_back_as_it_is() -> None:
 
 
 @pytest.fixture(scope="module")
-def source(shared_dir: Path) -> Source:
-    return select(open_source(str(shared_dir / "data" / "cifar10"), "train"), "per-class:13")
+def source(thumbnail_shards: Path) -> Source:
+    return select(open_source(str(thumbnail_shards), "train"), "per-class:13")
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +85,10 @@ def test_batches_are_the_native_backends(data: DataConfig, split: str, rank: int
         assert torch.equal(native, resident)
 
 
-def test_validation_takes_images_of_any_size(shared_dir: Path, tmp_path: Path) -> None:
+def test_validation_takes_images_of_any_size(photograph_folder: Path, tmp_path: Path) -> None:
     from lape_ray.data.sources import image_folder
 
-    folder = sorted((shared_dir / "data" / "imagenet-sample").iterdir())[0].parent
-    source = select(image_folder(folder), "per-class:1")
+    source = select(image_folder(photograph_folder), "per-class:1")
     write_beton(source, tmp_path / "x.beton", max_size=256, workers=2)
     data = DataConfig(train=str(tmp_path / "x.beton"), val=str(tmp_path / "x.beton"))
     resident = dataclasses.replace(data, backend="resident")

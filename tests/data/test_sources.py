@@ -50,9 +50,8 @@ def write_shard(path: Path, images: list[object], labels: list[object], *, image
     return path
 
 
-def test_folder_is_torchvisions(shared_dir: Path) -> None:
-    root = shared_dir / "data" / "imagenet-sample"
-    ours, theirs = image_folder(root), ImageFolder(str(root))
+def test_folder_is_torchvisions(photograph_folder: Path) -> None:
+    ours, theirs = image_folder(photograph_folder), ImageFolder(str(photograph_folder))
     assert list(ours.classes) == theirs.classes
     assert [(ours.name(i), ours.label(i)) for i in range(len(ours))] == theirs.samples
     for i in range(0, len(ours), 20):
@@ -136,17 +135,17 @@ def test_folder_split(tmp_path: Path) -> None:
         open_source(str(tmp_path), "test")
 
 
-def test_cifar10_shards(shared_dir: Path) -> None:
-    source = open_source(str(shared_dir / "data" / "cifar10"), "train")
-    assert len(source) == 50_000
-    assert source.classes[:3] == ("airplane", "automobile", "bird")
-    shard = pq.read_table(shared_dir / "data/cifar10/train-00001-of-00004.parquet")
-    for row in (0, 2999, 12_499):  # first and last of a file, and across row groups
+def test_shards_of_a_hub(thumbnail_shards: Path) -> None:
+    source = open_source(str(thumbnail_shards), "train")
+    assert len(source) == 4 * 260
+    assert source.classes[:3] == ("zero", "one", "two")
+    shard = pq.read_table(thumbnail_shards / "train-00001-of-00004.parquet")
+    for row in (0, 150, 259):  # first and last of a file, and across row groups
         struct = shard.column("image")[row].as_py()
         expected = np.asarray(Image.open(io.BytesIO(struct["bytes"])).convert("RGB"))
-        assert np.array_equal(np.asarray(source.read(12_500 + row)), expected)
-        assert source.label(12_500 + row) == shard.column("label")[row].as_py()
-    assert source.name(12_500).endswith("train-00001-of-00004.parquet row 0")
+        assert np.array_equal(np.asarray(source.read(260 + row)), expected)
+        assert source.label(260 + row) == shard.column("label")[row].as_py()
+    assert source.name(260).endswith("train-00001-of-00004.parquet row 0")
 
 
 def test_shards_of_other_layouts(tmp_path: Path) -> None:
@@ -325,13 +324,13 @@ def test_subsets() -> None:
             select(source, bad)
 
 
-def test_sources_pickle_small(shared_dir: Path) -> None:
-    source = open_source(str(shared_dir / "data" / "cifar10"), "train")
-    part = source.take(slice(20_000, 20_032))
+def test_sources_pickle_small(thumbnail_shards: Path) -> None:
+    source = open_source(str(thumbnail_shards), "train")
+    part = source.take(slice(500, 532))
     sent = pickle.dumps(part)
     assert len(sent) < 4_000
     again = pickle.loads(sent)
-    assert np.array_equal(np.asarray(again.read(3)), np.asarray(source.read(20_003)))
+    assert np.array_equal(np.asarray(again.read(3)), np.asarray(source.read(503)))
 
 
 BIRDS = ("n01514668", "n01514859", "n02012849")

@@ -44,10 +44,9 @@ def sample(key: str, label: object = 0, extension: str = "png") -> list[tuple[st
 
 
 @pytest.fixture(scope="module")
-def shards(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(photograph_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve photographs in three shards; labels before, behind and far from their images."""
-    folder = shared_dir / "data" / "imagenet-sample"
-    source = image_folder(folder)
+    source = image_folder(photograph_folder)
     root = tmp_path_factory.mktemp("shards")
     for shard in range(3):
         images, labels = [], []
@@ -67,8 +66,8 @@ def shards(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_photographs_are_those_of_the_folder(shards: Path, shared_dir: Path) -> None:
-    folder = image_folder(shared_dir / "data" / "imagenet-sample")
+def test_photographs_are_those_of_the_folder(shards: Path, photograph_folder: Path) -> None:
+    folder = image_folder(photograph_folder)
     source = open_source(str(shards))
     assert len(source) == 12
     assert source.labels_N.tolist() == list(range(12))

@@ -28,9 +28,9 @@ DEFAULTS = DataConfig()
 
 
 @pytest.fixture(scope="module")
-def source(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(photograph_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
     root = tmp_path_factory.mktemp("images")
-    for folder in sorted((shared_dir / "data" / "imagenet-sample").iterdir())[:IMAGES]:
+    for folder in sorted(photograph_folder.iterdir())[:IMAGES]:
         (root / folder.name).symlink_to(folder)
     return image_folder(root)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.photographs import cut
 from PIL import Image
 from torchvision.datasets.folder import pil_loader
 
@@ -20,9 +21,8 @@ HEIGHT, WIDTH = 12, 16
 
 
 @pytest.fixture(scope="module")
-def photograph(shared_dir: Path) -> Image.Image:
-    path = sorted((shared_dir / "data" / "imagenet-sample").glob("*/*.JPEG"))[5]
-    return Image.open(path).convert("RGB").resize((WIDTH, HEIGHT))
+def photograph() -> Image.Image:
+    return cut(5, (WIDTH, HEIGHT))
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:

@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import yaml
 from helpers import manifests
+from helpers.commands import run_here
 from helpers.manifests import K8S, ROOT, Resource, operator_errors, pod_errors, pods, render
 
 from lape_ray.config import TrainConfig
@@ -78,11 +79,9 @@ def test_the_validator_finds_a_wrong_field() -> None:
 
 
 @pytest.fixture(scope="module")
-def schemas(shared_dir: Path) -> dict[str, Any]:
-    files = {"RayCluster": "ray.io_rayclusters.yaml", "RayJob": "ray.io_rayjobs.yaml"}
+def schemas() -> dict[str, Any]:
     return {
-        kind: jsonschema.Draft202012Validator(manifests.crd_schema(shared_dir / "schemas" / file))
-        for kind, file in files.items()
+        kind: jsonschema.Draft202012Validator(manifests.crd_schema(kind)) for kind in ("RayCluster", "RayJob")
     }
 
 
@@ -345,9 +344,8 @@ def test_an_entrypoint_is_a_job_with_options_that_it_takes(folder: str, name: st
         (line,) = re.findall(r"python (jobs/[^;]+);", words[2])
         words = ["python", *line.replace("$split", "train").split()]
     assert words[0] == "python"
-    job = ROOT / words[1]
-    options = ["--dump"] if job.name == "imagenet_deit.py" else ["--help"]
-    done = subprocess.run([sys.executable, str(job), *words[2:], *options], capture_output=True, text=True)
+    options = ["--dump"] if words[1] == "jobs/imagenet_deit.py" else ["--help"]
+    done = run_here(*words[1:], *options)
     assert done.returncode == 0, done.stderr
 
 

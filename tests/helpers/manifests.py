@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import io
 import json
+import lzma
 import re
 import subprocess
 import tarfile
@@ -21,6 +22,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 K8S = ROOT / "k8s"
+SCHEMAS = ROOT / "tests" / "data" / "schemas"
 KUBERNETES = "1.34"
 Resource = dict[str, Any]
 
@@ -81,9 +83,10 @@ def containers(pod: Resource) -> list[Resource]:
 # --- schemas of Ray's objects ---------------------------------------------------------------------------------
 
 
-def crd_schema(path: Path) -> Resource:
-    """The schema of a CustomResourceDefinition, made strict: unknown fields are refused, as the API server does."""
-    definition = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)
+def crd_schema(kind: str) -> Resource:
+    """The schema of one of KubeRay's objects, made strict: unknown fields are refused, as the API server does."""
+    with lzma.open(SCHEMAS / f"ray.io_{kind.lower()}s.yaml.xz") as file:
+        definition = yaml.load(file, Loader=yaml.CSafeLoader)
     (version,) = (one for one in definition["spec"]["versions"] if one["name"] == "v1")
     return _strict(copy.deepcopy(version["schema"]["openAPIV3Schema"]))
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from seeds import Recorder
 
 from lape_ray.cluster.local import LocalCluster, executable, local_cluster
 from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.data.beton import write_beton
+from lape_ray.data.sources import digits, select
 from lape_ray.recipes import recipe
 from lape_ray.training.loop import train
 
@@ -90,10 +91,7 @@ def alone(config: TrainConfig, resume_from: Path | None = None) -> Recorder:
 def running_service(home: Path) -> Iterator[Service]:
     """A cluster of two CPUs that this process and those it starts are connected to, until the block ends."""
     for split in ("train", "val"):
-        words = ["digits", str(home / f"{split}.beton"), "--split", split, "--subset", "per-class:16"]
-        subprocess.run(
-            [sys.executable, str(ROOT / "jobs/write_beton.py"), *words], check=True, capture_output=True
-        )
+        write_beton(select(digits(split), "per-class:16"), home / f"{split}.beton", workers=1)
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("LAPE_RAY_HOME", str(home))

@@ -20,6 +20,8 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from helpers.commands import run_here
+from helpers.photographs import write_photographs
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -74,13 +76,9 @@ def weights_file(path: Path, made: TrainConfig) -> Path:
 
 
 @pytest.fixture(scope="module")
-def photographs(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six real photographs in class folders."""
-    root = tmp_path_factory.mktemp("photographs")
-    for path in sorted(shared_dir.glob("data/imagenet-sample/*/*"))[:6]:
-        (root / path.parent.name).mkdir()
-        shutil.copy(path, root / path.parent.name)
-    return root
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six photographs in class folders."""
+    return write_photographs(tmp_path_factory.mktemp("photographs"), count=6)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +276,7 @@ def test_exports_that_cannot_be_are_refused(tmp_path: Path) -> None:
 )
 def test_options_are_refused_before_anything_is_opened(words: tuple[str, ...], reason: str) -> None:
     job, *options = words
-    done = subprocess.run([sys.executable, ROOT / "jobs" / job, *options], capture_output=True, text=True)
+    done = run_here(f"jobs/{job}", *options)
     assert done.returncode == 2
     assert reason in done.stderr
     assert done.stderr.endswith("(--help lists everything)\n")
@@ -326,10 +324,7 @@ def test_predict_names_a_corrupt_image_and_goes_on(photographs: Path, beton: Pat
     (images / "notes.txt").write_text("not an image")
     made = config(DataConfig(val=str(beton)))
     folder = saved_checkpoint(tmp_path / "checkpoint", made)
-    command = [sys.executable, str(ROOT / "jobs/predict.py"), str(folder), str(images)]
-    done = subprocess.run(
-        [*command, f"--csv={tmp_path}/out.csv", "--batch=2"], capture_output=True, text=True
-    )
+    done = run_here("jobs/predict.py", folder, images, f"--csv={tmp_path}/out.csv", "--batch=2")
     assert done.returncode == 1, done.stderr
     assert f"skipped: {torn} cannot be read" in done.stderr
     assert "6 images classified, 1 skipped" in done.stdout

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.networks import CELLS, cell_id, check_cell, check_golden, check_official, count, perturbed
+from helpers.networks import PAIRED_CELLS, cell_id, check_cell, check_golden, check_official, count, perturbed
 from torch import Tensor
 
 from lape_ray.config import ModelConfig
@@ -28,15 +27,15 @@ REFERENCE = {
 
 
 @pytest.mark.parametrize("optimised", [False, True])
-def test_official_outputs_and_gradients(shared_dir: Path, optimised: bool) -> None:
-    check_official(shared_dir / "reference/ceit-learnable-LaPE.safetensors", REFERENCE, optimised=optimised)
+def test_official_outputs_and_gradients(optimised: bool) -> None:
+    check_official("ceit-learnable-LaPE", REFERENCE, optimised=optimised)
 
 
 def test_logits_stay() -> None:
     check_golden("ceit_tiny", ModelConfig(**REFERENCE))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=cell_id)
+@pytest.mark.parametrize("cell", PAIRED_CELLS, ids=cell_id)
 def test_every_cell_trains(cell: dict[str, str]) -> None:
     check_cell(ModelConfig(**SMALL, **cell))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,9 +47,8 @@ def small(**fields: Any) -> Swin:
 
 @pytest.mark.parametrize("optimised", [False, True])
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_official_outputs_and_gradients(shared_dir: Path, name: str, optimised: bool) -> None:
-    path = shared_dir / f"reference/{name}.safetensors"
-    check_official(path, {**REFERENCE, **OFFICIAL[name]}, optimised=optimised)
+def test_official_outputs_and_gradients(name: str, optimised: bool) -> None:
+    check_official(name, {**REFERENCE, **OFFICIAL[name]}, optimised=optimised)
 
 
 @pytest.mark.parametrize("cell", OFFICIAL.values(), ids=OFFICIAL)

@@ -8,15 +8,16 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.commands import run_here
+from helpers.networks import part, read_reference
+from helpers.photographs import write_photographs
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lape_ray.config import DataConfig, ModelConfig, TrainConfig
@@ -469,21 +470,13 @@ REFERENCE_SIZES = {word[2:].split("=")[0]: int(word.split("=")[1]) for word in R
 
 
 @pytest.fixture
-def official(shared_dir: Path, tmp_path: Path) -> Path:
+def official(tmp_path: Path) -> Path:
     """Checkpoints as the official code saves them, and a folder of images."""
     for name in ("learnable-basic", "learnable-LaPE", "2D_RPE-LN"):
-        tensors = load_file(shared_dir / "reference" / f"{name}.safetensors")
-        state = {key.removeprefix("state."): t for key, t in tensors.items() if key.startswith("state.")}
-        torch.save({"model": state}, tmp_path / f"{name}.pth")
-    (tmp_path / "images").mkdir()
-    for path in sorted(shared_dir.glob("data/imagenet-sample/*/*"))[:4]:
-        shutil.copy(path, tmp_path / "images")
+        tensors, _ = read_reference(name)
+        torch.save({"model": part(tensors, "state.")}, tmp_path / f"{name}.pth")
+    write_photographs(tmp_path / "images", count=4)
     return tmp_path
-
-
-def job(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "jobs/position_report.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_the_report_of_official_checkpoints(official: Path) -> None:
@@ -494,7 +487,8 @@ def test_the_report_of_official_checkpoints(official: Path) -> None:
     (official / "out").mkdir()
     for name in ("position_report.html", "bias_7.png", "mine.txt"):
         (official / "out" / name).touch()
-    done = job(*specs, "--out", official / "out", "--images", official / "images", *REFERENCE)
+    options = ["--out", official / "out", "--images", official / "images", *REFERENCE]
+    done = run_here("jobs/position_report.py", *specs, *options)
     assert done.returncode == 0, done.stderr
     assert f"report: {official}/out/position_report.html" in done.stdout
     made = {path.name for path in (official / "out").iterdir()}
@@ -572,7 +566,7 @@ def test_robustness_on_a_few_images(tmp_path: Path) -> None:
 
 
 def test_a_wrong_spec_is_one_line(tmp_path: Path) -> None:
-    done = job("nowhere.pth", "--out", tmp_path / "out")
+    done = run_here("jobs/position_report.py", "nowhere.pth", "--out", tmp_path / "out")
     assert (done.returncode, done.stderr.count("error: "), "Traceback" in done.stderr) == (2, 1, False)
 
 
@@ -602,7 +596,7 @@ def test_labels_are_unique_and_indices_are_spread(official: Path) -> None:
 
 @pytest.mark.skipif(
     shutil.which("chromium-headless-shell") is None and shutil.which("chromium") is None,
-    reason="no chromium here",
+    reason="needs chromium or chromium-headless-shell",
 )
 def test_a_browser_opens_the_page_without_errors_or_requests(official: Path) -> None:
     page, _ = build_position_report(

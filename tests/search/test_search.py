@@ -229,7 +229,7 @@ def test_killed_anywhere_and_continued_equals_undisturbed(name: str, lanes: int)
     plan = small(**STRATEGIES[name])
     undisturbed = simulate(plan)
     reports = sum(trial.done for trial in undisturbed)
-    for number, kill_after in enumerate(range(1, reports, max(1, reports // 9))):
+    for number, kill_after in enumerate(range(1, reports, max(1, reports // 6))):
         every = (1, 3, 1000)[number % 3]
         killed = Simulation(plan, accuracy, lanes=lanes, every=every)
         with pytest.raises(KilledError):

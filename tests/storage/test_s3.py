@@ -17,6 +17,7 @@ from types import ModuleType
 import botocore.auth
 import numpy as np
 import pytest
+from helpers.commands import run_here
 from helpers.s3_server import Gateway, Proxy, gateway, holding, refusing
 
 from lape_ray import storage
@@ -487,25 +488,18 @@ def test_an_overloaded_server_is_asked_again(bucket: str, monkeypatch: pytest.Mo
 # --- jobs -----------------------------------------------------------------------------------------------------
 
 
-def job(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / words[0]), *words[1:]], capture_output=True, text=True
-    )
-
-
 def test_a_job_writes_and_verifies_data_on_s3(bucket: str) -> None:
     address = f"{bucket}/data/d.beton"
-    done = job(
-        "write_beton.py", "digits", address, "--split", "val", "--subset", "per-class:4", "--workers", "1"
-    )
+    options = ["--split=val", "--subset=per-class:4", "--workers=1"]
+    done = run_here("jobs/write_beton.py", "digits", address, *options)
     assert done.returncode == 0, done.stderr
     assert f"manifest {address}.json" in done.stdout
-    done = job("write_beton.py", "verify", address, "--workers", "1")
+    done = run_here("jobs/write_beton.py", "verify", address, "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert json.loads(storage.read_text(f"{address}.json"))["num_samples"] == 40
     assert not list(storage.cache().glob("written/*")), "what was uploaded is not kept twice"
     assert len(open_source(address)) == 40, "it is a source, too"
-    refused = job("write_beton.py", "digits", "s3://no-such-bucket/d.beton", "--workers", "1")
+    refused = run_here("jobs/write_beton.py", "digits", "s3://no-such-bucket/d.beton", "--workers", "1")
     assert refused.returncode == 2
     assert "there is no bucket 'no-such-bucket'" in refused.stderr
     assert "Traceback" not in refused.stderr

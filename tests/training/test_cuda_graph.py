@@ -182,7 +182,7 @@ def test_what_cannot_be_a_graph_is_refused() -> None:
         build_state(config(run__cuda_graph=True), CPU)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("algorithm", ["adamw", "muon"])
 @pytest.mark.parametrize("compile", ["off", "default"])
 def test_cuda_graphs_learn_what_steps_do(algorithm: str, compile: str) -> None:
@@ -199,7 +199,7 @@ def test_cuda_graphs_learn_what_steps_do(algorithm: str, compile: str) -> None:
     assert (replayed - plain).norm() < GATE_DISTANCE * (plain - start).norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_captured_learning_rate_is_read_at_each_replay() -> None:
     state = synthetic_state(config(run__cuda_graph=True), torch.device("cuda", 0))
     stepper = Stepper(state)
