@@ -2,12 +2,18 @@
 SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-APT := libopencv-dev libturbojpeg0-dev libjpeg62-turbo-dev pkg-config g++ python3-venv
+APT := libopencv-dev libturbojpeg0-dev libjpeg62-turbo-dev pkg-config g++ python3-dev python3-venv
 CONTAINERS := buildah podman runc netavark aardvark-dns iptables iproute2 debootstrap chromium
 COMPOSE ?= docker compose
 COMPOSE_HERE = $(COMPOSE) --env-file docker/.env -f docker/compose.yaml
 PYTHON3 := python3
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+# The system's Python where it is one that pyproject.toml allows, else the newest of those that are there; uv fetches
+# one where there is none.
+FIND_PYTHON := for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && \
+  command -v $$python && exit; done; echo 3.13
 
 # Compiled modules are kept, whatever the caller's environment says: each of Ray's processes imports 5,000 of them,
 # which takes 4 s of CPU time with compiled ones and 11 s without.
@@ -27,8 +33,11 @@ $(VENV)/.ready: requirements-dev.lock pyproject.toml setup.py $(wildcard lape_ra
 	if [ -n "$$missing" ]; then echo "installing$$missing"; \
 	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
 	    apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
-	[ -x $(PYTHON) ] || .uv/bin/uv venv -q --python 3.11 $(VENV)
-	.uv/bin/uv pip install -q --python $(PYTHON) -r requirements-dev.lock
+	[ -x $(PYTHON) ] || .uv/bin/uv venv -q --python "$$($(FIND_PYTHON))" $(VENV)
+	grep -v '^ffcv==' requirements-dev.lock | .uv/bin/uv pip install -q --python $(PYTHON) -r -
+	@.uv/bin/uv pip install -q --python $(PYTHON) --no-deps "$$(grep -o '^ffcv==[^ ]*' requirements-dev.lock)" || \
+	  echo 'FFCV does not build here, for the reason above: everything works but --data.backend ffcv'
+	rm -f _lape_ray_native.*.so  # one of an earlier build would be found before the new one
 	.uv/bin/uv pip install -q --python $(PYTHON) --no-deps -e .
 	touch $@
 
@@ -92,12 +101,12 @@ format: setup ## format the code
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
+# One version of each package for all Pythons that pyproject.toml allows.
+PIN := .uv/bin/uv pip compile -q --upgrade --no-header --universal --fork-strategy fewest --python-version 3.11
 lock: .uv/bin/uv ## pin the newest versions that pyproject.toml allows
-	.uv/bin/uv pip compile -q --upgrade --no-header --python-version 3.11 pyproject.toml -o requirements.lock
-	.uv/bin/uv pip compile -q --upgrade --no-header --python-version 3.11 --extra dev pyproject.toml \
-	  -c requirements.lock -o requirements-dev.lock
-	for image in mlflow s3; do .uv/bin/uv pip compile -q --upgrade --no-header --no-annotate --python-version 3.11 \
-	  docker/$$image.in -c requirements.lock -o docker/$$image.lock; done
+	$(PIN) --extra ffcv pyproject.toml -o requirements.lock
+	$(PIN) --extra dev pyproject.toml -c requirements.lock -o requirements-dev.lock
+	for image in mlflow s3; do $(PIN) --no-annotate docker/$$image.in -c requirements.lock -o docker/$$image.lock; done
 
 clean: ## remove what setup and the tests made, but no runs
 	rm -rf $(VENV) .uv .audit .pytest_cache .mypy_cache .ruff_cache build *.egg-info

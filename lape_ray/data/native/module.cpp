@@ -231,7 +231,7 @@ PyMODINIT_FUNC PyInit__lape_ray_native() {
   if (module == nullptr) return nullptr;
   PyObject* texts = PyTuple_New(std::size(kStatusTexts));
   for (size_t i = 0; texts && i < std::size(kStatusTexts); ++i) {
-    PyTuple_SET_ITEM(texts, i, PyUnicode_FromString(kStatusTexts[i]));
+    PyTuple_SetItem(texts, i, PyUnicode_FromString(kStatusTexts[i]));
   }
   if (PyModule_AddObject(module, "STATUS_TEXTS", texts) < 0 ||
       PyModule_AddIntConstant(module, "ABI", kAbi) < 0) {
