@@ -1,4 +1,4 @@
-"""Run the whole service on this machine: the steps behind jobs/demo.py."""
+"""Run the whole service on this machine: the steps behind `lape-ray demo`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ SEARCH = (
 )  # fmt: skip
 
 
-def run_demo(project: Path, *, home: Path, tune: bool, workers: int, overrides: Sequence[str]) -> int:
-    """Write the digits, start a Ray, submit a job of the checkout `project` and wait for it; returns its exit code.
+def run_demo(project: Path | None, *, home: Path, tune: bool, workers: int, overrides: Sequence[str]) -> int:
+    """Write the digits, start a Ray, submit a job and wait for it; returns its exit code.
 
     Args:
+        project: checkout that is sent with the job; None: the job runs the installed package.
         home: folder for data, checkpoints and MLflow.
         tune: search over positions and joins; else train one network.
         workers: training processes, one CPU each.
@@ -35,17 +36,21 @@ def run_demo(project: Path, *, home: Path, tune: bool, workers: int, overrides: 
     started, home = time.monotonic(), home.absolute()
     data = write_digits(home / "data")
     # Each training gets a name, so that MLflow can compare it with the others.
-    job = ["python", "jobs/imagenet_deit.py", "demo", f"--run.num_workers={workers}"]
+    train, search = ["python", "jobs/imagenet_deit.py"], ["python", "jobs/tune_position.py"]
+    if project is None:
+        train, search = ["lape-ray", "train"], ["lape-ray", "tune"]
+    job = [*train, "demo", f"--run.num_workers={workers}"]
     if tune:
-        job = ["python", "jobs/tune_position.py", "positions", "demo", *SEARCH]
+        job = [*search, "positions", "demo", *SEARCH]
     job += [f"--data.{split}={path}" for split, path in data.items()] + [*overrides]
     variables = shared_variables() | {"LAPE_RAY_HOME": str(home), "PYTHONUNBUFFERED": "1"}
-    if commit := git_commit(project):  # a submitted job has the files, but not the repository
+    if project and (commit := git_commit(project)):  # a submitted job has the files, but not the repository
         variables["LAPE_RAY_GIT_COMMIT"] = commit
     print("starting a private Ray ...", flush=True)
     with local_cluster(num_cpus=workers) as ray:
         submit = [executable("ray"), "job", "submit", f"--address={ray.dashboard}"]
-        submit += [f"--working-dir={project}", f"--runtime-env-json={json.dumps({'env_vars': variables})}"]
+        submit += [f"--working-dir={project}"] if project else []
+        submit += [f"--runtime-env-json={json.dumps({'env_vars': variables})}"]
         code = subprocess.run([*submit, "--", *job], env={**os.environ, **ray.environment}).returncode
     outcome = "finished" if code == 0 else "failed"
     print(f"demo {outcome} after {time.monotonic() - started:.0f} s", flush=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import ray.train
 import torch
 
 from lape_ray import storage, tracking
+from lape_ray.cli import typed_command
 from lape_ray.cluster.checkpoint_list import best, read_list, recover
 from lape_ray.cluster.connection import connected, refuse_little_shared_memory
 from lape_ray.cluster.controller import supervised, train_to_the_end, variables
@@ -209,7 +209,7 @@ def refuse_local_store(uri: str) -> None:
 def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None) -> str:
     if earlier is not None and tracking.reopen_run(uri, earlier.mlflow_run_id):
         return earlier.mlflow_run_id
-    command = shlex.join(["python", *sys.argv])
+    command = typed_command()
     model = config.model
     tags = {"recipe": config.recipe, "seed": str(config.training.seed), **tracking.source_tags(sys.argv[0])}
     tags |= {key: getattr(model, key) for key in NETWORK_FIELDS}

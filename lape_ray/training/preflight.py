@@ -9,7 +9,7 @@ import torch
 
 from lape_ray import storage
 from lape_ray.config import TrainConfig, flatten, replace_fields
-from lape_ray.data.readers import check_backend
+from lape_ray.data.installed import check_backend
 from lape_ray.data.split import SplitInfo, read_split_info
 from lape_ray.model import build_model, resolve
 from lape_ray.training.classes import checkpoint_classes, match_classes

@@ -312,7 +312,9 @@ def test_where_ffcv_is_not_installed_a_run_does_not_begin(
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     config = TrainConfig(data=data)
-    said = rf"needs {name}, which this Python does not have: install .*lape_ray\[ffcv\].*; or choose .* native"
+    said = (
+        rf"needs {name}, which this Python does not have: install .*lape_ray\[ffcv\].*; or choose .* native"
+    )
     with pytest.raises(ValueError, match=said):
         check_before_start(config, storage_root=str(tmp_path))
     with pytest.raises(ValueError, match=said):

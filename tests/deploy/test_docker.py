@@ -176,7 +176,9 @@ def test_a_lock_has_what_each_python_needs(lock: str, python: str) -> None:
     extras = project["optional-dependencies"]
     asked = project["dependencies"] + extras["ffcv"]
     if "dev" in lock:
-        asked += [line for name in ("dev", "onnx", "tensorboard") for line in extras[name] if "[ffcv" not in line]
+        asked += [
+            line for name in ("dev", "onnx", "tensorboard") for line in extras[name] if "[ffcv" not in line
+        ]
     for machine in ("x86_64", "aarch64"):
         where = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine}
         pinned = {}

@@ -13,21 +13,15 @@ A reader's file is imported when it is opened: each needs what the others do wit
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import torch
 
 from lape_ray.config import Backend
+from lape_ray.data.installed import check_backend
 from lape_ray.data.readers.reader import Reader, ReaderOptions
 from lape_ray.data.sources import open_source
 from lape_ray.data.split import SplitInfo
-
-
-INSTALL_FFCV = (
-    "install the system's g++, pkg-config, libopencv-dev and libturbojpeg0-dev, then the extra lape_ray[ffcv] "
-    "(in a checkout: make setup)"
-)
 
 
 def _native(split: SplitInfo, options: ReaderOptions) -> Reader:
@@ -47,20 +41,6 @@ def _torchvision(split: SplitInfo, options: ReaderOptions) -> Reader:
 
     source = open_source(split.path) if split.source is None else split.source
     return TorchvisionReader(source, options)
-
-
-def check_backend(backend: Backend) -> None:
-    """Raise a ValueError where what `data.backend` needs is not installed; only FFCV may be missing."""
-    if backend == "ffcv" and (missing := missing_for_ffcv()):
-        raise ValueError(
-            f"data.backend=ffcv needs {' and '.join(missing)}, which this Python does not have: {INSTALL_FFCV}; "
-            "or choose --data.backend native, which reads the same files"
-        )
-
-
-def missing_for_ffcv() -> list[str]:
-    """List the modules that FFCV needs and that are not installed, itself among them. Nothing is imported."""
-    return [name for name in ("ffcv", "distutils", "numba") if importlib.util.find_spec(name) is None]
 
 
 def _ffcv(split: SplitInfo, options: ReaderOptions) -> Reader:
