@@ -20,7 +20,7 @@ FIND_PYTHON := for python in python3 python3.14 python3.13 python3.12 python3.11
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-tune test test-slow test-faults test-images wheel test-wheel audit stack stack-demo stack-open stack-down check format lock clean
+.PHONY: help setup demo demo-tune test test-slow test-faults test-images test-arm wheel test-wheel audit stack stack-demo stack-open stack-down check format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -62,6 +62,12 @@ test-faults: setup ## the tests that kill workers, drivers, servers and nodes
 
 test-slow: setup ## the slow tests
 	$(PYTHON) -m pytest -m "slow and not wheel"
+
+test-arm: setup ## the decoder's kernels for ARM, in an emulator
+	@for package in g++-aarch64-linux-gnu qemu-user; do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
+	if [ -n "$$missing" ]; then $(SUDO) apt-get update -qq && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+	$(PYTHON) -m pytest tests/data/test_arm.py
 
 # Built in a folder of its own, for what lies in build/ would go into it. Of the machine's libraries only those of its C
 # library and compiler stay outside: the tag of the file says how new these must be.
