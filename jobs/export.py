@@ -1,36 +1,7 @@
-"""Export a checkpoint to other formats: export.py CHECKPOINT|RUN [--timm FOLDER] [--onnx FILE] [--mlflow].
+"""`lape-ray export`, from a checkout or from what `ray job submit --working-dir .` sends."""
 
-CHECKPOINT is PATH[@RECIPE]: a checkpoint folder of ours, which knows its network, or a .pth or .safetensors file of
-the official LaPE code, DeiT or timm, whose network is described by @RECIPE and --model.* options. It, FOLDER and FILE
-may be s3:// addresses. RUN is an MLflow run's id.
-"""
-
-from pathlib import Path
-
-from lape_ray.cli import ConfigParser, run_job
-
-
-def main() -> None:
-    usage = "%(prog)s CHECKPOINT|RUN [options] [--section.field VALUE ...]"
-    parser = ConfigParser(usage=usage, description=__doc__)
-    add = parser.add_argument
-    add("spec", metavar="CHECKPOINT|RUN", help="see above")
-    add("--timm", metavar="FOLDER", help="write safetensors and config.json in timm's names")
-    add("--onnx", metavar="FILE", help="write ONNX and compare onnxruntime with PyTorch on real images")
-    add("--mlflow", action="store_true", help="log a servable model to the run")
-    add("--register", metavar="NAME", help="with --mlflow: make it a new version of this registered model")
-    add("--images", type=Path, help="folder of real images for comparison and example (default: data.val)")
-    add("--ema", action="store_true", help="the moving average that the checkpoint holds")
-    options, overrides = parser.parse_job()
-    if options["register"] and not options["mlflow"]:
-        parser.error(f"--register {options['register']} needs --mlflow")
-    if not (options["timm"] or options["onnx"] or options["mlflow"]):
-        parser.error("nothing to do: give --timm, --onnx or --mlflow")
-    from lape_ray.inference.export import export  # after parsing, so that --help is instant
-
-    for line in export(**options, overrides=overrides):
-        print(line)
-
+from lape_ray.cli import run_job
+from lape_ray.commands.export import main
 
 if __name__ == "__main__":
     run_job(main)

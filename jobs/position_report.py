@@ -1,37 +1,7 @@
-"""Show position as each layer's attention sees it: position_report.py CHECKPOINT|RUN ... --out FOLDER.
+"""`lape-ray report`, from a checkout or from what `ray job submit --working-dir .` sends."""
 
-Each CHECKPOINT is [LABEL=]PATH[@RECIPE[,FIELD=VALUE...]]: a checkpoint folder of ours, which knows its network, or a
-.pth or .safetensors file of the official LaPE code, DeiT or timm, whose network is described by @RECIPE, by fields of
-the model for this one, as in rpe.pth@deit_tiny_basic,position=none,bias=relative2d, and by --model.* options for all.
-Each RUN is [LABEL=]ID of an MLflow run, which the report is then logged to. Several stand side by side.
-"""
-
-import sys
-from functools import partial
-from pathlib import Path
-
-from lape_ray.cli import ConfigParser, run_job
-
-
-def main() -> None:
-    usage = "%(prog)s CHECKPOINT|RUN ... [options] [--section.field VALUE ...]"
-    parser = ConfigParser(usage=usage, description=__doc__)
-    add = parser.add_argument
-    add("specs", nargs="+", metavar="CHECKPOINT|RUN", help="see above")
-    add("--out", default="position_report", help="folder or s3:// address (default: %(default)s)")
-    add("--token", metavar="ROW,COLUMN", help="patch whose maps are drawn (default: the centre)")
-    add("--images", type=Path, help="folder of images to measure the use of position (default: data.val)")
-    add("--count", type=int, default=64, help="images of that measurement (default: %(default)s)")
-    add("--robustness", action="store_true", help="also accuracy at other sizes and shifts, on data.val")
-    add("--robustness-images", type=int, metavar="N", help="on N images, spread over data.val (default: all)")
-    add("--ema", action="store_true", help="the moving average that the checkpoint holds")
-    options, overrides = parser.parse_job()
-    from lape_ray.report.build import build_position_report  # after parsing, so that --help is instant
-
-    progress = partial(print, file=sys.stderr)
-    page, notes = build_position_report(**options, overrides=overrides, progress=progress)
-    print(*notes, f"report: {page}", sep="\n")
-
+from lape_ray.cli import run_job
+from lape_ray.commands.report import main
 
 if __name__ == "__main__":
     run_job(main)

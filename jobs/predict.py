@@ -1,31 +1,7 @@
-"""Classify a folder of images: predict.py CHECKPOINT|RUN FOLDER [--csv FILE] [--top 5].
+"""`lape-ray predict`, from a checkout or from what `ray job submit --working-dir .` sends."""
 
-CHECKPOINT is PATH[@RECIPE], as in export.py; RUN is an MLflow run's id; paths may be s3:// addresses. The
-classes' names are the checkpoint's, or those in the manifest of data.val. An image that cannot be read is named, in the
-CSV's last column too, and the exit code is then 1.
-"""
-
-from lape_ray.cli import ConfigParser, at_least_one, run_job
-
-
-def main() -> int:
-    usage = "%(prog)s CHECKPOINT|RUN FOLDER [options] [--section.field VALUE ...]"
-    parser = ConfigParser(usage=usage, description=__doc__)
-    add = parser.add_argument
-    add("spec", metavar="CHECKPOINT|RUN", help="see above")
-    add("folder", help="images are looked for in all folders below it")
-    add("--csv", metavar="FILE",
-        help="write path, classes, probabilities and error, row by row (default: lines on the screen)")  # fmt: skip
-    add("--top", type=at_least_one, default=5, help="classes of an image (default: %(default)s)")
-    add("--batch", type=at_least_one, default=32, help="images at a time (default: %(default)s)")
-    add("--ema", action="store_true", help="the moving average that the checkpoint holds")
-    options, overrides = parser.parse_job()
-    from lape_ray.inference.classify import classify_folder  # after parsing, so that --help is instant
-
-    result = classify_folder(**options, overrides=overrides)
-    print(result.summary())
-    return 1 if result.skipped else 0
-
+from lape_ray.cli import run_job
+from lape_ray.commands.predict import main
 
 if __name__ == "__main__":
     run_job(main)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import shlex
 import sys
 import traceback
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lape_ray.config import SECTIONS, TrainConfig, dump, parse_value, replace_fields, type_name
@@ -39,8 +41,11 @@ class ConfigParser(argparse.ArgumentParser):
     Errors are one line, which names the nearest option where one is not known.
     """
 
-    def __init__(self, *, usage: str, description: str | None = None, epilog: str = "") -> None:
+    def __init__(
+        self, *, usage: str, description: str | None = None, epilog: str = "", prog: str | None = None
+    ) -> None:
         super().__init__(
+            prog=prog,
             usage=usage,
             description=description,
             epilog=epilog,
@@ -75,18 +80,24 @@ class ConfigParser(argparse.ArgumentParser):
         self.exit(2, f"error: {redacted(message)} (--help lists everything)\n")
 
 
-def parse(argv: Sequence[str] | None, *, description: str) -> TrainConfig:
-    """Parse a command line to the config that it asks for: `RECIPE [--section.field VALUE ...]`.
-
-    `--dump` prints it and exits. Bad input ends the process with one line and exit code 2.
-    """
+def recipe_parser(description: str | None, prog: str | None = None) -> ConfigParser:
+    """Make a parser of `RECIPE [--section.field VALUE ...] [--dump]`."""
     recipes = "\n".join(
         f"  {name:28} {(make.__doc__ or '').splitlines()[0]}" for name, make in RECIPES.items()
     )
     usage = "%(prog)s RECIPE [--section.field VALUE ...] [--dump]"
-    parser = ConfigParser(usage=usage, description=description, epilog=f"recipes:\n{recipes}")
+    parser = ConfigParser(usage=usage, description=description, epilog=f"recipes:\n{recipes}", prog=prog)
     parser.add_argument("recipe", help="name of a recipe, see below")
     parser.add_argument("--dump", action="store_true", help="print the resulting config and exit")
+    return parser
+
+
+def parse(argv: Sequence[str] | None, *, description: str | None, prog: str | None = None) -> TrainConfig:
+    """Parse a command line to the config that it asks for: `RECIPE [--section.field VALUE ...]`.
+
+    `--dump` prints it and exits. Bad input ends the process with one line and exit code 2.
+    """
+    parser = recipe_parser(description, prog)
     values = vars(parser.parse_args(argv))
     name, only_dump = values.pop("recipe"), values.pop("dump")
     try:
@@ -97,6 +108,14 @@ def parse(argv: Sequence[str] | None, *, description: str) -> TrainConfig:
         print(dump(config), end="")
         parser.exit(0)
     return config
+
+
+def typed_command() -> str:
+    """Return the command that started this process, as a person types it."""
+    program = Path(sys.argv[0])
+    return shlex.join(
+        [*(["lape-ray"] if program.name == "lape-ray" else ["python", sys.argv[0]]), *sys.argv[1:]]
+    )
 
 
 def run_job(job: Callable[[], int | None]) -> NoReturn:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lape_ray"
 # A room may import rooms behind a later arrow, and its own files; those in braces do not know each other.
 ORDER = """
-    jobs, benchmarks -> search -> cluster -> report -> inference
+    jobs, benchmarks -> commands -> search -> cluster -> report -> inference
         -> {training, tracking, cli} -> {data, model, recipes} -> {config, storage} -> values
 """
 DOORS = {

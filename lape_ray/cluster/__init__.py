@@ -16,7 +16,7 @@ checkpoint_writer  checkpoints on their way from rank 0's memory to storage
 supervisor       the actor that carries stop requests and counts failures
 connection       a connection to Ray, and work spread over its nodes
 local            a Ray of this machine, for the demo and the tests
-demo             the steps behind jobs/demo.py
+demo             the steps behind `lape-ray demo`
 prometheus       the gauges of a run
 run_record       `run.json`: a run's config, its MLflow run, and whether it is finished
 checkpoint_list  the checkpoints of a run that count, and what may be deleted

@@ -1,4 +1,4 @@
-"""Run the whole service on this machine: the steps behind jobs/demo.py."""
+"""Run the whole service on this machine: the steps behind `lape-ray demo`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ SEARCH = (
 )  # fmt: skip
 
 
-def run_demo(project: Path, *, home: Path, tune: bool, workers: int, overrides: Sequence[str]) -> int:
-    """Write the digits, start a Ray, submit a job of the checkout `project` and wait for it; returns its exit code.
+def run_demo(project: Path | None, *, home: Path, tune: bool, workers: int, overrides: Sequence[str]) -> int:
+    """Write the digits, start a Ray, submit a job and wait for it; returns its exit code.
 
     Args:
+        project: checkout that is sent with the job; None: the job runs the installed package.
         home: folder for data, checkpoints and MLflow.
         tune: search over positions and joins; else train one network.
         workers: training processes, one CPU each.
@@ -37,16 +38,20 @@ def run_demo(project: Path, *, home: Path, tune: bool, workers: int, overrides: 
     started, home = time.monotonic(), home.absolute()
     data = write_digits(home / "data")
     # Each training gets a name, so that MLflow can compare it with the others.
-    job = ["python", "jobs/imagenet_deit.py", "demo", f"--run.num_workers={workers}"]
+    train, search = ["python", "jobs/imagenet_deit.py"], ["python", "jobs/tune_position.py"]
+    if project is None:
+        train, search = ["lape-ray", "train"], ["lape-ray", "tune"]
+    job = [*train, "demo", f"--run.num_workers={workers}"]
     if tune:
-        job = ["python", "jobs/tune_position.py", "positions", "demo", *SEARCH]
+        job = [*search, "positions", "demo", *SEARCH]
     job += [f"--data.{split}={path}" for split, path in data.items()] + [*overrides]
     variables = shared_variables() | {"LAPE_RAY_HOME": str(home), "PYTHONUNBUFFERED": "1"}
-    if commit := git_commit(project):  # a submitted job has the files, but not the repository
+    if project and (commit := git_commit(project)):  # a submitted job has the files, but not the repository
         variables["LAPE_RAY_GIT_COMMIT"] = commit
     print("starting a private Ray ...", flush=True)
     with local_cluster(num_cpus=workers) as ray:
-        done = _submit(ray, job, {"working_dir": str(project), "env_vars": variables})
+        folder = {"working_dir": str(project)} if project else {}
+        done = _submit(ray, job, {**folder, "env_vars": variables})
     print(f"demo {'finished' if done else 'failed'} after {time.monotonic() - started:.0f} s", flush=True)
     return 0 if done else 1
 

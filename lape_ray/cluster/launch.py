@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lape_ray import storage, tracking
+from lape_ray.cli import typed_command
 from lape_ray.cluster.checkpoint_list import best, read_list, recover
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
@@ -178,7 +178,7 @@ def _what_it_is(config: TrainConfig) -> str:
 def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None) -> str:
     if earlier is not None and tracking.reopen_run(uri, earlier.mlflow_run_id):
         return earlier.mlflow_run_id
-    command = shlex.join(["python", *sys.argv])
+    command = typed_command()
     model = config.model
     tags = {"recipe": config.recipe, "seed": str(config.training.seed), **tracking.source_tags(sys.argv[0])}
     tags |= {key: getattr(model, key) for key in NETWORK_FIELDS}

@@ -2,6 +2,7 @@
 
     sources/   class folders, parquet and tar shards and the bundled digits, as one kind of thing
     beton/     writes a source as an FFCV file with a manifest, and checks such a file
+    installed  whether what a backend needs is there
     options    the command line of jobs/write_beton.py
     sampler    the orders of samples: functions of the seed and the epoch alone
     loader     `build_loader`: batches of a .beton on the device, in an order known beforehand

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
 
 
-def parse_write_options(description: str | None, argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parse the command line: `source`, `beton`, `ray`, and the options of `convert`."""
+def write_parser(description: str | None, prog: str | None = None) -> argparse.ArgumentParser:
+    """Make the parser of `source`, `beton`, `ray`, and the options of `convert`."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     # fmt: off
@@ -37,4 +35,4 @@ def parse_write_options(description: str | None, argv: Sequence[str] | None = No
     add("--on-error", default="stop", help="stop at an image that cannot be read, or skip it (default: stop)")
     add("--fresh", action="store_true", help="do not continue what an interrupted command left")
     # fmt: on
-    return vars(parser.parse_args(argv))
+    return parser

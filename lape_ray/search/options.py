@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from lape_ray.cli import ConfigParser
 
 SPACES = (
@@ -13,11 +10,10 @@ SPACES = (
 )
 
 
-def parse_search_options(
-    description: str | None, argv: Sequence[str] | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parse the command line: options of the search, and the overrides of the config."""
+def search_parser(description: str | None, prog: str | None = None) -> ConfigParser:
+    """Make the parser of a search's options, and of the overrides of the config."""
     parser = ConfigParser(
+        prog=prog,
         usage="%(prog)s SPACE RECIPE [--space FIELD=KIND(...)] [options] [--section.field VALUE ...]",
         description=description,
     )
@@ -43,4 +39,4 @@ def parse_search_options(
     add("--gpus-per-worker", type=float, metavar="SHARE", help="such as 0.25 for small networks (default: 1)")
     add("--list", action="store_true", help="print the points of the space and exit")
     # fmt: on
-    return parser.parse_job(argv)
+    return parser

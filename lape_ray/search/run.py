@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ import torch
 from ray import tune
 
 from lape_ray import storage, tracking
+from lape_ray.cli import typed_command
 from lape_ray.cluster.connection import connected
 from lape_ray.cluster.controller import variables
 from lape_ray.cluster.launch import prepared
@@ -100,7 +100,7 @@ def search(
     """
     plan, folder, uri, inputs = _checked(plan)
     display = display or Display(plan)
-    command = shlex.join(["python", *sys.argv])
+    command = typed_command()
     runs = Runs(plan, uri, command=command, program=sys.argv[0])
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(storage.leased(folder, f"search {plan.name}"))

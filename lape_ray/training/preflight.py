@@ -9,6 +9,7 @@ import torch
 
 from lape_ray import storage
 from lape_ray.config import TrainConfig, flatten, replace_fields
+from lape_ray.data.installed import check_backend
 from lape_ray.data.split import SplitInfo, read_split_info
 from lape_ray.model import build_model, resolve
 from lape_ray.training.classes import checkpoint_classes, match_classes
@@ -46,6 +47,7 @@ def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
     """Check data, model, initial weights and storage; an OSError or ValueError says what is wrong."""
     with torch.device("meta"):
         model = build_model(config.model)
+    check_backend(config.data.backend)
     check_data(config)
     check_other_weights(config)
     storage.check_writable(storage_root)
@@ -116,6 +118,7 @@ def check_split(config: TrainConfig, split: Literal["train", "val"], *, subset: 
     Args:
         subset: whether the split may have fewer classes, which were found among the model's.
     """
+    check_backend(config.data.backend)
     info = read_split_info(config.data, split)
     _check_fits(config, info, subset=subset)
     return info

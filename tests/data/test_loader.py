@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from lape_ray.config import DataConfig
+from lape_ray.config import DataConfig, TrainConfig
 from lape_ray.data.beton import write_beton
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.sampler import train_epoch_index, train_keys
 from lape_ray.data.sources import image_folder
+from lape_ray.training.preflight import check_before_start, check_split
 
 SIDE = 48  # of the delivered square
 RAMPS, PHOTOGRAPHS = 140, 60
@@ -302,3 +304,22 @@ def test_gpu_batches_survive_a_host_that_runs_ahead(train: Loader) -> None:
         for _ in range(20):
             square = torch.tanh(square @ square)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(delivered, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["ffcv", "distutils"])
+def test_where_ffcv_is_not_installed_a_run_does_not_begin(
+    data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    config = TrainConfig(data=data)
+    said = (
+        rf"needs {name}, which this Python does not have: install .*lape_ray\[ffcv\].*; or choose .* native"
+    )
+    with pytest.raises(ValueError, match=said):
+        check_before_start(config, storage_root=str(tmp_path))
+    with pytest.raises(ValueError, match=said):
+        check_split(config, "val")
+    with pytest.raises(ValueError, match=said):
+        build_loader(data, "val", image_size=SIDE, batch_size=64, threads=2)
+    native = dataclasses.replace(data, backend="native")
+    assert build_loader(native, "val", image_size=SIDE, batch_size=64, threads=2).num_samples == 200

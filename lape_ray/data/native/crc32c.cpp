@@ -5,8 +5,9 @@
 
 #if defined(__x86_64__)
 #include <nmmintrin.h>
-#elif defined(__ARM_FEATURE_CRC32)
+#elif defined(__aarch64__) && defined(__linux__)
 #include <arm_acle.h>
+#include <sys/auxv.h>
 #endif
 
 namespace lape {
@@ -61,8 +62,8 @@ __attribute__((target("sse4.2"))) uint32_t add_words(uint32_t crc, const uint8_t
   return static_cast<uint32_t>(wide);
 }
 bool has_instruction() { return __builtin_cpu_supports("sse4.2"); }
-#elif defined(__ARM_FEATURE_CRC32)
-uint32_t add_words(uint32_t crc, const uint8_t* data, size_t words) {
+#elif defined(__aarch64__) && defined(__linux__)
+__attribute__((target("+crc"))) uint32_t add_words(uint32_t crc, const uint8_t* data, size_t words) {
   for (; words; --words, data += 8) {
     uint64_t word;
     std::memcpy(&word, data, 8);
@@ -70,7 +71,7 @@ uint32_t add_words(uint32_t crc, const uint8_t* data, size_t words) {
   }
   return crc;
 }
-bool has_instruction() { return true; }
+bool has_instruction() { return getauxval(AT_HWCAP) & HWCAP_CRC32; }
 #else
 uint32_t add_words(uint32_t crc, const uint8_t*, size_t) { return crc; }
 bool has_instruction() { return false; }

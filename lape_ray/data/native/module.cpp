@@ -1,6 +1,5 @@
 // The Python module _lape_ray_native. Arguments are checked for what C++ must rely on (buffer sizes); what a
 // caller may get wrong is checked, with better words, in __init__.py.
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <algorithm>
@@ -142,8 +141,10 @@ PyObject* add_markers(PyObject*, PyObject* args) {
     status = Status::no_memory;
   }
   Py_END_ALLOW_THREADS;
-  return Py_BuildValue("iy#", static_cast<int>(status), reinterpret_cast<const char*>(out.data()),
-                       static_cast<Py_ssize_t>(out.size()));
+  // No "y#": built with the headers of Python 3.13, it is refused by 3.12 and 3.11.
+  return Py_BuildValue("iN", static_cast<int>(status),
+                       PyBytes_FromStringAndSize(reinterpret_cast<const char*>(out.data()),
+                                                 static_cast<Py_ssize_t>(out.size())));
 }
 
 // crc32c(data, portable) -> int
@@ -231,7 +232,7 @@ PyMODINIT_FUNC PyInit__lape_ray_native() {
   if (module == nullptr) return nullptr;
   PyObject* texts = PyTuple_New(std::size(kStatusTexts));
   for (size_t i = 0; texts && i < std::size(kStatusTexts); ++i) {
-    PyTuple_SET_ITEM(texts, i, PyUnicode_FromString(kStatusTexts[i]));
+    PyTuple_SetItem(texts, i, PyUnicode_FromString(kStatusTexts[i]));
   }
   if (PyModule_AddObject(module, "STATUS_TEXTS", texts) < 0 ||
       PyModule_AddIntConstant(module, "ABI", kAbi) < 0) {

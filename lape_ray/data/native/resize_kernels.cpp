@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace lape {
@@ -183,6 +185,75 @@ LAPE_AVX2 void vertical_avx2(const uint8_t* const* rows, const int32_t* weights,
 
 constexpr ResizeKernels kAvx2 = {true, horizontal_avx2, vertical_avx2};
 
+#elif defined(__aarch64__)
+
+// Four sums without their fraction, within 0 and 65535.
+inline uint16x4_t round_off(int32x4_t sums) { return vqmovun_s32(vshrq_n_s32(sums, kWeightBits)); }
+
+// Four pixels of RGB bytes, each as red, green, blue and 0 in 32 bits, times their weights.
+inline int32x4_t add_taps(int32x4_t sums, uint8x16_t bytes, const int32_t* weights, uint32_t count) {
+  static const uint8_t kSpread[4][16] = {
+      {0, 255, 255, 255, 1, 255, 255, 255, 2, 255, 255, 255, 255, 255, 255, 255},
+      {3, 255, 255, 255, 4, 255, 255, 255, 5, 255, 255, 255, 255, 255, 255, 255},
+      {6, 255, 255, 255, 7, 255, 255, 255, 8, 255, 255, 255, 255, 255, 255, 255},
+      {9, 255, 255, 255, 10, 255, 255, 255, 11, 255, 255, 255, 255, 255, 255, 255},
+  };
+  for (uint32_t t = 0; t < count; ++t) {
+    const uint8x16_t pixel = vqtbl1q_u8(bytes, vld1q_u8(kSpread[t]));
+    sums = vmlaq_n_s32(sums, vreinterpretq_s32_u8(pixel), weights[t]);
+  }
+  return sums;
+}
+
+void horizontal_neon(const Taps& taps, const PackedTaps&, const uint8_t* const* rows, uint8_t* const* out) {
+  const uint32_t low = taps.low();
+  for (size_t i = 0; i < taps.first.size(); ++i) {
+    const int32_t* weights = &taps.weights[size_t{taps.stride} * i];
+    const size_t first = size_t{3} * (taps.first[i] - low);
+    const uint32_t count = taps.count[i], blocks = count / 4, rest = count % 4;
+    int32x4_t sums[ResizeKernels::kRows];
+    for (uint32_t row = 0; row < ResizeKernels::kRows; ++row) {
+      const uint8_t* from = rows[row] + first;
+      sums[row] = vdupq_n_s32(kHalf);
+      for (uint32_t block = 0; block < blocks; ++block, from += 12) {
+        sums[row] = add_taps(sums[row], vld1q_u8(from), weights + 4 * block, 4);
+      }
+      if (rest) sums[row] = add_taps(sums[row], vld1q_u8(from), weights + 4 * blocks, rest);
+    }
+    for (uint32_t row = 0; row < ResizeKernels::kRows; ++row) {
+      const uint16x4_t pixel = round_off(sums[row]);
+      const uint8x8_t bytes = vqmovn_u16(vcombine_u16(pixel, pixel));
+      vst1_lane_u32(reinterpret_cast<uint32_t*>(out[row] + 3 * i), vreinterpret_u32_u8(bytes), 0);
+    }
+  }
+}
+
+inline void vertical_16(const uint8_t* const* rows, const int32_t* weights, uint32_t count, size_t at,
+                        uint8_t* out) {
+  int32x4_t sums[4] = {vdupq_n_s32(kHalf), vdupq_n_s32(kHalf), vdupq_n_s32(kHalf), vdupq_n_s32(kHalf)};
+  for (uint32_t t = 0; t < count; ++t) {
+    const uint8x16_t bytes = vld1q_u8(rows[t] + at);
+    const uint16x8_t left = vmovl_u8(vget_low_u8(bytes)), right = vmovl_high_u8(bytes);
+    const uint32x4_t pixels[4] = {vmovl_u16(vget_low_u16(left)), vmovl_high_u16(left),
+                                  vmovl_u16(vget_low_u16(right)), vmovl_high_u16(right)};
+    for (int i = 0; i < 4; ++i) {
+      sums[i] = vmlaq_n_s32(sums[i], vreinterpretq_s32_u32(pixels[i]), weights[t]);
+    }
+  }
+  const uint16x8_t left = vcombine_u16(round_off(sums[0]), round_off(sums[1]));
+  const uint16x8_t right = vcombine_u16(round_off(sums[2]), round_off(sums[3]));
+  vst1q_u8(out + at, vcombine_u8(vqmovn_u16(left), vqmovn_u16(right)));
+}
+
+void vertical_neon(const uint8_t* const* rows, const int32_t* weights, uint32_t count, uint8_t* out,
+                   size_t bytes) {
+  if (bytes < 16) return vertical_portable(rows, weights, count, out, bytes);
+  for (size_t at = 0; at + 16 <= bytes; at += 16) vertical_16(rows, weights, count, at, out);
+  if (bytes % 16) vertical_16(rows, weights, count, bytes - 16, out);
+}
+
+constexpr ResizeKernels kNeon = {false, horizontal_neon, vertical_neon};
+
 #endif
 
 }  // namespace
@@ -191,9 +262,12 @@ const ResizeKernels& ResizeKernels::portable() { return kPortable; }
 
 const ResizeKernels& ResizeKernels::best() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2")) return kAvx2;
-#endif
+  return __builtin_cpu_supports("avx2") ? kAvx2 : kPortable;
+#elif defined(__aarch64__)
+  return kNeon;
+#else
   return kPortable;
+#endif
 }
 
 }  // namespace lape

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 
 from lape_ray.config import Backend
+from lape_ray.data.installed import check_backend
 from lape_ray.data.readers.reader import Reader, ReaderOptions
 from lape_ray.data.sources import open_source
 from lape_ray.data.split import SplitInfo
@@ -43,6 +44,7 @@ def _torchvision(split: SplitInfo, options: ReaderOptions) -> Reader:
 
 
 def _ffcv(split: SplitInfo, options: ReaderOptions) -> Reader:
+    check_backend("ffcv")
     threads = torch.get_num_threads()
     from lape_ray.data.readers.ffcv import BatchLoader
 

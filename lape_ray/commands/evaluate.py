@@ -1,0 +1,34 @@
+"""Evaluate a checkpoint's exact top-1 and top-5.
+
+CHECKPOINT is a checkpoint folder of ours, which knows its network, or a file of the official LaPE code, DeiT or timm
+(docs/training.md has the table), whose network is described by --recipe or by --model.* options; or the s3:// address
+of one. --data.eval_crop 1.0 evaluates as the official LaPE code does, instead of DeiT's 0.875.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lape_ray.cli import ConfigParser
+
+
+def build_parser(prog: str | None = None) -> ConfigParser:
+    """Make the parser of this command."""
+    parser = ConfigParser(
+        usage="%(prog)s CHECKPOINT [--recipe NAME] [--section.field VALUE ...]",
+        description=__doc__,
+        prog=prog,
+    )
+    add = parser.add_argument
+    add("checkpoint", help="folder, .pth or .safetensors")
+    add("--recipe", help="recipe whose network and data settings are used")
+    add("--ema", action="store_true", help="evaluate the moving average that the checkpoint holds")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Evaluate the checkpoint that the command line names."""
+    options, overrides = build_parser(prog).parse_job(argv)
+    from lape_ray.inference.evaluate import evaluation  # after parsing, so that --help is instant
+
+    print(evaluation(**options, overrides=overrides))
