@@ -250,7 +250,8 @@ TINY: dict[str, dict[str, Any]] = {
         "patch_size": 2,
         "window_size": 4,
         "depths": (2, 1, 1, 1),
-        "embed_dim": 8,
+        "embed_dim": 16,
+        "num_heads": 2,
     },
 }
 
