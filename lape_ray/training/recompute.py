@@ -59,7 +59,7 @@ class RecomputingBlock(Block):
         """Compute the tokens (B, Q, D) after the block."""
         x_BQD = _attention_branch(self, x_BND, position, self.num_queries)
         hidden_BQM = recomputed(self.mlp.fc1, self.norm2, x_BQD)
-        return x_BQD + self.drop_path(recomputed(self.mlp.fc2, F.gelu, hidden_BQM))
+        return x_BQD + self.drop_path(self.ls2(recomputed(self.mlp.fc2, F.gelu, hidden_BQM)))
 
 
 class RecomputingResidualNormBlock(ResidualNormBlock):
@@ -73,7 +73,7 @@ class RecomputingResidualNormBlock(ResidualNormBlock):
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
         """Compute the tokens (B, Q, D) after the block."""
         x_BQD = self.norm2(_attention_branch(self, x_BND, position, self.num_queries))
-        return x_BQD + self.drop_path(recomputed(self.mlp.fc2, F.gelu, self.mlp.fc1(x_BQD)))
+        return x_BQD + self.drop_path(self.ls2(recomputed(self.mlp.fc2, F.gelu, self.mlp.fc1(x_BQD))))
 
 
 class RecomputingLeFFBlock(LeFFBlock):
@@ -90,7 +90,7 @@ class RecomputingLeFFBlock(LeFFBlock):
 
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
         x_BND = _attention_branch(self, x_BND, position, None)
-        return x_BND + self.drop_path(self.mlp(self.norm2(x_BND)))
+        return x_BND + self.drop_path(self.ls2(self.mlp(self.norm2(x_BND))))
 
 
 OPTIMISED: dict[type[nn.Module], Callable[[Any, int | None], Block]] = {
@@ -121,7 +121,7 @@ def _attention_branch(
         q_BHQE = q_BHQE[:, :, :num_queries]
         logits_1HQN = None if logits_1HQN is None else logits_1HQN[:, :, :num_queries]
     attended_BQD = block.attn.attend(q_BHQE, k_BHNE, v_BHNE, logits_1HQN)
-    return x_BND[:, :num_queries] + block.drop_path(attended_BQD)
+    return x_BND[:, :num_queries] + block.drop_path(block.ls1(attended_BQD))
 
 
 def _norm_with_position(norm: nn.LayerNorm, position: LayerPosition) -> Cheap:
