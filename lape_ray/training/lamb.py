@@ -27,6 +27,7 @@ class Lamb(torch.optim.Optimizer):
         groups: with `params` and `weight_decay`.
         lr: a number, or a scalar tensor on the parameters' device.
         betas: averaging factors of the gradient (m) and of its square (v).
+        capturable: whether a step can become part of a CUDA graph: torch then loads its number to the parameters.
     """
 
     def __init__(
@@ -36,9 +37,9 @@ class Lamb(torch.optim.Optimizer):
         lr: float | Tensor,
         betas: tuple[float, float],
         eps: float,
+        capturable: bool = False,
     ) -> None:
-        # By `capturable` torch loads the numbers of steps to where the parameters are.
-        super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "capturable": True})
+        super().__init__(list(groups), {"lr": lr, "betas": betas, "eps": eps, "capturable": capturable})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

@@ -53,7 +53,7 @@ def build_optimizer(
         return MuonWithAdamW(groups, lr=rate, betas=config.betas, eps=config.eps, capturable=capturable)
     groups = [{key: value for key, value in group.items() if key != "parts"} for group in groups]
     if config.algorithm == "lamb":
-        return Lamb(groups, lr=rate, betas=config.betas, eps=config.eps)
+        return Lamb(groups, lr=rate, betas=config.betas, eps=config.eps, capturable=capturable)
     return torch.optim.AdamW(
         groups, lr=rate, betas=config.betas, eps=config.eps, fused=True, capturable=capturable,
     )  # fmt: skip

@@ -9,9 +9,8 @@ Shape suffixes: N samples, B samples of a batch, S the side of a square in pixel
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from torch import Tensor
 
 from lape_ray.data.augment.draws import Stream, uniform
 from lape_ray.data.native import boxes_of_resized, resized_sides
@@ -40,18 +39,26 @@ def draw_squares(
     return boxes_of_resized(sides_N2, resized_N2, inside_N2, side), corners_N2 - inside_N2
 
 
-def reflected(places: Any, side: int) -> Any:
-    """Return the places from 0 to `side` - 1 that those less than a side away are reflections of (array or tensor)."""
+def reflected(places: Tensor, side: int) -> Tensor:
+    """Return the places from 0 to `side` - 1 that those less than a side away are reflections of."""
     last = side - 1
-    return last - abs(last - abs(places))
+    return last - (last - places.abs()).abs()
 
 
 def shift_reflected(images_BSS3: np.ndarray, shifts_B2: np.ndarray) -> None:
     """Move the window on each image and its reflection by `shifts_B2`, to the right and down; changes the images."""
-    side = images_BSS3.shape[1]
-    place_S = np.arange(side)
     for image_SS3, (across, down) in zip(images_BSS3, shifts_B2.tolist(), strict=True):
-        if down:
-            image_SS3[:] = image_SS3[reflected(place_S + down, side)]
-        if across:
-            image_SS3[:] = image_SS3[:, reflected(place_S + across, side)]
+        _shift(image_SS3, down)
+        _shift(image_SS3.swapaxes(0, 1), across)
+
+
+def _shift(lines: np.ndarray, by: int) -> None:
+    """Move the window by that many of its lines; as slices, which are ten times as fast as the index `reflected`."""
+    if by > 0:
+        edge = lines[-1 - by : -1][::-1].copy()
+        lines[:-by] = lines[by:]
+        lines[-by:] = edge
+    elif by < 0:
+        edge = lines[1 : 1 - by][::-1].copy()
+        lines[-by:] = lines[:by]
+        lines[:-by] = edge
