@@ -84,7 +84,11 @@ class Attention(nn.Module):
 
     def attend(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
         """Mix the values for each query and project the result, (B, Q, D)."""
-        return self.proj(self._mix(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).transpose(1, 2).flatten(2))
+        return self.proj(self.mix(q_BHQE, k_BHNE, v_BHNE, logits_1HQN))
+
+    def mix(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
+        """Mix the values for each query, (B, Q, D)."""
+        return self._mix_heads(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).transpose(1, 2).flatten(2)
 
     def weights(self, h_BND: Tensor, position: LayerPosition) -> Tensor:
         """Compute the weights (B, H, N, N) that `forward` mixes the values with; rows sum to 1."""
@@ -92,9 +96,11 @@ class Attention(nn.Module):
         # The fused kernel returns no weights, but applied to an identity it returns nothing else.
         identity_NN = torch.eye(h_BND.shape[1], dtype=h_BND.dtype, device=h_BND.device)
         identity_BHNN = identity_NN.expand(*q_BHNE.shape[:2], -1, -1)
-        return self._mix(q_BHNE, k_BHNE, identity_BHNN, position.logits_1HNN)
+        return self._mix_heads(q_BHNE, k_BHNE, identity_BHNN, position.logits_1HNN)
 
-    def _mix(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
+    def _mix_heads(
+        self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None
+    ) -> Tensor:
         return F.scaled_dot_product_attention(
             q_BHQE,
             k_BHNE,

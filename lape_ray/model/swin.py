@@ -53,13 +53,13 @@ class WindowAttention(Attention):
             q, k = rotate(q, position.rotation), rotate(k, position.rotation)
         return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, logits_1HVV: Tensor | None) -> Tensor:
-        """Mix the values inside each window and project the result, (B, N, D)."""
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, logits_1HVV: Tensor | None) -> Tensor:
+        """Mix the values inside each window, (B, N, D)."""
         across = self.side // self.window
-        mixed = self._mix(q, k, v, self._logits(logits_1HVV, q.shape[1]))
+        mixed = self._mix_heads(q, k, v, self._logits(logits_1HVV, q.shape[1]))
         parts = mixed.unflatten(2, (self.window, self.window)).unflatten(1, (across, across, self.num_heads))
         image = parts.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
-        return self.proj(self._rolled(image, self.shift).flatten(1, 2))
+        return self._rolled(image, self.shift).flatten(1, 2)
 
     @staticmethod
     def _rolled(image: Tensor, shift: int) -> Tensor:

@@ -199,6 +199,25 @@ def test_any_network_takes_layer_scale(variant: Variant) -> None:
     torch.testing.assert_close(optimise_blocks(scaled)(images), other, rtol=1e-4, atol=1e-5)
 
 
+def kept_numbers(network: nn.Module) -> int:
+    """Count the numbers of activations that a pass keeps for the gradient, but for what it computes again."""
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(torch.randn(64, 3, 16, 16))
+    return sum(size for size in sizes if size >= 64 * 17 * 32)
+
+
+def test_layer_scale_keeps_no_activation_for_the_gradient() -> None:
+    """Where blocks are optimised it is part of the weights, and nothing more is kept than without it."""
+    without, plain = kept_numbers(optimise_blocks(small(layer_scale=0.0))), kept_numbers(small())
+    assert kept_numbers(optimise_blocks(small())) == without < plain
+
+
 @pytest.mark.parametrize(
     ("fields", "rates"),
     [
