@@ -35,17 +35,21 @@ NETWORK_FIELDS = ("variant", "position", "join", "bias", "bias_join", "rotary")
 Variant = Literal[
     "deit_tiny", "deit_small", "deit_base",
     "deit_tiny_distilled", "deit_small_distilled", "deit_base_distilled",
+    "deit3_small", "deit3_medium", "deit3_base", "deit3_large",
     "vit_lite_6_4", "vit_lite_7_4", "cvt_7_4", "cct_6_3x1", "cct_7_3x1", "cct_7_3x2",
     "t2t_vit_7", "t2t_vit_12", "t2t_vit_14", "ceit_tiny", "ceit_small",
     "swin_tiny", "swin_small", "swin_base",
 ]  # fmt: skip
 Compile = Literal["auto", "off", "default", "max-autotune-no-cudagraphs"]
 Compression = Literal["none", "bf16"]
-Algorithm = Literal["adamw", "muon"]
+Algorithm = Literal["adamw", "muon", "lamb"]
+Loss = Literal["cross_entropy", "bce"]
+DropPathRule = Literal["linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "gpu"]
 Backend = Literal["native", "resident", "ffcv", "torchvision"]
 Interpolation = Literal["bicubic", "bilinear", "random"]
+CropKind = Literal["random_resized", "simple"]
 
 
 class Span(NamedTuple):
@@ -93,10 +97,12 @@ def _require(ok: bool, message: str) -> None:
 
 
 def _check_choices(config: Any) -> None:
-    """Refuse a value outside its Literal, and list the values that it has."""
+    """Refuse a value outside its Literal, and list the values that it has; None where that stands beside it."""
     for name, kind in typing.get_type_hints(type(config)).items():
-        if typing.get_origin(kind) is Literal:
-            value, known = getattr(config, name), typing.get_args(kind)
+        value, kinds = getattr(config, name), typing.get_args(kind)
+        literal = next((each for each in (kind, *kinds) if typing.get_origin(each) is Literal), None)
+        if literal is not None and not (value is None and type(None) in kinds):
+            known = typing.get_args(literal)
             _require(value in known, f"{name}={value!r} is not known; choose one of {', '.join(known)}")
 
 
@@ -130,7 +136,13 @@ class ModelConfig:
     depths: tuple[int, int, int, int] | None = option(None, "blocks of each stage (Swin)")
     window_size: int | None = option(None, "side of an attention window, in tokens (Swin)")
     mlp_ratio: float | None = option(None, "hidden width of the MLP over embed_dim")
-    drop_path: float | None = option(None, "stochastic depth rate of the last block; grows linearly from 0")
+    drop_path: float | None = option(None, "stochastic depth rate of the last block")
+    drop_path_rule: DropPathRule | None = option(
+        None, "rates of the blocks before it: from 0 up to its own, or its own"
+    )
+    layer_scale: float | None = option(
+        None, "LayerScale: initial factor of the blocks' branches; 0: they have none"
+    )
     attention_dropout: float | None = option(None, "dropout on attention weights")
     position: Position = option("learnable", "position embedding added to the tokens")
     join: Join = option("basic", "where and how that embedding enters the blocks")
@@ -150,6 +162,7 @@ class ModelConfig:
         )
         _check_range(self, 0.1, 64, "mlp_ratio")
         _check_range(self, 0, 0.99, "drop_path", "attention_dropout")
+        _check_range(self, 0, 100, "layer_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +176,11 @@ class DataConfig:
     threads: int | None = execution_option(None, "loader threads of a worker; none: the CPUs it has")
     crop_scale: tuple[float, float] = option((0.08, 1.0), "random resized crop: share of the image's area")
     crop_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "random resized crop: width over height")
+    crop: CropKind = option(
+        "random_resized",
+        "of training; simple: the shorter side resized to the model's, 4 pixels of reflection around, a random square "
+        "(crop_scale and crop_ratio do not count)",
+    )
     flip: float = option(0.5, "probability of a horizontal flip")
     eval_crop: float = option(0.875, "share of the shorter side that evaluation's centre crop keeps")
     backend: Backend = option(
@@ -202,6 +220,10 @@ class DataConfig:
             not (self.three_augment and self.rand_augment),
             "three_augment and rand_augment are alternatives; leave one of them out",
         )
+        _require(
+            self.crop != "simple" or self.backend != "ffcv",
+            "crop=simple is not made by backend=ffcv; choose native, resident or torchvision",
+        )
         _check_range(self, 0.01, 1, "eval_crop")
         _check_range(self, 0, 100, "mixup", "cutmix")
         low, high = self.crop_scale
@@ -222,7 +244,9 @@ class OptimConfig:
     """Update rule, with linear warm-up and cosine decay by step."""
 
     algorithm: Algorithm = option(
-        "adamw", "update rule; muon (momentum 0.95): for the matrices of the blocks, and AdamW for the rest"
+        "adamw",
+        "update rule; muon (momentum 0.95): for the matrices of the blocks, and AdamW for the rest; lamb: DeiT III's, "
+        "with clip_norm 1",
     )
     lr: float = option(1e-3, "peak learning rate, as it is used (not scaled by the batch)")
     min_lr: float = option(1e-5, "learning rate that the cosine ends at")
@@ -234,9 +258,13 @@ class OptimConfig:
     decay_position: bool = option(
         False, "decay position tables and class tokens too (Compact Transformers do)"
     )
-    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's averaging factors")
-    eps: float = option(1e-8, "AdamW's epsilon")
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's and LAMB's averaging factors")
+    eps: float = option(1e-8, "AdamW's and LAMB's epsilon")
     clip_norm: float | None = option(None, "largest norm of the whole gradient; none: no clipping")
+    loss: Loss = option(
+        "cross_entropy",
+        "training loss; bce: of each class by itself, as DeiT III (validation: cross-entropy)",
+    )
     label_smoothing: float = option(0.0, "share of a label spread evenly over all classes")
     ema_decay: float = option(0.0, "decay of the weights' moving average; 0 is off")
     teacher: str | None = option(
@@ -257,6 +285,11 @@ class OptimConfig:
             f"clip_norm={self.clip_norm} must be above 0, or none",
         )
         _require(all(0 <= b < 1 for b in self.betas), f"betas={self.betas} must lie in [0, 1)")
+        _require(
+            self.loss != "bce" or not (self.label_smoothing or self.teacher),
+            f"loss=bce takes no label_smoothing={self.label_smoothing} (every class with a share is a yes) and no "
+            f"teacher={self.teacher}; set label_smoothing=0 and teacher=none, or loss=cross_entropy",
+        )
 
     @property
     def total_epochs(self) -> int:

@@ -1,4 +1,4 @@
-"""The square that evaluation sees of an image, by Pillow alone: the one place of this crop outside of the extension.
+"""Squares of a resized image by Pillow alone, evaluation's first: the one place of these outside of the extension.
 
 Shape: S side of the square in pixels.
 """
@@ -6,6 +6,7 @@ Shape: S side of the square in pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -24,13 +25,19 @@ def center_crop(image: Image.Image, *, size: int, share: float, interpolation: s
         share: of the shorter side that is kept.
         interpolation: `bilinear`; all others are bicubic.
     """
-    kind = Image.Resampling.BILINEAR if interpolation == "bilinear" else Image.Resampling.BICUBIC
     short = max(size, math.floor(size / share))
-    width, height = (
-        short if side == min(image.size) else int(short * side / min(image.size)) for side in image.size
-    )
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    if max(width, height) <= LONGEST * short:
+    sizes = [short if side == min(image.size) else int(short * side / min(image.size)) for side in image.size]
+    corner = [round((side - size) / 2) for side in sizes]
+    return resized_square(image, sizes, corner, size, bilinear=interpolation == "bilinear")
+
+
+def resized_square(
+    image: Image.Image, sizes: Sequence[int], corner: Sequence[int], size: int, *, bilinear: bool
+) -> Image.Image:
+    """Return the square of `size` pixels that begins at `corner` of the image when it is resized to `sizes`."""
+    kind = Image.Resampling.BILINEAR if bilinear else Image.Resampling.BICUBIC
+    (width, height), (left, top) = sizes, corner
+    if max(width, height) <= LONGEST * min(width, height):
         return image.resize((width, height), kind).crop((left, top, left + size, top + size))
     across, down = image.width / width, image.height / height
     box = (left * across, top * down, (left + size) * across, (top + size) * down)

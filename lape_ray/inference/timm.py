@@ -19,7 +19,7 @@ TIMM_NAMES = {
     name: f"{name}_patch16_224"
     for size in ("tiny", "small", "base")
     for name in (f"deit_{size}", f"deit_{size}_distilled")
-}
+} | {f"deit3_{size}": f"deit3_{size}_patch16_224" for size in ("small", "medium", "base", "large")}
 
 
 def not_for_timm(config: TrainConfig) -> str | None:
@@ -63,7 +63,8 @@ def export_timm(predictor: Predictor, folder: Path) -> str:
 def _no_position(config: TrainConfig) -> Tensor:
     """Return zeros (1, tokens, D): timm's DeiT always adds a position embedding."""
     spec = resolve(config.model)
-    tokens = spec.num_prefix + (spec.image_size // (spec.patch_size or 1)) ** 2
+    prefix = 0 if spec.position_on_patches else spec.num_prefix
+    tokens = prefix + (spec.image_size // (spec.patch_size or 1)) ** 2
     return torch.zeros(1, tokens, spec.embed_dim)
 
 
@@ -101,4 +102,5 @@ def _timm_arguments(spec: VariantSpec) -> dict[str, Any]:
         "depth": spec.depth,
         "num_heads": spec.num_heads,
         "mlp_ratio": spec.mlp_ratio,
+        "init_values": spec.layer_scale or None,
     }

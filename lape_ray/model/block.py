@@ -1,4 +1,4 @@
-"""The transformer block: x = x + MSA(LN(x) + w); x = x + MLP(LN(x)).
+"""The transformer block: x = x + MSA(LN(x) + w); x = x + MLP(LN(x)), each branch perhaps times a LayerScale.
 
 Shapes: B images, N tokens (prefix + patches), Q queries (N, or fewer), D width, H heads, E = D / H width of a head,
 M = 3 D.
@@ -17,6 +17,9 @@ class Block(nn.Module):
     """Pre-norm block of ViT and DeiT, and of LaPE (ICCV 2023, eq. 8-11) where position comes with w for attention.
 
     Training runs it with less memory and fewer operations: see `lape_ray.training.recompute`.
+
+    Args:
+        layer_scale: initial factor of both branches; 0: they have none.
     """
 
     def __init__(
@@ -29,14 +32,17 @@ class Block(nn.Module):
         qkv_bias: bool = True,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
+        layer_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dim, eps=eps)
         self.attn = Attention(
             embed_dim=embed_dim, num_heads=num_heads, qkv_bias=qkv_bias, dropout=attention_dropout
         )
+        self.ls1 = LayerScale(embed_dim, layer_scale) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(embed_dim, eps=eps)
         self.mlp = Mlp(embed_dim=embed_dim, hidden_dim=int(embed_dim * mlp_ratio))
+        self.ls2 = LayerScale(embed_dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
@@ -45,8 +51,8 @@ class Block(nn.Module):
         h_BND = self.norm1(x_BND)
         if position.attention_1ND is not None:
             h_BND = h_BND + position.attention_1ND
-        x_BND = x_BND + self.drop_path(self.attn(h_BND, position))
-        return x_BND + self.drop_path(self.mlp(self.norm2(x_BND)))
+        x_BND = x_BND + self.drop_path(self.ls1(self.attn(h_BND, position)))
+        return x_BND + self.drop_path(self.ls2(self.mlp(self.norm2(x_BND))))
 
 
 class Attention(nn.Module):
@@ -116,6 +122,17 @@ class Mlp(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x_BND)))
+
+
+class LayerScale(nn.Module):
+    """A trained factor of each channel of a branch (CaiT, arXiv 2103.17239, eq. 4)."""
+
+    def __init__(self, embed_dim: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((embed_dim,), initial))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return x_BND * self.gamma
 
 
 class DropPath(nn.Module):

@@ -49,6 +49,7 @@ def _build_vit(spec: VariantSpec, config: ModelConfig) -> VisionTransformer:
     position = build_position(
         Layout(grid, spec.num_prefix, spec.depth, spec.num_heads, width),
         **_position_options(spec, config),
+        on_patches=spec.position_on_patches,
     )
     network = VisionTransformer if lca is None else partial(CeiT, lca=lca)
     return network(
@@ -139,6 +140,7 @@ def _window_block(
         qkv_bias=spec.qkv_bias,
         attention_dropout=spec.attention_dropout,
         drop_path=drop_path,
+        layer_scale=spec.layer_scale,
     )
 
 
@@ -175,13 +177,16 @@ def _blocks(spec: VariantSpec) -> list[Block]:
             qkv_bias=spec.qkv_bias,
             attention_dropout=spec.attention_dropout,
             drop_path=rate,
+            layer_scale=spec.layer_scale,
         )
         for rate in _drop_path_rates(spec)
     ]
 
 
 def _drop_path_rates(spec: VariantSpec) -> list[float]:
-    """Compute each block's rate of stochastic depth, which grows linearly from 0 to `spec.drop_path`."""
+    """Compute each block's rate of stochastic depth: `spec.drop_path`, or up to it linearly from 0."""
+    if spec.drop_path_rule == "constant":
+        return [spec.drop_path] * spec.depth
     return [spec.drop_path * layer / max(spec.depth - 1, 1) for layer in range(spec.depth)]
 
 

@@ -47,8 +47,8 @@ class ResidualNormBlock(Block):
         h_BND = self.norm1(x_BND)
         if position.attention_1ND is not None:
             h_BND = h_BND + position.attention_1ND
-        x_BND = self.norm2(x_BND + self.drop_path(self.attn(h_BND, position)))
-        return x_BND + self.drop_path(self.mlp(x_BND))
+        x_BND = self.norm2(x_BND + self.drop_path(self.ls1(self.attn(h_BND, position))))
+        return x_BND + self.drop_path(self.ls2(self.mlp(x_BND)))
 
 
 class SequencePool(nn.Module):

@@ -21,6 +21,7 @@ _RENAMES = (
     (re.compile(r"^(blocks\.\d+)\.leff\."), r"\1.mlp."),
     (re.compile(r"^lca\.feedforward\."), "lca.mlp."),
     (re.compile(r"^pos_layer_embed$"), "lca.pos_layer_embed"),
+    (re.compile(r"\bblocks\.(\d+)\.gamma_([12])$"), r"blocks.\1.ls\2.gamma"),
     (re.compile(r"\bblocks\.(\d+)\.pe_norm\.(weight|bias)$"), r"join.norms.\1.\2"),
     (re.compile(r"\bblocks\.(\d+)\.attn\.pe_norm\.(weight|bias)$"), r"bias.norms.\1.\2"),
     (re.compile(r"^absolute_pos_embed$"), "pos_embed"),
@@ -35,7 +36,7 @@ _DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 _ANCHOR = re.compile(r"((?:.*\.)?)blocks\.0\.norm1\.weight")
 _AVERAGE = re.compile(r"(^|[._])ema([._]|$)")
-_FAMILIES = {"t2t": "patch_embed.attention1.", "ceit": "lca.", "swin": "layers."}
+_FAMILIES = {"deit3": "blocks.0.ls1.", "t2t": "patch_embed.attention1.", "ceit": "lca.", "swin": "layers."}
 HEADS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 # Parts of pre-training that a new training leaves out, with a line.
 _PRETRAINING = re.compile(r"decoder_|mask_token$|head(_dist)?\.")
@@ -46,7 +47,10 @@ KINDS = tuple(
         (r"layers\.\d+\.blocks\.", "a Swin transformer"),
         (r"lca\.", "a CeiT"),
         (r"blocks_token_only\.", "a CaiT"),
-        (r"blocks\.\d+\.(gamma_1|ls1\.)", "a network with LayerScale, such as DeiT III or DINOv2"),
+        (
+            r"blocks\.\d+\.ls1\.",
+            "a network with LayerScale, such as DeiT III (--model.variant deit3_*) or DINOv2 (--model.layer_scale)",
+        ),
         (r"blocks\.\d+\.\d+\.norm1", "a DINOv2 in chunks"),
         (r"(layer1\.0\.conv1|trunk_output|features\.0)\b", "a CNN of torchvision (a teacher: torchvision:NAME:FILE)"),
         (r"(\w+\.)?(embeddings|encoder\.layer)\.", "in Hugging Face's names (give timm's file of the same weights)"),
@@ -96,7 +100,7 @@ def one_network(state: Mapping[str, Tensor], *, ema: bool = False) -> dict[str, 
 
 
 def convert_state_dict(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
-    """Rename a checkpoint of the official LaPE code, DeiT, T2T-ViT, CeiT, Swin or timm to this package's names.
+    """Rename a checkpoint of the official code of LaPE, DeiT, T2T-ViT, CeiT or Swin, or of timm to our own names.
 
     Takes `{"model": ...}` or a bare state dict, with or without prefixes (see `one_network`). A state dict of this
     package passes through unchanged. Sizes are left alone: `load_weights` resizes.
@@ -204,6 +208,8 @@ def _hint(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
         return f"it has {depth} blocks of width {width}{variant}"
     if distilled and "dist_token" not in own:
         return "it has a distillation token: choose the --model.variant with _distilled behind its name"
+    if "blocks.0.ls1.gamma" in own and "blocks.0.ls1.gamma" not in state and width:
+        return "it has no LayerScale: choose a --model.variant without it, such as deit_*, or --model.layer_scale 0"
     if "head.weight" in own and "head.weight" not in state and "norm.weight" in state:
         return (
             "it has no classifier, as a backbone of DINO, MAE or timm's num_classes=0: train one with "

@@ -136,7 +136,7 @@ class SwinStage(nn.Module):
         super().__init__()
         self.window = window
         self.blocks = nn.ModuleList(blocks)
-        _, self.join, self.bias, self.rotary = position
+        _, self.join, self.bias, self.rotary, _ = position
         self.downsample = downsample
 
     def layer_positions(self, w_1ND: Tensor | None) -> list[LayerPosition]:

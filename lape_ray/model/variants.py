@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lape_ray.config import ModelConfig
+from lape_ray.config import DropPathRule, ModelConfig
 from lape_ray.model import ceit, t2t
 from lape_ray.model.block import Block
 from lape_ray.model.compact import ConvTokenizer, ResidualNormBlock
@@ -28,6 +28,8 @@ class VariantSpec:
     patch_size: int | None = 16  # None: the tokenizer knows no patches
     num_classes: int = 1000
     drop_path: float = 0.0
+    drop_path_rule: DropPathRule = "linear"
+    layer_scale: float = 0.0  # initial factor of a block's branches; 0: they have none
     attention_dropout: float = 0.0
     depths: tuple[int, ...] | None = None  # blocks of each stage; heads and width double from stage to stage
     window_size: int | None = None
@@ -43,6 +45,8 @@ class VariantSpec:
     layer_attention: bool = False
     init_prefix_std: float = 0.02
     init_position_std: float = 0.02
+    position_on_patches: bool = False
+    """Whether the prefix tokens have no row in the position table, and nothing is added to them."""
 
     @property
     def token_stride(self) -> int:
@@ -52,12 +56,19 @@ class VariantSpec:
 
 OVERRIDABLE = (
     "embed_dim", "depth", "num_heads", "mlp_ratio", "image_size", "patch_size", "num_classes", "drop_path",
-    "attention_dropout", "depths", "window_size",
+    "drop_path_rule", "layer_scale", "attention_dropout", "depths", "window_size",
 )  # fmt: skip
 
 
 def _deit(embed_dim: int, num_heads: int, num_prefix: int = 1) -> VariantSpec:
     return VariantSpec(embed_dim=embed_dim, depth=12, num_heads=num_heads, num_prefix=num_prefix)
+
+
+def _deit3(embed_dim: int, depth: int, num_heads: int) -> VariantSpec:
+    return VariantSpec(
+        embed_dim=embed_dim, depth=depth, num_heads=num_heads, drop_path_rule="constant", layer_scale=1e-4,
+        position_on_patches=True,
+    )  # fmt: skip
 
 
 def _compact(depth: int, **kwargs: Any) -> VariantSpec:
@@ -106,6 +117,10 @@ VARIANTS: dict[str, VariantSpec] = {
     "deit_tiny_distilled": _deit(192, 3, num_prefix=2),
     "deit_small_distilled": _deit(384, 6, num_prefix=2),
     "deit_base_distilled": _deit(768, 12, num_prefix=2),
+    "deit3_small": _deit3(384, 12, 6),
+    "deit3_medium": _deit3(512, 12, 8),
+    "deit3_base": _deit3(768, 12, 12),
+    "deit3_large": _deit3(1024, 24, 16),
     "vit_lite_6_4": _compact(6, patch_size=4),
     "vit_lite_7_4": _compact(7, patch_size=4),
     "cvt_7_4": _pooled(7, patch_size=4),

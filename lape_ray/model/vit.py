@@ -76,7 +76,7 @@ class VisionTransformer(Network):
         self.pool = pool
         self.head = head
         self.head_dist = head_dist
-        self.pos_embed, self.join, self.bias, self.rotary = position
+        self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix = position
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         x_BND = self._tokens(images_BCHW)
@@ -85,7 +85,8 @@ class VisionTransformer(Network):
         return self._classify(self.norm(x_BND))
 
     def layer_positions(self) -> list[LayerPosition]:
-        return PositionEmbeddings(self.pos_embed, self.join, self.bias, self.rotary).layers(len(self.blocks))
+        position = PositionEmbeddings(self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix)
+        return position.layers(len(self.blocks))
 
     def _prefix(self) -> list[nn.Parameter]:
         return [token for token in (self.cls_token, self.dist_token) if token is not None]
@@ -117,4 +118,4 @@ class VisionTransformer(Network):
         return own | {f"rotary.{name}" for name in turned}
 
     def resizers(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        return resizers(self.grid, self.num_prefix)
+        return resizers(self.grid, self.num_prefix - self.bare_prefix)

@@ -162,14 +162,20 @@ def _curves(results: Results) -> Figure:
         found = [(label, by_epoch(results.run.history, name)) for label, name in names]
         return [(label, [e for e, _ in points], [v for _, v in points]) for label, points in found if points]
 
-    loss = lines(
-        ("training", "train/epoch_loss"), ("validation", "val/loss"), ("moving average", "val_ema/loss")
-    )
+    training = lines(("training", "train/epoch_loss"))
+    validation = lines(("validation", "val/loss"), ("moving average", "val_ema/loss"))
+    if results.config.optim.loss == "cross_entropy":
+        losses = [("Loss", "epoch", "cross-entropy", training + validation)]
+    else:  # on two scales
+        losses = [
+            ("Training loss", "epoch", results.config.optim.loss, training),
+            ("Validation loss", "epoch", "cross-entropy", validation),
+        ]
     accuracy = lines(("top-1", "val/acc1"), ("top-5", "val/acc5"), ("top-1, moving average", "val_ema/acc1"))
     speed = lines(("images/s", "train/images_per_s"))
     return figures.curves_figure(
         [
-            ("Loss", "epoch", "cross-entropy", loss),
+            *losses,
             ("Validation accuracy", "epoch", "%", accuracy),
             ("Training speed", "epoch", "images/s", speed),
         ]

@@ -10,7 +10,8 @@ statistics     running statistics of batch norms, equal on all workers
 recompute      blocks that keep less for the backward pass, fold beta into w, and compute no token that no head reads
 optim          parameter groups, the learning rate, the weights' moving average
 muon           Muon, for the matrices of the blocks
-loss           the loss with soft targets, and distillation from a teacher
+lamb           LAMB, the optimizer of DeiT III
+loss           the losses with soft targets, and distillation from a teacher
 metrics        exact counts of an evaluation, speed and waiting
 checkpoint     the checkpoint of a run, written and read, and weights of any origin, read
 weight_files   files of other code, opened without running anything, down to the state dict

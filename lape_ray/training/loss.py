@@ -1,18 +1,18 @@
-"""The training loss: soft targets, and hard distillation from a teacher (DeiT, arXiv 2012.12877, eq. 3).
+"""The training losses: cross-entropy or binary cross-entropy of mixed targets, and hard distillation from a teacher.
 
 Shapes: B images, K classes; a distilled student gives logits_B2K, class token first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_ray.config import DataConfig
-from lape_ray.model import build_model
+from lape_ray.config import DataConfig, Loss, TrainConfig
+from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.training.checkpoint import about, read_weights
 from lape_ray.training.classes import checkpoint_classes, match_classes
@@ -20,15 +20,45 @@ from lape_ray.training.preprocessing import differs
 from lape_ray.training.recompute import optimise_blocks
 
 
-def training_loss(logits: Tensor, targets_BK: Tensor, teacher_logits_BK: Tensor | None = None) -> Tensor:
-    """Compute the cross-entropy with soft targets; with two heads the mean of both heads' losses.
+def binary_cross_entropy(logits_BK: Tensor, targets_BK: Tensor) -> Tensor:
+    """Compute DeiT III's loss: every class is a yes or no, and all that have a share in a mixed image are a yes.
+
+    As in facebookresearch/deit, where engine.py trains with `targets.gt(0.0)` under --bce-loss and main.py takes
+    `BCEWithLogitsLoss()`: the mean over images and classes. (timm's BinaryCrossEntropy keeps shares as they are unless
+    it has a threshold.)
+    """
+    return F.binary_cross_entropy_with_logits(logits_BK, (targets_BK > 0).to(logits_BK.dtype))
+
+
+LOSSES: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": F.cross_entropy,
+    "bce": binary_cross_entropy,
+}
+
+
+def check_loss(config: TrainConfig) -> None:
+    """Refuse a loss that is not defined for the network; a ValueError says what to change."""
+    if config.optim.loss != "cross_entropy" and resolve(config.model).num_prefix > 1:
+        raise ValueError(
+            f"optim.loss={config.optim.loss} is not defined for a distillation token, which {config.model.variant} has;"
+            " choose cross_entropy, or the variant without it"
+        )
+
+
+def training_loss(
+    logits: Tensor,
+    targets_BK: Tensor,
+    teacher_logits_BK: Tensor | None = None,
+    loss: Loss = "cross_entropy",
+) -> Tensor:
+    """Compute the loss with soft targets; with two heads the mean of both heads' cross-entropies (DeiT, eq. 3).
 
     With a teacher the second head's target is the teacher's best class; without one it is the label, as for
     the first.
     """
     logits = logits.float()
     if logits.ndim == 2:
-        return F.cross_entropy(logits, targets_BK)
+        return LOSSES[loss](logits, targets_BK)
     labelled = F.cross_entropy(logits[:, 0], targets_BK)
     if teacher_logits_BK is None:
         return (labelled + F.cross_entropy(logits[:, 1], targets_BK)) / 2

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lape_ray.config import OptimConfig
+from lape_ray.training.lamb import Lamb
 from lape_ray.training.muon import MuonWithAdamW
 
 
@@ -50,9 +51,11 @@ def build_optimizer(
     rate, capturable = (config.lr, False) if lr is None else (lr, True)
     if config.algorithm == "muon":
         return MuonWithAdamW(groups, lr=rate, betas=config.betas, eps=config.eps, capturable=capturable)
+    groups = [{key: value for key, value in group.items() if key != "parts"} for group in groups]
+    if config.algorithm == "lamb":
+        return Lamb(groups, lr=rate, betas=config.betas, eps=config.eps, capturable=capturable)
     return torch.optim.AdamW(
-        [{key: value for key, value in group.items() if key != "parts"} for group in groups],
-        lr=rate, betas=config.betas, eps=config.eps, fused=True, capturable=capturable,
+        groups, lr=rate, betas=config.betas, eps=config.eps, fused=True, capturable=capturable,
     )  # fmt: skip
 
 

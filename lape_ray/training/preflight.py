@@ -14,7 +14,7 @@ from lape_ray.data.split import SplitInfo, read_split_info
 from lape_ray.model import build_model, resolve
 from lape_ray.training.classes import checkpoint_classes, match_classes
 from lape_ray.training.initial import load_initial
-from lape_ray.training.loss import load_teacher
+from lape_ray.training.loss import check_loss, load_teacher
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
     with torch.device("meta"):
         model = build_model(config.model)
     check_backend(config.data.backend)
+    check_loss(config)
     check_data(config)
     check_other_weights(config)
     storage.check_writable(storage_root)

@@ -3,6 +3,7 @@
 - Outputs of norms and of GELU are not kept for the backward pass but computed again: they cost no matrix product.
 - LN(x) + w = gamma * x_hat + (beta + w): beta joins w, which has no batch dimension, so that the sum of beta's gradient
   over B x N tokens falls out of the sum over B that w's gradient needs anyway.
+- A LayerScale is joined to the linear layer before it: gamma * (W x + b) = (gamma W) x + gamma b.
 - Where a head reads the prefix tokens alone, the last block computes no other token.
 
 Shapes: B images, N tokens, Q tokens that are read after the block, D width, H heads, E width of a head, M hidden width.
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lape_ray.model import Network
-from lape_ray.model.block import Block
+from lape_ray.model.block import Block, LayerScale
 from lape_ray.model.ceit import LeFFBlock
 from lape_ray.model.compact import ResidualNormBlock
 from lape_ray.model.position import LayerPosition
@@ -59,7 +60,7 @@ class RecomputingBlock(Block):
         """Compute the tokens (B, Q, D) after the block."""
         x_BQD = _attention_branch(self, x_BND, position, self.num_queries)
         hidden_BQM = recomputed(self.mlp.fc1, self.norm2, x_BQD)
-        return x_BQD + self.drop_path(recomputed(self.mlp.fc2, F.gelu, hidden_BQM))
+        return x_BQD + self.drop_path(recomputed(_scaled(self.mlp.fc2, self.ls2), F.gelu, hidden_BQM))
 
 
 class RecomputingResidualNormBlock(ResidualNormBlock):
@@ -73,7 +74,8 @@ class RecomputingResidualNormBlock(ResidualNormBlock):
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
         """Compute the tokens (B, Q, D) after the block."""
         x_BQD = self.norm2(_attention_branch(self, x_BND, position, self.num_queries))
-        return x_BQD + self.drop_path(recomputed(self.mlp.fc2, F.gelu, self.mlp.fc1(x_BQD)))
+        hidden_BQM = self.mlp.fc1(x_BQD)
+        return x_BQD + self.drop_path(recomputed(_scaled(self.mlp.fc2, self.ls2), F.gelu, hidden_BQM))
 
 
 class RecomputingLeFFBlock(LeFFBlock):
@@ -90,7 +92,7 @@ class RecomputingLeFFBlock(LeFFBlock):
 
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
         x_BND = _attention_branch(self, x_BND, position, None)
-        return x_BND + self.drop_path(self.mlp(self.norm2(x_BND)))
+        return x_BND + self.drop_path(self.ls2(self.mlp(self.norm2(x_BND))))
 
 
 OPTIMISED: dict[type[nn.Module], Callable[[Any, int | None], Block]] = {
@@ -120,8 +122,16 @@ def _attention_branch(
     if num_queries is not None:
         q_BHQE = q_BHQE[:, :, :num_queries]
         logits_1HQN = None if logits_1HQN is None else logits_1HQN[:, :, :num_queries]
-    attended_BQD = block.attn.attend(q_BHQE, k_BHNE, v_BHNE, logits_1HQN)
-    return x_BND[:, :num_queries] + block.drop_path(attended_BQD)
+    mixed_BQD = block.attn.mixed(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).flatten(2)
+    return x_BND[:, :num_queries] + block.drop_path(_scaled(block.attn.proj, block.ls1)(mixed_BQD))
+
+
+def _scaled(linear: nn.Linear, scale: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Compute x -> gamma * (W x + b) as (gamma W) x + gamma b, whose gradient needs no output of `linear`."""
+    if not isinstance(scale, LayerScale):
+        return linear
+    weight, bias = scale.gamma.unsqueeze(1) * linear.weight, scale.gamma * linear.bias
+    return lambda x: F.linear(x, weight, bias)
 
 
 def _norm_with_position(norm: nn.LayerNorm, position: LayerPosition) -> Cheap:

@@ -26,7 +26,7 @@ from lape_ray.model import Network, build_model, resolve
 from lape_ray.training.cuda_graph import CudaRecorder, StepGraph
 from lape_ray.training.distributed import World
 from lape_ray.training.flags import RankFlags
-from lape_ray.training.loss import load_teacher
+from lape_ray.training.loss import check_loss, load_teacher
 from lape_ray.training.optim import Ema, build_optimizer
 from lape_ray.training.parallelize import compiled, data_parallel, missing_compiler
 from lape_ray.training.recompute import optimise_blocks
@@ -91,6 +91,7 @@ def build_state(
         )
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are those of the current one
+    check_loss(config)
     world = World.current(device)
     network, model, note = _build_networks(config, world)
     fused, slower = _fused(config, device)

@@ -78,7 +78,7 @@ def _gradients(state: TrainState, images_BCHW: Tensor, targets_BK: Tensor) -> Te
         logits = state.model(images_BCHW)
     # The workers' gradients are averaged, whatever the number of micro-batches that each of them adds up.
     share = state.world.size / state.config.micro_batches
-    loss = training_loss(logits, targets_BK, teacher) * share
+    loss = training_loss(logits, targets_BK, teacher, state.config.optim.loss) * share
     loss.backward()
     state.statistics.end_micro_batch()
     return loss.detach()

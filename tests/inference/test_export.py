@@ -117,8 +117,15 @@ def test_a_sample_leaves_out_what_cannot_be_read(
 
 @pytest.mark.parametrize(
     "model",
-    [{}, {"variant": "deit_tiny_distilled"}, {"position": "sincos2d"}, {"position": "none"}],
-    ids=["learnable", "distilled", "sincos2d", "none"],
+    [
+        {},
+        {"variant": "deit_tiny_distilled"},
+        {"position": "sincos2d"},
+        {"position": "none"},
+        {"variant": "deit3_small"},
+        {"variant": "deit3_small", "position": "none", "layer_scale": 0.0},
+    ],
+    ids=["learnable", "distilled", "sincos2d", "none", "deit3", "deit3-none"],
 )
 def test_timm_loads_the_folder_and_gives_the_same_logits(
     photographs: Path, tmp_path: Path, model: dict[str, str]

@@ -73,6 +73,14 @@ def test_curves_are_by_epoch() -> None:
     assert speed.lines[0].get_ydata().tolist() == [100, 200, 400]
 
 
+def test_losses_of_two_kinds_have_two_scales() -> None:
+    config = TrainConfig(optim=OptimConfig(loss="bce"))
+    training, validation, *_ = _curves(results(config)).axes
+    assert (training.get_ylabel(), validation.get_ylabel()) == ("bce", "cross-entropy")
+    assert [line.get_label() for line in training.lines] == ["training"]
+    assert [line.get_label() for line in validation.lines] == ["validation"]
+
+
 def results(config: TrainConfig) -> Results:
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
     return Results(config=config, run=RUN, predictions=PREDICTIONS, classes=("ape", "bee", "cat", "dog"),

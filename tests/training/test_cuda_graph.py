@@ -111,7 +111,7 @@ def test_a_replayed_step_moves_statistics_as_a_step_does() -> None:
     assert found.network.state_dict()["patch_embed.backbone.bn.num_batches_tracked"] == STEPS
 
 
-@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+@pytest.mark.parametrize("algorithm", ["adamw", "muon", "lamb"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_replayed_steps_learn_what_steps_do(algorithm: str, precision: str) -> None:
     wanted, found = (
@@ -149,7 +149,7 @@ def test_the_stand_in_tells_a_number_that_was_kept() -> None:
     assert not torch.equal(wanted.network.head.weight, found.network.head.weight)
 
 
-@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+@pytest.mark.parametrize("algorithm", ["adamw", "muon", "lamb"])
 @pytest.mark.parametrize("to_graph", [True, False])
 def test_a_checkpoint_does_not_say_how_steps_are_run(algorithm: str, to_graph: bool, tmp_path: Path) -> None:
     """From a run with graphs to one without, or back: the moments come over, the means of the step do not."""
@@ -183,7 +183,7 @@ def test_what_cannot_be_a_graph_is_refused() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+@pytest.mark.parametrize("algorithm", ["adamw", "muon", "lamb"])
 @pytest.mark.parametrize("compile", ["off", "default"])
 def test_cuda_graphs_learn_what_steps_do(algorithm: str, compile: str) -> None:
     device = torch.device("cuda", 0)

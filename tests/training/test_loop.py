@@ -227,6 +227,10 @@ FAMILIES: dict[str, dict[str, object]] = {
         "model__variant": "swin_tiny", "model__patch_size": 2, "model__window_size": 4, "model__depth": None,
         "model__depths": (2, 1, 1, 1), "model__bias": "relative2d",
     },
+    "deit3_small": {
+        "model__variant": "deit3_small", "model__layer_scale": 0.1, "optim__algorithm": "lamb", "optim__loss": "bce",
+        "optim__label_smoothing": 0.0,
+    },
 }  # fmt: skip
 
 

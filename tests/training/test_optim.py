@@ -6,12 +6,15 @@ import math
 from itertools import pairwise
 
 import pytest
+import timm.loss
 import torch
 import torch.nn.functional as F
 
-from lape_ray.config import ModelConfig, OptimConfig
+from lape_ray.config import ModelConfig, OptimConfig, replace_fields
+from lape_ray.data.mixup import Mix, mix_labels
 from lape_ray.model import build_model
-from lape_ray.training.loss import load_teacher, training_loss
+from lape_ray.recipes import recipe
+from lape_ray.training.loss import check_loss, load_teacher, training_loss
 from lape_ray.training.metrics import EvalCounts, duration
 from lape_ray.training.optim import Ema, build_optimizer, lr_at, parameter_groups
 
@@ -104,6 +107,35 @@ def test_losses() -> None:
     teacher = torch.tensor([[0.0, 5, 0], [0, 0, 5]])
     hard = F.cross_entropy(heads[:, 1], torch.tensor([1, 2]))
     torch.testing.assert_close(training_loss(heads, targets, teacher), (first + hard) / 2)
+
+
+def test_binary_cross_entropy_asks_of_each_class_by_itself() -> None:
+    """Both classes of a mixed image are a yes, whatever their shares; the mean is over images and classes."""
+    targets = mix_labels(torch.tensor([0, 2, 1]), 4, Mix(0.9), 0.0)
+    yes = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 0]])
+    logits = torch.randn(3, 4)
+    by_hand = -(yes * logits.sigmoid().log() + (1 - yes) * (-logits).sigmoid().log()).sum() / 12
+    torch.testing.assert_close(training_loss(logits, targets, None, "bce"), by_hand)
+    timms = timm.loss.BinaryCrossEntropy(smoothing=0.0, target_threshold=0.0)
+    torch.testing.assert_close(
+        training_loss(logits.bfloat16(), targets, None, "bce"), timms(logits.bfloat16().float(), targets)
+    )
+    torch.testing.assert_close(  # and of labels that are not mixed
+        training_loss(logits, mix_labels(torch.tensor([0, 2, 1]), 4, Mix(1.0), 0.0), None, "bce"),
+        F.binary_cross_entropy_with_logits(logits, F.one_hot(torch.tensor([0, 2, 1]), 4).float()),
+    )
+
+
+def test_binary_cross_entropy_is_refused_where_it_means_nothing() -> None:
+    for changes in ({"label_smoothing": 0.1}, {"teacher": "runs/teacher"}):
+        with pytest.raises(ValueError, match=r"loss=bce takes no label_smoothing=.* and no teacher="):
+            OptimConfig(loss="bce", **changes)  # type: ignore[arg-type]
+    distilled = replace_fields(recipe("deit3_small_basic"), {"model.variant": "deit_small_distilled"})
+    with pytest.raises(
+        ValueError, match="loss=bce is not defined for a distillation token, which deit_small_distilled"
+    ):
+        check_loss(distilled)
+    check_loss(recipe("deit3_small_basic"))
 
 
 def test_torchvision_teacher(tmp_path) -> None:  # type: ignore[no-untyped-def]

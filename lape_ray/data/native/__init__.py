@@ -4,7 +4,7 @@
     Status                 what became of an image; `check` turns failures into a ValueError
     add_restart_markers    rewrites a JPEG, without loss, so that a crop of it is decoded without what lies around it
     crc32c                 the checksum behind each image of a .beton that this package writes
-    random_resized_crops, flips, center_crops    which crops to take; random ones are keyed, see below
+    random_resized_crops, flips, center_crops, boxes_of_resized    which crops to take; random ones are keyed, see below
     philox4x32             the generator behind them
 
 The pixels are those of Pillow, bit for bit: libjpeg-turbo's accurate DCT and smooth chroma upsampling, then the
@@ -305,9 +305,23 @@ def center_crops(widths_B: Array, heights_B: Array, *, resize: int, size: int) -
     """
     if not 1 <= size <= resize:
         raise ValueError(f"size={size} must be from 1 to resize={resize}")
-    sides_B2 = np.stack([np.asarray(widths_B), np.asarray(heights_B)], axis=1).astype(np.int64)
-    resized_B2 = resize * sides_B2 // sides_B2.min(axis=1, keepdims=True)
+    sides_B2 = np.stack([widths_B, heights_B], axis=1).astype(np.int64)
+    resized_B2 = resized_sides(sides_B2, resize)
     corner_B2 = np.round((resized_B2 - size) / 2)  # half to even, as Python's round in CenterCrop
+    return boxes_of_resized(sides_B2, resized_B2, corner_B2, size)
+
+
+def resized_sides(sides_B2: Array, resize: int) -> Array:
+    """Compute width and height (B, 2) after torchvision's Resize of the shorter side to `resize` pixels."""
+    return resize * sides_B2 // sides_B2.min(axis=1, keepdims=True)
+
+
+def boxes_of_resized(sides_B2: Array, resized_B2: Array, corner_B2: Array, size: int) -> Array:
+    """Compute the boxes (B, 4) float64 of images whose resized squares of `size` pixels begin at `corner_B2`.
+
+    They are for `decode_batch(..., crop_first=False)`. Columns of all but the result are of width and height, in
+    pixels.
+    """
     scale_B2 = sides_B2 / resized_B2
     corner_B2 = corner_B2 * scale_B2
     return np.concatenate([corner_B2, np.minimum(size * scale_B2, sides_B2 - corner_B2)], axis=1)

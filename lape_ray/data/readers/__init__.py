@@ -3,6 +3,7 @@
 reader       `Reader`: the interface that they share, and the options that each of them takes
 buffers      memory for batches that is used again
 ahead        `read_ahead`: batches that are started before they are needed
+simple       the crop `simple`: squares of a resized image with reflected borders
 native       a pass over a .beton through our own decoder, `native/` (C++); the default backend
 resident     a pass over small images that lie on the device as a whole
 torchvision  a pass over a source through Pillow and torchvision, the measure of the others

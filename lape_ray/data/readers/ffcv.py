@@ -31,7 +31,7 @@ from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
 
 from lape_ray.data.beton import set_files
-from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
+from lape_ray.data.readers.reader import RandomCrop, ReaderOptions, SimpleCrop
 
 SEED_BIT = 32  # a key is the sample's index in the low bits and the seed of its augmentation above
 
@@ -185,6 +185,8 @@ class BatchLoader(Loader):
         side, crop = options.image_size, options.crop
         if isinstance(crop, RandomCrop):
             self._decoder = random_crop(side, crop.scale, crop.ratio, crop.flip)
+        elif isinstance(crop, SimpleCrop):
+            raise ValueError("data.backend=ffcv does not make crop=simple; set data.backend=native")
         else:
             self._decoder = center_crop(side, crop.share)
         torch_threads = torch.get_num_threads()

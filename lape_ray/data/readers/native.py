@@ -21,7 +21,8 @@ from lape_ray.data.beton import read_contents
 from lape_ray.data.native import FILTERS, Decoder, center_crops, check, flips, random_resized_crops
 from lape_ray.data.readers.ahead import read_ahead
 from lape_ray.data.readers.buffers import Buffers
-from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
+from lape_ray.data.readers.reader import CenterCrop, RandomCrop, ReaderOptions, TrainCrop
+from lape_ray.data.readers.simple import draw_squares, shift_reflected
 from lape_ray.data.sampler import sample_index
 
 
@@ -69,16 +70,15 @@ class NativeReader:
         else:
             out_BSS3 = self.buffers.take(shape)
         widths_B, heights_B = images_B["width"], images_B["height"]
-        boxes_B4: np.ndarray
-        if isinstance(crop, RandomCrop):
-            boxes_B4, flips_B, cubic_B = train_draws(
-                crop, self.options.seed, epoch, epoch_index_B, widths_B, heights_B
+        if isinstance(crop, CenterCrop):
+            resize = max(side, math.floor(side / crop.share))
+            draws = TrainDraws(
+                center_crops(widths_B, heights_B, resize=resize, size=side),
+                np.zeros(len(index_B), bool),
+                np.full(len(index_B), crop.interpolation != "bilinear"),
             )
         else:
-            resize = max(side, math.floor(side / crop.share))
-            boxes_B4 = center_crops(widths_B, heights_B, resize=resize, size=side)
-            flips_B = np.zeros(len(index_B), bool)
-            cubic_B = np.full(len(index_B), crop.interpolation != "bilinear")
+            draws = train_draws(crop, self.options.seed, epoch, epoch_index_B, widths_B, heights_B, side)
         files_B = contents.file_N[index_B]
         statuses_B = self.decoder.decode_batch(
             self.descriptors[files_B],
@@ -87,15 +87,17 @@ class NativeReader:
             images_B["mode"],
             widths_B,
             heights_B,
-            boxes_B4,
-            flips_B,
+            draws.boxes_N4,
+            draws.flips_N,
             out_BSS3,
-            interpolation=np.where(cubic_B, FILTERS["bicubic"], FILTERS["bilinear"]),
+            interpolation=np.where(draws.cubic_N, FILTERS["bicubic"], FILTERS["bilinear"]),
             crop_first=isinstance(crop, RandomCrop),
             checksums=True,
         )
         self._refuse_changes(np.unique(files_B))
         check(statuses_B, lambda i: contents.name(index_B[i]))
+        if draws.shifts_N2 is not None:
+            shift_reflected(out_BSS3, draws.shifts_N2)
         return out_BSS3
 
     def _refuse_changes(self, files: np.ndarray) -> None:
@@ -116,33 +118,45 @@ class TrainDraws(NamedTuple):
     """The draws for the crops of N training images.
 
     Attributes:
-        boxes_N4: int32; x, y, width and height in pixels
+        boxes_N4: x, y, width and height in pixels
         flips_N: whether the crop is mirrored
         cubic_N: whether it is resized bicubically, else bilinearly
+        shifts_N2: pixels to the right and down by which the mirrored crop is moved over its reflection; None: it is not
     """
 
     boxes_N4: np.ndarray
     flips_N: np.ndarray
     cubic_N: np.ndarray
+    shifts_N2: np.ndarray | None = None
 
 
 def train_draws(
-    crop: RandomCrop,
+    crop: TrainCrop,
     seed: int,
     epoch: int,
     epoch_index_N: np.ndarray,
     widths_N: np.ndarray,
     heights_N: np.ndarray,
+    side: int,
 ) -> TrainDraws:
-    """Draw for the images at `epoch_index_N` of the epoch's order over all ranks, of these sizes in pixels."""
-    boxes_N4 = random_resized_crops(
-        seed, epoch, epoch_index_N, widths_N, heights_N, scale=crop.scale, ratio=crop.ratio
-    )
+    """Draw for the images at `epoch_index_N` of the epoch's order over all ranks, of these sizes in pixels.
+
+    Args:
+        side: of the result, in pixels.
+    """
     if crop.interpolation == "random":
         cubic_N = uniform(seed, epoch, epoch_index_N, Stream.INTERPOLATION, 1)[:, 0] < 0.5
     else:
         cubic_N = np.full(len(epoch_index_N), crop.interpolation == "bicubic")
-    return TrainDraws(boxes_N4, flips(seed, epoch, epoch_index_N, crop.flip), cubic_N)
+    flips_N = flips(seed, epoch, epoch_index_N, crop.flip)
+    if isinstance(crop, RandomCrop):
+        boxes_N4 = random_resized_crops(
+            seed, epoch, epoch_index_N, widths_N, heights_N, scale=crop.scale, ratio=crop.ratio
+        )
+        return TrainDraws(boxes_N4, flips_N, cubic_N)
+    boxes_N4, shifts_N2 = draw_squares(seed, epoch, epoch_index_N, widths_N, heights_N, side)
+    shifts_N2[flips_N, 0] *= -1
+    return TrainDraws(boxes_N4, flips_N, cubic_N, shifts_N2)
 
 
 def _state(descriptor: int) -> tuple[int, int]:

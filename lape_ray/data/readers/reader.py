@@ -69,6 +69,19 @@ class RandomCrop:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SimpleCrop:
+    """A random square of the resized image and its reflected borders (`simple`), and a horizontal flip.
+
+    Attributes:
+        flip: probability of the flip
+        interpolation: filter; random: one of the two for each image
+    """
+
+    flip: float
+    interpolation: Interpolation
+
+
+@dataclass(frozen=True, kw_only=True)
 class CenterCrop:
     """The centre square that keeps `share` of the shorter side; `random` interpolates bicubically."""
 
@@ -76,7 +89,8 @@ class CenterCrop:
     interpolation: Interpolation
 
 
-Crop = RandomCrop | CenterCrop
+TrainCrop = RandomCrop | SimpleCrop
+Crop = TrainCrop | CenterCrop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +118,8 @@ def build_crop(data: DataConfig, split: Literal["train", "val"]) -> Crop:
     """Build the split's crop: random for training, the centre for validation."""
     if split == "val":
         return CenterCrop(share=data.eval_crop, interpolation=data.interpolation)
+    if data.crop == "simple":
+        return SimpleCrop(flip=data.flip, interpolation=data.interpolation)
     return RandomCrop(
         scale=data.crop_scale, ratio=data.crop_ratio, flip=data.flip, interpolation=data.interpolation
     )

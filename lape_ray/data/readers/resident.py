@@ -20,7 +20,8 @@ from torch import Tensor
 from lape_ray.data.augment.crop import crop_and_resize
 from lape_ray.data.augment.transfer import to_device
 from lape_ray.data.readers.native import NativeReader, train_draws
-from lape_ray.data.readers.reader import CenterCrop, RandomCrop, ReaderOptions
+from lape_ray.data.readers.reader import CenterCrop, ReaderOptions
+from lape_ray.data.readers.simple import reflected
 from lape_ray.data.sampler import sample_index
 
 _DECODED_AT_ONCE = 1024
@@ -42,7 +43,7 @@ class ResidentReader:
 
     def __init__(self, path: str, options: ReaderOptions) -> None:
         self.options, self.image_size, self.batch_size = options, options.image_size, options.batch_size
-        trains = isinstance(options.crop, RandomCrop)
+        trains = not isinstance(options.crop, CenterCrop)
         whole = CenterCrop(share=1.0, interpolation=options.crop.interpolation) if trains else options.crop
         host = torch.device("cpu")
         native = NativeReader(
@@ -67,23 +68,35 @@ class ResidentReader:
         They are views of channels-first memory on the device, which nothing else uses.
         """
         index_N, crop, device = sample_index(keys_N), self.options.crop, self.options.device
-        if not isinstance(crop, RandomCrop):
+        if isinstance(crop, CenterCrop):
             for index_B in to_device({"index": index_N}, device)["index"].split(self.batch_size):
                 yield self.images_N3SS[index_B].permute(0, 2, 3, 1)
             return
         side = self.images_N3SS.shape[2]
         sides_N = np.full(len(index_N), side)
-        draws = train_draws(crop, self.options.seed, epoch, epoch_index_N, sides_N, sides_N)
-        sent = to_device(
-            {"index": index_N, "boxes": draws.boxes_N4, "flips": draws.flips_N, "cubic": draws.cubic_N},
-            device,
-        )
+        draws = train_draws(crop, self.options.seed, epoch, epoch_index_N, sides_N, sides_N, self.image_size)
+        arrays = {"index": index_N, "boxes": draws.boxes_N4, "flips": draws.flips_N, "cubic": draws.cubic_N}
+        if draws.shifts_N2 is not None:
+            arrays["shifts"] = draws.shifts_N2
+        sent = to_device(arrays, device)
         group_size = max(1, _CROPPED_PIXELS // (self.batch_size * self.image_size**2)) * self.batch_size
         for start in range(0, len(index_N), group_size):
-            index_B, boxes_B4, flips_B, cubic_B = (sent[name][start : start + group_size] for name in sent)
+            index_B, boxes_B4, flips_B, cubic_B, *shifts = (
+                sent[name][start : start + group_size] for name in sent
+            )
             cropped = crop_and_resize(self.images_N3SS[index_B], boxes_B4, flips_B, cubic_B, self.image_size)
+            cropped = _shifted(cropped, *shifts) if shifts else cropped
             for images_B3SS in cropped.split(self.batch_size):
                 yield images_B3SS.permute(0, 2, 3, 1)
+
+
+def _shifted(images_B3SS: Tensor, shifts_B2: Tensor) -> Tensor:
+    """Do what `shift_reflected` does, on the images' device."""
+    side = images_B3SS.shape[-1]
+    place_S = torch.arange(side, device=images_B3SS.device)
+    columns_BS, rows_BS = (reflected(place_S + shift_B1, side) for shift_B1 in shifts_B2[..., None].unbind(1))
+    taken_B3SS = images_B3SS.gather(2, rows_BS[:, None, :, None].expand_as(images_B3SS))
+    return taken_B3SS.gather(3, columns_BS[:, None, None].expand_as(images_B3SS))
 
 
 def _square_side(native: NativeReader, path: str) -> int:

@@ -21,9 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as v2
 
-from lape_ray.data.center import center_crop
+from lape_ray.data.center import center_crop, resized_square
 from lape_ray.data.readers.ahead import read_ahead
-from lape_ray.data.readers.reader import RandomCrop, ReaderOptions
+from lape_ray.data.readers.reader import RandomCrop, ReaderOptions, SimpleCrop, TrainCrop
+from lape_ray.data.readers.simple import PADDING, shift_reflected
 from lape_ray.data.sampler import sample_index
 from lape_ray.data.sources import Source
 
@@ -31,7 +32,7 @@ PART_IMAGES = 8  # that a thread works on at a time
 
 
 class Draw(NamedTuple):
-    """The changes to one training image; the box is in pixels of the image."""
+    """The changes to one training image; the box is in pixels of the image, or of the resized one (`SimpleCrop`)."""
 
     left: int
     top: int
@@ -90,28 +91,45 @@ class TorchvisionReader:
 
     def draw(self, crop: RandomCrop, image: Image.Image, epoch: int, epoch_index: int) -> Draw:
         """Draw for the image at `epoch_index`: a function of these, the seed and the image's size."""
-        generator = torch.Generator().manual_seed(_draw_seed(self.options.seed, epoch, epoch_index))
+        generator = self._generator(epoch, epoch_index)
         with _RandomFrom(generator):
             top, left, height, width = RandomResizedCrop.get_params(image, list(crop.scale), list(crop.ratio))
-        flip, second_filter = torch.rand(2, generator=generator).tolist()
-        interpolation = _filter(crop.interpolation)
-        if crop.interpolation == "random" and second_filter < 0.5:
-            interpolation = InterpolationMode.BILINEAR
-        return Draw(left, top, width, height, flip < crop.flip, interpolation)
+        return Draw(left, top, width, height, *_draw_flip_and_filter(crop, generator))
+
+    def draw_square(
+        self, crop: SimpleCrop, image: Image.Image, epoch: int, epoch_index: int, side: int
+    ) -> Draw:
+        """Draw a square of `side` pixels of the resized image, which may begin PADDING pixels before it."""
+        generator = self._generator(epoch, epoch_index)
+        left, top = (
+            int(torch.randint(length + 2 * PADDING - side + 1, (), generator=generator)) - PADDING
+            for length in _resized(image, side)
+        )
+        return Draw(left, top, side, side, *_draw_flip_and_filter(crop, generator))
+
+    def _generator(self, epoch: int, epoch_index: int) -> torch.Generator:
+        return torch.Generator().manual_seed(_draw_seed(self.options.seed, epoch, epoch_index))
 
     def _fill(self, out_PSS3: np.ndarray, index_P: list[int], epoch_index_P: list[int], epoch: int) -> None:
         """Read, crop and resize some images (P) of a batch into their place."""
         crop = self.options.crop
         for out_SS3, index, epoch_index in zip(out_PSS3, index_P, epoch_index_P, strict=True):
-            image = self.source.read(index)
+            image, side = self.source.read(index), len(out_SS3)
             if isinstance(crop, RandomCrop):
-                draw = self.draw(crop, image, epoch, epoch_index)
-                square = resized_crop(image, draw, len(out_SS3))
+                square = resized_crop(image, self.draw(crop, image, epoch, epoch_index), side)
+            elif isinstance(crop, SimpleCrop):
+                square = simple_crop(image, self.draw_square(crop, image, epoch, epoch_index, side), side)
             else:
-                square = center_crop(
-                    image, size=len(out_SS3), share=crop.share, interpolation=crop.interpolation
-                )
+                square = center_crop(image, size=side, share=crop.share, interpolation=crop.interpolation)
             out_SS3[:] = np.asarray(square)
+
+
+def _draw_flip_and_filter(crop: TrainCrop, generator: torch.Generator) -> tuple[bool, InterpolationMode]:
+    flip, second_filter = torch.rand(2, generator=generator).tolist()
+    interpolation = _filter(crop.interpolation)
+    if crop.interpolation == "random" and second_filter < 0.5:
+        interpolation = InterpolationMode.BILINEAR
+    return flip < crop.flip, interpolation
 
 
 def resized_crop(image: Image.Image, draw: Draw, side: int) -> Image.Image:
@@ -127,6 +145,24 @@ def resized_crop(image: Image.Image, draw: Draw, side: int) -> Image.Image:
         antialias=True,
     )
     return v2.horizontal_flip(square) if draw.flip else square
+
+
+def simple_crop(image: Image.Image, draw: Draw, side: int) -> Image.Image:
+    """Resize an image's shorter side to `side`, and cut its square out of the result and its reflection."""
+    sizes = _resized(image, side)
+    corner = (draw.left, draw.top)
+    inside = [min(max(at, 0), length - side) for at, length in zip(corner, sizes, strict=True)]
+    square = resized_square(
+        image, sizes, inside, side, bilinear=draw.interpolation is InterpolationMode.BILINEAR
+    )
+    pixels_1SS3 = np.array(square)[None]
+    shift_reflected(pixels_1SS3, np.subtract([corner], [inside]))
+    square = Image.fromarray(pixels_1SS3[0])
+    return v2.horizontal_flip(square) if draw.flip else square
+
+
+def _resized(image: Image.Image, side: int) -> list[int]:
+    return [side * length // min(image.size) for length in image.size]
 
 
 def _filter(interpolation: str) -> InterpolationMode:

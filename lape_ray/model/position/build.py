@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_ray.model.position.absolute import ABSOLUTES, AbsoluteKind
@@ -70,17 +71,31 @@ class PositionEmbeddings(NamedTuple):
     """Carries the table into the blocks."""
     bias: LogitBias | None
     rotary: Rotary | None
+    bare_prefix: int = 0
+    """Prefix tokens that the table has no rows for, so that nothing of it is added to them."""
 
     def layers(self, depth: int) -> list[LayerPosition]:
         """Compute what each of `depth` layers receives; the same for every image."""
         layers = [LayerPosition()] * depth
         if self.join is not None and self.pos_embed is not None:
-            layers = self.join(self.pos_embed)
+            layers = [_behind(self.bare_prefix, layer) for layer in self.join(self.pos_embed)]
         if self.bias is not None:
             layers = [p._replace(logits_1HNN=b) for p, b in zip(layers, self.bias(), strict=True)]
         if self.rotary is not None:
             layers = [p._replace(rotation=r) for p, r in zip(layers, self.rotary(), strict=True)]
         return layers
+
+
+def _behind(bare_prefix: int, layer: LayerPosition) -> LayerPosition:
+    """Put rows of zeros before what is added to tokens; the join's norms have not seen them."""
+    if not bare_prefix:
+        return layer
+    # Padded without its first axis, the gradient has the layout of the table, in which data parallelism sends it.
+    residual_1ND, attention_1ND = (
+        None if rows_1PD is None else F.pad(rows_1PD[0], (0, 0, bare_prefix, 0)).unsqueeze(0)
+        for rows_1PD in (layer.residual_1ND, layer.attention_1ND)
+    )
+    return layer._replace(residual_1ND=residual_1ND, attention_1ND=attention_1ND)
 
 
 def build_position(
@@ -93,23 +108,27 @@ def build_position(
     rotary: str,
     eps: float,
     std: float,
+    on_patches: bool = False,
 ) -> PositionEmbeddings:
     """Look the names up and make freshly initialised modules; draws from torch's global generator.
 
     Args:
         eps: of the joins' layer norms.
         std: of a trained table's truncated normal initialisation.
+        on_patches: whether prefix tokens have no row in the table.
 
     Raises:
         ValueError: the joins do not fit, or an embedding does not fit the layout.
     """
     check_joins(position, join, bias, bias_join)
     pos_embed = carrier = None
+    rows = layout._replace(num_prefix=0) if on_patches else layout
     if (kind := ABSOLUTES[position]) is not None:
-        carrier = JOINS[join](layout, kind, eps=eps)
-        pos_embed = _table(kind, layout, layout.depth if carrier.per_layer else 1, std)
+        carrier = JOINS[join](rows, kind, eps=eps)
+        pos_embed = _table(kind, rows, layout.depth if carrier.per_layer else 1, std)
     logit_bias = _logit_bias(layout, bias, bias_join, std=0.0)
-    return PositionEmbeddings(pos_embed, carrier, logit_bias, _rotation(layout, rotary))
+    bare_prefix = layout.num_prefix - rows.num_prefix
+    return PositionEmbeddings(pos_embed, carrier, logit_bias, _rotation(layout, rotary), bare_prefix)
 
 
 def build_staged_position(
