@@ -55,7 +55,7 @@ def pictures(count: int, height: int, width: int) -> Tensor:
 
 
 def of_every_kind(each: int, height: int, width: int) -> Layer:
-    """`each` images of each kind, half of them bicubic, with arguments of their own."""
+    """`each` images of each kind, some of them bicubic, with arguments of their own."""
     rng = np.random.default_rng(1)
     size = each * len(Kind)
     layer = Layer(size)
@@ -91,7 +91,7 @@ def by_kernels(layer: Layer, images_BCHW: Tensor) -> Tensor:
 @pytest.mark.parametrize(("height", "width", "contiguous"), [(32, 32, False), (20, 33, True)])
 def test_kernels_give_the_levels_of_operators(height: int, width: int, contiguous: bool) -> None:
     """Every level, except of bicubic rotations, which the operators make by a rule that is near Pillow's."""
-    layer = of_every_kind(4, height, width)
+    layer = of_every_kind(3, height, width)
     images = pictures(layer.size, height, width)
     images = images.contiguous() if contiguous else images
     before = images.clone()
