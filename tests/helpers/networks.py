@@ -28,6 +28,17 @@ CELLS = [
 ]
 
 
+FAMILIES: dict[str, dict[str, object]] = {
+    "t2t_vit_7": {"model__variant": "t2t_vit_7", "model__patch_size": None},
+    "ceit_tiny": {"model__variant": "ceit_tiny", "model__patch_size": None},
+    "swin_tiny": {
+        "model__variant": "swin_tiny", "model__patch_size": 2, "model__window_size": 4, "model__depth": None,
+        "model__depths": (2, 1, 1, 1), "model__bias": "relative2d",
+    },
+}  # fmt: skip
+"""Changes of the recipe `smoke` that make its network one of another family."""
+
+
 def cell_id(cell: dict[str, str]) -> str:
     return "-".join(cell.values())
 
