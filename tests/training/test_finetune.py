@@ -168,6 +168,14 @@ def test_the_head_alone_learns_as_a_classifier_of_features_does(variant: str) ->
     assert torch.equal(model(images), torch.stack(logits).mean(0))
 
 
+def test_a_head_that_is_trained_alone_is_compiled_as_one_graph() -> None:
+    model, images = HeadOnly(small("deit_tiny")).train(), torch.randn(2, 3, 32, 32)
+    found = torch.compile(model, backend="eager", fullgraph=True)(images)
+    torch.testing.assert_close(found, model(images))
+    found.sum().backward()
+    assert model.network.head.weight.grad is not None  # type: ignore[union-attr]
+
+
 def test_a_head_of_a_fresh_network_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"optim\.train=head .* give its checkpoint with --training\.init_from"
