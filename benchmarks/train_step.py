@@ -18,7 +18,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -57,9 +57,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "cct": {"variant": "cct_7_3x1"},
     "t2t_vit_7": {"variant": "t2t_vit_7", "position": "sincos1d"},
     "ceit_tiny": {"variant": "ceit_tiny"},
-    "swin_tiny": {"variant": "swin_tiny"},
+    "swin_tiny": {"variant": "swin_tiny", "position": "none", "bias": "relative2d"},
     "toy": {"variant": "deit_tiny", "image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2,
             "num_heads": 2, "num_classes": 10},
+    "toy_swin": {"variant": "swin_tiny", "position": "none", "bias": "relative2d", "image_size": 32, "patch_size": 2,
+                 "embed_dim": 16, "depths": (2, 1, 2, 1), "num_heads": 2, "window_size": 4, "num_classes": 10},
 }  # fmt: skip
 DEFAULT_MODELS = {"cpu": "deit_tiny:8,vit_lite:64", "cuda": "deit_small:256,deit_tiny:256"}
 DEFAULT_CANDIDATES = (
@@ -83,11 +85,28 @@ def _refuse_others(config: TrainConfig) -> None:
 
 
 def timm(config: TrainConfig) -> nn.Module:
-    """Build timm's network with our weights; all names are the same."""
+    """Build timm's network with our weights."""
+    from timm.models.swin_transformer import SwinTransformer as TimmSwin
     from timm.models.vision_transformer import VisionTransformer as Timm
 
-    _refuse_others(config)
     spec = resolve(config.model)
+    if spec.depths is not None:
+        heads = tuple(spec.num_heads << stage for stage in range(len(spec.depths)))
+        swin: nn.Module = TimmSwin(
+            img_size=spec.image_size, patch_size=spec.patch_size, embed_dim=spec.embed_dim, depths=spec.depths,
+            num_heads=heads, window_size=spec.window_size, mlp_ratio=spec.mlp_ratio, num_classes=spec.num_classes,
+            drop_path_rate=spec.drop_path,
+        )  # fmt: skip
+        left = swin.load_state_dict(
+            timm_swin(ours(config).state_dict()), strict=False
+        )  # without timm's buffers
+        if wrong := [
+            *left.unexpected_keys,
+            *(name for name, _ in swin.named_parameters() if name in left.missing_keys),
+        ]:
+            raise WrongMathsError(f"timm's Swin has other parameters than ours: {', '.join(wrong)}")
+        return swin
+    _refuse_others(config)
     network: nn.Module = Timm(
         img_size=spec.image_size, patch_size=spec.patch_size, embed_dim=spec.embed_dim, depth=spec.depth,
         num_heads=spec.num_heads, mlp_ratio=spec.mlp_ratio, num_classes=spec.num_classes,
@@ -153,6 +172,19 @@ def torchvision_name(name: str) -> str:
     for pattern, replacement in _TORCHVISION_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def timm_swin(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename our Swin's tensors as timm's, where each block has its table and a stage begins with its merging."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if match := re.fullmatch(r"(layers\.\d+)\.bias\.table\.table_LRH", name):
+            for block, table in enumerate(value):
+                found[f"{match[1]}.blocks.{block}.attn.relative_position_bias_table"] = table
+        else:
+            name = re.sub(r"^layers\.(\d+)\.down", lambda match: f"layers.{int(match[1]) + 1}.down", name)
+            found[re.sub(r"^head\.", "head.fc.", name)] = value
+    return found
 
 
 # ---- the step
@@ -242,6 +274,16 @@ class Run:
         return f"{self.candidate}/{self.mode}"
 
     @property
+    def staged(self) -> bool:
+        """Whether the network has stages, as Swin has."""
+        return MODELS[self.model]["variant"].startswith("swin")
+
+    @property
+    def short(self) -> dict[str, Any]:
+        """Fewer blocks for the check of a network that is compiled: they hold everything that all of them do."""
+        return {"depths": (2, 1, 1, 1)} if self.staged else {"depth": 2}
+
+    @property
     def reference(self) -> str | None:
         """The run that this one's time is divided by."""
         if self.mode == "graph":
@@ -250,6 +292,8 @@ class Run:
         return None if other is None else f"{other}/{self.mode}"
 
     def config(self, **fields: Any) -> TrainConfig:
+        if self.candidate == "lape":
+            fields = {"position": "learnable", **fields}  # Swin's own is a relative bias alone
         join = "lape" if self.candidate == "lape" else "basic"
         config = training_config(self.model, join=join, batch_size=self.batch_size, **fields)
         compile = "off" if self.mode == "eager" else "default"
@@ -259,8 +303,11 @@ class Run:
         """Build the network on the CPU, not compiled; an ImportError where its package is not installed."""
         return CANDIDATES[self.candidate](config)
 
-    def parameter_name(self, name: str) -> str:
-        return torchvision_name(name) if self.candidate == "torchvision" else name
+    def renamed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return our network's tensors by the names that the candidate's network has for them."""
+        if self.candidate == "torchvision":
+            return {torchvision_name(name): value for name, value in tensors.items()}
+        return timm_swin(tensors) if self.candidate == "timm" and self.staged else dict(tensors)
 
     def state(self, device: torch.device) -> TrainState:
         """Build the loop's state with this network in it: everything but the network is the same for all."""
@@ -269,7 +316,8 @@ class Run:
             return synthetic_state(config, device)
         network = self.network(config).to(device)
         state = synthetic_state(replace_fields(config, {"run.compile": "off"}), device)
-        exempt = {self.parameter_name(name) for name in state.network.position_parameters()}
+        parameters = dict(state.network.named_parameters())
+        exempt = set(self.renamed({name: parameters[name] for name in state.network.position_parameters()}))
         return dataclasses.replace(
             state,
             config=config,
@@ -283,8 +331,6 @@ class Run:
 # ---- parity, before anything is timed
 
 IMAGES = 4
-# Blocks of a network that is compiled for the check: they hold everything that twelve do, shifted windows too.
-SHORT: dict[bool, dict[str, Any]] = {False: {"depth": 2}, True: {"depths": (2, 1, 1, 1)}}
 # Relative distance (of the 2-norms) of logits and of the worst gradient.
 TOLERANCE = {"fp32": (1e-4, 1e-3), "bf16": (2e-2, 5e-2)}
 GATE_STEPS = 20
@@ -311,20 +357,18 @@ def check_parity(run: Run, device: torch.device) -> Row:
     Raises:
         WrongMathsError: a distance is above `TOLERANCE`, or a parameter got no gradient.
     """
-    staged = resolve(run.config().model).depths is not None
-    config = run.config(drop_path=0.0, **({} if run.mode == "eager" else SHORT[staged]))
+    config = run.config(drop_path=0.0, **({} if run.mode == "eager" else run.short))
     wanted_BK, gradients = _outcome(ours(config).to(device, torch.float64), config)
+    gradients = run.renamed(gradients)
     network = run.network(config).to(device)
     with autocast_for(config, device)():
         precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
         found_BK, found = _outcome(network, config, model=compiled(network, config.run.compile, device)[0])
-    if missing := [name for name in gradients if run.parameter_name(name) not in found]:
+    if missing := [name for name in gradients if name not in found]:
         raise WrongMathsError(f"{run.name}: {', '.join(missing)} got no gradient; nothing was timed")
     # A gradient that is zero but for rounding, as of a softmax's bias, is measured by the whole one.
     least = 1e-4 * float(torch.stack([wanted.norm() for wanted in gradients.values()]).norm())
-    apart = {
-        name: _distance(found[run.parameter_name(name)], wanted, least) for name, wanted in gradients.items()
-    }
+    apart = {name: _distance(found[name], wanted, least) for name, wanted in gradients.items()}
     worst = max(apart, key=lambda name: apart[name])
     logits = _distance(found_BK, wanted_BK)
     row = {"precision": precision, "logits": logits, "gradient": apart[worst], "worst": worst}

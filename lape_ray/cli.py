@@ -35,6 +35,11 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """Parse `10,20` as whole numbers of one or more; for an option's `type`."""
+    return tuple(at_least_one(part) for part in text.split(","))
+
+
 class ConfigParser(argparse.ArgumentParser):
     """A parser with one `--section.field` for every field of the config, in groups, with types and help.
 

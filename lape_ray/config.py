@@ -44,6 +44,7 @@ Compile = Literal["auto", "off", "default", "max-autotune-no-cudagraphs"]
 Compression = Literal["none", "bf16"]
 Algorithm = Literal["adamw", "muon", "lamb"]
 Loss = Literal["cross_entropy", "bce"]
+Trained = Literal["all", "head"]
 DropPathRule = Literal["linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "gpu"]
@@ -260,6 +261,10 @@ class OptimConfig:
     )
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's and LAMB's averaging factors")
     eps: float = option(1e-8, "AdamW's and LAMB's epsilon")
+    train: Trained = option("all", "what is trained; head: the classifier alone, as a linear probe does")
+    layer_decay: float = option(
+        1.0, "factor of the learning rate from each layer to the one below; 1: all learn at the head's rate"
+    )
     clip_norm: float | None = option(None, "largest norm of the whole gradient; none: no clipping")
     loss: Loss = option(
         "cross_entropy",
@@ -284,6 +289,7 @@ class OptimConfig:
             self.clip_norm is None or self.clip_norm > 0,
             f"clip_norm={self.clip_norm} must be above 0, or none",
         )
+        _require(0 < self.layer_decay <= 1, f"layer_decay={self.layer_decay} must be above 0, and 1 at most")
         _require(all(0 <= b < 1 for b in self.betas), f"betas={self.betas} must lie in [0, 1)")
         _require(
             self.loss != "bce" or not (self.label_smoothing or self.teacher),

@@ -111,24 +111,27 @@ def test_a_table_is_aligned() -> None:
 # ---- the training step
 
 
-def toy(candidate: str = "basic", mode: str = "eager") -> Run:
-    return Run("toy", 4, candidate, mode, "cpu", 1, 1)
+def toy(candidate: str = "basic", mode: str = "eager", model: str = "toy") -> Run:
+    return Run(model, 4, candidate, mode, "cpu", 1, 1)
 
 
 def toy_config(**fields: Any) -> TrainConfig:
     return training_config("toy", join="basic", batch_size=4, **fields)
 
 
-@pytest.mark.parametrize("candidate", train_step.CANDIDATES)
-def test_candidates_compute_the_same_from_the_same_weights(candidate: str) -> None:
-    row = check_parity(toy(candidate), CPU)
+@pytest.mark.parametrize(
+    ("model", "candidate"),
+    [("toy", name) for name in train_step.CANDIDATES] + [("toy_swin", name) for name in ("timm", "lape")],
+)
+def test_candidates_compute_the_same_from_the_same_weights(model: str, candidate: str) -> None:
+    run, wanted = toy(candidate, model=model), toy(model=model).state(CPU)
+    row = check_parity(run, CPU)
     assert row["logits"] < 1e-5 and row["gradient"] < 1e-4
-    run, wanted = toy(candidate), toy().state(CPU)
     state = run.state(CPU)
     if candidate != "lape":
         found = state.network.state_dict()
-        for name, value in wanted.network.state_dict().items():
-            assert torch.equal(found[run.parameter_name(name)], value), name
+        for name, value in run.renamed(wanted.network.state_dict()).items():
+            assert torch.equal(found[name], value), name
         sizes = [
             [(g["weight_decay"], sum(p.numel() for p in g["params"])) for g in each.optimizer.param_groups]
             for each in (state, wanted)

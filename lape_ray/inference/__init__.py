@@ -1,6 +1,7 @@
 """Use a trained checkpoint: evaluate, predict, export, serve.
 
 evaluate     exact accuracy of a checkpoint of any origin
+knn          accuracy of the nearest neighbours by a checkpoint's features
 predict      a checkpoint as a classifier of image files
 classify     the steps behind jobs/predict.py
 export       `export`: every requested format of a checkpoint, MLflow's model among them

@@ -111,15 +111,17 @@ class Predictor:
         return np.asarray(logits_BK.float().softmax(-1).cpu())
 
 
-def load_network(checkpoint: str, config: TrainConfig, *, ema: bool = False) -> Network:
+def load_network(
+    checkpoint: str, config: TrainConfig, *, ema: bool = False, new_head: bool = False
+) -> Network:
     """Build `config.model` with the weights of a checkpoint of any origin, on the CPU, with optimised blocks.
 
-    A warning says which table was resized.
+    A warning says which table was resized. With `new_head` the checkpoint may lack the classifier, or have another.
     """
     network = build_model(config.model)
     weights, _ = read_weights(checkpoint, ema=ema)
     with about(checkpoint):
-        for note in load_weights(network, weights):
+        for note in load_weights(network, weights, new_head=new_head):
             log.warning("%s: %s", checkpoint, note)
     return optimise_blocks(network)
 

@@ -102,7 +102,9 @@ class Attention(nn.Module):
         return self.mixed(q_BHNE, k_BHNE, identity_BHNN, position.logits_1HNN).transpose(1, 2)
 
     def mix(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
-        """Compute attention through the fused kernel, (B, H, Q, E)."""
+        """Compute attention, (B, H, Q, E), through the fused kernel where that has all gradients."""
+        if logits_1HQN is not None and logits_1HQN.requires_grad and not q_BHQE.is_cuda:
+            return self._mix_plainly(q_BHQE, k_BHNE, v_BHNE, logits_1HQN)
         return F.scaled_dot_product_attention(
             q_BHQE,
             k_BHNE,
@@ -110,6 +112,12 @@ class Attention(nn.Module):
             attn_mask=None if logits_1HQN is None else logits_1HQN.to(q_BHQE.dtype),
             dropout_p=self.dropout if self.training else 0.0,
         )
+
+    def _mix_plainly(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor) -> Tensor:
+        """Mix where the fused kernel knows no gradient of logits: PyTorch's own way then takes more passes."""
+        scores_BHQN = (q_BHQE * q_BHQE.shape[-1] ** -0.5) @ k_BHNE.mT
+        weights_BHQN = (scores_BHQN + logits_1HQN.to(scores_BHQN.dtype)).softmax(-1)
+        return F.dropout(weights_BHQN, self.dropout, self.training) @ v_BHNE
 
 
 class Mlp(nn.Module):

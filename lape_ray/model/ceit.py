@@ -111,9 +111,9 @@ class CeiT(VisionTransformer):
         super().__init__(**parts)
         self.lca = lca
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
+    def features(self, images_BCHW: Tensor) -> Tensor:
         x_BND, classes = self._tokens(images_BCHW), []
         for block, position in zip(self.blocks, self.layer_positions(), strict=True):
             x_BND = block(x_BND, position)
             classes.append(x_BND[:, 0])
-        return self.head(self.norm(self.lca(torch.stack(classes, dim=1))))
+        return self.norm(self.lca(torch.stack(classes, dim=1)))

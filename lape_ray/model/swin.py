@@ -178,14 +178,17 @@ class Swin(Network):
         self.norm = norm
         self.head = head
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
+    def features(self, images_BCHW: Tensor) -> Tensor:
         x_BND, positions = self.patch_embed(images_BCHW), iter(self.layer_positions())
         for stage in self._layers():
             for block in stage.blocks:
                 x_BND = block(x_BND, next(positions))
             if stage.downsample is not None:
                 x_BND = stage.downsample(x_BND)
-        return self.head(self.norm(x_BND).mean(dim=1))
+        return self.norm(x_BND).mean(dim=1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.head(features)
 
     def layer_positions(self) -> list[LayerPosition]:
         found: list[LayerPosition] = []

@@ -78,11 +78,20 @@ class VisionTransformer(Network):
         self.head_dist = head_dist
         self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix = position
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
+    def features(self, images_BCHW: Tensor) -> Tensor:
         x_BND = self._tokens(images_BCHW)
         for block, position in zip(self.blocks, self.layer_positions(), strict=True):
             x_BND = block(x_BND, position)
-        return self._classify(self.norm(x_BND))
+        x_BND = self.norm(x_BND)
+        if self.pool is not None:
+            return self.pool(x_BND)
+        return x_BND[:, 0] if self.head_dist is None else x_BND[:, :2]
+
+    def classify(self, features: Tensor) -> Tensor:
+        if self.head_dist is None:
+            return self.head(features)
+        both_B2K = torch.stack((self.head(features[:, 0]), self.head_dist(features[:, 1])), dim=1)
+        return both_B2K if self.training else both_B2K.mean(dim=1)
 
     def layer_positions(self) -> list[LayerPosition]:
         position = PositionEmbeddings(self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix)
@@ -95,14 +104,6 @@ class VisionTransformer(Network):
         x_BPD = self.patch_embed(images_BCHW)
         prefix = [token_11D.expand(x_BPD.shape[0], -1, -1) for token_11D in self._prefix()]
         return torch.cat([*prefix, x_BPD], dim=1) if prefix else x_BPD
-
-    def _classify(self, x_BND: Tensor) -> Tensor:
-        if self.pool is not None:
-            return self.head(self.pool(x_BND))
-        if self.head_dist is None:
-            return self.head(x_BND[:, 0])
-        both_B2K = torch.stack((self.head(x_BND[:, 0]), self.head_dist(x_BND[:, 1])), dim=1)
-        return both_B2K if self.training else both_B2K.mean(dim=1)
 
     def stages(self) -> list[Stage]:
         num_read = self.num_prefix if self.pool is None else None

@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lape_ray import storage
 from lape_ray.config import TrainConfig
 from lape_ray.training.checkpoint import (
@@ -169,15 +167,10 @@ def best_of(epochs: Sequence[Trained], metric: str, sign: int) -> str | None:
 
 
 def _rewrite(source: Path, target: Path, config: TrainConfig) -> None:
-    """Copy a checkpoint under another config; the optimizer's weight decay is the new one."""
+    """Copy a checkpoint under another config, whose learning rate and weight decay the optimizer then has."""
     for file in source.iterdir():
-        if file.name not in (MARKER, HISTORY, "optimizer.pt"):
+        if file.name not in (MARKER, HISTORY):
             shutil.copy(file, target)
-    state = torch.load(source / "optimizer.pt", map_location="cpu", weights_only=True)
-    # All of the optimizer's groups but the last are decayed; loading would bring the source's decay back.
-    for group in state["param_groups"][:-1]:
-        group["weight_decay"] = config.optim.weight_decay
-    torch.save(state, target / "optimizer.pt")
     files = file_checksums(target)
     meta = replace(read_metadata(source), config=config)
     (target / MARKER).write_text(meta.to_json(files))

@@ -6,6 +6,7 @@ state          `build_state`: network, optimizer, loaders and the process group 
 distributed    this process among the workers of a run
 cuda_graph     an optimizer step as one CUDA graph
 parallelize    compilation and data parallelism, put around the network
+head_only      the backbone without a gradient, for a linear probe
 statistics     running statistics of batch norms, equal on all workers
 recompute      blocks that keep less for the backward pass, fold beta into w, and compute no token that no head reads
 optim          parameter groups, the learning rate, the weights' moving average

@@ -32,11 +32,6 @@ MARKER = "meta.json"
 """The file that is written last, so that a folder which holds it is whole."""
 FOREIGN = ("model.safetensors", "*.safetensors", "pytorch_model.bin", "*.pth", "*.pt", "*.ckpt", "*.bin")
 """Names of other code's weights in a folder, such as a snapshot of timm's from the hub."""
-_DEVICE_OPTIONS = ("lr", "fused", "capturable")
-"""The fields of an optimizer's group that say how its step is executed.
-
-A checkpoint of another device or mode does not decide them. The loop sets the learning rate at every step.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +214,7 @@ def restore(
     ema: nn.Module | None,
     optimizer: torch.optim.Optimizer,
 ) -> Metadata:
-    """Load a checkpoint to continue its run.
+    """Load a checkpoint to continue its run. The options of the optimizer's groups stay those of the config.
 
     Raises:
         DamagedError: it is torn or changed.
@@ -235,12 +230,10 @@ def restore(
     model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)))
     if ema is not None:
         ema.load_state_dict(load_file(folder / "ema.safetensors", device=str(device)))
-    own = [
-        {name: group[name] for name in _DEVICE_OPTIONS if name in group} for group in optimizer.param_groups
-    ]
+    own = [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
-    for group, means in zip(optimizer.param_groups, own, strict=True):
-        group.update(means)
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
     return meta
 
 

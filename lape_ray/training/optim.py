@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,41 +15,65 @@ from lape_ray.training.lamb import Lamb
 from lape_ray.training.muon import MuonWithAdamW
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig, *, exempt: set[str]) -> list[dict[str, Any]]:
-    """Split the parameters into the decayed groups and, last, the one that is not decayed.
+def parameter_groups(
+    model: nn.Module,
+    config: OptimConfig,
+    *,
+    exempt: set[str],
+    layer_of: Callable[[str], int] = lambda name: 0,
+) -> list[dict[str, Any]]:
+    """Split the parameters that are trained into groups: first those that are decayed, then those that are not.
 
     Biases, norms (every 1-D tensor) and `exempt` are not decayed. Of the others, the blocks' matrices have separate
     groups where Muon steps them; `parts` says into how many it takes each of them apart, 0 that a group is AdamW's.
+    With `layer_decay` below 1 each layer has groups of its own: `lr_scale`, that of BEiT (arXiv 2106.08254), is
+    layer_decay^(layer of the head - layer), with the layers that `layer_of` gives to the parameters' names.
     """
-    decayed: dict[int, list[nn.Parameter]] = {0: [], 1: [], 3: []}
-    kept: list[nn.Parameter] = []
+    layers = {name: layer_of(name) if config.layer_decay < 1 else 0 for name, _ in model.named_parameters()}
+    groups: dict[tuple[bool, int, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.ndim <= 1 or name in exempt:
-            kept.append(parameter)
-        elif config.algorithm == "muon" and parameter.ndim == 2 and ".blocks." in f".{name}":
-            decayed[3 if name.endswith("qkv.weight") else 1].append(parameter)
-        else:
-            decayed[0].append(parameter)
-    groups = [
-        {"params": members, "weight_decay": config.weight_decay, "parts": parts}
-        for parts, members in decayed.items()
-    ]
+        if not parameter.requires_grad:
+            continue
+        kept, parts = parameter.ndim <= 1 or name in exempt, 0
+        if not kept and config.algorithm == "muon" and parameter.ndim == 2 and ".blocks." in f".{name}":
+            parts = 3 if name.endswith("qkv.weight") else 1
+        groups.setdefault((kept, parts, layers[name]), []).append(parameter)
+    top = max(layers.values())
     return [
-        group for group in [*groups, {"params": kept, "weight_decay": 0.0, "parts": 0}] if group["params"]
+        {
+            "params": members,
+            "weight_decay": 0.0 if kept else config.weight_decay,
+            "parts": parts,
+            "lr_scale": config.layer_decay ** (top - layer),
+        }
+        for (kept, parts, layer), members in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
 def build_optimizer(
-    model: nn.Module, config: OptimConfig, *, exempt: set[str], lr: Tensor | None = None
+    model: nn.Module,
+    config: OptimConfig,
+    *,
+    exempt: set[str],
+    layer_of: Callable[[str], int] = lambda name: 0,
+    lr: Tensor | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimizer of `model`; it decays `exempt` parameters too where the config says `decay_position`.
 
     Args:
+        layer_of: the layer of a parameter's name, for `layer_decay`.
         lr: a float32 scalar on the parameters' device that holds the learning rate; with it a step can become part of a
             CUDA graph. None: a number, which the loop sets in each group.
     """
-    groups = parameter_groups(model, config, exempt=set() if config.decay_position else exempt)
+    groups = parameter_groups(
+        model,
+        config,
+        exempt=set() if config.decay_position else exempt,
+        layer_of=layer_of,
+    )
     rate, capturable = (config.lr, False) if lr is None else (lr, True)
+    for group in groups:  # each has its own, for its scale
+        group["lr"] = rate if lr is None else lr.clone()
     if config.algorithm == "muon":
         return MuonWithAdamW(groups, lr=rate, betas=config.betas, eps=config.eps, capturable=capturable)
     groups = [{key: value for key, value in group.items() if key != "parts"} for group in groups]
@@ -57,6 +82,16 @@ def build_optimizer(
     return torch.optim.AdamW(
         groups, lr=rate, betas=config.betas, eps=config.eps, fused=True, capturable=capturable,
     )  # fmt: skip
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group: its share of `lr`, that of the head."""
+    for group in optimizer.param_groups:
+        scaled = lr * group["lr_scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(scaled)
+        else:
+            group["lr"] = scaled
 
 
 def lr_at(step: int, *, config: OptimConfig, steps_per_epoch: int) -> float:

@@ -58,6 +58,11 @@ def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
 def check_other_weights(config: TrainConfig) -> None:
     """Check that the weights which the run starts from, and its teacher, fit its network and its classes."""
     source = config.optim.teacher
+    if config.optim.train == "head" and config.training.init_from is None:
+        raise ValueError(
+            "optim.train=head trains the classifier of a network that has learned something: give its checkpoint with "
+            "--training.init_from, or set --optim.train all"
+        )
     if config.training.init_from is None and source is None:
         return
     train = read_split_info(config.data, "train")

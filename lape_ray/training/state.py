@@ -26,6 +26,7 @@ from lape_ray.model import Network, build_model, resolve
 from lape_ray.training.cuda_graph import CudaRecorder, StepGraph
 from lape_ray.training.distributed import World
 from lape_ray.training.flags import RankFlags
+from lape_ray.training.head_only import HeadOnly
 from lape_ray.training.loss import check_loss, load_teacher
 from lape_ray.training.optim import Ema, build_optimizer
 from lape_ray.training.parallelize import compiled, data_parallel, missing_compiler
@@ -42,7 +43,9 @@ class TrainState:
     flags: RankFlags
     network: Network
     model: nn.Module
-    """The network as the training step calls it: compiled, and data parallel where the run has several workers."""
+    """The network as the training step calls it: compiled, and data parallel where the run has several workers.
+
+    Its modules are in training mode where they are trained."""
     ema: Ema | None
     optimizer: torch.optim.Optimizer
     train_loader: Augmented
@@ -111,6 +114,7 @@ def build_state(
             network,
             config.optim,
             exempt=network.position_parameters(),
+            layer_of=network.layer_of,
             lr=torch.zeros((), device=device) if graph else None,
         ),
         train_loader=Augmented(loaders[0], augment),
@@ -136,7 +140,8 @@ def _build_networks(config: TrainConfig, world: World) -> tuple[Network, nn.Modu
     """Build the network, and what the training step calls of it; returns also a line on its compilation."""
     torch.manual_seed(config.training.seed)
     network = optimise_blocks(build_model(config.model)).to(world.device)
-    model, note = compiled(network, config.run.compile, world.device)
+    trained: nn.Module = network if config.optim.train == "all" else HeadOnly(network)
+    model, note = compiled(trained, config.run.compile, world.device)
     if world.size > 1:
         equal = world.size == config.micro_batches
         model = data_parallel(model, config.training.compression, world.device, one_micro_batch=equal)

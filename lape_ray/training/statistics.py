@@ -15,7 +15,7 @@ class RunningStatistics:
 
     A batch norm normalises each micro-batch by itself, wherever that is computed. In a step the running statistics move
     once: by the mean of what each micro-batch of all workers would have moved them. This depends on no order and on no
-    number of workers, and `num_batches_tracked` counts steps.
+    number of workers, and `num_batches_tracked` counts steps. Norms that are not trained do not move.
 
     Args:
         micro_batches: of a step, over all workers.
@@ -24,7 +24,8 @@ class RunningStatistics:
 
     def __init__(self, network: nn.Module, world: World, *, micro_batches: int, own: int) -> None:
         # With one micro-batch a step, all of this is what batch norms do by themselves.
-        norms = [m for m in network.modules() if isinstance(m, _BatchNorm)] if micro_batches > 1 else []
+        norms = [m for m in network.modules() if isinstance(m, _BatchNorm) and m.weight.requires_grad]
+        norms = norms if micro_batches > 1 else []
         self._world, self._micro_batches, self._own = world, micro_batches, own
         self._moving = [norm.get_buffer(name) for norm in norms for name in ("running_mean", "running_var")]
         self._counts = [norm.get_buffer("num_batches_tracked") for norm in norms]

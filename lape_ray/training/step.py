@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lape_ray.data.batch import Batch
 from lape_ray.training.loss import training_loss
+from lape_ray.training.optim import set_lr
 from lape_ray.training.state import TrainState
 
 
@@ -36,11 +37,7 @@ def optimizer_step(
     Returns:
         Their loss, a scalar on the device, which may be overwritten by the next step.
     """
-    for group in state.optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+    set_lr(state.optimizer, lr)
     if state.graph is not None:
         (micro,) = state.micro_batches
         return state.graph(

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 from helpers.faults import LONG, Strike, contest, job, note_cost, stored, whole, workers
-from helpers.service import Service, alone
+from helpers.networks import FAMILIES
+from helpers.service import Service, alone, weights_alone
 from helpers.tracking_server import history, tracking_server
+from safetensors.torch import load_file
 
 from lape_ray.cluster.controller import WorkersFailedError
 from lape_ray.cluster.launch import fit
@@ -56,6 +59,26 @@ def test_a_killed_worker(
     assert re.search(r"continuing after epoch \d+ of 20", output), output
     no_litter(service, "killed")
     note_cost(service, result.mlflow_run_id, "worker SIGKILL", strike.at, output)
+
+
+@slow
+@pytest.mark.parametrize("family", ["ceit_tiny", "swin_tiny"])
+def test_a_killed_worker_of_another_family(
+    service: Service, family: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL; the last weights and statistics are those of an undisturbed run, bit for bit."""
+    name = f"killed-{family}"
+    folder = service.home / "runs" / name
+    config = service.config(run__name=name, **{**LONG, **FAMILIES[family], "optim__epochs": 8})
+    with Strike(stored(folder, 13), lambda: workers(service)[-1].kill()).armed():
+        fit(config)
+    output = capfd.readouterr().out
+    assert re.search(r"continuing after epoch \d+ of 8", output), output
+    wanted = weights_alone(config)
+    found = load_file(folder / "checkpoint-epoch-000008/model.safetensors")
+    assert found.keys() == wanted.keys()
+    for key, value in found.items():
+        assert torch.equal(value, wanted[key]), key
 
 
 @slow

@@ -46,6 +46,20 @@ PAIRED_CELLS = [
     cell if _is_of_the_few(cell) else pytest.param(cell, marks=pytest.mark.slow) for cell in CELLS
 ]
 
+FAMILIES: dict[str, dict[str, object]] = {
+    "t2t_vit_7": {"model__variant": "t2t_vit_7", "model__patch_size": None},
+    "ceit_tiny": {"model__variant": "ceit_tiny", "model__patch_size": None},
+    "swin_tiny": {
+        "model__variant": "swin_tiny", "model__patch_size": 2, "model__window_size": 4, "model__depth": None,
+        "model__depths": (2, 1, 1, 1), "model__bias": "relative2d",
+    },
+    "deit3_small": {
+        "model__variant": "deit3_small", "model__layer_scale": 0.1, "optim__algorithm": "lamb", "optim__loss": "bce",
+        "optim__label_smoothing": 0.0,
+    },
+}  # fmt: skip
+"""Changes of the recipe `smoke` that make its network one of another family."""
+
 
 def cell_id(cell: dict[str, str]) -> str:
     return "-".join(cell.values())

@@ -22,7 +22,7 @@ from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import digits, select
 from lape_ray.recipes import recipe
-from lape_ray.training.loop import train
+from lape_ray.training.loop import Training, train
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -78,13 +78,31 @@ class Service:
 
 def alone(config: TrainConfig, resume_from: Path | None = None) -> Recorder:
     """What a config learns in this process, without Ray: what a run must learn too, whatever befalls it."""
-    reporter, threads = Recorder(), torch.get_num_threads()
+    reporter = Recorder()
+    with _one_thread():
+        train(config, device=torch.device("cpu"), reporter=reporter, resume_from=resume_from)
+    return reporter
+
+
+def weights_alone(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The weights and statistics that `alone` ends with."""
+    with _one_thread():
+        training = Training.begin(config, device=torch.device("cpu"), reporter=Recorder())
+        while training.epochs_done < training.last_epoch:
+            training.epoch()
+        training.close()
+    return training.state.network.state_dict()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """As a worker has it: sums of several threads have other last bits."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        train(config, device=torch.device("cpu"), reporter=reporter, resume_from=resume_from)
+        yield
     finally:
         torch.set_num_threads(threads)
-    return reporter
 
 
 @contextlib.contextmanager

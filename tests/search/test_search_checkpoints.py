@@ -55,6 +55,23 @@ def history(epochs: int, lineage: tuple[tuple[int, int], ...] = ()) -> History:
     return History(lineage=lineage, epochs=tuple(trained))
 
 
+def network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
+
+
+def optimizer_of(model: nn.Sequential, *, decay: float) -> torch.optim.Optimizer:
+    """Several groups that are decayed, as Muon has, before the one that is not."""
+    first, second = model
+    return torch.optim.AdamW(
+        [
+            {"params": [first.weight], "weight_decay": decay},
+            {"params": [second.weight], "weight_decay": decay},
+            {"params": [first.bias], "weight_decay": 0.0},
+        ]
+    )
+
+
 def put(
     folder: TrialFolder,
     epoch: int,
@@ -63,15 +80,8 @@ def put(
     seed: int = 0,
     lineage: tuple[tuple[int, int], ...] = (),
 ) -> str:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, bias=False))
-    optimizer = torch.optim.AdamW(  # several groups that are decayed, as Muon has, before the one that is not
-        [
-            {"params": [model[0].weight], "weight_decay": 0.05},
-            {"params": [model[1].weight], "weight_decay": 0.05},
-            {"params": [model[0].bias], "weight_decay": 0.0},
-        ]
-    )
+    model = network(seed)
+    optimizer = optimizer_of(model, decay=0.05)
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     metadata = checkpoint.Metadata(
@@ -134,9 +144,12 @@ def test_a_clone_has_the_sources_weights_its_own_settings_and_its_own_curve(root
         assert known.loaded == ({"epoch": 2, "source": 7, "weights": weights},)
         assert known.epochs == history(2).epochs
         assert read_metadata(ours).config == config
-        mine, other = (torch.load(files / "optimizer.pt") for files in (ours, theirs))
-        assert [group["weight_decay"] for group in mine["param_groups"]] == [0.2, 0.2, 0.0]
-        assert torch.equal(mine["state"][0]["exp_avg"], other["state"][0]["exp_avg"])
+        model = network(0)
+        optimizer = optimizer_of(model, decay=0.2)
+        checkpoint.restore(ours, config, model=model, ema=None, optimizer=optimizer)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.2, 0.0]
+        other = torch.load(theirs / "optimizer.pt")
+        assert torch.equal(optimizer.state[model[0].weight]["exp_avg"], other["state"][0]["exp_avg"])
 
 
 def test_after_a_clone_nothing_older_is_taken_up_again(root: str) -> None:

@@ -86,8 +86,14 @@ def config(**changes: Any) -> TrainConfig:
 
 def rate_in_a_tensor(state: TrainState) -> None:
     """The learning rate where a graph reads it; in float32, so that its last bits are not those of a Python number."""
-    exempt = state.network.position_parameters()
-    state.optimizer = build_optimizer(state.network, state.config.optim, exempt=exempt, lr=torch.zeros(()))
+    network = state.network
+    state.optimizer = build_optimizer(
+        network,
+        state.config.optim,
+        exempt=network.position_parameters(),
+        layer_of=network.layer_of,
+        lr=torch.zeros(()),
+    )
 
 
 def graphed(state: TrainState) -> TapeRecorder:
@@ -114,10 +120,9 @@ def test_a_replayed_step_moves_statistics_as_a_step_does() -> None:
 @pytest.mark.parametrize("algorithm", ["adamw", "muon", "lamb"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_replayed_steps_learn_what_steps_do(algorithm: str, precision: str) -> None:
-    wanted, found = (
-        synthetic_state(config(optim__algorithm=algorithm, training__precision=precision), CPU)
-        for _ in range(2)
-    )
+    """Each layer at its learning rate."""
+    fields = {"optim__algorithm": algorithm, "training__precision": precision, "optim__layer_decay": 0.5}
+    wanted, found = (synthetic_state(config(**fields), CPU) for _ in range(2))
     for state in (wanted, found):
         rate_in_a_tensor(state)
     recorder = graphed(found)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.networks import FAMILIES
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -220,20 +221,6 @@ def test_a_run_killed_within_an_epoch_goes_on_with_fewer_workers(
     np.testing.assert_allclose(killed["losses"] + rest.losses, whole.losses, rtol=1e-5)
 
 
-FAMILIES: dict[str, dict[str, object]] = {
-    "t2t_vit_7": {"model__variant": "t2t_vit_7", "model__patch_size": None},
-    "ceit_tiny": {"model__variant": "ceit_tiny", "model__patch_size": None},
-    "swin_tiny": {
-        "model__variant": "swin_tiny", "model__patch_size": 2, "model__window_size": 4, "model__depth": None,
-        "model__depths": (2, 1, 1, 1), "model__bias": "relative2d",
-    },
-    "deit3_small": {
-        "model__variant": "deit3_small", "model__layer_scale": 0.1, "optim__algorithm": "lamb", "optim__loss": "bce",
-        "optim__label_smoothing": 0.0,
-    },
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_goes_on_bit_for_bit(tmp_path: Path, family: str) -> None:
     config = smoke(**{**RANDOM, **FAMILIES[family]}, run__checkpoint_steps=2, optim__accumulate=2)
@@ -277,6 +264,78 @@ def test_every_family_learns_the_same_on_any_number_of_workers(
             assert value == found[name] == 9, "one step more for each optimizer step"
         elif "running" in name:
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+def kept(folder: Path, name: str = "model") -> dict[str, Tensor]:
+    return load_file(folder / f"{name}.safetensors")
+
+
+def probe(folder: Path, family: str) -> TrainConfig:
+    """Train a network into `folder` for an epoch, and return the config that trains its head for two more."""
+    fields = FAMILIES.get(family, {"model__variant": family})
+    run(smoke(**fields, optim__epochs=1), folder)
+    return smoke(
+        **{**RANDOM, **fields, "optim__epochs": 2},
+        optim__train="head",
+        optim__accumulate=2,
+        optim__algorithm="muon",
+        optim__lr=0.01,
+        run__checkpoint_steps=2,
+        training__init_from=str(folder / "1"),
+    )
+
+
+@pytest.mark.parametrize("family", ["deit_tiny_distilled", *FAMILIES])
+def test_the_head_alone_is_trained(tmp_path: Path, family: str) -> None:
+    """All else stays as it began, statistics too, and a run that goes on within an epoch ends with the same bits."""
+    config = probe(tmp_path / "before", family)
+    whole = run(config, tmp_path / "whole")
+    before = kept(tmp_path / "before/1")
+    for name in ("model", "ema"):
+        for key, value in kept(tmp_path / "whole/2", name).items():
+            assert torch.equal(value, before[key]) == (not key.startswith("head")), key
+    rest = run(config, tmp_path / "rest", tmp_path / "whole/step-5")
+    assert rest.epochs == whole.epochs[1:]
+    for key, value in kept(tmp_path / "whole/2").items():
+        assert torch.equal(value, kept(tmp_path / "rest/2")[key]), key
+
+
+def test_two_workers_train_the_head_as_one_does(tmp_path: Path, with_workers: Workers) -> None:
+    """No gradient is missed by DDP, and the statistics of batch norms stay on both."""
+    config = probe(tmp_path / "before", "ceit_tiny")
+    np.testing.assert_allclose(with_workers(2, config)["losses"], run(config).losses, rtol=1e-5)
+    before = kept(tmp_path / "before/1")
+    for key, value in kept(tmp_path / "2/2").items():
+        assert torch.equal(value, before[key]) == (not key.startswith("head")), key
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
+def test_layers_keep_their_learning_rates_in_a_run_that_goes_on(tmp_path: Path, algorithm: str) -> None:
+    config = smoke(optim__layer_decay=0.5, optim__algorithm=algorithm, run__checkpoint_steps=2)
+    whole = run(config, tmp_path / "whole")
+    rest = run(config, tmp_path / "rest", tmp_path / "whole/step-5")
+    assert rest.epochs == whole.epochs[1:]
+    for key, value in kept(tmp_path / "whole/3").items():
+        assert torch.equal(value, kept(tmp_path / "rest/3")[key]), key
+    alike = run(smoke(optim__algorithm=algorithm), tmp_path / "alike")
+    assert alike.losses != whole.losses
+
+
+def test_an_optimizer_from_before_layers_had_learning_rates_goes_on(tmp_path: Path) -> None:
+    config = smoke(run__checkpoint_steps=2)
+    whole = run(config, tmp_path)
+    folder = tmp_path / "step-5"
+    state = torch.load(folder / "optimizer.pt")
+    for group in state["param_groups"]:
+        del group["lr_scale"]
+    torch.save(state, folder / "optimizer.pt")
+    meta = json.loads((folder / "meta.json").read_text())
+    for name in ("layer_decay", "train"):
+        del meta["config"]["optim"][name]
+    (folder / "meta.json").unlink()
+    meta["files"] = checkpoint.file_checksums(folder)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert run(config, resume_from=folder).epochs == whole.epochs[1:]
 
 
 def test_a_machine_that_leaves_and_time_are_reasons_for_a_checkpoint(tmp_path: Path) -> None:
