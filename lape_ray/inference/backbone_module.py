@@ -78,7 +78,8 @@ class Backbone(nn.Module):
         if pretrained:
             self.load_state_dict(load_file(Path(folder) / "model.safetensors"))
         if img_size is not None:
-            self._resize(img_size if isinstance(img_size, tuple) else (img_size, img_size))
+            height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+            self._resize((height, width))
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
         grid, maps = self._grid(images_BCHW.shape[-2:]), []
