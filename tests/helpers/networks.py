@@ -14,15 +14,7 @@ from torch import Tensor, nn
 from lape_ray.config import ModelConfig
 from lape_ray.model import Network, build_model
 from lape_ray.model.convert import convert_state_dict, load_weights
-from lape_ray.model.position import (
-    ABSOLUTES,
-    BIASES,
-    JOINS,
-    ROTARIES,
-    STAGED_JOINS,
-    valid_bias_joins,
-    valid_joins,
-)
+from lape_ray.model.position import ABSOLUTES, BIASES, ROTARIES, valid_bias_joins, valid_joins
 from lape_ray.training.recompute import optimise_blocks
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "network_logits.json"
@@ -34,26 +26,6 @@ CELLS = [
     for bias_join in valid_bias_joins(bias)
     for rotary in ROTARIES
 ]
-
-SMALL: dict[str, dict[str, Any]] = {
-    name: {"embed_dim": 32, "num_heads": 2, "num_classes": 5, "image_size": 32, "variant": variant, **sizes}
-    for name, variant, sizes in (
-        ("deit", "deit_tiny", {"patch_size": 8, "depth": 3}),
-        ("distilled", "deit_tiny_distilled", {"patch_size": 8, "depth": 3}),
-        ("vit_lite", "vit_lite_7_4", {"patch_size": 8, "depth": 3}),
-        ("cvt", "cvt_7_4", {"patch_size": 8, "depth": 3}),
-        ("cct", "cct_7_3x2", {"depth": 3}),
-        ("t2t", "t2t_vit_7", {"depth": 3}),
-        ("ceit", "ceit_tiny", {"depth": 3}),
-        ("swin", "swin_tiny", {"patch_size": 2, "window_size": 2, "depths": (2, 2, 1, 1)}),
-    )
-}
-"""A network of each family."""
-
-
-def joins_of(family: str) -> tuple[str, ...]:
-    """List the joins that a learnable table has in a family."""
-    return valid_joins("learnable", STAGED_JOINS if family == "swin" else JOINS)
 
 
 def cell_id(cell: dict[str, str]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.networks import SMALL, joins_of, perturbed
+from helpers.families import SMALL, joins_of
+from helpers.networks import perturbed
 from safetensors.torch import load_file, save_file
 
 from lape_ray.config import ModelConfig, RunConfig, TrainConfig

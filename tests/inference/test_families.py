@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.networks import SMALL, joins_of, perturbed
+from helpers.families import SMALL, joins_of
+from helpers.networks import perturbed
 from PIL import Image
 
 from lape_ray.config import DataConfig, ModelConfig, RunConfig, TrainConfig
