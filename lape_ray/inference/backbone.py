@@ -68,8 +68,12 @@ def export_backbone(predictor: Predictor, folder: Path) -> str:
     (folder / "backbone.py").write_text(TEMPLATE.read_text())
     try:
         difference = _compare(network.eval(), folder)
-    except RuntimeError as error:  # of load_state_dict
-        reason = " ".join(str(error).split())
+    except (
+        RuntimeError,
+        KeyError,
+        AttributeError,
+    ) as error:  # of load_state_dict, of a name that it does not know
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{folder}/backbone.py does not compute this network: {reason}") from None
     if difference > TOLERANCE:
         raise ValueError(
@@ -101,7 +105,7 @@ def _config(predictor: Predictor, spec: VariantSpec, network: Network) -> dict[s
         "qkv_bias": spec.qkv_bias,
         "eps": spec.eps,
         "residual_norm": issubclass(spec.block, ResidualNormBlock),
-        "layer_scale": "blocks.0.ls1.gamma" in names,
+        "layer_scale": any(name.endswith(".ls1.gamma") for name in names),
         "window_size": spec.window_size if spec.depths else None,
         "num_prefix": spec.num_prefix,
         "table_prefix": rows - patches,

@@ -20,6 +20,7 @@ from lape_ray.model.t2t import TokensToToken
 _RENAMES = (
     (re.compile(r"\bjoin\.norms\.(\d+)\."), r"blocks.\1.pe_norm."),
     (re.compile(r"\bbias\.norms\.(\d+)\."), r"blocks.\1.attn.pe_norm."),
+    (re.compile(r"\bls([12])\.gamma$"), r"gamma_\1"),
 )
 _OF_CEIT = (
     (re.compile(r"^patch_embed\."), "i2t."),

@@ -14,7 +14,8 @@ from helpers.networks import perturbed
 from safetensors.torch import load_file, save_file
 
 from lape_ray.config import ModelConfig, RunConfig, TrainConfig
-from lape_ray.inference.backbone import SUPPORTED, export_backbone, feature_maps, load_module
+from lape_ray.inference import backbone
+from lape_ray.inference.backbone import SUPPORTED, TEMPLATE, export_backbone, feature_maps, load_module
 from lape_ray.inference.predict import NormalizedModel, Predictor
 from lape_ray.inference.timm import export_timm
 from lape_ray.model import Network, build_model
@@ -174,10 +175,10 @@ def test_norm_and_default_maps(tmp_path: Path) -> None:
 
 def test_stochastic_depth_is_of_training(tmp_path: Path) -> None:
     export_backbone(predictor_of("deit"), tmp_path)
-    backbone, images = backbone_of(tmp_path, drop_path_rate=0.5), torch.randn(8, 3, 32, 32)
-    assert torch.equal(backbone(images)[-1], backbone_of(tmp_path)(images)[-1])
+    dropping, images = backbone_of(tmp_path, drop_path_rate=0.5), torch.randn(8, 3, 32, 32)
+    assert torch.equal(dropping(images)[-1], backbone_of(tmp_path)(images)[-1])
     torch.manual_seed(0)
-    first, *_, last = zip(backbone(images), backbone.train()(images), strict=True)
+    first, *_, last = zip(dropping(images), dropping.train()(images), strict=True)
     assert torch.equal(*first)
     assert not torch.equal(*last)
 
@@ -206,13 +207,25 @@ def test_other_families_are_refused(family: str, tmp_path: Path) -> None:
     assert not (tmp_path / "never").exists()
 
 
-def test_a_backbone_of_another_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('"share": [w] * depth, ', "", "KeyError: 'share'"),
+        ("bias=qkv_bias", "bias=False", r'Unexpected key.*"stages\.0\.blocks\.0\.attn\.qkv\.bias"'),
+        ("[w] * depth", "[w] + [None] * (depth - 1)", r"its maps differ by \d.* of their largest value"),
+    ],
+    ids=["unknown", "other-weights", "other-values"],
+)
+def test_what_a_backbone_does_not_compute_is_refused(
+    old: str, new: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The written folder is compared with the network, whatever a network may learn to do."""
-    from lape_ray.inference import backbone
-
-    monkeypatch.setattr(backbone, "_HEAD", backbone.re.compile(r"nothing"))
-    with pytest.raises(ValueError, match=r"backbone\.py does not compute this network: .*head\.bias"):
-        export_backbone(predictor_of("deit"), tmp_path)
+    text = TEMPLATE.read_text()
+    assert text.count(old) == 1
+    (tmp_path / "template.py").write_text(text.replace(old, new))
+    monkeypatch.setattr(backbone, "TEMPLATE", tmp_path / "template.py")
+    with pytest.raises(ValueError, match=rf"backbone\.py does not compute this network: .*{reason}"):
+        export_backbone(predictor_of("deit", join="share"), tmp_path / "out")
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
