@@ -20,6 +20,8 @@ def build_parser(prog: str | None = None) -> ConfigParser:
     add = parser.add_argument
     add("spec", metavar="CHECKPOINT|RUN", help="see above")
     add("--timm", metavar="FOLDER", help="write safetensors and config.json in timm's names")
+    add("--official", metavar="FILE", help="write .pth or .safetensors in the names of its published code")
+    add("--backbone", metavar="FOLDER", help="write a feature extractor that needs no lape_ray")
     add("--onnx", metavar="FILE", help="write ONNX and compare onnxruntime with PyTorch on real images")
     add("--mlflow", action="store_true", help="log a servable model to the run")
     add("--register", metavar="NAME", help="with --mlflow: make it a new version of this registered model")
@@ -34,8 +36,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     options, overrides = parser.parse_job(argv)
     if options["register"] and not options["mlflow"]:
         parser.error(f"--register {options['register']} needs --mlflow")
-    if not (options["timm"] or options["onnx"] or options["mlflow"]):
-        parser.error("nothing to do: give --timm, --onnx or --mlflow")
+    formats = ("timm", "official", "backbone", "onnx", "mlflow")
+    if not any(options[name] for name in formats):
+        parser.error(f"nothing to do: give {', '.join(f'--{name}' for name in formats)}")
     from lape_ray.inference.export import export  # after parsing, so that --help is instant
 
     for line in export(**options, overrides=overrides):

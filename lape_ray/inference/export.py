@@ -19,7 +19,9 @@ import lape_ray
 from lape_ray import tracking
 from lape_ray.config import to_dict
 from lape_ray.inference import serving
+from lape_ray.inference.backbone import export_backbone
 from lape_ray.inference.checkpoints import open_predictor
+from lape_ray.inference.official import export_official
 from lape_ray.inference.onnx import export_onnx, require_packages
 from lape_ray.inference.predict import Predictor
 from lape_ray.inference.samples import folder_images, validation_images
@@ -32,6 +34,8 @@ def export(
     *,
     overrides: Mapping[str, Any],
     timm: str | Path | None = None,
+    official: str | Path | None = None,
+    backbone: str | Path | None = None,
     onnx: str | Path | None = None,
     mlflow: bool = False,
     register: str | None = None,
@@ -50,6 +54,14 @@ def export(
         with written_folder(timm) as folder:
             written = export_timm(predictor, folder)
         yield f"{timm}: {written.replace(str(folder), str(timm))}"
+    if official is not None:
+        with written_path(official) as file:
+            written = export_official(predictor, file)
+        yield f"{official}: {written}"
+    if backbone is not None:
+        with written_folder(backbone) as folder:
+            written = export_backbone(predictor, folder)
+        yield f"{backbone}: {written}"
     if onnx is None and not mlflow:
         return
     config = predictor.config

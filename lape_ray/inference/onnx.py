@@ -65,7 +65,8 @@ def _write(model: nn.Module, file: Path, images_BCHW: Tensor) -> None:
     two_BCHW = images_BCHW[:1].repeat(2, 1, 1, 1)  # a batch of one would be taken for a constant
     for name in ("torch.onnx", "onnxscript"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    # With gradients on, the exporter cannot lay out attention that adds a trained bias.
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         torch.onnx.export(
             model,
@@ -77,6 +78,7 @@ def _write(model: nn.Module, file: Path, images_BCHW: Tensor) -> None:
             dynamo=True,
             external_data=False,
             verbose=False,
+            optimize=False,  # onnxscript's takes the 1e-8 that T2T-ViT adds to a divisor for 0; onnxruntime has its own
         )
 
 

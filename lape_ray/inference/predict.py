@@ -70,7 +70,9 @@ def to_tensor(images: Sequence[Image.Image | np.ndarray]) -> Tensor:
 class NormalizedModel(nn.Module):
     """uint8 images (B, 3, S, S) to logits (B, K) of `network`: the normalisation belongs to the model."""
 
-    def __init__(self, network: nn.Module, data: DataConfig) -> None:
+    network: Network
+
+    def __init__(self, network: Network, data: DataConfig) -> None:
         super().__init__()
         self.normalize = Normalize(data)
         self.network = network

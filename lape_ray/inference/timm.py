@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +12,58 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lape_ray.config import TrainConfig
+from lape_ray.inference.official import official_state
 from lape_ray.inference.predict import Predictor
 from lape_ray.model import resolve
+from lape_ray.model.swin import Swin
 from lape_ray.model.variants import VariantSpec
 
 TIMM_NAMES = {
     name: f"{name}_patch16_224"
     for size in ("tiny", "small", "base")
     for name in (f"deit_{size}", f"deit_{size}_distilled")
-} | {f"deit3_{size}": f"deit3_{size}_patch16_224" for size in ("small", "medium", "base", "large")}
+}
+TIMM_NAMES |= {f"deit3_{size}": f"deit3_{size}_patch16_224" for size in ("small", "medium", "base", "large")}
+TIMM_NAMES |= {f"swin_{size}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")}
+_DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 
 
 def not_for_timm(config: TrainConfig) -> str | None:
     """Say why timm cannot load a network of this kind; None where it can."""
     model = config.model
-    if model.variant.startswith("swin_"):
-        return "a Swin is not written in timm's names"
     if model.variant not in TIMM_NAMES:
         return f"timm has no {model.variant}"
     if model.join != "basic":
         return f"timm has no join={model.join}"
-    if model.bias != "none":
-        return f"timm's DeiT has no bias={model.bias}"
+    swin = model.variant.startswith("swin_")
+    family = "Swin" if swin else "DeiT"
+    if swin and model.position != "none":
+        return f"timm's Swin has no position={model.position}"
+    if model.bias != "none" and not (swin and model.bias == "relative2d"):
+        return f"timm's {family} has no bias={model.bias}"
+    if swin and model.layer_scale:
+        return "timm's Swin has no LayerScale"
+    if model.bias_join != "basic":
+        return f"timm has no bias_join={model.bias_join}"
     if model.rotary != "none":
-        return f"timm's DeiT has no rotary={model.rotary}"
+        return f"timm's {family} has no rotary={model.rotary}"
     return None
 
 
 def export_timm(predictor: Predictor, folder: Path) -> str:
     """Write model.safetensors and config.json in timm's layout and names; returns how to load them.
 
-    A network that timm has (DeiT with join=basic) loads with `timm.create_model("local-dir:FOLDER", pretrained=True)`.
-    Every other network is written in the same layout under our names, and the returned line says so. Fixed tables
-    (sincos) are written as weights, and no position as zeros.
+    A network that timm has (DeiT with join=basic, Swin with its relative bias or nothing) loads with
+    `timm.create_model("local-dir:FOLDER", pretrained=True)`. Every other is written in the same layout under our names,
+    and the returned line says so. Fixed tables (sincos) are written as weights, and no position as zeros.
     """
-    network = predictor.model.network
+    network, spec = predictor.model.network, resolve(predictor.config.model)
     weights = dict(network.state_dict())
     reason = not_for_timm(predictor.config)
-    if reason is None:
-        table = getattr(network, "pos_embed", None)
-        weights["pos_embed"] = table if isinstance(table, Tensor) else _no_position(predictor.config)
+    if reason is None and isinstance(network, Swin):
+        weights = _swin_names(network, spec)
+    elif reason is None:
+        weights["pos_embed"] = _no_position(spec) if network.pos_embed is None else network.pos_embed
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -60,12 +73,28 @@ def export_timm(predictor: Predictor, folder: Path) -> str:
     return f"names as in lape_ray; timm cannot load it, for {reason}"
 
 
-def _no_position(config: TrainConfig) -> Tensor:
+def _no_position(spec: VariantSpec) -> Tensor:
     """Return zeros (1, tokens, D): timm's DeiT always adds a position embedding."""
-    spec = resolve(config.model)
     prefix = 0 if spec.position_on_patches else spec.num_prefix
     tokens = prefix + (spec.image_size // (spec.patch_size or 1)) ** 2
     return torch.zeros(1, tokens, spec.embed_dim)
+
+
+def _swin_names(network: Swin, spec: VariantSpec) -> dict[str, Tensor]:
+    """Name the weights as timm's Swin does: a merging begins a stage, and the head has a part more.
+
+    Of a network without a bias the tables are zeros, for timm's Swin always adds one.
+    """
+    weights: dict[str, Tensor] = {}
+    for stage, depth in enumerate(spec.depths or ()):
+        window = min(spec.window_size or 1, network.grid[0] >> stage)
+        table_RH = torch.zeros((2 * window - 1) ** 2, spec.num_heads << stage)
+        for block in range(depth):
+            weights[f"layers.{stage}.blocks.{block}.attn.relative_position_bias_table"] = table_RH.clone()
+    for name, tensor in official_state(network).items():
+        name = _DOWNSAMPLE.sub(lambda match: f"layers.{int(match[1]) + 1}.downsample.", name)
+        weights[re.sub(r"^head\.", "head.fc.", name)] = tensor
+    return weights
 
 
 def _timm_config(predictor: Predictor) -> dict[str, Any]:
@@ -73,7 +102,7 @@ def _timm_config(predictor: Predictor) -> dict[str, Any]:
     return {
         "architecture": TIMM_NAMES.get(config.model.variant, config.model.variant),
         "num_classes": spec.num_classes,
-        "num_features": spec.embed_dim,
+        "num_features": spec.embed_dim << len(spec.depths or (0,)) - 1,
         "label_names": list(predictor.classes),
         "model_args": _timm_arguments(spec),
         "position": {
@@ -89,18 +118,28 @@ def _timm_config(predictor: Predictor) -> dict[str, Any]:
             "crop_mode": "center",
             "interpolation": "bilinear" if config.data.interpolation == "bilinear" else "bicubic",
             "first_conv": "patch_embed.proj",
-            "classifier": ["head", "head_dist"] if spec.num_prefix == 2 else "head",
+            "classifier": _classifier(spec),
         },
     }
 
 
+def _classifier(spec: VariantSpec) -> str | list[str]:
+    if spec.depths is not None:
+        return "head.fc"
+    return ["head", "head_dist"] if spec.num_prefix == 2 else "head"
+
+
 def _timm_arguments(spec: VariantSpec) -> dict[str, Any]:
+    blocks: dict[str, Any] = {
+        "depth": spec.depth, "num_heads": spec.num_heads, "init_values": spec.layer_scale or None,
+    }  # fmt: skip
+    if spec.depths is not None:
+        heads = [spec.num_heads << stage for stage in range(len(spec.depths))]
+        blocks = {"depths": list(spec.depths), "num_heads": heads, "window_size": spec.window_size}
     return {
         "img_size": spec.image_size,
         "patch_size": spec.patch_size,
         "embed_dim": spec.embed_dim,
-        "depth": spec.depth,
-        "num_heads": spec.num_heads,
         "mlp_ratio": spec.mlp_ratio,
-        "init_values": spec.layer_scale or None,
+        **blocks,
     }

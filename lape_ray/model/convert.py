@@ -32,6 +32,8 @@ _STACKS = (
     (re.compile(r"^()pos_embed(\d+)$"), "pos_embed"),
 )
 _DERIVED = re.compile(r"(relative_position_index|attn_mask|^n_averaged)$")
+# A table of zeros adds nothing; timm's networks have one where there is no position embedding.
+_NOTHING = re.compile(r"(^pos_embed|\bbias\.table\.table_LRH)$")
 _DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
 _ANCHOR = re.compile(r"((?:.*\.)?)blocks\.0\.norm1\.weight")
@@ -163,6 +165,10 @@ def load_weights(model: Network, state_dict: Mapping[str, object], *, new_head: 
     hint = _hint(state, own)
     if "pos_embed" in state and "pos_embed" not in own and model.pos_embed is not None:
         check_fixed_table(state.pop("pos_embed"), model.pos_embed)
+    for name in [
+        name for name in state if name not in own and _NOTHING.search(name) and not state[name].any()
+    ]:
+        del state[name]
     notes = _without_head(state, own) if new_head else []
     if not hint:
         notes += _fit(state, own, model.resizers(), new_head=new_head)
