@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.networks import WHOLE_JOINS
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from train_step import synthetic_state, training_config
@@ -30,10 +31,14 @@ SIZES: dict[str, dict[str, Any]] = {
     "ceit": {"image_size": 32},
     "swin": {"image_size": 32, "patch_size": 2, "window_size": 4, "depths": (2, 1, 1, 1), "depth": None},
 }
-JOINS = [{"position": position, "join": join} for position in ABSOLUTES for join in valid_joins(position)]
+JOINS = [
+    {"position": position, "join": join}
+    for position in ABSOLUTES
+    for join in valid_joins(position, WHOLE_JOINS)
+]
 BIAS_JOINS = [{"bias": bias, "bias_join": join} for bias in BIASES for join in valid_bias_joins(bias)]
-# Every join with every bias and rotation that it can meet a layer with; then the families, of which some heads read a
-# class token, some two tokens and some all.
+# Every join with every bias and rotation that it can meet a layer with (those that lack a part of LaPE meet it as it
+# does); then the families, of which some heads read a class token, some two tokens and some all.
 CELLS = [
     {"variant": variant, **joined, **biased, "rotary": rotary}
     for variant, joins in {"deit_tiny": JOINS, "cct_7_3x1": [{"join": "basic"}, {"join": "lape"}]}.items()
