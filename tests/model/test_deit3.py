@@ -160,7 +160,7 @@ def test_the_class_token_comes_behind_the_table_as_in_the_official_code() -> Non
 
 def test_the_report_reads_it() -> None:
     network = small(join="lape", bias="relative2d", bias_join="lape", rotary="mixed")
-    maps, logits, turns = correlations(network), biases(network), rotations(network)
+    (maps,), (logits,), (turns,) = correlations(network), biases(network), rotations(network)
     assert maps is not None and maps.shape == (3, 17, 17) and maps[:, 1:, 1:].isfinite().all()
     assert logits is not None and logits.shape == (3, 2, 16, 16)
     assert turns is not None and turns.shape == (3, 16, 16)
