@@ -92,7 +92,7 @@ test-images: setup ## build all images and run the whole stack, without a Docker
 	$(PYTHON) tests/images/run.py $(ARGS)
 
 audit: setup ## known weaknesses of the pinned packages, and of images and manifests (a report; asks PyPI)
-	[ -x .audit/bin/checkov ] || { .uv/bin/uv venv -q --python 3.11 .audit && \
+	[ -x .audit/bin/checkov ] || { .uv/bin/uv venv -q --python $(PYTHON) .audit && \
 	  .uv/bin/uv pip install -q --python .audit/bin/python checkov pip-audit; }
 	$(PYTHON) tests/images/audit.py
 

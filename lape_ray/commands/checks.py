@@ -116,7 +116,7 @@ def check_triton() -> str:
     try:
         return version("triton")
     except PackageNotFoundError:
-        fix = "pip install the triton of requirements.lock, or train with --training.compile false"
+        fix = "pip install the triton of requirements.lock, or train with --run.compile off"
         raise BrokenError("not installed", fix) from None
 
 

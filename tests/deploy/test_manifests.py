@@ -24,11 +24,7 @@ from lape_ray.values.redaction import is_secret
 
 FOLDERS = ("base", "overlays/local", "overlays/gpu", "jobs", "overlays/local/jobs", "overlays/gpu/jobs")
 JOB_FOLDERS = FOLDERS[3:]
-LOCK = dict(
-    line.split("==")
-    for line in (ROOT / "requirements.lock").read_text().splitlines()
-    if re.match(r"\w", line)
-)
+LOCK = dict(re.findall(r"^([\w.-]+)==([^ \n]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
 
 
 @pytest.fixture(params=FOLDERS)
