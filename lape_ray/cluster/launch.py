@@ -24,15 +24,16 @@ import torch
 from lape_ray import storage, tracking
 from lape_ray.cluster.checkpoint_list import best, read_list, recover
 from lape_ray.cluster.connection import connected, refuse_little_shared_memory
-from lape_ray.cluster.controller import supervised, train_to_the_end, variables
+from lape_ray.cluster.controller import train_to_the_end, variables
+from lape_ray.cluster.resources import lack, wait_for_room
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
+from lape_ray.cluster.supervisor import Supervisor, supervised
 from lape_ray.config import NETWORK_FIELDS, TrainConfig, replace_fields
-from lape_ray.data.split import read_split_info
 from lape_ray.recipes import recipe
 from lape_ray.storage import LEASE, LEASE_FILES, Lease, LeaseLostError, leased
 from lape_ray.training.checkpoint import read_metadata
-from lape_ray.training.inputs import input_digests
+from lape_ray.training.inputs import dataset_digests, input_digests
 from lape_ray.training.loop import StoppedError
 from lape_ray.training.preflight import check_before_start, with_absolute_paths
 
@@ -98,9 +99,9 @@ def fit(config: TrainConfig) -> FitResult:
             print(f"run {name} exists and is not finished: continuing it", flush=True)
         stack.enter_context(connected())
         use_gpu = uses_gpu(config)
-        _wait_for_resources(config, use_gpu)
+        _wait_for_workers(config, use_gpu)
         refuse_local_store(uri)
-        supervisor = stack.enter_context(supervised(config, folder))
+        supervisor = stack.enter_context(supervised(Supervisor, folder, config.run.max_failures))
         if use_gpu and config.run.workers.high > 1:
             refuse_little_shared_memory()
         lease.check()
@@ -112,7 +113,7 @@ def fit(config: TrainConfig) -> FitResult:
             folder=folder,
             lease=lease.token,
             tracking_uri=uri,
-            mlflow_run_id=_open_mlflow_run(config, uri, earlier),
+            mlflow_run_id=_open_mlflow_run(config, uri, earlier, inputs),
             use_gpu=use_gpu,
             inputs=inputs,
         )
@@ -128,7 +129,7 @@ def _tell(text: str) -> None:
 def _train_and_conclude(run: Run, lease: Lease, supervisor: Any) -> FitResult:
     """Train, and leave the best checkpoint, the pages and the status in MLflow and in the run's record."""
     uri, run_id = run.tracking_uri, run.mlflow_run_id
-    with _status_of(uri, run_id) as end:
+    with status_of(uri, run_id) as end:
         before = read_list(run.folder)
         train_to_the_end(run, lease, supervisor)
         lease.check()
@@ -175,25 +176,15 @@ def uses_gpu(config: TrainConfig) -> bool:
     return config.run.device == "gpu"
 
 
-def _wait_for_resources(config: TrainConfig, use_gpu: bool) -> None:
-    """Wait until the cluster could hold all workers; Ray Train itself would wait without a word."""
+def _wait_for_workers(config: TrainConfig, use_gpu: bool) -> None:
+    """Wait until the cluster could hold the workers that the run needs at least; a ValueError where it cannot."""
     run = config.run
-    least = run.workers.low
-    need = {"CPU": least * run.cpus_per_worker} | ({"GPU": least} if use_gpu else {})
-    deadline = time.monotonic() + run.wait_s
-    told = False
-    while missing := {k: n for k, n in need.items() if ray.cluster_resources().get(k, 0) < n}:
-        have = ", ".join(f"{ray.cluster_resources().get(k, 0):g} {k}" for k in missing)
-        want = ", ".join(f"{n:g} {k}" for k, n in missing.items())
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"the run needs {want}, but the cluster has {have}: lower --run.num_workers or "
-                "--run.cpus_per_worker, add nodes, or wait longer for them with --run.wait_s"
-            )
-        if not told:
-            print(f"waiting up to {run.wait_s} s: the run needs {want}, the cluster has {have}", flush=True)
-        told = True
-        time.sleep(1)
+    need = {"CPU": run.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    if not wait_for_room("the run", need, run.workers.low, wait_s=run.wait_s, tell=_tell):
+        raise ValueError(
+            f"the run needs {lack(need, run.workers.low)}: lower --run.num_workers or --run.cpus_per_worker, add "
+            "nodes, or wait longer for them with --run.wait_s"
+        )
 
 
 def refuse_local_store(uri: str) -> None:
@@ -206,17 +197,19 @@ def refuse_local_store(uri: str) -> None:
         )
 
 
-def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None) -> str:
+def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None, inputs: Mapping[str, str]) -> str:
     if earlier is not None and tracking.reopen_run(uri, earlier.mlflow_run_id):
         return earlier.mlflow_run_id
     command = shlex.join(["python", *sys.argv])
     model = config.model
     tags = {"recipe": config.recipe, "seed": str(config.training.seed), **tracking.source_tags(sys.argv[0])}
     tags |= {key: getattr(model, key) for key in NETWORK_FIELDS}
-    splits = {"train": read_split_info(config.data, "train"), "val": read_split_info(config.data, "val")}
-    datasets = {role: (facts.path, facts.sha256) for role, facts in splits.items() if facts.sha256}
     return tracking.create_run(
-        config, name=config.run.name or "", command=command, tags=tags, datasets=datasets
+        config,
+        name=config.run.name or "",
+        command=command,
+        tags=tags,
+        datasets=dataset_digests(config, inputs),
     )
 
 
@@ -228,7 +221,7 @@ class _End:
 
 
 @contextlib.contextmanager
-def _status_of(uri: str, run_id: str) -> Iterator[_End]:
+def status_of(uri: str, run_id: str) -> Iterator[_End]:
     """Close the MLflow run with the status that is true: KILLED, too, where it does not have all of it."""
     end = _End()
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -57,8 +56,6 @@ class RayReporter:
     stop_request: StopRequest | None = None
     nodes: LeavingNodes = field(default_factory=LeavingNodes)
     saving: _Saving | None = None
-    last_poll: float = 0.0
-    """The time at which rank 0 last looked for a request to stop, on the monotonic clock."""
 
     # --- what the loop calls --------------------------------------------------------------------------------------
 
@@ -122,11 +119,7 @@ class RayReporter:
         flags = Flags.NONE
         if self.saving is not None and self.saving.saved is not None and self.saving.saved.done():
             flags |= Flags.SAVED
-        if self.stop_request is not None and time.monotonic() - self.last_poll > 0.2:
-            self.last_poll = time.monotonic()
-            if self.stop_request:
-                flags |= Flags.STOP
-        return flags
+        return flags | Flags.STOP if self.stop_request else flags
 
     def line(self, text: str) -> None:
         if self.rank == 0:
