@@ -39,9 +39,10 @@ def cells_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
         color = "C1" if compared and cell.difference is None else "C0"
         values = list(cell.finals.values())
         axis.plot(values, [row] * len(values), "o", color=color, markersize=4, alpha=0.55)
-        axis.plot([estimate.mean], [row], "D", color=color, markersize=6, markeredgecolor="black")
-        if estimate.interval is not None:
-            axis.plot(estimate.interval, [row, row], color=color, linewidth=1.5, zorder=0)
+        half = None if estimate.interval is None else estimate.mean - estimate.interval[0]
+        axis.errorbar(
+            estimate.mean, row, xerr=half, fmt="D", color=color, markersize=6, markeredgecolor="black"
+        )
     # Few seeds have intervals far wider than what was seen; the picture keeps to the dots, and the bars leave it.
     dots = [value for cell, _ in shown for value in cell.finals.values()]
     margin = 0.35 * max(max(dots) - min(dots), 1e-3)

@@ -23,7 +23,7 @@ from lape_ray.recipes import command_line
 from lape_ray.search.cells import check_point
 from lape_ray.search.live import Display
 from lape_ray.search.plan import Plan, check_plan, plan_differences
-from lape_ray.search.record import Trial, read_search, write_search
+from lape_ray.search.record import Trial, read_search, trial_folder, write_search
 from lape_ray.search.report import HTML, plain, write_report
 from lape_ray.search.runs import Runs
 from lape_ray.search.session import is_over, opened
@@ -213,9 +213,13 @@ class _Search:
                 run_tuner(session)
             except BaseException:
                 lease.check()  # where it is lost another driver continues the search, and says what becomes of it
-                runs.settle_unfinished(session.trials)
+                for trial in session.trials:
+                    if not trial.over:
+                        runs.settle(trial)
                 raise
-        runs.send_unsent(self.folder, session.trials)
+        for trial in session.trials:
+            if trial.run_id:
+                tracking.send_unsent(trial_folder(self.folder, trial.number), runs.uri, trial.run_id)
         wall_s = time.time() - started
         record["sessions"].append({"wall_s": wall_s, "concurrent": at_once, "resumed": resumed})
         write_search(self.folder, record)

@@ -11,7 +11,7 @@ from pathlib import Path
 from lape_ray import tracking
 from lape_ray.config import NETWORK_FIELDS, TrainConfig, write_value
 from lape_ray.search.plan import Plan
-from lape_ray.search.record import State, Trial, trial_folder
+from lape_ray.search.record import State, Trial
 
 TRIAL = "trial"
 """The tag that holds a trial's number."""
@@ -89,18 +89,6 @@ class Runs:
         tracking.log_files(self.uri, self.parent, folder, "search")
         tracking.log_values(self.uri, self.parent, values)
         tracking.tag_run(self.uri, self.parent, tags)
-
-    def settle_unfinished(self, trials: Sequence[Trial]) -> None:
-        """Close the runs of trials that were left in the middle."""
-        for trial in trials:
-            if not trial.over:
-                self.settle(trial)
-
-    def send_unsent(self, folder: str, trials: Sequence[Trial]) -> None:
-        """Send what workers of the search in `folder` could not."""
-        for trial in trials:
-            if trial.run_id:
-                tracking.send_unsent(trial_folder(folder, trial.number), self.uri, trial.run_id)
 
     def close(self) -> None:
         """Wait until MLflow has all of the trials."""

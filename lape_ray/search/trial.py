@@ -16,11 +16,11 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from lape_ray.cluster.connection import NAMESPACE
 from lape_ray.search.record import Trial
 from lape_ray.search.settings import EndedError, EndedTogetherError, InterruptedTrialError, Settings
 from lape_ray.search.trials import cause_of
 
-NAMESPACE = "lape_ray"
 FAIL_TOGETHER_S = 1.0  # in which all workers of a trial meet the same error, where it is not of one alone
 CLOSE_S = 8.0  # of the ten that Tune gives an actor to end
 

@@ -77,10 +77,7 @@ class Worker:
 
     def begin(self, trial: Trial, begin_with: str | None) -> None:
         """Build the training, or restore it from that checkpoint of the trial's folder."""
-        if self._rank or self._reporter is None:
-            self._reporter = TrialReporter(self._settings, trial, None)
-        else:
-            self._reporter.open_tracker()
+        self._reporter = self._reporter or TrialReporter(self._settings, trial, None)
         self._training = self._reporter.begin(self._device, begin_with)
 
     def epoch(self) -> dict[str, Any] | None:
@@ -152,7 +149,14 @@ class TrialReporter:
         return {**self.report(), "begin_with": self._began_with}
 
     def begin(self, device: torch.device, begin_with: str | None) -> Training:
-        """Build the training, or restore it from that checkpoint of the trial's folder."""
+        """Begin to tell MLflow, first what an earlier part of the trial has left unsent, and make the training."""
+        settings = self._settings
+        if self._stop is not None:
+            self._tracker = tracking.open_tracker(
+                settings.plan.base.tracking, settings.tracking_uri, self._trial.run_id, self.folder.folder,
+                check=self._check_lease,
+            )  # fmt: skip
+        self._clock = time.monotonic()
         with contextlib.ExitStack() as stack:
             folder = None
             if begin_with is not None:
@@ -178,15 +182,6 @@ class TrialReporter:
         plan, epochs = self._settings.plan, self._history.epochs
         best = best_epoch(epochs, plan.metric, plan.sign) or (epochs[-1] if epochs else None)
         return name_of(best.steps_done) if best else None
-
-    def open_tracker(self) -> None:
-        """Begin to tell MLflow, first what an earlier part of the trial has left unsent."""
-        settings = self._settings
-        self._tracker = tracking.open_tracker(
-            settings.plan.base.tracking, settings.tracking_uri, self._trial.run_id, self.folder.folder,
-            check=self._check_lease,
-        )  # fmt: skip
-        self._clock = time.monotonic()
 
     def close(self) -> None:
         """Add the loop's lines to the trial's log.txt, and wait until MLflow has everything."""

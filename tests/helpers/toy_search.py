@@ -92,7 +92,8 @@ def toy_settings(folder: str, schedule: str, sample: str) -> Settings:
     plan = plan_of(
         space="free", recipe="demo", axes=["optim.lr=loguniform(1e-4,1e-2)"], schedule=schedule, sample=sample,
         trials=trials, grace=3 if schedule == "pbt" else 1, overrides={
-            "optim.epochs": 9, "run.name": "toy", "run.wait_s": float(os.environ.get("TOY_WAIT_S", "300")),
+            "optim.epochs": 9, "run.name": "toy", "run.num_workers": 1,
+            "run.wait_s": float(os.environ.get("TOY_WAIT_S", "300")),
         },
     )  # fmt: skip
     return Settings(plan=plan, folder=folder, lease="", tracking_uri="", need={"CPU": 1}, variables={})

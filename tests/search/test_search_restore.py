@@ -23,8 +23,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from lape_ray.cluster.local import LocalCluster, executable, local_cluster, stop_tree
 from lape_ray.cluster.resources import room
 from lape_ray.cluster.supervisor import draining_nodes
-from lape_ray.config import replace_fields
-from lape_ray.recipes import recipe
 from lape_ray.search.settings import worker_need
 from lape_ray.search.trials import read_trials
 
@@ -157,8 +155,10 @@ def connected_to(cluster: LocalCluster) -> Iterator[None]:
         ray._raylet.Config.initialize("")
         ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
         ray.init(address=cluster.address, log_to_driver=False)
-        yield
-        ray.shutdown()
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 # --- nodes that come and go ----------------------------------------------------------------------------------------
@@ -213,9 +213,9 @@ def test_nodes_that_join_are_used_and_without_any_the_search_ends_to_be_continue
 
 def test_two_trials_share_a_gpu(cluster: LocalCluster, tmp_path: Path) -> None:
     """By --gpus-per-worker 0.5, on a node that declares one; no device is needed to be placed."""
-    run = replace_fields(recipe("smoke"), {"run.num_workers": 1}).run
-    need = worker_need(run, use_gpu=True, gpus_per_worker=0.5)
-    resources = dataclasses.replace(toy_settings(str(tmp_path), "full", "random"), need=need).resources
+    toy = toy_settings(str(tmp_path), "full", "random")
+    need = worker_need(toy.plan.base.run, use_gpu=True, gpus_per_worker=0.5)
+    resources = dataclasses.replace(toy, need=need).resources
     with node(cluster, "--num-gpus=1", cpus=4), connected_to(cluster):
         wait_for(lambda: room(need, 1) == 2, "the node")
         groups = [resources() for _ in range(3)]
