@@ -591,6 +591,17 @@ def parse_value(kind: Any, text: str) -> Any:
         raise ValueError(f"{text!r} must be {'a whole number' if kind is int else 'a number'}") from None
 
 
+def write_value(value: Any) -> str:
+    """Write a field's value as the command line takes it: `parse_value` reads it back."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"({','.join(write_value(part) for part in value)})"
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
 def type_name(kind: Any) -> str:
     """Name the annotated type in the words of `--help`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)

@@ -7,6 +7,7 @@ each, its CIFAR rows means of the seeds 121 to 125. Figures of this code stand i
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,7 +22,9 @@ from lape_ray.config import (
     TrainConfig,
     TrainingConfig,
     Variant,
+    flatten,
     replace_fields,
+    write_value,
 )
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -688,3 +691,15 @@ def recipe(name: str) -> TrainConfig:
     if name not in RECIPES:
         raise ValueError(f"recipe {name!r} is not known; known recipes are {', '.join(RECIPES)}")
     return replace_fields(RECIPES[name](), {"recipe": name})
+
+
+def command_line(config: TrainConfig) -> str:
+    """Write the command that trains `config`: its recipe, and every option in which it differs from that."""
+    known = config.recipe if config.recipe in RECIPES else "smoke"
+    plain, wanted = flatten(recipe(known)), flatten(config)
+    options = [
+        f"--{name} {shlex.quote(write_value(value))}"
+        for name, value in wanted.items()
+        if value != plain[name] and name not in ("recipe", "run.name", "tracking.pages")
+    ]
+    return " ".join(["python jobs/imagenet_deit.py", known, *options])

@@ -103,8 +103,8 @@ def test_what_a_search_decides_and_shows_knows_no_ray() -> None:
         if room_of(module) == "search"
         and any(name.split(".")[0] == "ray" for name in imported(MODULES[module]))
     }
-    tune = {"callbacks", "run", "scheduler", "searcher", "session", "settings", "trial", "trials", "tuner"}
-    assert knowing == tune | {"resources", "worker"}
+    tune = {"callbacks", "run", "scheduler", "settings", "trial", "trials", "tuner"}
+    assert knowing == tune | {"worker"}
 
 
 def test_the_loop_needs_torch_alone() -> None:

@@ -15,6 +15,7 @@ reporter         what the loop reports, carried to Ray Train, the tracker, Prome
 checkpoint_writer  checkpoints on their way from rank 0's memory to storage
 supervisor       the actor that carries stop requests and counts failures
 connection       a connection to Ray, and work spread over its nodes
+resources        what a training takes of the cluster, and whether there is room
 local            a Ray of this machine, for the demo and the tests
 demo             the steps behind `lape-ray demo`
 prometheus       the gauges of a run

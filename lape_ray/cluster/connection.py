@@ -22,6 +22,7 @@ from lape_ray.values.environment import environment
 T = TypeVar("T")
 R = TypeVar("R")
 
+NAMESPACE = "lape_ray"  # of the names of actors
 GONE_S = 20.0  # within which Ray ends what belonged to a driver that was killed
 SHARED_BYTES_OF_A_GPU = 64 * 2**20
 """About what NCCL takes of a node's shared memory for each GPU, with its default buffers and some room."""
@@ -126,7 +127,7 @@ def only_actor(cls: type, name: str, *arguments: Any, **options: Any) -> Any:
     deadline = time.monotonic() + GONE_S
     while True:
         try:
-            actor = ray.remote(cls).options(name=name, namespace="lape_ray", num_cpus=0, **options)
+            actor = ray.remote(cls).options(name=name, namespace=NAMESPACE, num_cpus=0, **options)
             return actor.remote(*arguments)
         except ValueError as error:
             if "already taken" not in str(error):

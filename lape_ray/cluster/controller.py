@@ -5,45 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 from ray.train import FailureConfig, LoggingConfig, ScalingConfig
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import read_list
-from lape_ray.cluster.connection import only_actor
 from lape_ray.cluster.ray_worker import run_worker
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import RunEnd, WorkersFailedError
-from lape_ray.cluster.supervisor import FailureCount, Supervisor, until_stopped
-from lape_ray.config import TrainConfig
+from lape_ray.cluster.supervisor import FailureCount, Supervisor, supervised, until_stopped
 from lape_ray.storage import Lease
 from lape_ray.values.redaction import shared_variables
 
 PAUSE_S = 5.0  # before the controller is started again: what ended it may last
 CONTROLLER_FAILED = (ray.train.ControllerError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
 """Ray ends it where a node is out of memory, and it ends itself where storage is away as it writes."""
-
-
-@contextlib.contextmanager
-def supervised(config: TrainConfig, folder: str) -> Iterator[Any]:
-    """Start the run's supervisor.
-
-    A driver of this cluster that was killed may have left one, which is waited for.
-    """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    supervisor = only_actor(
-        Supervisor, folder, config.run.max_failures, max_concurrency=1000, scheduling_strategy=here
-    )
-    try:
-        yield supervisor
-    finally:
-        ray.kill(supervisor)
 
 
 def train_to_the_end(run: Run, lease: Lease, supervisor: Any) -> None:
@@ -69,7 +49,7 @@ def train_to_the_end(run: Run, lease: Lease, supervisor: Any) -> None:
                     ) from error
                 if not _lives(supervisor):
                     ray.kill(supervisor)  # which frees its name, whatever is left of it
-                    supervisor = stack.enter_context(supervised(run.config, run.folder))
+                    supervisor = stack.enter_context(supervised(Supervisor, run.folder, limits.max_failures))
 
 
 class _Failures:

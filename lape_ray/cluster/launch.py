@@ -20,11 +20,10 @@ from lape_ray.cluster.checkpoint_list import best, read_list, recover
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
 from lape_ray.config import NETWORK_FIELDS, TrainConfig, replace_fields
-from lape_ray.data.split import read_split_info
 from lape_ray.recipes import recipe
 from lape_ray.storage import LEASE, LEASE_FILES, Lease, LeaseLostError, leased
 from lape_ray.training.checkpoint import read_metadata
-from lape_ray.training.inputs import input_digests
+from lape_ray.training.inputs import dataset_digests, input_digests
 from lape_ray.training.loop import StoppedError
 from lape_ray.training.preflight import check_before_start, with_absolute_paths
 
@@ -108,7 +107,7 @@ def fit(config: TrainConfig) -> FitResult:
             folder=folder,
             lease=lease.token,
             tracking_uri=uri,
-            mlflow_run_id=_open_mlflow_run(config, uri, earlier),
+            mlflow_run_id=_open_mlflow_run(config, uri, earlier, inputs),
             use_gpu=place.use_gpu,
             inputs=inputs,
         )
@@ -135,7 +134,7 @@ def _tell(text: str) -> None:
 def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:
     """Train, and leave the best checkpoint, the pages and the status in MLflow and in the run's record."""
     uri, run_id = run.tracking_uri, run.mlflow_run_id
-    with _status_of(uri, run_id) as end:
+    with status_of(uri, run_id) as end:
         before = read_list(run.folder)
         place.train(run, lease)
         lease.check()
@@ -175,17 +174,19 @@ def _what_it_is(config: TrainConfig) -> str:
     return "-".join([config.recipe, *(f"{key}-{getattr(config.model, key)}" for key in other)])
 
 
-def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None) -> str:
+def _open_mlflow_run(config: TrainConfig, uri: str, earlier: Record | None, inputs: Mapping[str, str]) -> str:
     if earlier is not None and tracking.reopen_run(uri, earlier.mlflow_run_id):
         return earlier.mlflow_run_id
     command = typed_command()
     model = config.model
     tags = {"recipe": config.recipe, "seed": str(config.training.seed), **tracking.source_tags(sys.argv[0])}
     tags |= {key: getattr(model, key) for key in NETWORK_FIELDS}
-    splits = {"train": read_split_info(config.data, "train"), "val": read_split_info(config.data, "val")}
-    datasets = {role: (facts.path, facts.sha256) for role, facts in splits.items() if facts.sha256}
     return tracking.create_run(
-        config, name=config.run.name or "", command=command, tags=tags, datasets=datasets
+        config,
+        name=config.run.name or "",
+        command=command,
+        tags=tags,
+        datasets=dataset_digests(config, inputs),
     )
 
 
@@ -197,7 +198,7 @@ class _End:
 
 
 @contextlib.contextmanager
-def _status_of(uri: str, run_id: str) -> Iterator[_End]:
+def status_of(uri: str, run_id: str) -> Iterator[_End]:
     """Close the MLflow run with the status that is true: KILLED, too, where it does not have all of it."""
     end = _End()
     try:

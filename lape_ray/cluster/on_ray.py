@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,11 @@ import ray
 
 from lape_ray import tracking
 from lape_ray.cluster.connection import connected, refuse_little_shared_memory
-from lape_ray.cluster.controller import supervised, train_to_the_end, variables
+from lape_ray.cluster.controller import train_to_the_end, variables
 from lape_ray.cluster.pages import hand_over, make_pages
+from lape_ray.cluster.resources import lack, wait_for_room
 from lape_ray.cluster.run import Run
+from lape_ray.cluster.supervisor import Supervisor, supervised
 from lape_ray.config import TrainConfig
 from lape_ray.storage import Lease
 
@@ -67,9 +68,9 @@ def on_ray(config: TrainConfig, folder: str, uri: str) -> Iterator[OnRay]:
     """
     with connected() as own:
         use_gpu = uses_gpu(config)
-        _wait_for_resources(config, use_gpu)
+        _wait_for_workers(config, use_gpu)
         refuse_local_store(uri)
-        with supervised(config, folder) as supervisor:
+        with supervised(Supervisor, folder, config.run.max_failures) as supervisor:
             if use_gpu and config.run.workers.high > 1:
                 refuse_little_shared_memory()
             yield OnRay(use_gpu, supervisor, own)
@@ -82,25 +83,19 @@ def uses_gpu(config: TrainConfig) -> bool:
     return config.run.device == "gpu"
 
 
-def _wait_for_resources(config: TrainConfig, use_gpu: bool) -> None:
-    """Wait until the cluster could hold all workers; Ray Train itself would wait without a word."""
+def _wait_for_workers(config: TrainConfig, use_gpu: bool) -> None:
+    """Wait until the cluster could hold the workers that the run needs at least; a ValueError where it cannot."""
     run = config.run
-    least = run.workers.low
-    need = {"CPU": least * run.cpus_per_worker} | ({"GPU": least} if use_gpu else {})
-    deadline = time.monotonic() + run.wait_s
-    told = False
-    while missing := {k: n for k, n in need.items() if ray.cluster_resources().get(k, 0) < n}:
-        have = ", ".join(f"{ray.cluster_resources().get(k, 0):g} {k}" for k in missing)
-        want = ", ".join(f"{n:g} {k}" for k, n in missing.items())
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"the run needs {want}, but the cluster has {have}: lower --run.num_workers or "
-                "--run.cpus_per_worker, add nodes, or wait longer for them with --run.wait_s"
-            )
-        if not told:
-            print(f"waiting up to {run.wait_s} s: the run needs {want}, the cluster has {have}", flush=True)
-        told = True
-        time.sleep(1)
+    need = {"CPU": run.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
+    if not wait_for_room("the run", need, run.workers.low, wait_s=run.wait_s, tell=_tell):
+        raise ValueError(
+            f"the run needs {lack(need, run.workers.low)}: lower --run.num_workers or --run.cpus_per_worker, add "
+            "nodes, or wait longer for them with --run.wait_s"
+        )
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)
 
 
 def refuse_local_store(uri: str) -> None:

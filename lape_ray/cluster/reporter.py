@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -51,8 +50,6 @@ class RunReporter:
     tracker: tracking.Tracker | None = None
     writer: CheckpointWriter | None = None
     saving: _Saving | None = None
-    last_poll: float = 0.0
-    """The time at which rank 0 last looked for a request to stop, on the monotonic clock."""
 
     # --- what the loop calls --------------------------------------------------------------------------------------
 
@@ -117,10 +114,8 @@ class RunReporter:
         flags = Flags.NONE
         if self.saving is not None and self.saving.saved is not None and self.saving.saved.done():
             flags |= Flags.SAVED
-        if self.group.rank == 0 and time.monotonic() - self.last_poll > 0.2:
-            self.last_poll = time.monotonic()
-            if self.group.stop_asked():
-                flags |= Flags.STOP
+        if self.group.rank == 0 and self.group.stop_asked():
+            flags |= Flags.STOP
         return flags
 
     def line(self, text: str) -> None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import os
 import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import ray
 import ray.train
 from ray.train import UserCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lape_ray.cluster.connection import only_actor
 from lape_ray.cluster.signals import signals_ask
 
 T = TypeVar("T")
 MEMORY = "OutOfMemoryError"  # torch's; it would come again at the same place
+LOOK_S, DRAIN_POLL_S = 0.2, 5.0  # between two looks at the request to stop, and at nodes that leave
 LEAVE_GROUP_S = 5
 """The time that workers have to leave their process group after a failure; Ray Train's default is half a minute."""
 
@@ -67,6 +73,20 @@ class Supervisor:
         )
 
 
+@contextlib.contextmanager
+def supervised(cls: type[Supervisor], folder: str, *arguments: Any) -> Iterator[Any]:
+    """Start the supervisor of the run in `folder`, by whose name other processes find it; a second one is refused.
+
+    A driver of this cluster that was killed may have left one, which is waited for.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    supervisor = only_actor(cls, folder, *arguments, max_concurrency=1000, scheduling_strategy=here)
+    try:
+        yield supervisor
+    finally:
+        ray.kill(supervisor)
+
+
 class FailureCount(UserCallback):
     """Tell the supervisor of every failure that Ray Train's controller sees."""
 
@@ -89,14 +109,39 @@ class FailureCount(UserCallback):
 
 
 class StopRequest:
-    """A worker's view of the request to stop; asking costs no waiting."""
+    """A worker's view of the request to stop, up to LOOK_S old; asking costs no waiting."""
 
     def __init__(self, supervisor: Any) -> None:
         self._stop = supervisor.until_stop.remote()
+        self._asked, self._looked = False, 0.0
 
     def __bool__(self) -> bool:
-        ready, _ = ray.wait([self._stop], timeout=0)
-        return bool(ready)
+        if not self._asked and time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            ready, _ = ray.wait([self._stop], timeout=0)
+            self._asked = bool(ready)
+        return self._asked
+
+
+class LeavingNode:
+    """What Ray says of the node of an actor outside Ray Train; asking costs a look each DRAIN_POLL_S."""
+
+    def __init__(self) -> None:
+        self._node = ray.get_runtime_context().get_node_id()
+        self._looked = 0.0
+
+    def poll(self) -> bool:
+        """Return true once, where Ray is about to take this node away."""
+        if time.monotonic() - self._looked < DRAIN_POLL_S:
+            return False
+        leaving = self._node in draining_nodes()
+        self._looked = math.inf if leaving else time.monotonic()
+        return leaving
+
+
+def draining_nodes() -> dict[str, int]:
+    """Return the ids of nodes that are about to leave the cluster, by a private name of Ray's (as Ray Train does)."""
+    return ray._private.state.state.get_draining_nodes() or {}
 
 
 def until_stopped(fit: Callable[[], T], supervisor: Any) -> T:

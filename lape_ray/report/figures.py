@@ -233,7 +233,8 @@ def rotation_figure(views: Sequence[PositionView], token: tuple[int, int] | None
     )  # fmt: skip
 
 
-def _lines(axis: Axes, title: str, x: str, y: str) -> None:
+def curve_axes(axis: Axes, title: str, x: str, y: str) -> None:
+    """Name the axes of a panel of curves over layers, epochs or pixels."""
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(x, fontsize=9)
     axis.set_ylabel(y, fontsize=9)
@@ -283,7 +284,7 @@ def strength_figure(views: Sequence[PositionView]) -> Figure | None:
                     layers, values_LN[:, token], style, color=f"C{index}", markersize=3, alpha=0.7,
                     label=f"{one.label}, {name}",
                 )  # fmt: skip
-    _lines(left, "Position part over token part", "layer", "ratio of lengths")
+    curve_axes(left, "Position part over token part", "layer", "ratio of lengths")
     # Logarithmic: an untrained class token is next to nothing, and would press all else to the floor. A decade to each
     # side at least: what is nearly 1 everywhere must look like it.
     left.set_yscale("log")
@@ -292,7 +293,7 @@ def strength_figure(views: Sequence[PositionView]) -> Figure | None:
     left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.yaxis.set_minor_formatter(NullFormatter())
     left.axhline(1, color="0.5", linewidth=1)
-    _lines(right, "Attention that position moves", "layer", "share of attention weight")
+    curve_axes(right, "Attention that position moves", "layer", "share of attention weight")
     right.set_ylim(bottom=0)
     _legends(figure, [right], 7)
     return figure
@@ -305,7 +306,7 @@ def curves_figure(
     figure = Figure(figsize=(5.5 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, x, y, lines) in zip(axes, panels, strict=True):
-        _lines(axis, title, x, y)
+        curve_axes(axis, title, x, y)
         for name, xs, ys in lines:
             axis.plot(xs, ys, "o-" if len(xs) < 60 else "-", markersize=3, linewidth=1.5, label=name)
     _legends(figure, [axis for axis in axes if len(axis.lines) > 1], 8)

@@ -24,6 +24,11 @@ class Estimate:
     sd: float | None
     interval: tuple[float, float] | None
 
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
         """Estimate the mean of at least one value."""

@@ -2,14 +2,14 @@
 
 options     the command line; `command`: from what a person types to a plan
 plan        all that decides which trials there are and what becomes of them
-space       axes over fields of a config; `cells`: the named spaces
+space       axes over fields of a config, and cells; `cells`: the named spaces
 samplers    which point comes next, `schedules` which trials go on: functions of the trials' records
 record      a trial as the rest of this room sees it; `trials`: the view of Ray Tune's trial that it is
 run         a search from its checks to its report
 tuner       the Tuner, made or restored; `session`: what its parts share in the driver
-scheduler   Tune's scheduler, `searcher` its searcher, `callbacks` what is shown, tracked and watched
-trial       a trial as an actor that leads its workers; `worker`: what these do; `checkpoints`: where they keep it
-resources   what a trial takes of the cluster
+scheduler   Tune's scheduler and searcher; `callbacks`: what is shown, tracked and watched
+trial       a trial as an actor that leads its workers; `settings`: what the driver tells it
+worker      what these workers do; `checkpoints`: where they keep it
 runs        the search in MLflow; `live`: in a terminal or a log
-statistics  what came out, as numbers and words; `tables`, `pictures` and `page`: for people
+statistics  what came out, as numbers and words; `report` and `pictures`: for people
 """

@@ -8,9 +8,8 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 
+from lape_ray.cluster.resources import lack, room
 from lape_ray.cluster.supervisor import StopRequest
-from lape_ray.search import resources
-from lape_ray.search.record import Trial
 from lape_ray.search.session import Session
 from lape_ray.search.trials import error_of
 from lape_ray.training.loop import StoppedError
@@ -33,44 +32,38 @@ class Show(tune.Callback):
 
     def on_trial_start(self, *, trial: TuneTrial, **info: Any) -> None:
         """Reopen the run of a trial that an earlier driver closed."""
-        self.session.runs.reopen(self.session.records.update(trial))
+        self.session.runs.reopen(self.session.update(trial))
 
     def on_trial_result(self, *, trial: TuneTrial, result: dict[str, Any], **info: Any) -> None:
         """Show an epoch that was trained."""
         session = self.session
-        record = session.records.update(trial, result)
+        record = session.update(trial, result)
         if result.get("failed") or result.get("interrupted"):
             return
-        paused = trial.status == TuneTrial.PAUSED
         stopped = result["done"] and not result["complete"]
-        decision = "stop" if stopped else "pause" if paused else "go"
+        decision = "stop" if stopped else "pause" if trial.status == TuneTrial.PAUSED else "go"
         session.display.reported(record, session.trials, decision)
 
     def on_trial_complete(self, *, trial: TuneTrial, **info: Any) -> None:
         """Close the run of a trial that is over."""
-        record = self.session.records.update(trial)
+        record = self.session.update(trial)
         record.state = record.state if record.over else "stopped"
-        self._ended(record)
+        self.session.runs.settle(record)
+        self.session.display.ended(record, self.session.trials)
 
-    def on_trial_error(self, *, trial: TuneTrial, **info: Any) -> None:
-        """Close the run of a trial that failed once too often."""
-        self._ended(self.session.records.update(trial))
+    on_trial_error = on_trial_complete
 
     def on_trial_recover(self, *, trial: TuneTrial, **info: Any) -> None:
         """Say that a trial is tried again."""
-        record, reason = self.session.records.update(trial), error_of(trial).splitlines()[0]
         self.session.display.line(
-            f"trial {record.id} goes on from its newest checkpoint, as it was interrupted: {reason}"
+            f"trial {self.session.update(trial).id} goes on from its newest checkpoint, as it was interrupted: "
+            f"{error_of(trial).splitlines()[0]}"
         )
 
     def on_step_end(self, *, trials: list[TuneTrial], **info: Any) -> None:
         """Draw the table anew."""
         self.session.refresh(trials)
         self.session.display.draw(self.session.trials)
-
-    def _ended(self, record: Trial) -> None:
-        self.session.runs.settle(record)
-        self.session.display.ended(record, self.session.trials)
 
 
 class Watch(tune.Callback):
@@ -96,7 +89,8 @@ class Watch(tune.Callback):
         """
         now = time.monotonic()
         running = {trial.trial_id for trial in trials if trial.status == TuneTrial.RUNNING}
-        self._stop = self._stop or StopRequest(self.session.supervisor)
+        if self._stop is None:
+            self._stop = StopRequest(self.session.supervisor)
         if self._stop:
             self._asked = self._asked or now
             if running <= self._interrupted or now > self._asked + PATIENCE_S:
@@ -105,15 +99,20 @@ class Watch(tune.Callback):
             self._idle = 0.0 if running else self._idle
             return
         self._looked = now
-        settings, wait_s = self.session.settings, self.session.plan.base.run.wait_s
-        if resources.room(settings.need, settings.workers):
+        self._wait_for_nodes(now)
+
+    def _wait_for_nodes(self, now: float) -> None:
+        plan, need = self.session.plan, self.session.settings.need
+        wait_s = plan.base.run.wait_s
+        if room(need, plan.workers):
             self._idle = 0.0
             return
-        words = resources.in_words(settings.need, settings.workers)
+        words = lack(need, plan.workers)
         if not self._idle:
             self._idle = now
-            self.session.display.line(f"waiting up to {wait_s:g} s for nodes: {words}")
+            self.session.display.line(f"waiting up to {wait_s:g} s for nodes: a trial needs {words}")
         if now > self._idle + wait_s:
             raise ResourcesGoneError(
-                f"{words}, and has had no more for {wait_s:g} s (run.wait_s): the same command continues the search"
+                f"a trial needs {words}, and has had no more for {wait_s:g} s (run.wait_s): the same command "
+                "continues the search"
             )

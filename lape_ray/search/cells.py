@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lape_ray.config import (
@@ -18,35 +18,15 @@ from lape_ray.config import (
     TrainConfig,
     flatten,
     replace_fields,
+    write_value,
 )
 from lape_ray.model import resolve
 from lape_ray.model.position import JOINS, STAGED_JOINS, check_joins, valid_joins
 from lape_ray.recipes import RECIPES, TABLE1
-from lape_ray.search.space import Axis, Choice, Range, as_text, differing
+from lape_ray.search.space import Axis, Cell, Choice, Range, Space, differing
 
-Cell = Mapping[str, Any]
 _TABLE2 = ("vit_lite_7_4", "cvt_7_4", "cct_7_3x1")
 NETWORK_AXES = ("model.position", "model.join", "model.bias", "model.bias_join", "model.rotary")
-
-
-@dataclass(frozen=True)
-class Space:
-    """The points of a search: every cell, crossed with every value of every axis."""
-
-    cells: tuple[Cell, ...] = ({},)
-    axes: Mapping[str, Axis] = field(default_factory=dict)
-
-    @property
-    def finite(self) -> bool:
-        return all(isinstance(axis, Choice) for axis in self.axes.values())
-
-    def points(self) -> list[dict[str, Any]]:
-        """List every combination, cells first; of a finite space only."""
-        values = [axis.values for axis in self.axes.values() if isinstance(axis, Choice)]
-        crossed = [
-            dict(zip(self.axes, combination, strict=True)) for combination in itertools.product(*values)
-        ]
-        return [{**cell, **settings} for cell in self.cells for settings in crossed]
 
 
 def _joins_of(model: ModelConfig) -> Mapping[str, type[Any]]:
@@ -59,13 +39,8 @@ def _whole_joins(model: ModelConfig) -> Mapping[str, type[Any]]:
     return {name: join for name, join in _joins_of(model).items() if not join.partial}
 
 
-def _valid(cell: Sequence[str], joins: Mapping[str, type[Any]]) -> bool:
-    position, join, bias, bias_join, _ = cell
-    try:
-        check_joins(position, join, bias, bias_join, joins)
-    except ValueError:
-        return False
-    return True
+def _cells(rows: Iterable[Sequence[str]], fields: Sequence[str] = NETWORK_AXES) -> Space:
+    return Space(cells=tuple(dict(zip(fields, row, strict=True)) for row in rows))
 
 
 def positions(base: TrainConfig) -> Space:
@@ -75,8 +50,12 @@ def positions(base: TrainConfig) -> Space:
     space `paper_table8` has them.
     """
     kinds = [typing.get_args(kind) for kind in (Position, Join, Bias, BiasJoin, Rotary)]
-    cells = [cell for cell in itertools.product(*kinds) if _valid(cell, _whole_joins(base.model))]
-    return Space(cells=tuple(dict(zip(NETWORK_AXES, cell, strict=True)) for cell in cells))
+    cells = []
+    for position, join, bias, bias_join, rotary in itertools.product(*kinds):
+        with contextlib.suppress(ValueError):
+            check_joins(position, join, bias, bias_join, _whole_joins(base.model))
+            cells.append((position, join, bias, bias_join, rotary))
+    return _cells(cells)
 
 
 def paper_table1(base: TrainConfig) -> Space:
@@ -96,19 +75,14 @@ def paper_table1(base: TrainConfig) -> Space:
 
 
 def paper_table7(base: TrainConfig) -> Space:
-    """Make the 14 rows of the LaPE paper's table 7 (ICCV 2023).
-
-    They are three embeddings by join, and relative position bias.
-    """
+    """Make the 14 rows of the LaPE paper's table 7 (ICCV 2023): three embeddings by join, and relative bias."""
     joins = {
         "learnable": ("basic", "share", "unshare", "lape_shared", "lape"),
         "sincos1d": ("basic", "share", "lape_shared", "lape"),
         "sincos2d": ("basic", "share", "lape_shared", "lape"),
     }
-    rows = [(position, join, "none") for position in joins for join in joins[position]]
-    rows.append(("none", "basic", "relative2d"))
-    cells = [(position, join, bias, "basic", "none") for position, join, bias in rows]
-    return Space(cells=tuple(dict(zip(NETWORK_AXES, cell, strict=True)) for cell in cells))
+    rows = [(position, join, "none", "basic", "none") for position in joins for join in joins[position]]
+    return _cells([*rows, ("none", "basic", "relative2d", "basic", "none")])
 
 
 def paper_table8(base: TrainConfig) -> Space:
@@ -118,13 +92,11 @@ def paper_table8(base: TrainConfig) -> Space:
     lape_gamma 71.13, lape_affine 70.85, lape_norm 72.56, lape_scalar_norm 72.49, lape_gamma_norm 71.80, lape 73.11.
     """
     rows = ("basic", *(name for name, join in JOINS.items() if join.partial), "lape")
-    return Space(cells=tuple({"model.join": join} for join in rows))
+    return _cells([(join,) for join in rows], ["model.join"])
 
 
 def paper_table2(base: TrainConfig) -> Space:
-    """Make the rows of the LaPE paper's table 2 for the recipe's data.
-
-    They are ViT-Lite, CVT and CCT, each under basic and lape.
+    """Make the rows of the LaPE paper's table 2 for the recipe's data: ViT-Lite, CVT and CCT, under basic and lape.
 
     With --seeds 5 and a CIFAR recipe, whose first seed is 121, these are the paper's trainings.
     """
@@ -133,19 +105,13 @@ def paper_table2(base: TrainConfig) -> Space:
             f"the space paper_table2 is of the recipes vit_lite_7_4_*, cvt_7_4_* and cct_7_3x1_*, which differ in "
             f"nothing but model.variant and model.join; this one's variant is {base.model.variant}"
         )
-    return Space(
-        cells=tuple(
-            {"model.variant": variant, "model.join": join}
-            for variant in _TABLE2
-            for join in ("basic", "lape")
-        )
-    )
+    return _cells(itertools.product(_TABLE2, ("basic", "lape")), ("model.variant", "model.join"))
 
 
 def joins(base: TrainConfig) -> Space:
     """List every join of the recipe's own position embedding, but none that lacks a part of LaPE."""
     found = valid_joins(base.model.position, _whole_joins(base.model))
-    return Space(cells=tuple({"model.join": join} for join in found))
+    return _cells([(join,) for join in found], ["model.join"])
 
 
 def recipe(base: TrainConfig) -> Space:
@@ -185,40 +151,34 @@ def build_space(name: str, base: TrainConfig, axes: Mapping[str, Axis], fixed: S
     if name not in SPACES:
         raise ValueError(f"space {name!r} is not known; known spaces are {', '.join(SPACES)}")
     named = SPACES[name](base)
-    for each in fixed:
-        if each in axes:
+    for each in axes:
+        if each in fixed:
             raise ValueError(
                 f"{each} is both fixed by --{each} and searched by --space {each}; leave out one"
             )
-    both = [each for each in axes if any(each in cell for cell in named.cells)]
-    if both:
-        raise ValueError(
-            f"the space {name} goes over {both[0]} itself; leave out --space {both[0]}, or use the space `free`"
-        )
+        if any(each in cell for cell in named.cells):
+            raise ValueError(
+                f"the space {name} goes over {each} itself; leave out --space {each}, or use the space `free`"
+            )
     current = flatten(base)
-    cells = [
+    cells = tuple(
         cell for cell in named.cells if all(cell.get(each, current[each]) == current[each] for each in fixed)
-    ]
+    )
     if not cells:
         named_fields = set().union(*named.cells)
         given = " ".join(f"--{each} {current[each]}" for each in fixed if each in named_fields)
         raise ValueError(f"no cell of the space {name} has {given}; leave out one of these options")
     kept = {each: axis for each, axis in named.axes.items() if each not in fixed} | dict(axes)
-    space = Space(cells=tuple(cells), axes=kept)
     if len(cells) == 1 and not kept:
         raise ValueError(
             f"the space {name} holds a single cell, so there is nothing to search: fix fewer fields, "
             "or add an axis such as --space optim.lr=choice(5e-4,1e-3)"
         )
-    for point in space.points() if space.finite else _corners(space):
+    # Every combination of cells and choices must be valid, with ranges at their middle.
+    choices = {each: a if isinstance(a, Choice) else Choice((a.at(0.5),)) for each, a in kept.items()}
+    for point in Space(cells=cells, axes=choices).points():
         check_point(base, point)
-    return space
-
-
-def _corners(space: Space) -> list[dict[str, Any]]:
-    """List every combination of cells and choices, with ranges at their middle."""
-    choices = {each: a if isinstance(a, Choice) else Choice((a.at(0.5),)) for each, a in space.axes.items()}
-    return Space(cells=space.cells, axes=choices).points()
+    return Space(cells=cells, axes=kept)
 
 
 def check_point(base: TrainConfig, point: Cell) -> TrainConfig:
@@ -240,12 +200,12 @@ def label(point: Cell, fields: Sequence[str]) -> str:
     """Make a short name: the values of `fields`, with ports that are not used and plain joins left out."""
     parts = []
     for each in fields:
-        value = point.get(each)
-        if each == "model.join" and point.get("model.position") == "none":
+        value, port = point.get(each), each in NETWORK_AXES
+        unused = port and (value == "none" or (each == "model.bias_join" and value == "basic"))
+        if unused or (each == "model.join" and point.get("model.position") == "none"):
             continue
-        if each in NETWORK_AXES and (value == "none" or (each == "model.bias_join" and value == "basic")):
-            continue
-        parts.append(str(value) if each in NETWORK_AXES[:3] else f"{each.partition('.')[2]}={_short(value)}")
+        text = f"{value:.3g}" if isinstance(value, float) else write_value(value)
+        parts.append(text if each in NETWORK_AXES[:3] else f"{each.partition('.')[2]}={text}")
     return " ".join(parts) or "no position"
 
 
@@ -260,10 +220,6 @@ def _told_by_variant(points: Sequence[Cell], field: str) -> bool:
     """Whether a field is part of what several networks are trained with, each its own, and names none of them."""
     found: dict[Any, set[Any]] = {}
     for point in points:
-        found.setdefault(point.get("model.variant"), set()).add(as_text(point.get(field)))
+        found.setdefault(point.get("model.variant"), set()).add(write_value(point.get(field)))
     own = field not in NETWORK_AXES and field != "model.variant"
     return own and 1 < len(found) < len(points) and all(len(values) == 1 for values in found.values())
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else as_text(value)

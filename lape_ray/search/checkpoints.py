@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lape_ray import storage
 from lape_ray.config import TrainConfig
+from lape_ray.search.record import Epoch, Lineage
 from lape_ray.training.checkpoint import (
     MARKER,
     DamagedError,
@@ -24,19 +27,6 @@ from lape_ray.values.typed import from_json
 
 PREFIX = "checkpoint-"
 HISTORY = "history.json"
-Lineage = tuple[tuple[int, int], ...]
-"""Of each time that a trial was cloned: after which epoch, and from which trial."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """An epoch of the trial: its metrics, its time, the optimizer steps up to its end, and the lineage it had then."""
-
-    epoch: int
-    metrics: Mapping[str, float]
-    seconds: float
-    steps_done: int
-    lineage: Lineage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +39,21 @@ class History:
     """
 
     lineage: Lineage = ()
-    epochs: tuple[Trained, ...] = ()
-    loaded: tuple[Mapping[str, Any], ...] = field(default=())
+    epochs: tuple[Epoch, ...] = ()
+    loaded: tuple[Mapping[str, Any], ...] = ()
 
     def of(self, lineage: Lineage) -> History:
         """Return the part that a trial of this lineage has in common with it."""
 
-        def shared(one: Trained) -> bool:
-            return one.lineage == tuple(clone for clone in lineage if clone[0] < one.epoch)
+        def shared(epoch: int) -> bool:
+            ours, theirs = ([clone for clone in each if clone[0] < epoch] for each in (self.lineage, lineage))
+            return ours == theirs
 
-        count = next((n for n, one in enumerate(self.epochs) if not shared(one)), len(self.epochs))
-        loaded = [one for one in self.loaded if (one["epoch"], one["source"]) in lineage]
-        return History(lineage=lineage, epochs=self.epochs[:count], loaded=tuple(loaded))
+        return History(
+            lineage=lineage,
+            epochs=tuple(one for one in self.epochs if shared(one.epoch)),
+            loaded=tuple(one for one in self.loaded if (one["epoch"], one["source"]) in lineage),
+        )
 
 
 class TrialFolder:
@@ -89,11 +82,9 @@ class TrialFolder:
             storage.publish(folder, address, last=MARKER)
         return name
 
-    @contextlib.contextmanager
-    def opened(self, name: str) -> Iterator[Path]:
+    def opened(self, name: str) -> AbstractContextManager[Path]:
         """Open a checkpoint as a local folder."""
-        with storage.opened(self.address(name)) as folder:
-            yield folder
+        return storage.opened(self.address(name))
 
     def drop_all_but(self, names: set[str]) -> None:
         for name in self.names():
@@ -107,7 +98,7 @@ class TrialFolder:
         """
         known = History(lineage=lineage)
         for name in self.names():
-            with contextlib.suppress(DamagedError, OSError), self.opened(name) as folder:
+            with contextlib.suppress(DamagedError, FileNotFoundError), self.opened(name) as folder:
                 verify(folder)
                 history = read_history(folder)
                 if not known.epochs:
@@ -126,22 +117,18 @@ class TrialFolder:
         """
         epoch, number = history.lineage[-1]
         for name in source.names():
-            with source.opened(name) as folder:
-                try:
-                    verify(folder)
-                    meta = read_metadata(folder)
-                except DamagedError:
-                    continue
-                if meta.epochs_done != epoch or meta.progress.step:
-                    continue
-                files = json.loads((folder / MARKER).read_text())["files"]
-                loaded = {"epoch": epoch, "source": number, "weights": files["model.safetensors"]["sha256"]}
-                history = replace(history, loaded=(*history.loaded, loaded))
-
-                def write(target: Path, folder: Path = folder) -> None:
-                    _rewrite(folder, target, config)
-
-                return self.put(meta.steps_done, write, history), history
+            with contextlib.suppress(DamagedError), source.opened(name) as folder:
+                verify(folder)
+                meta = read_metadata(folder)
+                if meta.epochs_done == epoch and not meta.progress.step:
+                    files = json.loads((folder / MARKER).read_text())["files"]
+                    loaded = {
+                        "epoch": epoch,
+                        "source": number,
+                        "weights": files["model.safetensors"]["sha256"],
+                    }
+                    history = replace(history, loaded=(*history.loaded, loaded))
+                    return self.put(meta.steps_done, partial(_rewrite, folder, config), history), history
         raise DamagedError(f"{source.folder} has no whole checkpoint of epoch {epoch} to be cloned")
 
 
@@ -155,22 +142,14 @@ def read_history(folder: Path) -> History:
         return from_json(
             History, (folder / HISTORY).read_text(), str(folder / HISTORY), "use another checkpoint"
         )
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise DamagedError(str(error)) from None
 
 
-def best_of(epochs: Sequence[Trained], metric: str, sign: int) -> str | None:
-    """Return the name of the checkpoint of the best epoch, of equals the last; None where the metric is in none."""
-    scores = [(sign * one.metrics[metric], one) for one in epochs if metric in one.metrics]
-    scores = [(score, one) for score, one in scores if score == score]
-    return name_of(max(scores, key=lambda pair: (pair[0], pair[1].epoch))[1].steps_done) if scores else None
-
-
-def _rewrite(source: Path, target: Path, config: TrainConfig) -> None:
+def _rewrite(source: Path, config: TrainConfig, target: Path) -> None:
     """Copy a checkpoint under another config, whose learning rate and weight decay the optimizer then has."""
     for file in source.iterdir():
         if file.name not in (MARKER, HISTORY):
             shutil.copy(file, target)
-    files = file_checksums(target)
     meta = replace(read_metadata(source), config=config)
-    (target / MARKER).write_text(meta.to_json(files))
+    (target / MARKER).write_text(meta.to_json(file_checksums(target)))

@@ -10,7 +10,6 @@ from typing import TextIO
 
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Trial
-from lape_ray.search.tables import first_line
 from lape_ray.training.metrics import duration
 
 DRAW_S = 0.5
@@ -21,9 +20,8 @@ class Display:
     """Show one search on `out`, by default the standard output."""
 
     def __init__(self, plan: Plan, out: TextIO | None = None) -> None:
-        out = out or sys.stdout
-        self._plan, self._out = plan, out
-        self.draws = out.isatty()
+        self._plan, self._out = plan, out or sys.stdout
+        self.draws = self._out.isatty()
         """Whether this is a terminal, on which the table is drawn anew."""
         self._drawn = 0  # lines of the table as it stands on the terminal
         self._next = 0.0
@@ -36,25 +34,28 @@ class Display:
     def reported(self, trial: Trial, trials: Sequence[Trial], decision: str) -> None:
         """Show that a trial has reported an epoch."""
         if not self.draws:
-            words = {"go": "", "pause": "  pauses"}.get(decision, "  stopped: among the worse of its rung")
-            value = trial.last(self._plan.metric)
-            shown = "" if value is None else f"  {self._plan.metric} {value:.2f}"
+            words = {"go": "", "pause": "  pauses", "stop": "  stopped: among the worse of its rung"}[
+                decision
+            ]
+            shown = f"  {self._plan.metric} {value}" if (value := self._value(trial)) else ""
             place = f"epoch {trial.done:>{len(str(self._plan.epochs))}}/{self._plan.epochs}"
-            left = self.eta(trials)
-            self.line(f"trial {trial.id}  {trial.label} seed {trial.seed}  {place}{shown}{words}  ETA {left}")
+            self._trial_line(trial, f"{place}{shown}{words}  ETA {self.eta(trials)}")
 
     def ended(self, trial: Trial, trials: Sequence[Trial]) -> None:
-        """Show that a trial is over, or pauses."""
+        """Show that a trial is over."""
         if trial.state == "failed":
-            self.line(f"trial {trial.id}  {trial.label} seed {trial.seed}  FAILED: {first_line(trial)}")
+            self._trial_line(trial, f"FAILED: {trial.reason}")
         elif trial.over:
-            over = sum(each.over for each in trials)
-            value = trial.last(self._plan.metric)
-            shown = "–" if value is None else f"{value:.2f}"
-            self.line(
-                f"trial {trial.id}  {trial.label} seed {trial.seed}  {trial.state} after {duration(trial.seconds)}: "
-                f"{self._plan.metric} {shown}  ({over} of {self._plan.trials} trials)"
-            )
+            over = f"({sum(each.over for each in trials)} of {self._plan.trials} trials)"
+            value = f"{self._plan.metric} {self._value(trial) or '–'}"
+            self._trial_line(trial, f"{trial.state} after {duration(trial.seconds)}: {value}  {over}")
+
+    def _trial_line(self, trial: Trial, text: str) -> None:
+        self.line(f"trial {trial.id}  {trial.label} seed {trial.seed}  {text}")
+
+    def _value(self, trial: Trial) -> str:
+        value = trial.last(self._plan.metric)
+        return "" if value is None else f"{value:.2f}"
 
     def eta(self, trials: Sequence[Trial]) -> str:
         """Estimate the time until the last trial ends if none is stopped, by the latest epochs' speed."""
@@ -63,7 +64,7 @@ class Display:
             return "–"
         left = sum(self._plan.epochs - trial.done for trial in trials if not trial.over)
         left += (self._plan.trials - len(trials)) * self._plan.epochs
-        return duration(left * sum(seconds) / len(seconds) / max(1, _training(trials)))
+        return duration(left * sum(seconds) / len(seconds) / max(1, len(_training(trials))))
 
     def draw(self, trials: Sequence[Trial]) -> None:
         """Draw the table anew, if this is a terminal and it is time."""
@@ -78,39 +79,28 @@ class Display:
 
     def table(self, trials: Sequence[Trial], width: int, height: int) -> list[str]:
         """List the table's lines: a head, then trials that train, then the latest of the others, as many as fit."""
-        plan = self._plan
-        over = sum(trial.over for trial in trials)
-        left = self.eta(trials)
-        head = f"{plan.name}: {over} of {plan.trials} trials over, {_training(trials)} training, ETA {left}"
-        training = [trial for trial in trials if trial.state == "running"]
-        others = [trial for trial in trials if trial not in training]
-        room = max(1, height - 4 - len(training))
-        shown = [*sorted(others, key=lambda each: each.number)[-room:], *training]
-        wide = max([len(trial.label) for trial in shown], default=4)
-        wide = min(wide, max(8, width - 58))
-        names = (
-            f"{'trial':>5}  {'cell':{wide}}  {'seed':>4}  {'epoch':>9}  {plan.metric:>12}  {'time':>8}  state"
-        )
-        lines = [head, names]
+        plan, training = self._plan, _training(trials)
+        others = sorted((trial for trial in trials if trial not in training), key=lambda each: each.number)
+        shown = [*others[-max(1, height - 4 - len(training)) :], *training]
+        wide = min(max([len(trial.label) for trial in shown], default=4), max(8, width - 58))
+        row = f"{{:>5}}  {{:{wide}.{wide}}}  {{:>4}}  {{:>9}}  {{:>12}}  {{:>8}}  {{}}".format
+        lines = [
+            f"{plan.name}: {sum(trial.over for trial in trials)} of {plan.trials} trials over, {len(training)} "
+            f"training, ETA {self.eta(trials)}",
+            row("trial", "cell", "seed", "epoch", plan.metric, "time", "state"),
+        ]
         for trial in shown:
-            value = trial.last(plan.metric)
-            metric = "" if value is None else f"{value:.2f}"
-            epoch = f"{trial.done}/{plan.epochs}"
             state: str = "training" if trial in training else trial.state
-            state += f": {first_line(trial)}" if trial.error else ""
-            lines.append(
-                f"{trial.number:>5}  {trial.label[:wide]:{wide}}  {trial.seed:>4}  {epoch:>9}  {metric:>12}  "
-                f"{duration(trial.seconds):>8}  {state}"
-            )
+            state += f": {trial.reason}" if trial.error else ""
+            epoch, took = f"{trial.done}/{plan.epochs}", duration(trial.seconds)
+            lines.append(row(trial.number, trial.label, trial.seed, epoch, self._value(trial), took, state))
         return [line[: width - 1] for line in lines]
 
     def _wipe(self) -> None:
-        if self._drawn:
-            self._out.write(
-                f"\x1b[{self._drawn}F\x1b[J"
-            )  # up to the table's first line, and clear what is below
+        if self._drawn:  # up to the table's first line, and clear what is below
+            self._out.write(f"\x1b[{self._drawn}F\x1b[J")
             self._drawn = 0
 
 
-def _training(trials: Sequence[Trial]) -> int:
-    return sum(trial.state == "running" for trial in trials)
+def _training(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if trial.state == "running"]

@@ -1,9 +1,9 @@
-"""What is known of a search and of its trials. Knows no Ray."""
+"""What is known of a search and of its trials. Knows no Ray and no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from lape_ray import storage
@@ -12,15 +12,23 @@ State = Literal["waiting", "running", "paused", "finished", "stopped", "failed"]
 OVER: tuple[State, ...] = ("finished", "stopped", "failed")
 RECORD = "search.json"
 WAY_OUT = "choose another --run.name, or move the folder away"
+Lineage = tuple[tuple[int, int], ...]
+"""Of each time that a trial was cloned: after which epoch, and from which trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What an epoch of a trial came to; `seconds` from the report before it, or from the trial's start."""
+    """What an epoch of a trial came to.
+
+    Attributes:
+        seconds: from the report before it, or from the trial's start
+        steps_done: optimizer steps of the trial up to its end
+    """
 
     epoch: int
     metrics: Mapping[str, float]
     seconds: float
+    steps_done: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,20 @@ class Trial:
     lineage: list[Clone] = field(default_factory=list)
     loaded: list[dict[str, Any]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Trial:
+        """Read what the driver decided about a trial from the config that Ray Tune has of it."""
+        facts = {name: config[name] for name in ("number", "point", "seed", "label", "run_id")}
+        lineage = [Clone(**{**clone, "values": _tuples(clone["values"])}) for clone in config["lineage"]]
+        return cls(**facts, first=_tuples(config["values"]), lineage=lineage)
+
+    def config(self) -> dict[str, Any]:
+        """Make the config that Ray Tune has of it; `done` are the epochs that the driver has heard of."""
+        return {
+            "number": self.number, "point": self.point, "seed": self.seed, "label": self.label, "run_id": self.run_id,
+            "values": self.first, "lineage": [asdict(clone) for clone in self.lineage], "done": self.done,
+        }  # fmt: skip
+
     @property
     def values(self) -> dict[str, Any]:
         """`section.field` -> value, as they are now."""
@@ -92,6 +114,11 @@ class Trial:
     def over(self) -> bool:
         return self.state in OVER
 
+    @property
+    def reason(self) -> str:
+        """The error in one line; "" where there is none."""
+        return self.error.splitlines()[0] if self.error else ""
+
     def at(self, epoch: int, metric: str) -> float | None:
         """Return the metric after `epoch`; None where it was not reported."""
         if 0 < epoch <= len(self.epochs):
@@ -102,23 +129,29 @@ class Trial:
         """Return the metric of the last epoch that has it."""
         return next((one.metrics[metric] for one in reversed(self.epochs) if metric in one.metrics), None)
 
-    def best(self, metric: str, sign: int) -> float | None:
-        """Return the best value of any epoch."""
-        values = [one.metrics[metric] for one in self.epochs if metric in one.metrics]
-        return max(values, key=lambda value: sign * value) if values else None
+
+def best_epoch(epochs: Sequence[Epoch], metric: str, sign: int) -> Epoch | None:
+    """Return the best epoch, of equals the last; None where the metric is a number in none."""
+    known = [one for one in epochs if metric in one.metrics and one.metrics[metric] == one.metrics[metric]]
+    return max(known, key=lambda one: (sign * one.metrics[metric], one.epoch), default=None)
 
 
 def by_point(trials: Sequence[Trial]) -> dict[int, list[Trial]]:
     """Trials of the same point, by its number."""
     groups: dict[int, list[Trial]] = {}
-    for trial in trials:
+    for trial in sorted(trials, key=lambda trial: trial.point):
         groups.setdefault(trial.point, []).append(trial)
-    return dict(sorted(groups.items()))
+    return groups
 
 
 def trial_folder(folder: str, number: int) -> str:
     """Return the address of a trial's folder in that of its search; Tune's own files of the trial lie there too."""
     return storage.join(folder, f"trial-{number:04}")
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Make tuples of the lists that JSON has in their place."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 # --- the search as a whole --------------------------------------------------------------------------------------

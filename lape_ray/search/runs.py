@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from lape_ray import tracking
-from lape_ray.config import NETWORK_FIELDS, TrainConfig
-from lape_ray.data.split import read_split_info
+from lape_ray.cli import typed_command
+from lape_ray.config import NETWORK_FIELDS, TrainConfig, write_value
 from lape_ray.search.plan import Plan
-from lape_ray.search.record import Trial, trial_folder
-from lape_ray.search.space import as_text
+from lape_ray.search.record import State, Trial
 
 TRIAL = "trial"
 """The tag that holds a trial's number."""
@@ -21,14 +21,9 @@ TRIAL = "trial"
 class Runs:
     """The MLflow runs of one search, on the driver."""
 
-    def __init__(self, plan: Plan, uri: str, *, command: str, program: str) -> None:
-        self.plan, self.uri, self._command = plan, uri, command
-        self._source = tracking.source_tags(program)
-        splits = {
-            "train": read_split_info(plan.base.data, "train"),
-            "val": read_split_info(plan.base.data, "val"),
-        }
-        self._datasets = {role: (facts.path, facts.sha256) for role, facts in splits.items() if facts.sha256}
+    def __init__(self, plan: Plan, uri: str, datasets: tracking.Datasets) -> None:
+        self.plan, self.uri, self._datasets = plan, uri, datasets
+        self.command, self._source = typed_command(), tracking.source_tags(sys.argv[0])
         self.parent = ""
         self._children: dict[str, str] = {}  # what an earlier driver has made, by the trials' numbers
         self._opened: set[str] = set()
@@ -44,13 +39,7 @@ class Runs:
         tags = {"recipe": plan.base.recipe, "search": plan.name, "space": plan.space_name, "sample": plan.sample,
                 "schedule": plan.schedule, "metric": plan.metric, "trials": str(plan.trials)}  # fmt: skip
         tags |= {f"space.{name}": str(axis) for name, axis in plan.space.axes.items()}
-        self.parent = tracking.create_run(
-            plan.base,
-            name=plan.name,
-            command=self._command,
-            tags={**tags, **self._source},
-            datasets=self._datasets,
-        )
+        self.parent = self._create(plan.base, plan.name, tags)
         return self.parent
 
     def open_child(self, trial: Trial, config: TrainConfig) -> str:
@@ -60,12 +49,15 @@ class Runs:
         tags = {"mlflow.parentRunId": self.parent, "search": self.plan.name, TRIAL: str(trial.number),
                 "cell": trial.label, "seed": str(trial.seed), "recipe": config.recipe}  # fmt: skip
         tags |= {key: str(getattr(config.model, key)) for key in NETWORK_FIELDS}
-        name = f"{trial.label} seed {trial.seed}"
-        run_id = tracking.create_run(
-            config, name=name, command=self._command, tags={**tags, **self._source}, datasets=self._datasets
-        )
+        run_id = self._create(config, f"{trial.label} seed {trial.seed}", tags)
         self._opened.add(run_id)
         return run_id
+
+    def _create(self, config: TrainConfig, name: str, tags: Mapping[str, str]) -> str:
+        tags = {**tags, **self._source}
+        return tracking.create_run(
+            config, name=name, command=self.command, tags=tags, datasets=self._datasets
+        )
 
     def reopen(self, trial: Trial) -> None:
         """Set the run of a trial that an earlier driver began to running again."""
@@ -79,17 +71,19 @@ class Runs:
             self._thread.submit(self._settle, replace(trial))
 
     def _settle(self, trial: Trial) -> None:
-        status: tracking.Status = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}.get(
-            trial.state, "KILLED"
-        )  # type: ignore[assignment]
+        ends: dict[State, tracking.Status] = {
+            "finished": "FINISHED",
+            "stopped": "FINISHED",
+            "failed": "FAILED",
+        }
         tags = {"state": trial.state, "checkpoint": trial.checkpoint}
         if trial.error:
             tags["error"] = trial.error[:5000]
         for clone in trial.lineage:
-            values = " ".join(f"{name}={as_text(value)}" for name, value in clone.values.items())
+            values = " ".join(f"{name}={write_value(value)}" for name, value in clone.values.items())
             tags[f"clone.{clone.epoch:06}"] = f"trial {clone.source}, then {values}"
         tracking.tag_run(self.uri, trial.run_id, tags)
-        tracking.finish_run(self.uri, trial.run_id, status)
+        tracking.finish_run(self.uri, trial.run_id, ends.get(trial.state, "KILLED"))
 
     def log_results(self, folder: Path, values: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """Put the search's report, its best values and the best config's command on its run."""
@@ -97,20 +91,6 @@ class Runs:
         tracking.log_values(self.uri, self.parent, values)
         tracking.tag_run(self.uri, self.parent, tags)
 
-    def settle_unfinished(self, trials: Sequence[Trial]) -> None:
-        """Close the runs of trials that were left in the middle."""
-        for trial in trials:
-            if not trial.over:
-                self.settle(trial)
-
-    def send_unsent(self, folder: str, trials: Sequence[Trial]) -> None:
-        """Send what workers of the search in `folder` could not."""
-        for trial in trials:
-            if trial.run_id:
-                tracking.send_unsent(trial_folder(folder, trial.number), self.uri, trial.run_id)
-
-    def close(self, status: tracking.Status | None) -> None:
-        """Wait until MLflow has all of it, and close the search's run; None: it stays open."""
+    def close(self) -> None:
+        """Wait until MLflow has all of the trials."""
         self._thread.shutdown()
-        if status is not None:
-            tracking.finish_run(self.uri, self.parent, status)

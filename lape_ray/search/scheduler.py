@@ -1,16 +1,18 @@
-"""Ray Tune's scheduler of a search: the rules of `schedules`, which are functions of what the trials have reported.
+"""Ray Tune's scheduler and searcher of a search: the rules of `schedules` and the samplers, behind Tune's interfaces.
 
 Tune's own schedulers keep their state in themselves, and Tune keeps it in no snapshot: after a restore ASHA decides
-otherwise, and HyperBand waits for ever. A rule has no state to lose.
+otherwise, and HyperBand waits for ever. A rule is a function of what the trials have reported: no state to lose.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher, SearchGenerator
 
 from lape_ray.search.session import Session
 
@@ -28,31 +30,31 @@ class Rule(FIFOScheduler):
         """Take up a trial: a new one, one of a restored search, or one that is to be tried again."""
         session, resources = self.session, self.session.settings.resources
         known = trial.config["number"] in {one.number for one in session.trials}
-        record = session.records.update(trial)
+        record = session.update(trial)
         trial.set_config({**trial.config, "folder": session.settings.folder})
         if trial.is_finished():
             return
         if trial.placement_group_factory != resources:
             trial.update_resources(resources)
         # A restored search has forgotten which of its trials paused.
-        if not known and record.epochs and session.scheduler.after(record, session.trials) == "pause":
+        if not known and record.epochs and session.rule.after(record, session.trials) == "pause":
             trial.set_status(TuneTrial.PAUSED)
-            session.records.update(trial)
+            session.update(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """Decide what becomes of a trial that has reported an epoch other than its last."""
         session = self.session
-        record = session.records.update(trial, result)
+        record = session.update(trial, result)
         if result.get("interrupted"):
             return self.NOOP
         if result["epoch"] < record.done:  # known already: its checkpoint was lost, and it is trained again
             return self.CONTINUE
         trial.set_config({**trial.config, "done": record.done})
-        decision = session.scheduler.after(record, session.trials)
+        decision = session.rule.after(record, session.trials)
         if decision == "pause":
             tune_controller.pause_trial(trial, should_checkpoint=False)
             return self.NOOP
-        self._decided = self._decided or session.scheduler.decides_at(record.done)
+        self._decided = self._decided or session.rule.decides_at(record.done)
         return self.STOP if decision == "stop" else self.CONTINUE
 
     def choose_trial_to_run(self, tune_controller: Any) -> TuneTrial | None:
@@ -63,7 +65,7 @@ class Rule(FIFOScheduler):
             take_snapshot(tune_controller)
         ready = self._settle(tune_controller, trials)
         self._keep_idle(tune_controller)
-        if ready and not (self.session.concurrent and self.session.busy >= self.session.concurrent):
+        if ready and not (self.session.concurrent and self.session.full):
             return ready[0]
         waiting = sorted(number for number, trial in trials.items() if trial.status == TuneTrial.PENDING)
         return trials[waiting[0]] if waiting else None
@@ -71,15 +73,14 @@ class Rule(FIFOScheduler):
     def _settle(self, controller: Any, trials: dict[int, TuneTrial]) -> list[TuneTrial]:
         """Stop the paused trials that have lost; returns those that go on, clones with their new config."""
         session = self.session
-        session.refresh(list(trials.values()))
-        ready = session.scheduler.settle(session.trials)
+        session.refresh(trials.values())
+        ready = session.rule.settle(session.trials)
         for record in session.trials:
             trial = trials[record.number]
             if record.state == "stopped" and trial.status == TuneTrial.PAUSED:
                 controller.stop_trial(trial)
             if len(record.lineage) > len(trial.config["lineage"]):
-                lineage = [vars(clone) | {"values": dict(clone.values)} for clone in record.lineage]
-                trial.set_config({**trial.config, "lineage": lineage})
+                trial.set_config({**trial.config, "lineage": record.config()["lineage"]})
         return [trials[record.number] for record in ready]
 
     def _keep_idle(self, controller: Any) -> None:
@@ -90,6 +91,45 @@ class Rule(FIFOScheduler):
         if later != self._idle:
             keep_actors(controller, session.settings.resources, later - self._idle)
             self._idle = later
+
+
+class Points(SearchGenerator):
+    """Hand out the plan's trials in the order of their numbers.
+
+    The search is over when all have ended, not when all are handed out: until then Tune keeps idle actors.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(_Suggestions(session))
+        self.session = session
+
+    def is_finished(self) -> bool:
+        """Tell whether every trial of the plan is over."""
+        return self.session.over
+
+
+class _Suggestions(Searcher):
+    """Suggest the next trial's config; the trials that Tune restores are its only state."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """Return the next trial's config; None while there is none."""
+        return self.session.next_trial()
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Do nothing: what a trial came to is in its record."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Write an empty file, as Tune expects one."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Do nothing: there is no state."""
 
 
 # --- private names of Ray, each of which has a test that fails where Ray changes it ----------------------------------

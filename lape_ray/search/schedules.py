@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from lape_ray.search.plan import Plan, Schedule
@@ -18,17 +17,19 @@ from lape_ray.search.record import Clone, Trial
 from lape_ray.search.samplers import share
 
 Decision = Literal["go", "pause", "stop"]
+Rungs = list[tuple[int, int]]
+"""Of each rung of a bracket: how many trials come to it, and after which epoch."""
 
 
-class Scheduler(ABC):
-    """The interface: decisions about the trials of one plan."""
+class Full:
+    """Every trial trains to its end; the base of the other schedules."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    @abstractmethod
     def after(self, trial: Trial, trials: Sequence[Trial]) -> Decision:
         """Decide what becomes of a trial that has just reported an epoch other than its last."""
+        return "go"
 
     def settle(self, trials: Sequence[Trial]) -> list[Trial]:
         """Return the paused trials that can go on now, in order; those that lost are set to `stopped`."""
@@ -38,72 +39,62 @@ class Scheduler(ABC):
         """Tell whether what `after` says of this epoch depends on which trials came to it first."""
         return False
 
-    def _score(self, trial: Trial, epoch: int) -> float:
-        """Of an epoch that the trial has reported, larger is better; a metric that is no number is the worst."""
-        value = trial.at(epoch, self.plan.metric)
-        return -math.inf if value is None or value != value else self.plan.sign * value
-
     def _ranked(self, trials: Sequence[Trial], epoch: int) -> list[Trial]:
-        """Sort the best first; of equals the one that was begun first."""
-        return sorted(trials, key=lambda one: (-self._score(one, epoch), one.number))
+        """Sort by the metric after `epoch`, the best first; of equals the one that was begun first.
+
+        A metric that is no number is the worst.
+        """
+
+        def score(trial: Trial) -> float:
+            value = trial.at(epoch, self.plan.metric)
+            return -math.inf if value is None or value != value else self.plan.sign * value
+
+        return sorted(trials, key=lambda one: (-score(one), one.number))
 
 
-class Full(Scheduler):
-    """Every trial trains to its end."""
-
-    def after(self, trial: Trial, trials: Sequence[Trial]) -> Decision:
-        return "go"
-
-
-class Asha(Scheduler):
+class Asha(Full):
     """Asynchronous successive halving (Li et al., 2020), in the form that stops instead of pausing.
 
     At epochs grace * eta^k a trial goes on if it is among the best 1/eta of those that have come so far.
     """
 
-    def rungs(self) -> list[int]:
-        found, epoch = [], self.plan.grace
-        while epoch < self.plan.epochs:
-            found.append(epoch)
-            epoch *= self.plan.eta
-        return found
-
     def decides_at(self, epoch: int) -> bool:
         """Tell whether this epoch is a rung."""
-        return epoch in self.rungs()
+        rung = self.plan.grace
+        while rung < epoch:
+            rung *= self.plan.eta
+        return rung == epoch < self.plan.epochs
 
     def after(self, trial: Trial, trials: Sequence[Trial]) -> Decision:
-        if trial.done not in self.rungs():
+        if not self.decides_at(trial.done):
             return "go"
         here = [one for one in trials if one.at(trial.done, self.plan.metric) is not None or one is trial]
         best = self._ranked(here, trial.done)[: max(1, len(here) // self.plan.eta)]
         return "go" if trial in best else "stop"
 
 
-class HyperBand(Scheduler):
+class HyperBand(Full):
     """Brackets of successive halving from many short trials to few long ones (Li et al., 2018, algorithm 1)."""
 
-    def brackets(self) -> list[list[tuple[int, int]]]:
-        """Of each bracket, (trials, epochs) of each rung; the last rung's epochs are those of a whole trial."""
+    def brackets(self) -> list[Rungs]:
+        """List the rungs of each bracket; the last rung's epochs are those of a whole trial."""
         eta, whole = self.plan.eta, self.plan.epochs
         largest = int(math.log(whole / self.plan.grace, eta) + 1e-9)
-        found: list[list[tuple[int, int]]] = []
+        found: list[Rungs] = []
         for s in range(largest, -1, -1):
             count = math.ceil((largest + 1) / (s + 1) * eta**s)
             found.append([(max(1, count // eta**i), round(whole / eta ** (s - i))) for i in range(s + 1)])
         return found
 
-    def _members(self, trials: Sequence[Trial]) -> list[tuple[list[tuple[int, int]], list[Trial], bool]]:
-        """(rungs, trials, whether all trials have begun) of every bracket; after the last it starts again."""
-        found: list[tuple[list[tuple[int, int]], list[Trial], bool]] = []
+    def _members(self, trials: Sequence[Trial]) -> Iterator[tuple[Rungs, list[Trial], bool]]:
+        """Yield (rungs, trials, whether all trials have begun) of every bracket; after the last it starts again."""
         begin = 0
-        brackets = self.brackets()
-        while begin < self.plan.trials:
-            rungs = brackets[len(found) % len(brackets)]
+        for rungs in itertools.cycle(self.brackets()):
             end = min(begin + rungs[0][0], self.plan.trials)
-            found.append((rungs, [one for one in trials if begin <= one.number < end], len(trials) >= end))
+            yield rungs, [one for one in trials if begin <= one.number < end], len(trials) >= end
+            if end == self.plan.trials:
+                return
             begin = end
-        return found
 
     def after(self, trial: Trial, trials: Sequence[Trial]) -> Decision:
         rungs = next(rungs for rungs, members, _ in self._members(trials) if trial in members)
@@ -122,16 +113,14 @@ class HyperBand(Scheduler):
                 # A bracket that the number of trials cut short has as many fewer places.
                 places = max(1, places * len(members) // rungs[0][0])
                 alive = self._ranked(arrived, epochs)[:places]
-                for one in arrived:
-                    if one.state == "paused" and one.done == epochs:
-                        if one in alive:
-                            ready.append(one)
-                        else:
-                            one.state = "stopped"
+                here = [one for one in arrived if one.state == "paused" and one.done == epochs]
+                ready += [one for one in here if one in alive]
+                for one in here:
+                    one.state = "paused" if one in alive else "stopped"
         return ready
 
 
-class PopulationBased(Scheduler):
+class PopulationBased(Full):
     """Population-based training (Jaderberg et al., 2017): truncation selection, every `grace` epochs.
 
     When the whole population has arrived, each of the worst 1/eta takes the weights of one of the best 1/eta, and its
@@ -169,7 +158,7 @@ class PopulationBased(Scheduler):
         return Clone(epoch=epoch, source=source.number, values=values)
 
 
-SCHEDULES: dict[Schedule, type[Scheduler]] = {
+SCHEDULES: dict[Schedule, type[Full]] = {
     "full": Full,
     "asha": Asha,
     "hyperband": HyperBand,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ray import tune
 
 from lape_ray.cluster.supervisor import Supervisor
-from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.config import RunConfig
+from lape_ray.search.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,30 +16,23 @@ class Settings:
     """What all trials of a search share while one driver is at work on it.
 
     Attributes:
-        base: the config that every trial starts from
         folder: address of the search's folder
         lease: token of the driver that owns the folder
-        metric: what is compared; `sign` is 1 where more is better, -1 where less is
         need: what each worker takes of its node, Ray's resource -> amount
-        workers: of each trial
         variables: environment of the workers
     """
 
-    base: TrainConfig
-    name: str
+    plan: Plan
     folder: str
     lease: str
     tracking_uri: str
-    metric: str
-    sign: int
     need: dict[str, float]
-    workers: int
     variables: dict[str, str]
 
     @property
     def resources(self) -> tune.PlacementGroupFactory:
         """What a trial takes of the cluster: nothing for its leader, `need` for each worker."""
-        return tune.PlacementGroupFactory([{}] + [self.need] * self.workers)
+        return tune.PlacementGroupFactory([{}] + [self.need] * self.plan.workers)
 
 
 class SearchSupervisor(Supervisor):
@@ -54,29 +47,37 @@ class SearchSupervisor(Supervisor):
         return self._settings
 
 
-def train_config(base: TrainConfig, name: str, trial: dict[str, Any]) -> TrainConfig:
-    """Make the whole config of a trial of the search `name`; a ValueError says which settings contradict each other."""
-    values = dict(trial["values"])
-    for clone in trial["lineage"]:
-        values |= clone["values"]
-    tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return replace_fields(
-        base, {**tuples, "training.seed": trial["seed"], "run.name": f"{name}-{trial['number']:04}"}
-    )
+class EndedError(Exception):
+    """A trial ended before its last epoch, in a way that would come again; its workers can go on to another one."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """What workers are to train: a trial from its beginning, or since it was cloned.
+class EndedTogetherError(EndedError):
+    """It comes to all workers of the trial at the same step."""
 
-    Attributes:
-        folder: address of the trial's folder
-        lineage: (epoch, source) of each time it was cloned
-        source: folder of the trial that it was cloned from last
+
+class InterruptedTrialError(EndedTogetherError):
+    """The search is to end, and the trial has left a checkpoint."""
+
+
+def worker_need(run: RunConfig, *, use_gpu: bool, gpus_per_worker: float | None) -> dict[str, float]:
+    """Return what each worker of a trial takes, Ray's resource -> amount; a part of a GPU only for single workers.
+
+    Raises:
+        ValueError: the share of a GPU cannot be had.
     """
-
-    config: TrainConfig
-    folder: str
-    lineage: tuple[tuple[int, int], ...]
-    source: str
-    run_id: str
+    gpus = 1.0 if gpus_per_worker is None else gpus_per_worker
+    if gpus_per_worker is not None and not use_gpu:
+        raise ValueError("--gpus-per-worker needs GPUs, but trials run on CPUs; leave it out")
+    if use_gpu and not (0 < gpus <= 1):
+        raise ValueError(f"--gpus-per-worker {gpus:g} must be above 0 and at most 1: a worker uses one GPU")
+    if not isinstance(run.num_workers, int):
+        raise ValueError(
+            f"--run.num_workers {run.num_workers} may not vary in a search, whose trials are to be compared; give "
+            "one number"
+        )
+    if gpus < 1 and use_gpu and run.num_workers > 1:
+        raise ValueError(
+            f"--gpus-per-worker {gpus:g} would put workers of one trial on one GPU, which NCCL refuses: "
+            "set --run.num_workers 1, or leave it out"
+        )
+    return {"CPU": run.cpus_per_worker} | ({"GPU": gpus} if use_gpu else {})

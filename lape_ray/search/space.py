@@ -1,17 +1,25 @@
-"""What a field of a config may be in a search: a choice or a range, from the command line. Standard library only."""
+"""What a search goes over: axes over fields of a config, as the command line has them, and cells that they cross."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
-import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from lape_ray.config import SECTIONS, TrainConfig, flatten, parse_value, replace_fields, what_is_learned
+from lape_ray.config import (
+    SECTIONS,
+    TrainConfig,
+    flatten,
+    parse_value,
+    replace_fields,
+    what_is_learned,
+    write_value,
+)
 
 KINDS = "choice(a,b,...), uniform(low,high), loguniform(low,high), randint(low,high)"
 
@@ -32,7 +40,7 @@ class Choice:
         return self.values[min(max(index, 0), len(self.values) - 1)]
 
     def __str__(self) -> str:
-        return f"choice({','.join(as_text(value) for value in self.values)})"
+        return f"choice({','.join(write_value(value) for value in self.values)})"
 
 
 @dataclass(frozen=True)
@@ -66,27 +74,28 @@ class Range:
 
 
 Axis = Choice | Range
+Cell = Mapping[str, Any]
 
 
-def as_text(value: Any) -> str:
-    """Write a field's value as the command line takes it."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple | list):
-        return f"({','.join(as_text(part) for part in value)})"
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+@dataclass(frozen=True)
+class Space:
+    """The points of a search: every cell, crossed with every value of every axis."""
+
+    cells: tuple[Cell, ...] = ({},)
+    axes: Mapping[str, Axis] = field(default_factory=dict)
+
+    @property
+    def finite(self) -> bool:
+        return all(isinstance(axis, Choice) for axis in self.axes.values())
+
+    def points(self) -> list[dict[str, Any]]:
+        """List every combination, cells first; of a finite space only."""
+        values = [axis.values for axis in self.axes.values() if isinstance(axis, Choice)]
+        crossed = [dict(zip(self.axes, one, strict=True)) for one in itertools.product(*values)]
+        return [{**cell, **settings} for cell in self.cells for settings in crossed]
 
 
 _LENGTH = ("optim.epochs", "optim.cooldown_epochs")
-
-
-def searchable(config: TrainConfig) -> list[str]:
-    """List the fields that an axis may go over: those that change what is learned, but seed and length."""
-    return [
-        name for name in what_is_learned(config) if not name.startswith("training.") and name not in _LENGTH
-    ]
 
 
 def parse_axes(texts: Sequence[str], base: TrainConfig) -> dict[str, Axis]:
@@ -101,13 +110,20 @@ def parse_axes(texts: Sequence[str], base: TrainConfig) -> dict[str, Axis]:
         _check_field(field, base)
         if field in axes:
             raise ValueError(f"--space {field} is given twice; put all its values into one")
-        axes[field] = _parse_axis(field, rest)
-        check_axis(field, axes[field], base)
+        try:
+            axis = axes[field] = _parse_axis(field, rest.strip())
+            for value in axis.values if isinstance(axis, Choice) else (axis.at(0), axis.at(1)):
+                replace_fields(base, {field: value})
+        except ValueError as error:
+            raise ValueError(f"--space {text}: {error}") from None
     return axes
 
 
 def _check_field(field: str, base: TrainConfig) -> None:
-    known = searchable(base)
+    """Refuse what is not among the fields that change what is learned, or is the seed or the length of a trial."""
+    known = [
+        name for name in what_is_learned(base) if not name.startswith("training.") and name not in _LENGTH
+    ]
     if field in known:
         return
     if field == "training.seed":
@@ -125,69 +141,35 @@ def _check_field(field: str, base: TrainConfig) -> None:
 
 
 def _parse_axis(field: str, text: str) -> Axis:
-    found = re.fullmatch(r"\s*([a-z]+)\((.*)\)\s*", text)
+    found = re.fullmatch(r"([a-z]+)\((.*)\)", text)
     if not found:
-        raise ValueError(f"--space {field}={text} is not understood; write {field}= and one of {KINDS}")
-    name, inside = found[1], found[2]
-    kind = field_type(field)
-    parts = _split(inside)
+        raise ValueError(f"it is not understood; write {field}= and one of {KINDS}")
+    name = found[1]
+    kind = typing.get_type_hints(SECTIONS[field.partition(".")[0]])[field.partition(".")[2]]
+    parts = [
+        part.strip() for part in re.split(r",(?![^()]*\))", found[2]) if part.strip()
+    ]  # commas in no brackets
     if name == "choice":
-        if not parts:
-            raise ValueError(f"--space {field}=choice() has no values; put some between the brackets")
-        values = tuple(_value(field, kind, part) for part in parts)
+        values = tuple(parse_value(kind, part) for part in parts)
+        if not values:
+            raise ValueError("it has no values; put some between the brackets")
         if len(set(values)) < len(values):
-            raise ValueError(f"--space {field}: choice({inside}) holds a value twice; leave one of them out")
+            raise ValueError("it holds a value twice; leave one of them out")
         return Choice(values)
     if name not in ("uniform", "loguniform", "randint"):
-        raise ValueError(f"--space {field}={name}(...) is no kind of axis; there are {KINDS}")
-    number = _number_type(kind)
+        raise ValueError(f"{name}(...) is no kind of axis; there are {KINDS}")
+    number = next((one for one in (int, float) if one in (kind, *typing.get_args(kind))), None)
     if number is None or (name == "randint") != (number is int):
-        fits = (
-            "randint(low,high)" if number is int else "uniform or loguniform" if number else "choice(a,b,...)"
-        )
-        raise ValueError(f"--space {field}={name}(...) does not fit the field's type; use {fits}")
+        fits = {int: "randint(low,high)", float: "uniform or loguniform", None: "choice(a,b,...)"}[number]
+        raise ValueError(f"it does not fit the field's type; use {fits}")
     if len(parts) != 2:
-        raise ValueError(f"--space {field}={text} must hold two numbers, the lowest and the highest")
-    low, high = (float(_value(field, number, part)) for part in parts)
+        raise ValueError("it must hold two numbers, the lowest and the highest")
+    low, high = (float(parse_value(number, part)) for part in parts)
     if not low < high:
-        raise ValueError(f"--space {field}={text} is empty: {low:g} is not below {high:g}; exchange them")
+        raise ValueError(f"it is empty: {low:g} is not below {high:g}; exchange them")
     if name == "loguniform" and low <= 0:
-        raise ValueError(f"--space {field}={text} must begin above 0; use uniform to include 0")
+        raise ValueError("it must begin above 0; use uniform to include 0")
     return Range(low, high, log=name == "loguniform", whole=name == "randint")
-
-
-def _split(text: str) -> list[str]:
-    """At the commas that are in no brackets."""
-    return [part.strip() for part in re.split(r",(?![^()]*\))", text) if part.strip()]
-
-
-def _value(field: str, kind: Any, text: str) -> Any:
-    try:
-        return parse_value(kind, text)
-    except ValueError as error:
-        raise ValueError(f"--space {field}: {error}") from None
-
-
-def field_type(field: str) -> Any:
-    """Return the annotated type of `section.field`."""
-    section, _, name = field.partition(".")
-    return typing.get_type_hints(SECTIONS[section])[name]
-
-
-def _number_type(kind: Any) -> type | None:
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
-    return kind if kind in (int, float) else None
-
-
-def check_axis(field: str, axis: Axis, base: TrainConfig) -> None:
-    """Every choice, and both ends of a range, must be a valid value of the field."""
-    ends = axis.values if isinstance(axis, Choice) else (axis.at(0), axis.at(1))
-    for value in ends:
-        try:
-            replace_fields(base, {field: value})
-        except ValueError as error:
-            raise ValueError(f"--space {field}={axis}: {error}") from None
 
 
 def differing(cells: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -16,22 +16,13 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from lape_ray.search.record import trial_folder
-from lape_ray.search.settings import Part, Settings, train_config
+from lape_ray.cluster.connection import NAMESPACE
+from lape_ray.search.record import Trial
+from lape_ray.search.settings import EndedError, EndedTogetherError, InterruptedTrialError, Settings
+from lape_ray.search.trials import cause_of
 
-NAMESPACE = "lape_ray"
-OF_ALL = ("StoppedError", "DivergedError")
-"""Errors that come to all workers of a trial at the same step; by name, as their module takes seconds to import."""
 FAIL_TOGETHER_S = 1.0  # in which all workers of a trial meet the same error, where it is not of one alone
 CLOSE_S = 8.0  # of the ten that Tune gives an actor to end
-
-
-class EndedError(Exception):
-    """A trial ended before its epoch did, in a way that comes again."""
-
-
-class StoppedTrialError(EndedError):
-    """It was asked to end, and left a checkpoint."""
 
 
 class WorkerProcess:
@@ -43,7 +34,7 @@ class WorkerProcess:
         self._worker = Worker(settings, rank, supervisor)
 
     def call(self, method: str, *arguments: Any) -> Any:
-        return getattr(self._worker, method)(*arguments)
+        return self._worker.call(method, *arguments)
 
 
 class LapeTrial(tune.Trainable):
@@ -69,7 +60,7 @@ class LapeTrial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Make ready for another trial, or for another part of one."""
         self._leave()
-        self._trial, self._idle_s = new_config, 0.0
+        self._trial, self._heard, self._idle_s = Trial.of(new_config), new_config["done"], 0.0
         self._found: dict[str, Any] = {}
         self._curve: list[dict[str, Any]] = []
         return True
@@ -79,9 +70,9 @@ class LapeTrial(tune.Trainable):
         self._idle_s = self._idle_s or time.monotonic() - self._left
         try:
             self._next_epoch()
-            complete = len(self._curve) >= self._settings.base.optim.total_epochs
+            complete = len(self._curve) >= self._settings.plan.epochs
             more: dict[str, Any] = {"complete": complete, "done": complete}
-        except StoppedTrialError:
+        except InterruptedTrialError:
             more = {"interrupted": True}
         except EndedError as error:
             more = {"failed": str(error), "done": True}
@@ -97,11 +88,11 @@ class LapeTrial(tune.Trainable):
         """Add the next epoch to the curve, where there is one."""
         if not self._found:
             self._found = self._find()
-            self._curve = self._found["curve"][: self._trial["done"]]
+            self._curve = self._found["curve"][: self._heard]
         done = len(self._curve)
         if done < len(self._found["curve"]):
             self._curve.append(self._found["curve"][done])
-        elif done < self._settings.base.optim.total_epochs:
+        elif done < self._settings.plan.epochs:
             self._train_epoch()
 
     def cleanup(self) -> None:
@@ -115,27 +106,13 @@ class LapeTrial(tune.Trainable):
 
     def _find(self) -> dict[str, Any]:
         """Let rank 0 find where the trial goes on: its curve so far, and the checkpoint to begin with."""
-        try:
-            self._part = self._part_of(self._trial)
-        except ValueError as error:
-            raise EndedError(f"ValueError: {error}") from None
-        return self._on(self._workers[:1], "find", self._part)
-
-    def _part_of(self, trial: dict[str, Any]) -> Part:
-        settings, lineage = self._settings, trial["lineage"]
-        return Part(
-            config=train_config(settings.base, settings.name, trial),
-            folder=trial_folder(settings.folder, trial["number"]),
-            lineage=tuple((clone["epoch"], clone["source"]) for clone in lineage),
-            source=trial_folder(settings.folder, lineage[-1]["source"]) if lineage else "",
-            run_id=trial["run_id"],
-        )
+        return self._on(self._workers[:1], "find", self._trial)
 
     def _train_epoch(self) -> None:
         """Train the next epoch on all workers, and store it."""
         if not self._begun:
             self._begun = True
-            self._on(self._workers, "begin", self._part, self._found["begin_with"])
+            self._on(self._workers, "begin", self._trial, self._found["begin_with"])
         self._found |= self._on(self._workers, "epoch")
         self._curve = list(self._found["curve"])
 
@@ -153,15 +130,13 @@ class LapeTrial(tune.Trainable):
             try:
                 ray.get(ready[0])
             except Exception as error:
-                ended = _ended(error)
-                if not waiting and ended is not None:
-                    raise ended from None
-                if type(_cause(error)).__name__ in OF_ALL:
-                    continue
-                if ended is None:
+                ended = cause_of(error)
+                if not isinstance(ended, EndedError):
                     self._end_workers()  # the others may wait for this one in a collective
                     raise
-                if ray.wait(waiting, num_returns=len(waiting), timeout=FAIL_TOGETHER_S)[1]:
+                if waiting and isinstance(ended, EndedTogetherError):
+                    continue
+                if waiting and ray.wait(waiting, num_returns=len(waiting), timeout=FAIL_TOGETHER_S)[1]:
                     self._start_workers()
                 raise ended from None
         return ray.get(calls[0])
@@ -178,7 +153,7 @@ class LapeTrial(tune.Trainable):
         self._end_workers()
         settings, group = self._settings, ray.util.get_current_placement_group()
         actor = ray.remote(WorkerProcess)
-        for rank in range(settings.workers):
+        for rank in range(settings.plan.workers):
             self._workers.append(
                 actor.options(
                     num_cpus=settings.need["CPU"],
@@ -196,24 +171,3 @@ class LapeTrial(tune.Trainable):
         for worker in self._workers:
             ray.kill(worker)
         self._workers.clear()
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return what a worker raised."""
-    while isinstance(error, ray.exceptions.RayTaskError):
-        error = error.cause
-    return error
-
-
-def _ended(error: BaseException) -> EndedError | None:
-    """Say how the trial ended with what a worker raised; None where another try may help."""
-    cause = _cause(error)
-    name = type(cause).__name__
-    if name == "StoppedError":
-        return StoppedTrialError(str(cause))
-    if name == "OutOfMemoryError" and not isinstance(cause, ray.exceptions.RayError):
-        first = str(cause).splitlines()[0]
-        return EndedError(f"{name}: {first}; lower --data.batch_size, or raise --optim.accumulate")
-    if name == "DivergedError" or isinstance(cause, ValueError):
-        return EndedError(f"{name}: {cause}")
-    return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,9 @@ from ray import tune
 from ray.exceptions import RayError, RayTaskError
 from ray.tune.experiment import Trial as TuneTrial
 
-from lape_ray.search.record import Clone, Epoch, State, Trial
+from lape_ray.search.record import Epoch, State, Trial
 
 DIED = "its workers died: killed, out of memory, or their node went away"
-
-
-def trial_config(record: Trial) -> dict[str, Any]:
-    """Make the config with which Tune begins a trial; `done` are the epochs that the driver has heard of."""
-    return {
-        "number": record.number, "point": record.point, "seed": record.seed, "label": record.label,
-        "values": record.first, "lineage": [], "run_id": record.run_id, "done": 0,
-    }  # fmt: skip
 
 
 class Records:
@@ -40,18 +32,18 @@ class Records:
         """All that were begun, by number."""
         return [self._known[number] for number in sorted(self._known)]
 
+    def refresh(self, trials: Iterable[TuneTrial]) -> None:
+        for trial in trials:
+            self.update(trial)
+
     def update(self, trial: TuneTrial, result: Mapping[str, Any] | None = None) -> Trial:
         """Bring the record of `trial` up to date; `result` is one that Tune has not taken over yet."""
-        config, result = trial.config, trial.run_metadata.last_result if result is None else result
-        record = self._known.get(config["number"])
-        if record is None:
-            first = {name: _tuples(value) for name, value in config["values"].items()}
-            names = ("number", "point", "seed", "label")
-            record = Trial(first=first, **{name: config[name] for name in names})
-            self._known[record.number] = record
+        result = trial.run_metadata.last_result if result is None else result
+        decided = Trial.of(trial.config)
+        record = self._known.setdefault(decided.number, decided)
         record.epochs += [Epoch(**one) for one in result.get("curve", ())[len(record.epochs) :]]
-        record.lineage += [_clone(one) for one in config["lineage"][len(record.lineage) :]]
-        record.run_id, record.crashes = config["run_id"], trial.num_failures
+        record.lineage += decided.lineage[len(record.lineage) :]
+        record.run_id, record.crashes = decided.run_id, trial.num_failures
         record.checkpoint = result.get("checkpoint") or record.checkpoint
         record.loaded = result.get("loaded") or record.loaded
         record.state = _state(trial, result)
@@ -82,27 +74,19 @@ def _given_up(trial: TuneTrial) -> str:
 def error_of(trial: TuneTrial) -> str:
     """Put the last error of a trial's actors in words: what it was in the first line, then where it came from."""
     local = trial.pickled_error_file
-    error = (
-        pickle.loads(Path(local).read_bytes())
-        if local and Path(local).exists()
-        else trial.get_pickled_error()
-    )
-    trace = str(error)
+    here = local and Path(local).exists()
+    error = pickle.loads(Path(local).read_bytes()) if here else trial.get_pickled_error()
+    cause = cause_of(error)
+    if cause is None or isinstance(cause, RayError):
+        return DIED
+    return f"{type(cause).__name__}: {cause}\n{error}"
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return what was raised in the process that an error comes from."""
     while isinstance(error, RayTaskError):
         error = error.cause
-    if error is None or isinstance(error, RayError):
-        return DIED
-    return f"{type(error).__name__}: {error}\n{trace}"
-
-
-def _clone(values: Mapping[str, Any]) -> Clone:
-    moved = {name: _tuples(value) for name, value in values["values"].items()}
-    return Clone(epoch=values["epoch"], source=values["source"], values=moved)
-
-
-def _tuples(value: Any) -> Any:
-    """Make tuples of the lists that JSON has in their place."""
-    return tuple(value) if isinstance(value, list) else value
+    return error
 
 
 def analysis(folder: str, metric: str | None = None, mode: str | None = None) -> tune.ExperimentAnalysis:
@@ -118,6 +102,5 @@ def analysis(folder: str, metric: str | None = None, mode: str | None = None) ->
 def read_trials(folder: str) -> list[Trial]:
     """Read the trials of the search in `folder` from Tune's newest snapshot of it, by number."""
     records = Records()
-    for trial in analysis(folder).trials:
-        records.update(trial)
+    records.refresh(analysis(folder).trials)
     return records.trials

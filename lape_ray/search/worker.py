@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
 import socket
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
 import torch.distributed as dist
 
 from lape_ray import storage, tracking
-from lape_ray.cluster.supervisor import StopRequest
-from lape_ray.search.checkpoints import History, Trained, TrialFolder, best_of, name_of
-from lape_ray.search.settings import Part, Settings
+from lape_ray.cluster.supervisor import LeavingNode, StopRequest
+from lape_ray.search.checkpoints import History, TrialFolder, name_of
+from lape_ray.search.record import Epoch, Trial, best_epoch, trial_folder
+from lape_ray.search.settings import EndedError, EndedTogetherError, InterruptedTrialError, Settings
 from lape_ray.training.checkpoint import Snapshot
 from lape_ray.training.flags import Flags
-from lape_ray.training.loop import Training
+from lape_ray.training.loop import DivergedError, StoppedError, Training
 
-STOP_POLL_S, DRAIN_POLL_S = 0.2, 5.0
+T = TypeVar("T")
 
 
 class Worker:
-    """The worker of one rank. Its methods are called by the trial's leader, on all ranks but for `find` at once.
-
-    What they raise ends the trial where it would come again (see `trial.LapeTrial`), or is tried again.
-    """
+    """The worker of one rank. Its methods are called by the trial's leader, on all ranks but for `find` at once."""
 
     def __init__(self, settings: Settings, rank: int, supervisor: Any) -> None:
         self._settings, self._rank = settings, rank
@@ -43,6 +40,21 @@ class Worker:
         self._reporter: TrialReporter | None = None
         self._training: Training | None = None
 
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method; what it raises becomes an EndedError where another try would not help."""
+        try:
+            return getattr(self, method)(*arguments)
+        except StoppedError as error:
+            raise InterruptedTrialError(str(error)) from error
+        except DivergedError as error:
+            raise EndedTogetherError(f"DivergedError: {error}") from error
+        except torch.OutOfMemoryError as error:
+            first = str(error).splitlines()[0]
+            fix = "lower --data.batch_size, or raise --optim.accumulate"
+            raise EndedError(f"OutOfMemoryError: {first}; {fix}") from error
+        except ValueError as error:
+            raise EndedError(f"{type(error).__name__}: {error}") from error
+
     def address(self) -> str:
         """Return an address of this node on which nobody listens yet, for the process group to meet."""
         with socket.socket() as free:
@@ -51,37 +63,27 @@ class Worker:
 
     def meet(self, address: str) -> None:
         """Form the process group of the trial's workers, where there are several; it serves all trials to come."""
-        if self._settings.workers > 1:
+        if self._settings.plan.workers > 1:
             dist.init_process_group(
                 "nccl" if self._device.type == "cuda" else "gloo", init_method=f"tcp://{address}",
-                rank=self._rank, world_size=self._settings.workers,
-                timeout=timedelta(seconds=self._settings.base.run.start_timeout_s),
+                rank=self._rank, world_size=self._settings.plan.workers,
+                timeout=timedelta(seconds=self._settings.plan.base.run.start_timeout_s),
             )  # fmt: skip
 
-    def find(self, part: Part) -> dict[str, Any]:
+    def find(self, trial: Trial) -> dict[str, Any]:
         """Find, on rank 0, the curve so far and the checkpoint to begin with, which may have to be cloned."""
-        self._reporter = TrialReporter(self._settings, part, self._stop)
+        self._reporter = TrialReporter(self._settings, trial, self._stop)
         return self._reporter.find()
 
-    def begin(self, part: Part, begin_with: str | None) -> None:
+    def begin(self, trial: Trial, begin_with: str | None) -> None:
         """Build the training, or restore it from that checkpoint of the trial's folder."""
-        if self._rank or self._reporter is None:
-            self._reporter = TrialReporter(self._settings, part, None)
-        else:
-            self._reporter.open_tracker()
-        with contextlib.ExitStack() as stack:
-            folder = None
-            if begin_with is not None:
-                folder = stack.enter_context(TrialFolder(part.folder).opened(begin_with))
-            self._training = Training.begin(
-                part.config, device=self._device, reporter=self._reporter, resume_from=folder
-            )
+        self._reporter = self._reporter or TrialReporter(self._settings, trial, None)
+        self._training = self._reporter.begin(self._device, begin_with)
 
     def epoch(self) -> dict[str, Any] | None:
         """Train the next epoch; rank 0 stores it, and returns what the search hears of the trial."""
         training, reporter = self._training, self._reporter
-        assert training is not None
-        assert reporter is not None
+        assert training is not None and reporter is not None
         metrics = training.epoch()
         if self._rank:
             return None
@@ -113,60 +115,78 @@ class TrialReporter:
 
     Args:
         stop: the request to end the search; None: this is another rank, which only looks for nodes that leave.
+
+    Raises:
+        ValueError: the settings of the trial contradict each other.
     """
 
-    def __init__(self, settings: Settings, part: Part, stop: StopRequest | None) -> None:
-        self._settings, self._part, self._stop = settings, part, stop
-        self._folder, self._history = TrialFolder(part.folder), History()
+    def __init__(self, settings: Settings, trial: Trial, stop: StopRequest | None) -> None:
+        self._settings, self._trial, self._stop = settings, trial, stop
+        self.config, self.folder = settings.plan.config(trial), self._folder_of(trial.number)
+        self._history = History()
         self._tracker: tracking.Tracker | None = None
         self._began_with: str | None = None
         self._lines: list[str] = []
-        self._node = ray.get_runtime_context().get_node_id()
+        self._node = LeavingNode()
         self._clock = time.monotonic()
-        self._polled = self._looked = 0.0
+
+    def _folder_of(self, number: int) -> TrialFolder:
+        return TrialFolder(trial_folder(self._settings.folder, number))
 
     # --- before and after --------------------------------------------------------------------------------------
 
     def find(self) -> dict[str, Any]:
         """Find where the trial goes on: what `report` says, and the name of the checkpoint to begin with."""
-        part, folder = self._part, self._folder
-        name, self._history = folder.newest(part.config, part.lineage)
-        if name is None and part.lineage:
-            name, self._history = folder.clone(TrialFolder(part.source), part.config, self._history)
-        self._began_with = name
-        return {**self.report(), "begin_with": name}
+        lineage = tuple((clone.epoch, clone.source) for clone in self._trial.lineage)
+
+        def find() -> tuple[str | None, History]:
+            name, history = self.folder.newest(self.config, lineage)
+            if name is None and lineage:
+                return self.folder.clone(self._folder_of(lineage[-1][1]), self.config, history)
+            return name, history
+
+        self._began_with, self._history = self._patiently(find)
+        return {**self.report(), "begin_with": self._began_with}
+
+    def begin(self, device: torch.device, begin_with: str | None) -> Training:
+        """Begin to tell MLflow, first what an earlier part of the trial has left unsent, and make the training."""
+        settings = self._settings
+        if self._stop is not None:
+            self._tracker = tracking.open_tracker(
+                settings.plan.base.tracking, settings.tracking_uri, self._trial.run_id, self.folder.folder,
+                check=self._check_lease,
+            )  # fmt: skip
+        self._clock = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            folder = None
+            if begin_with is not None:
+                opened = self.folder.opened
+                folder = self._patiently(lambda: stack.enter_context(opened(begin_with)))
+            return Training.begin(self.config, device=device, reporter=self, resume_from=folder)
+
+    def _patiently(self, work: Callable[[], T]) -> T:
+        """Return what `work` does with the storage, which may be away for a while."""
+        return storage.retry(work, self.config.run.outage_s, self.line)
 
     def report(self) -> dict[str, Any]:
         """Return what the search hears of the trial: its curve, what it was cloned from, its best checkpoint."""
-        curve = [
-            {"epoch": one.epoch, "metrics": dict(one.metrics), "seconds": one.seconds}
-            for one in self._history.epochs
-        ]
         best = self._best()
-        checkpoint = self._folder.address(best) if best else ""
         return {
-            "curve": curve,
-            "checkpoint": checkpoint,
+            "curve": [asdict(one) for one in self._history.epochs],
+            "checkpoint": self.folder.address(best) if best else "",
             "loaded": [dict(one) for one in self._history.loaded],
         }
 
     def _best(self) -> str | None:
-        epochs = self._history.epochs
-        best = best_of(epochs, self._settings.metric, self._settings.sign)
-        return best or (name_of(epochs[-1].steps_done) if epochs else None)
-
-    def open_tracker(self) -> None:
-        """Begin to tell MLflow, first what an earlier part of the trial has left unsent."""
-        settings, part = self._settings, self._part
-        self._tracker = tracking.open_tracker(
-            settings.base.tracking, settings.tracking_uri, part.run_id, part.folder, check=self._check_lease
-        )
-        self._clock = time.monotonic()
+        """Return the name of the best epoch's checkpoint; of the newest, where none was evaluated."""
+        plan, epochs = self._settings.plan, self._history.epochs
+        best = best_epoch(epochs, plan.metric, plan.sign) or (epochs[-1] if epochs else None)
+        return name_of(best.steps_done) if best else None
 
     def close(self) -> None:
         """Add the loop's lines to the trial's log.txt, and wait until MLflow has everything."""
         if self._lines and self._stop is not None:
-            address = self._folder.address("log.txt")
+            address = self.folder.address("log.txt")
             before = storage.read_text(address) if storage.exists(address) else ""
             storage.write_text(address, before + "\n".join(self._lines) + "\n")
         if self._tracker is not None:
@@ -181,10 +201,7 @@ class TrialReporter:
     def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         self.step(metrics, step=step)
         seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
-        one = Trained(
-            epoch=round(metrics["epoch"]), metrics=dict(metrics), seconds=seconds, steps_done=step,
-            lineage=self._part.lineage,
-        )  # fmt: skip
+        one = Epoch(epoch=round(metrics["epoch"]), metrics=dict(metrics), seconds=seconds, steps_done=step)
         self._history = replace(self._history, epochs=(*self._history.epochs, one))
         self.checkpoint(metrics, step=step, snapshot=snapshot)
 
@@ -196,17 +213,17 @@ class TrialReporter:
         if self._stop is None:
             return
         copy = snapshot()
-        copy = replace(copy, metadata=replace(copy.metadata, mlflow_run_id=self._part.run_id))
+        copy = replace(copy, metadata=replace(copy.metadata, mlflow_run_id=self._trial.run_id))
         kept = {name for name in (name_of(step), self._began_with, self._best()) if name is not None}
 
         def store() -> None:
             self._check_lease()
             if self._tracker is not None:
                 self._tracker.save_unsent()
-            self._folder.put(step, copy.save, self._history)
-            self._folder.drop_all_but(kept)
+            self.folder.put(step, copy.save, self._history)
+            self.folder.drop_all_but(kept)
 
-        storage.retry(store, self._settings.base.run.outage_s, self.line)
+        self._patiently(store)
 
     def _check_lease(self) -> None:
         storage.check_lease(self._settings.folder, self._settings.lease)
@@ -215,23 +232,10 @@ class TrialReporter:
         """Do nothing: every checkpoint is stored before the training continues."""
 
     def poll_flags(self) -> Flags:
-        if self._stop is None or time.monotonic() - self._polled < STOP_POLL_S:
-            return Flags.NONE
-        self._polled = time.monotonic()
         return Flags.STOP if self._stop else Flags.NONE
 
     def node_leaving(self) -> bool:
-        """Tell once that Ray is about to take this worker's node away."""
-        if time.monotonic() - self._looked < DRAIN_POLL_S:
-            return False
-        leaving = self._node in draining_nodes()
-        self._looked = math.inf if leaving else time.monotonic()
-        return leaving
+        return self._node.poll()
 
     def line(self, text: str) -> None:
         self._lines.append(text)
-
-
-def draining_nodes() -> dict[str, int]:
-    """Return the ids of nodes that are about to leave the cluster, by a private name of Ray's (as Ray Train does)."""
-    return ray._private.state.state.get_draining_nodes() or {}

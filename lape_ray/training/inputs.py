@@ -32,6 +32,14 @@ def input_digests(config: TrainConfig) -> dict[str, str]:
     return {name: digest for name, digest in found.items() if digest is not None}
 
 
+def dataset_digests(config: TrainConfig, inputs: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return path and sha256 of the data of each split that has one, from what `input_digests` found."""
+    paths = {"train": config.data.train, "val": config.data.val}
+    return {
+        split: (path, inputs[f"data.{split}"]) for split, path in paths.items() if f"data.{split}" in inputs
+    }
+
+
 def classes_digest(classes: Sequence[str]) -> str:
     """Return the sha256 of names of classes in their order."""
     return hashlib.sha256(json.dumps(list(classes)).encode()).hexdigest()

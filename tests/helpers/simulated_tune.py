@@ -10,10 +10,10 @@ from typing import Any
 
 from ray.tune.experiment import Trial as TuneTrial
 
+from lape_ray.search.live import Display
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Trial
-from lape_ray.search.scheduler import Rule
-from lape_ray.search.searcher import Points
+from lape_ray.search.scheduler import Points, Rule
 from lape_ray.search.session import Session
 from lape_ray.search.settings import Settings
 
@@ -27,12 +27,10 @@ class KilledError(Exception):
 
 def session_of(plan: Plan, concurrent: int | None = None) -> Session:
     settings = Settings(
-        base=plan.base, name=plan.name, folder="simulated", lease="", tracking_uri="", metric=plan.metric,
-        sign=plan.sign, need={"CPU": 1}, workers=1, variables={},
-    )  # fmt: skip
-    session = Session(plan, settings, concurrent)
-    session.runs = SimpleNamespace(open_child=lambda trial, config: f"run-{trial.number}")  # type: ignore[assignment]
-    return session
+        plan=plan, folder="simulated", lease="", tracking_uri="", need={"CPU": 1}, variables={}
+    )
+    runs: Any = SimpleNamespace(open_child=lambda trial, config: f"run-{trial.number}")
+    return Session(settings, concurrent, Display(plan), runs, supervisor=None)
 
 
 @dataclass
@@ -147,7 +145,7 @@ class Simulation:
 
     def _next_result(self, trial: TuneTrial) -> dict[str, Any]:
         """What `LapeTrial.step` returns: an epoch that is stored already, or one that is trained now."""
-        number, record = trial.config["number"], self.session.records.update(trial)
+        number, record = trial.config["number"], self.session.update(trial)
         lineage = [[clone["epoch"], clone["source"]] for clone in trial.config["lineage"]]
         known = [
             entry for entry, of in self.stored.get(number, [])

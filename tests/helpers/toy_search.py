@@ -21,10 +21,10 @@ import ray
 
 from lape_ray.search.command import plan_of
 from lape_ray.search.record import trial_folder
-from lape_ray.search.session import Session
+from lape_ray.search.session import opened
 from lape_ray.search.settings import Settings
 from lape_ray.search.trial import LapeTrial
-from lape_ray.search.tuner import opened, run_tuner
+from lape_ray.search.tuner import run_tuner
 
 STORED = "stored.json"
 
@@ -37,9 +37,9 @@ class ToyTrial(LapeTrial):
 
     def _find(self) -> dict[str, Any]:
         trial = self._trial
-        self._file = Path(trial_folder(self._settings.folder, trial["number"]), STORED)
+        self._file = Path(trial_folder(self._settings.folder, trial.number), STORED)
         self._stored = json.loads(self._file.read_text()) if self._file.exists() else []
-        self._lineage = [[clone["epoch"], clone["source"]] for clone in trial["lineage"]]
+        self._lineage = [[clone.epoch, clone.source] for clone in trial.lineage]
         curve = []
         for entry, lineage in self._stored:
             if lineage != [clone for clone in self._lineage if clone[0] < entry["epoch"]]:
@@ -50,11 +50,8 @@ class ToyTrial(LapeTrial):
 
     def _train_epoch(self) -> None:
         trial = self._trial
-        values = dict(trial["values"])
-        for clone in trial["lineage"]:
-            values |= clone["values"]
-        before = self._curve[-1]["metrics"]["val/acc1"] if self._curve else 30 + trial["number"] % 7 / 10
-        gained = 6 - 2 * abs(math.log10(values["optim.lr"]) + 3)
+        before = self._curve[-1]["metrics"]["val/acc1"] if self._curve else 30 + trial.number % 7 / 10
+        gained = 6 - 2 * abs(math.log10(trial.values["optim.lr"]) + 3)
         time.sleep(float(os.environ.get("TOY_EPOCH_S", "0.05")))
         entry = {"epoch": len(self._curve) + 1, "metrics": {"val/acc1": before + gained}, "seconds": 1.0}
         self._stored.append((entry, self._lineage))
@@ -90,19 +87,16 @@ class Kill:
         pass
 
 
-def toy_session(folder: str, schedule: str, sample: str, lanes: int) -> Session:
+def toy_settings(folder: str, schedule: str, sample: str) -> Settings:
     trials = {"pbt": 6, "hyperband": None}.get(schedule, 9)
     plan = plan_of(
         space="free", recipe="demo", axes=["optim.lr=loguniform(1e-4,1e-2)"], schedule=schedule, sample=sample,
         trials=trials, grace=3 if schedule == "pbt" else 1, overrides={
-            "optim.epochs": 9, "run.name": "toy", "run.wait_s": float(os.environ.get("TOY_WAIT_S", "300")),
+            "optim.epochs": 9, "run.name": "toy", "run.num_workers": 1,
+            "run.wait_s": float(os.environ.get("TOY_WAIT_S", "300")),
         },
     )  # fmt: skip
-    settings = Settings(
-        base=plan.base, name="toy", folder=folder, lease="", tracking_uri="", metric=plan.metric, sign=plan.sign,
-        need={"CPU": 1}, workers=1, variables={},
-    )  # fmt: skip
-    return Session(plan, settings, lanes)
+    return Settings(plan=plan, folder=folder, lease="", tracking_uri="", need={"CPU": 1}, variables={})
 
 
 RUNS = SimpleNamespace(
@@ -114,8 +108,8 @@ RUNS = SimpleNamespace(
 
 def main(folder: str, schedule: str, sample: str, lanes: str, kill_after: str, result: str) -> None:
     ray.init(log_to_driver=False)
-    session = toy_session(folder, schedule, sample, int(lanes))
-    with opened(session, Kill(int(kill_after)), RUNS):  # type: ignore[arg-type]
+    settings, kill = toy_settings(folder, schedule, sample), Kill(int(kill_after))
+    with opened(settings, int(lanes), kill, RUNS) as session:  # type: ignore[arg-type]
         run_tuner(session, ToyTrial)
     Path(result).write_text(json.dumps([dataclasses.asdict(trial) for trial in session.trials]))
 

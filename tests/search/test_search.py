@@ -18,22 +18,21 @@ from helpers.simulated_tune import KilledError, Simulation, session_of
 from ray.tune.experiment import Trial as TuneTrial
 
 from lape_ray.cli import parse
+from lape_ray.cluster.resources import compared, places
 from lape_ray.config import flatten, what_is_learned
-from lape_ray.recipes import TABLE1, recipe
+from lape_ray.recipes import TABLE1, command_line, recipe
 from lape_ray.report.statistics import Estimate
+from lape_ray.search import callbacks
 from lape_ray.search.cells import SPACES, build_space, check_point, labels
 from lape_ray.search.command import listing, plan_of
 from lape_ray.search.live import Display
-from lape_ray.search.page import write_report
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Epoch, Trial
-from lape_ray.search.resources import places, worker_need
+from lape_ray.search.report import cell_rows, markdown, trial_rows, write_csv, write_report
 from lape_ray.search.schedules import SCHEDULES, HyperBand
-from lape_ray.search.settings import train_config
+from lape_ray.search.settings import worker_need
 from lape_ray.search.space import Choice, Range, parse_axes
 from lape_ray.search.statistics import cells, in_words
-from lape_ray.search.tables import cells_csv, command_line, markdown, trials_csv
-from lape_ray.search.trials import trial_config
 
 LR = "optim.lr=loguniform(1e-4,1e-2)"
 
@@ -364,11 +363,11 @@ def test_a_sampled_contradiction_fails_alone() -> None:
         assert config is not None
         assert config["number"] == number
         trial = TuneTrial("LapeTrial", config=config, stub=True)
-        session.records.update(trial)
+        session.update(trial)
         runs.append(bool(config["run_id"]))
         if not config["run_id"]:
             with pytest.raises(ValueError, match=r"does not divide by run\.num_workers=2"):
-                train_config(plan.base, plan.name, config)
+                plan.config(Trial.of(config))
     assert 0 < sum(runs) < 20
     assert session.next_trial() is None
 
@@ -394,6 +393,14 @@ def test_places_on_nodes(
     assert places(nodes, need, workers) == expected
 
 
+def test_what_a_cluster_lacks_is_said_also_where_its_nodes_are_small() -> None:
+    nodes = [{"CPU": 2.0}, {"CPU": 2.0}]
+    assert compared(nodes, {"CPU": 1, "GPU": 0.5}, 2) == "2 CPU, 1 GPU, but the cluster has 4 CPU, 0 GPU"
+    assert compared(nodes, {"CPU": 3}, 1) == (
+        "3 CPU, but the cluster has 4 CPU, though not 3 CPU on one node for each worker"
+    )
+
+
 def test_a_share_of_a_gpu_is_for_single_workers() -> None:
     run = recipe("demo").run  # two workers
     with pytest.raises(ValueError, match=r"NCCL refuses: set --run\.num_workers 1"):
@@ -401,6 +408,25 @@ def test_a_share_of_a_gpu_is_for_single_workers() -> None:
     with pytest.raises(ValueError, match="trials run on CPUs; leave it out"):
         worker_need(run, use_gpu=False, gpus_per_worker=0.5)
     assert worker_need(run, use_gpu=True, gpus_per_worker=None) == {"CPU": 1, "GPU": 1.0}
+
+
+def test_the_request_to_end_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer comes when the search is to end: the supervisor has room for a thousand calls that wait."""
+    asked = []
+
+    class Request:
+        def __init__(self, supervisor: object) -> None:
+            asked.append(supervisor)
+
+        def __bool__(self) -> bool:
+            return False
+
+    monkeypatch.setattr(callbacks, "StopRequest", Request)
+    watch, trial = callbacks.Watch(session_of(small())), TuneTrial("LapeTrial", stub=True)
+    trial.set_status(TuneTrial.RUNNING)
+    for _ in range(3):
+        watch.on_step_end(trials=[trial])
+    assert len(asked) == 1
 
 
 # --- statistics and reports -----------------------------------------------------------------------------------
@@ -447,9 +473,7 @@ def test_differences_are_paired_by_seed_and_said_in_words(result: tuple[Plan, li
     plan, trials = result
     found = cells(plan, trials)
     assert [cell.label for cell in found] == ["lape", "lape_shared", "share", "basic", "unshare"]
-    lape = found[0].difference
-    assert lape is not None
-    assert lape.estimate == Estimate.of([4.0, 82.0 * 0 + 86.1 - 82.0, 84.9 - 81.0])
+    assert found[0].difference == Estimate.of([4.0, 82.0 * 0 + 86.1 - 82.0, 84.9 - 81.0])
     assert [cell.difference.clear if cell.difference else None for cell in found] == [
         True,
         False,
@@ -478,32 +502,39 @@ def test_one_seed_says_nothing_of_noise() -> None:
     )
 
 
-def test_the_tables_hold_every_number(result: tuple[Plan, list[Trial]]) -> None:
+def read_csv(folder: Path, rows: list[dict[str, object]]) -> list[dict[str, str]]:
+    """What another program reads of these rows."""
+    write_csv(folder / "rows.csv", rows)
+    with (folder / "rows.csv").open(newline="") as file:
+        return list(csv.DictReader(file, strict=True))
+
+
+def test_the_tables_hold_every_number(result: tuple[Plan, list[Trial]], tmp_path: Path) -> None:
     plan, trials = result
     found = cells(plan, trials)
     assert "| lape | 3 | 85.00 | 1.05 | +4.00 | +3.75 to +4.25 | 3 | 0:00:18 | finished |" in markdown(
         plan, found
     )
-    table = list(csv.DictReader(io.StringIO(cells_csv(plan, found))))
+    table = read_csv(tmp_path, cell_rows(found))
     assert [row["cell"] for row in table] == [cell.label for cell in found]
     assert float(table[0]["mean"]) == pytest.approx(85.0)
     assert float(table[0]["difference_low95"]) == pytest.approx(3.7516, abs=1e-3)
-    lines = list(csv.DictReader(io.StringIO(trials_csv(plan, found))))
+    lines = read_csv(tmp_path, trial_rows(plan, trials))
     assert [int(line["trial"]) for line in lines] == list(range(15))
     assert (lines[5]["cell"], lines[5]["seed"], lines[5]["last val/acc1"]) == ("basic", "1", "82.0")
 
 
-def test_no_cell_of_the_tables_is_a_formula() -> None:
+def test_no_cell_of_the_tables_is_a_formula(tmp_path: Path) -> None:
     plan = plan_of(space="joins", recipe="demo", overrides={"optim.epochs": 3})
     trials = finished(plan, JOINS)
     for trial in trials:
         trial.label, trial.error = f"=1+{trial.number}", "@SUM(A1)\rx,=2\nmore"
     found = cells(plan, trials)
     labels = [f"'=1+{trial.number}" for trial in trials]
-    rows = list(csv.DictReader(io.StringIO(cells_csv(plan, found), newline=""), strict=True))
+    rows = read_csv(tmp_path, cell_rows(found))
     assert sorted(row["cell"] for row in rows) == sorted(labels)
     assert any(float(row["difference"]) < 0 for row in rows if row["difference"]), "numbers stay"
-    rows = list(csv.DictReader(io.StringIO(trials_csv(plan, found), newline=""), strict=True))
+    rows = read_csv(tmp_path, trial_rows(plan, trials))
     assert [(row["cell"], row["error"]) for row in rows] == [(label, "'@SUM(A1)") for label in labels]
 
 
@@ -516,7 +547,7 @@ def test_the_best_command_trains_the_best_config(result: tuple[Plan, list[Trial]
     )  # fmt: skip
     other = Trial(number=0, point=0, seed=3, label="", first=wild.space.points()[0])
     for of, trial in ((plan, trials[3]), (wild, other)):
-        config = train_config(of.base, of.name, trial_config(trial))
+        config = of.config(trial)
         words = shlex.split(command_line(config))
         assert words[:2] == ["python", "jobs/imagenet_deit.py"]
         assert what_is_learned(parse(words[2:], description="")) == what_is_learned(config)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ from torch import nn
 from lape_ray import storage
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.recipes import recipe
-from lape_ray.search.checkpoints import History, Trained, TrialFolder, best_of, read_history
+from lape_ray.search.checkpoints import History, TrialFolder, read_history
+from lape_ray.search.record import Epoch, best_epoch
 from lape_ray.storage import s3
 from lape_ray.training import checkpoint
 from lape_ray.training.checkpoint import DamagedError, read_metadata, verify
@@ -46,12 +49,9 @@ def root(
 def history(epochs: int, lineage: tuple[tuple[int, int], ...] = ()) -> History:
     """Of a trial of that many epochs, trained under the lineage as far as it goes back."""
     trained = [
-        Trained(
-            epoch=at, metrics={"val/acc1": 10.0 * at}, seconds=1.0, steps_done=5 * at,
-            lineage=tuple(clone for clone in lineage if clone[0] < at),
-        )
+        Epoch(epoch=at, metrics={"val/acc1": 10.0 * at}, seconds=1.0, steps_done=5 * at)
         for at in range(1, epochs + 1)
-    ]  # fmt: skip
+    ]
     return History(lineage=lineage, epochs=tuple(trained))
 
 
@@ -186,8 +186,9 @@ def test_a_source_without_that_epoch_is_told(root: str) -> None:
         own.clone(source, BASE, history(2, ((2, 7),)))
 
 
-def test_the_best_checkpoint_is_that_of_the_best_epoch() -> None:
-    epochs = history(3).epochs
-    assert best_of(epochs, "val/acc1", 1) == "checkpoint-000000015"
-    assert best_of(epochs, "val/acc1", -1) == "checkpoint-000000005"
-    assert best_of(epochs, "val/loss", 1) is None
+def test_the_best_epoch_is_the_last_of_equals_and_a_number() -> None:
+    epochs = [*history(3).epochs, Epoch(epoch=4, metrics={"val/acc1": math.nan}, seconds=1.0)]
+    epochs.append(dataclasses.replace(epochs[2], epoch=5))
+    assert best_epoch(epochs, "val/acc1", 1) == epochs[4]
+    assert best_epoch(epochs, "val/acc1", -1) == epochs[0]
+    assert best_epoch(epochs, "val/loss", 1) is None

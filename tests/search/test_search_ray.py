@@ -24,15 +24,14 @@ from ray import tune
 from ray.util.state import list_actors
 
 from lape_ray import storage
-from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.config import replace_fields
 from lape_ray.search.checkpoints import History, TrialFolder
 from lape_ray.search.command import plan_of
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Trial, trial_folder
 from lape_ray.search.run import search
-from lape_ray.search.settings import train_config
 from lape_ray.search.trial import LapeTrial
-from lape_ray.search.trials import analysis, read_trials, trial_config
+from lape_ray.search.trials import analysis, read_trials
 from lape_ray.storage import LeaseHeldError, leased
 from lape_ray.training.checkpoint import read_metadata
 
@@ -59,14 +58,6 @@ def learned(trials: list[Trial]) -> list[tuple[object, ...]]:
         )
         for trial in trials
     ]
-
-
-def config_of(plan: Plan, trial: Trial) -> TrainConfig:
-    """The whole config of a trial as it is now."""
-    lineage = [
-        {"epoch": clone.epoch, "source": clone.source, "values": clone.values} for clone in trial.lineage
-    ]
-    return train_config(plan.base, plan.name, {**trial_config(trial), "lineage": lineage})
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
@@ -160,7 +151,7 @@ def test_a_warm_worker_trains_as_a_fresh_process_would(
     """The sixth trial of the search, in a process that has trained others before it."""
     trial = undisturbed(service)[6]
     given = plan(service, space="joins", seeds=2, overrides=FIXED)
-    config = config_of(given, trial)
+    config = given.config(trial)
     assert (config.model.join, config.training.seed) == ("lape", 1)
     expected = [
         {name: value for name, value in metrics.items() if "images_per_s" not in name}
@@ -374,7 +365,7 @@ def test_pbt_clones_the_weights_of_the_best(service: Service) -> None:
         assert trial.loaded == [
             {"epoch": 1, "source": clone.source, "weights": weights["model.safetensors"]["sha256"]}
         ]
-        copied, config = TrialFolder(str(service.home / f"by-hand-{trial.id}")), config_of(found.plan, trial)
+        copied, config = TrialFolder(str(service.home / f"by-hand-{trial.id}")), found.plan.config(trial)
         kept, _ = copied.clone(source, config, History(lineage=((1, clone.source),)))
         expected = alone(config, Path(copied.address(kept))).epochs[0]
         assert trial.epochs[1].metrics["val/loss"] == expected["val/loss"]
@@ -418,7 +409,7 @@ def test_a_distributed_trial_survives_its_processes(
     assert [trial.state for trial in found.trials] == ["finished"] * 2
     assert "goes on from its newest checkpoint, as it was interrupted: " in capfd.readouterr().out
     for trial in found.trials:
-        config = replace_fields(config_of(found.plan, trial), {"run.num_workers": 1})
+        config = replace_fields(found.plan.config(trial), {"run.num_workers": 1})
         expected = [metrics["val/loss"] for metrics in alone(config).epochs]
         assert [one.metrics["val/loss"] for one in trial.epochs] == pytest.approx(expected, rel=1e-4)
     assert_nothing_is_left(service)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,10 +16,15 @@ from typing import Any
 import pytest
 import ray
 from helpers.service import ROOT
+from helpers.toy_search import toy_settings
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lape_ray.cluster.local import LocalCluster, executable, local_cluster, stop_tree
+from lape_ray.cluster.resources import room
+from lape_ray.cluster.supervisor import draining_nodes
+from lape_ray.search.settings import worker_need
 from lape_ray.search.trials import read_trials
-from lape_ray.search.worker import draining_nodes
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.cluster]
 TOY = ROOT / "tests/helpers/toy_search.py"
@@ -149,22 +155,25 @@ def connected_to(cluster: LocalCluster) -> Iterator[None]:
         ray._raylet.Config.initialize("")
         ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
         ray.init(address=cluster.address, log_to_driver=False)
-        yield
-        ray.shutdown()
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 # --- nodes that come and go ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def node(cluster: LocalCluster) -> Iterator[None]:
-    """Another node of one CPU, until the block ends."""
+def node(cluster: LocalCluster, *more: str, cpus: int = 1) -> Iterator[None]:
+    """Another node of so many CPUs, started with `more` options, until the block ends."""
     words = [
         "start",
         f"--address={cluster.address}",
-        "--num-cpus=1",
+        f"--num-cpus={cpus}",
         "--block",
         "--node-ip-address=127.0.0.1",
+        *more,
     ]
     # Its actors inherit the pace of the toy's epochs; with less the search would be over before another node is there.
     environment = {**os.environ, **cluster.environment, "TOY_EPOCH_S": "0.5"}
@@ -200,6 +209,30 @@ def test_nodes_that_join_are_used_and_without_any_the_search_ends_to_be_continue
         assert second.returncode == 0, second.stdout + second.stderr
     assert [trial["state"] for trial in came_to(folder)] == ["finished"] * 9
     assert len(set(trained(folder))) == len(trained(folder)) == 81
+
+
+def test_two_trials_share_a_gpu(cluster: LocalCluster, tmp_path: Path) -> None:
+    """By --gpus-per-worker 0.5, on a node that declares one; no device is needed to be placed."""
+    toy = toy_settings(str(tmp_path), "full", "random")
+    need = worker_need(toy.plan.base.run, use_gpu=True, gpus_per_worker=0.5)
+    resources = dataclasses.replace(toy, need=need).resources
+    with node(cluster, "--num-gpus=1", cpus=4), connected_to(cluster):
+        wait_for(lambda: room(need, 1) == 2, "the node")
+        groups = [resources() for _ in range(3)]
+        wait_for(lambda: len(placed(groups)) == 2, "two of them")
+        assert not groups[2].wait(3), "a third has to wait"
+        task = ray.remote(num_cpus=need["CPU"], num_gpus=need["GPU"])(ray.get_gpu_ids)
+        places = [
+            PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0) for group in groups[:2]
+        ]
+        assert ray.get([task.options(scheduling_strategy=place).remote() for place in places]) == [[0], [0]]
+        for group in groups:
+            ray.util.remove_placement_group(group)
+
+
+def placed(groups: list[PlacementGroup]) -> list[PlacementGroup]:
+    states = ray.util.placement_group_table()
+    return [group for group in groups if states[group.id.hex()]["state"] == "CREATED"]
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:

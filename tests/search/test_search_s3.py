@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
-from helpers.s3_server import gateway
-from helpers.service import Service, running_service
+from helpers.s3_server import Gateway, gateway
+from helpers.service import Service, alone, running_service
 
 from lape_ray import storage
 from lape_ray.search.command import plan_of
@@ -18,17 +20,23 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.cluster, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    with gateway(tmp_path_factory.mktemp("s3")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def remote(server: Gateway, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service whose processes all know a store; its credentials stand in their environment alone."""
-    with gateway(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         with running_service(tmp_path_factory.mktemp("home")) as service:
+            s3.client().create_bucket(Bucket="searches")
             yield service
 
 
 def test_a_search_on_a_remote_store_is_continued_there(remote: Service) -> None:
-    s3.client().create_bucket(Bucket="searches")
     data = {f"data.{split}": str(remote.home / f"{split}.beton") for split in ("train", "val")}
     plan = plan_of(
         space="free", recipe="smoke", axes=["optim.lr=choice(1e-3,5e-4)"],
@@ -52,3 +60,31 @@ def test_a_search_on_a_remote_store_is_continued_there(remote: Service) -> None:
     assert again.trials == found.trials, (
         "found in the trials' folders, with all seconds, and not trained again"
     )
+
+
+@pytest.mark.faults
+def test_a_search_waits_for_storage_that_is_away(remote: Service, server: Gateway) -> None:
+    """For some seconds here, and up to `run.outage_s`; no trial is tried again, and all learn what they would have."""
+    data = {f"data.{split}": str(remote.home / f"{split}.beton") for split in ("train", "val")}
+    plan = plan_of(
+        space="free", recipe="smoke", axes=["optim.lr=choice(1e-3,5e-4)"],
+        overrides={**data, "optim.epochs": 8, "run.name": "outage", "run.storage": "s3://searches"},
+    )  # fmt: skip
+    away_s, struck = 8.0, threading.Event()
+
+    def away() -> None:
+        while not all(storage.folders(f"s3://searches/outage/trial-000{number}") for number in (0, 1)):
+            time.sleep(0.2)
+        server.stop()
+        struck.set()
+        time.sleep(away_s)
+        server.start()
+
+    threading.Thread(target=away, daemon=True).start()
+    found = search(plan)
+    assert struck.is_set()
+    for trial in found.trials:
+        assert (trial.state, trial.done, trial.crashes) == ("finished", 8, 0)
+        assert max(one.seconds for one in trial.epochs) > away_s / 2, "it had to wait"
+        expected = [metrics["val/loss"] for metrics in alone(found.plan.config(trial)).epochs]
+        assert [one.metrics["val/loss"] for one in trial.epochs] == expected
