@@ -84,11 +84,13 @@ class Attention(nn.Module):
 
     def attend(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
         """Mix the values for each query and project the result, (B, Q, D)."""
-        return self.proj(self.mixed(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).flatten(2))
+        return self.proj(self.mix_values(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).flatten(2))
 
-    def mixed(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
+    def mix_values(
+        self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None
+    ) -> Tensor:
         """Mix the values for each query, (B, Q, H, E)."""
-        return self.mix(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).transpose(1, 2)
+        return self.scaled_dot_product(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).transpose(1, 2)
 
     def weights(self, h_BND: Tensor, position: LayerPosition) -> Tensor:
         """Compute the weights (B, H, N, N) that `forward` mixes the values with; rows sum to 1.
@@ -99,12 +101,14 @@ class Attention(nn.Module):
         # The fused kernel returns no weights, but applied to an identity it returns nothing else.
         identity_NN = torch.eye(k_BHNE.shape[2], dtype=h_BND.dtype, device=h_BND.device)
         identity_BHNN = identity_NN.expand(*q_BHNE.shape[:2], -1, -1)
-        return self.mixed(q_BHNE, k_BHNE, identity_BHNN, position.logits_1HNN).transpose(1, 2)
+        return self.mix_values(q_BHNE, k_BHNE, identity_BHNN, position.logits_1HNN).transpose(1, 2)
 
-    def mix(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
+    def scaled_dot_product(
+        self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None
+    ) -> Tensor:
         """Compute attention, (B, H, Q, E), through the fused kernel where that has all gradients."""
         if logits_1HQN is not None and logits_1HQN.requires_grad and not q_BHQE.is_cuda:
-            return self._mix_plainly(q_BHQE, k_BHNE, v_BHNE, logits_1HQN)
+            return self._plain_dot_product(q_BHQE, k_BHNE, v_BHNE, logits_1HQN)
         return F.scaled_dot_product_attention(
             q_BHQE,
             k_BHNE,
@@ -113,8 +117,10 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
 
-    def _mix_plainly(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor) -> Tensor:
-        """Mix where the fused kernel knows no gradient of logits: PyTorch's own way then takes more passes."""
+    def _plain_dot_product(
+        self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor
+    ) -> Tensor:
+        """Compute it where the fused kernel knows no gradient of logits: PyTorch's own way then takes more passes."""
         scores_BHQN = (q_BHQE * q_BHQE.shape[-1] ** -0.5) @ k_BHNE.mT
         weights_BHQN = (scores_BHQN + logits_1HQN.to(scores_BHQN.dtype)).softmax(-1)
         return F.dropout(weights_BHQN, self.dropout, self.training) @ v_BHNE

@@ -53,10 +53,10 @@ class WindowAttention(Attention):
             q, k = rotate(q, position.rotation), rotate(k, position.rotation)
         return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
 
-    def mixed(self, q: Tensor, k: Tensor, v: Tensor, logits_1HVV: Tensor | None) -> Tensor:
+    def mix_values(self, q: Tensor, k: Tensor, v: Tensor, logits_1HVV: Tensor | None) -> Tensor:
         """Mix the values inside each window, (B, N, H, E); a query's weights are those of its window's V keys."""
         across = self.side // self.window
-        mixed = self.mix(q, k, v, self._logits(logits_1HVV, q.shape[1]))
+        mixed = self.scaled_dot_product(q, k, v, self._logits(logits_1HVV, q.shape[1]))
         parts = mixed.unflatten(2, (self.window, self.window)).unflatten(1, (across, across, self.num_heads))
         image = parts.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
         return self._rolled(image, self.shift).flatten(1, 2).unflatten(2, (self.num_heads, -1))

@@ -122,7 +122,7 @@ def _attention_branch(
     if num_queries is not None:
         q_BHQE = q_BHQE[:, :, :num_queries]
         logits_1HQN = None if logits_1HQN is None else logits_1HQN[:, :, :num_queries]
-    mixed_BQD = block.attn.mixed(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).flatten(2)
+    mixed_BQD = block.attn.mix_values(q_BHQE, k_BHNE, v_BHNE, logits_1HQN).flatten(2)
     return x_BND[:, :num_queries] + block.drop_path(_scaled(block.attn.proj, block.ls1)(mixed_BQD))
 
 
