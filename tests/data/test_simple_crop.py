@@ -28,9 +28,9 @@ SIMPLE = DataConfig(crop="simple")
 
 
 @pytest.fixture(scope="module")
-def source(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(photograph_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
     root = tmp_path_factory.mktemp("images")
-    for folder in sorted((shared_dir / "data" / "imagenet-sample").iterdir())[:IMAGES]:
+    for folder in sorted(photograph_folder.iterdir())[:IMAGES]:
         (root / folder.name).symlink_to(folder)
     return image_folder(root)
 
@@ -94,12 +94,10 @@ def test_the_torchvision_backend_is_torchvisions(source: Source) -> None:
     assert len(filters) == 2
 
 
-def test_resident_crops_are_the_native_backends(shared_dir: Path, tmp_path: Path) -> None:
+def test_resident_crops_are_the_native_backends(thumbnail_shards: Path, tmp_path: Path) -> None:
     """Images as they are, enlarged and shrunk; from the middle of an epoch, of any rank."""
     path = str(tmp_path / "x.beton")
-    write_beton(
-        select(open_source(str(shared_dir / "data" / "cifar10"), "train"), "per-class:13"), path, workers=1
-    )
+    write_beton(select(open_source(str(thumbnail_shards), "train"), "per-class:13"), path, workers=1)
     data = DataConfig(train=path, val=path, crop="simple", interpolation="random")
     for side in (32, 40, 20):
         found = []
