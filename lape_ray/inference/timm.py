@@ -14,12 +14,7 @@ from lape_ray.config import TrainConfig
 from lape_ray.inference.predict import Predictor
 from lape_ray.model import resolve
 from lape_ray.model.variants import VariantSpec
-
-TIMM_NAMES = {
-    name: f"{name}_patch16_224"
-    for size in ("tiny", "small", "base")
-    for name in (f"deit_{size}", f"deit_{size}_distilled")
-} | {f"deit3_{size}": f"deit3_{size}_patch16_224" for size in ("small", "medium", "base", "large")}
+from lape_ray.training.architecture import ARGUMENTS, TIMM_NAMES
 
 
 def not_for_timm(config: TrainConfig) -> str | None:
@@ -95,12 +90,10 @@ def _timm_config(predictor: Predictor) -> dict[str, Any]:
 
 
 def _timm_arguments(spec: VariantSpec) -> dict[str, Any]:
-    return {
-        "img_size": spec.image_size,
-        "patch_size": spec.patch_size,
-        "embed_dim": spec.embed_dim,
-        "depth": spec.depth,
-        "num_heads": spec.num_heads,
-        "mlp_ratio": spec.mlp_ratio,
-        "init_values": spec.layer_scale or None,
-    }
+    """Return what the network is built with, in timm's names; without what its family does not know."""
+    values = {name: getattr(spec, field) for name, field in ARGUMENTS.items()}
+    foreign = ("depth",) if spec.depths else ("depths", "window_size")
+    known = {name: value for name, value in values.items() if name not in foreign and value is not None}
+    return known | {
+        "init_values": spec.layer_scale or None
+    }  # timm's DeiT III has LayerScale unless it is told

@@ -161,8 +161,11 @@ def load_weights(model: Network, state_dict: Mapping[str, object], *, new_head: 
             "timm's deit_tiny_patch16_224 for --model.variant deit_tiny"
         )
     hint = _hint(state, own)
-    if "pos_embed" in state and "pos_embed" not in own and model.pos_embed is not None:
-        check_fixed_table(state.pop("pos_embed"), model.pos_embed)
+    if "pos_embed" in state and "pos_embed" not in own:
+        if model.pos_embed is not None:
+            check_fixed_table(state.pop("pos_embed"), model.pos_embed)
+        elif not state["pos_embed"].any():  # adds nothing: timm's DeiT always has a table
+            del state["pos_embed"]
     notes = _without_head(state, own) if new_head else []
     if not hint:
         notes += _fit(state, own, model.resizers(), new_head=new_head)
