@@ -5,6 +5,7 @@ predict      a checkpoint as a classifier of image files
 classify     the steps behind jobs/predict.py
 export       `export`: every requested format of a checkpoint, MLflow's model among them
 timm         a checkpoint as a folder that timm loads
+card         the model card of what is pushed to the hub
 onnx         a checkpoint as ONNX, compared with PyTorch
 serving      the model that MLflow serves
 checkpoints  checkpoints and runs by what a person types, and a predictor of one
