@@ -150,3 +150,27 @@ def test_pages_that_cannot_be_made_are_said_in_mlflow(
     client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     assert "could not be made" in client.get_run(result.mlflow_run_id).data.tags["pages"]
     assert log.exists()
+
+
+def test_a_run_has_few_curves_and_one_listed_model(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that adds some: the moving average, a teacher, the system's load. MLflow draws each on one page."""
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    teacher = fit(config(home, run__name="teacher")).checkpoint
+    result = fit(
+        config(
+            home, run__name="curves", optim__teacher=teacher, optim__ema_decay=0.9,
+            model__variant="deit_tiny_distilled", run__log_steps=1,
+        )
+    )  # fmt: skip
+    client = mlflow.MlflowClient(result.tracking_uri)
+    run = client.get_run(result.mlflow_run_id)
+    names = set(run.data.metrics)
+    assert {"val_ema/acc1", "best/acc1", "system/cpu_utilization_percentage", "train/step_s"} <= names
+    alike = {name for name in names if not re.match(r"system/gpu_\d", name)}
+    assert len(alike) <= 40, sorted(alike)
+    (model,) = client.search_logged_models(
+        [run.info.experiment_id], f"source_run_id = '{result.mlflow_run_id}'"
+    )
+    assert model.tags["checkpoint"] == result.checkpoint
+    assert model.params["variant"] == "deit_tiny_distilled"
+    assert {one.key: one.value for one in model.metrics}["best/acc1"] == run.data.metrics["best/acc1"]
