@@ -9,8 +9,10 @@ from lape_ray.inference.predict import Predictor
 from lape_ray.inference.timm import not_for_timm
 from lape_ray.model import resolve
 from lape_ray.recipes import RECIPES
+from lape_ray.training.checkpoint import differences
 
 CODE = "lape_ray"
+_PATHS = ("training.init_from", "optim.teacher")
 CITATION = """\
 @inproceedings{yu2023lape,
   title     = {{LaPE}: Layer-adaptive Position Embedding for Vision Transformers with Independent Layer Normalization},
@@ -61,8 +63,11 @@ def _about(predictor: Predictor, *, ema: bool) -> str:
     if model.rotary != "none":
         rows["rotary position"] = model.rotary
     rows["classes"] = str(spec.num_classes)
-    if recipe := RECIPES.get(config.recipe or ""):
-        rows["recipe"] = f"`{config.recipe}`: {(recipe.__doc__ or '').splitlines()[0]}"
+    if config.recipe in RECIPES and predictor.trained is not None:
+        rows["recipe"] = f"`{config.recipe}`"
+        changed = differences(RECIPES[config.recipe](), config)
+        if shown := [f"`{line}`" for line in changed if not line.startswith(_PATHS)]:
+            rows["changed in it"] = "<br>".join(shown)
     if predictor.trained is not None:
         rows["trained"] = f"{predictor.trained.epochs_done} epochs, {predictor.trained.steps_done:,} steps"
     if ema:

@@ -158,7 +158,7 @@ def _translated(error: Exception, address: str, endpoint: str) -> OSError:
         return FileNotFoundError(f"{address}: the repository has no branch, tag or commit {revision!r}")
     if status == 403:
         return PermissionError(
-            f"{address}: {endpoint} refuses it to the token in HF_TOKEN; set HF_TOKEN to one that may write there"
+            f"{address}: {endpoint} refuses it to the token; set HF_TOKEN to one that may do it (a push: write)"
         )
     if _is_offline():
         return ConnectionError(

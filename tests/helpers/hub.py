@@ -24,6 +24,7 @@ TOKEN = "hf_token-that-may-do-all"
 @dataclass
 class Repo:
     private: bool = False
+    gated: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
 
     @property
@@ -94,6 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
         ])  # fmt: skip
 
     def resolve(self, _: bytes, repo: Repo, file: str = "", **__: str) -> None:
+        if repo.gated:
+            return self.answer(403, {"error": "no"}, X_Error_Code="GatedRepo", X_Error_Message="no")
         if (content := repo.files.get(file)) is None:
             return self.answer(404, {"error": "no"}, X_Error_Code="EntryNotFound")
         etag = f'"{hashlib.sha256(content).hexdigest()}"'

@@ -216,7 +216,8 @@ def test_the_card_says_what_it_is_and_no_path(
     card = hub.repos["me/birds"].files["README.md"].decode()
     assert card.startswith("---\nlibrary_name: lape_ray\npipeline_tag: image-classification\n")
     for words in (
-        "# birds\n", "| network | deit_tiny, ", "| position embedding | learnable, join lape |", "`deit_tiny_lape`: D",
+        "# birds\n", "| network | deit_tiny, ", "| position embedding | learnable, join lape |",
+        "| recipe | `deit_tiny_lape` |", "`model.depth: None -> 2`",
         "| training data | `birds_train` |", "| acc1 | 71.25 |", "| loss | 1.5 |", "timm has no join=lape",
         "lape-ray evaluate hf-hub:me/birds --data.val VAL.beton", "@inproceedings{yu2023lape,", "| trained | 3 ",
     ):  # fmt: skip
@@ -242,7 +243,9 @@ def test_a_push_that_is_refused_says_why(hub: Hub, tmp_path: Path, monkeypatch: 
         "--hub", "me/x"
     )
     monkeypatch.setenv("HF_TOKEN", "hf_reads-alone")
-    assert "refuses it to the token in HF_TOKEN; set HF_TOKEN to one that may write" in line("--hub", "me/x")
+    assert "refuses it to the token; set HF_TOKEN to one that may do it (a push: write)" in line(
+        "--hub", "me/x"
+    )
     assert "hf_reads" not in line("--hub", "me/x")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert f"{hub.uri}/me/public is public already: give --hub-public" in line("--hub", "me/public")

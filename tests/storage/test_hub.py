@@ -113,12 +113,18 @@ def test_a_private_repository_wants_its_token_and_shows_none(
             FileNotFoundError,
             "holds neither model.safetensors nor pytorch_model.bin .* `hf download o/empty`",
         ),
+        (
+            "hf-hub:o/gated",
+            PermissionError,
+            r"gives access on request; ask for it at http://\S+/o/gated, and set HF_TOKEN",
+        ),
         ("hf-hub:n", ValueError, "'hf-hub:n' names no repository; write hf-hub:OWNER/NAME or"),
         ("hf-hub:o/../../x", ValueError, "names no repository"),
     ],
 )
 def test_what_is_not_there_is_one_line(hub: Hub, address: str, error: type[Exception], words: str) -> None:
     hub.repos["o/n"], hub.repos["o/empty"] = Repo(files=TIMM), Repo(files={"README.md": b"text"})
+    hub.repos["o/gated"] = Repo(gated=True, files=TIMM)
     with pytest.raises(error, match=words) as caught:
         storage.local(address)
     assert "\n" not in str(caught.value)
