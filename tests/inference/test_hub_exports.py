@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import timm
 import torch
 from helpers.commands import run_here
 from helpers.hub import TOKEN, Hub, Repo, stand_in
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from lape_ray.config import DataConfig, ModelConfig, TrainConfig, config_hash
 from lape_ray.inference.checkpoints import open_predictor, resolve_checkpoints
@@ -203,6 +206,31 @@ def test_an_upload_comes_back(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monk
     assert named.label == "birds@main"
     (told,) = resolve_checkpoints([f"x={address}@deit_tiny_basic,depth=2"], {}, downloads=tmp_path)
     assert (told.label, told.config.recipe) == ("x", "deit_tiny_basic")
+
+
+def test_a_command_finds_the_hub_in_its_environment(hub: Hub, tmp_path: Path) -> None:
+    """Read and pushed by a process of its own; its token is neither shown nor stored."""
+    folder, _ = checkpoint(tmp_path / "c", SIZES)
+    hub.repos["me/run"] = Repo(private=True, files={one.name: one.read_bytes() for one in folder.iterdir()})
+    variables = {
+        "HF_ENDPOINT": hub.uri,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    command = [sys.executable, "jobs/export.py", "hf-hub:me/run", "--hub", "me/copy"]
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(command, cwd=root, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(hub.repos["me/copy"].files) == {"model.safetensors", "config.json", "README.md"}
+    copied = load(hub.repos["me/copy"].files["model.safetensors"])
+    original = load((folder / "model.safetensors").read_bytes())
+    assert copied.keys() == original.keys() and all(
+        torch.equal(copied[name], original[name]) for name in copied
+    )
+    assert TOKEN not in done.stdout + done.stderr
+    kept = [file for file in (tmp_path / "hf").rglob("*") if file.is_file()]
+    assert kept and not [file for file in kept if TOKEN.encode() in file.read_bytes()]
 
 
 def test_the_card_says_what_it_is_and_no_path(
