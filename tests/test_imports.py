@@ -21,6 +21,7 @@ DOORS = {
     "mlflow": {"tracking"},
     "tensorboard": {"tracking"},
     "boto3": {"storage"},
+    "huggingface_hub": {"storage"},
     "ffcv": {"data.readers", "benchmarks"},
 }
 

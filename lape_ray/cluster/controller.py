@@ -124,7 +124,7 @@ def variables() -> dict[str, str]:
     processes run in other folders.
     """
     shared = shared_variables()
-    for name in ("LAPE_RAY_HOME", "LAPE_RAY_CACHE"):
+    for name in ("LAPE_RAY_HOME", "LAPE_RAY_CACHE", "HF_HOME", "HF_HUB_CACHE"):
         if shared.get(name):
             shared[name] = storage.absolute(shared[name])
     if uri := shared.get("MLFLOW_TRACKING_URI"):

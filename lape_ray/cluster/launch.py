@@ -22,7 +22,7 @@ from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
 from lape_ray.config import NETWORK_FIELDS, TrainConfig, replace_fields
 from lape_ray.recipes import recipe
 from lape_ray.storage import LEASE, LEASE_FILES, Lease, LeaseLostError, leased
-from lape_ray.training.checkpoint import read_metadata
+from lape_ray.training.checkpoint import Metadata, read_metadata
 from lape_ray.training.inputs import dataset_digests, input_digests
 from lape_ray.training.loop import StoppedError
 from lape_ray.training.preflight import check_before_start, with_absolute_paths
@@ -143,11 +143,12 @@ def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:
             raise RuntimeError("the training ended without a checkpoint")
         checkpoint = storage.join(run.folder, chosen.name)
         with storage.opened(checkpoint) as files:
-            metrics = read_metadata(files).metrics
+            meta = read_metadata(files)
+            metrics = meta.metrics
             tracked = (
                 tracking.send_unsent(run.folder, uri, run_id)
                 and (read_list(run.folder) == before or tracking.holds_metric(uri, run_id, "epoch"))
-                and tracking.log_model(uri, run_id, files, metrics)
+                and tracking.log_model(uri, run_id, files, metrics, _facts(meta, checkpoint))
             )
             end.tracked = tracked
         if run.config.tracking.pages and tracked:
@@ -163,6 +164,13 @@ def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:
         tracking_uri=uri,
         tracked=tracked,
     )
+
+
+def _facts(meta: Metadata, checkpoint: str) -> dict[str, str]:
+    """Return what tells a checkpoint from others in MLflow's list of models."""
+    network = {key: str(getattr(meta.config.model, key)) for key in NETWORK_FIELDS}
+    recipe_name = {"recipe": meta.config.recipe} if meta.config.recipe else {}
+    return {"checkpoint": checkpoint, **recipe_name, **network, "epochs": str(meta.epochs_done)}
 
 
 def _what_it_is(config: TrainConfig) -> str:

@@ -1,8 +1,9 @@
 """Evaluate a checkpoint's exact top-1 and top-5.
 
 CHECKPOINT is a checkpoint folder of ours, which knows its network, or a file of the official LaPE code, DeiT or timm
-(docs/training.md has the table), whose network is described by --recipe or by --model.* options; or the s3:// address
-of one. --data.eval_crop 1.0 evaluates as the official LaPE code does, instead of DeiT's 0.875.
+(docs/training.md has the table), whose network is described by --recipe or by --model.* options, or by timm's
+config.json next to it; or the s3:// or hf-hub:OWNER/NAME address of one. --data.eval_crop 1.0 evaluates as the official
+LaPE code does, instead of DeiT's 0.875.
 --knn 20 classifies the images of --data.val by their 20 nearest neighbours in --data.train, as DINO does, and uses no
 head.
 """

@@ -1,8 +1,9 @@
 """Export a checkpoint to other formats.
 
 CHECKPOINT is PATH[@RECIPE]: a checkpoint folder of ours, which knows its network, or a .pth or .safetensors file of
-the official LaPE code, DeiT or timm, whose network is described by @RECIPE and --model.* options. It, FOLDER and FILE
-may be s3:// addresses. RUN is an MLflow run's id.
+the official LaPE code, DeiT or timm, whose network is described by @RECIPE and --model.* options, or by timm's
+config.json next to it. It, FOLDER and FILE may be s3:// addresses, and CHECKPOINT hf-hub:OWNER/NAME. RUN is an MLflow
+run's id.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ def build_parser(prog: str | None = None) -> ConfigParser:
     add("--official", metavar="FILE", help="write .pth or .safetensors in the names of its published code")
     add("--backbone", metavar="FOLDER", help="write a feature extractor that needs no lape_ray")
     add("--onnx", metavar="FILE", help="write ONNX and compare onnxruntime with PyTorch on real images")
+    add(
+        "--hub",
+        metavar="OWNER/NAME",
+        help="push the same as --timm with a model card to the Hugging Face hub (HF_TOKEN)",
+    )
+    add("--hub-public", action="store_true", help="with --hub: for everybody to see (default: private)")
     add("--mlflow", action="store_true", help="log a servable model to the run")
     add("--register", metavar="NAME", help="with --mlflow: make it a new version of this registered model")
     add("--images", type=Path, help="folder of real images for comparison and example (default: data.val)")
@@ -36,7 +43,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     options, overrides = parser.parse_job(argv)
     if options["register"] and not options["mlflow"]:
         parser.error(f"--register {options['register']} needs --mlflow")
-    formats = ("timm", "official", "backbone", "onnx", "mlflow")
+    formats = ("timm", "official", "backbone", "hub", "onnx", "mlflow")
     if not any(options[name] for name in formats):
         parser.error(f"nothing to do: give {', '.join(f'--{name}' for name in formats)}")
     from lape_ray.inference.export import export  # after parsing, so that --help is instant

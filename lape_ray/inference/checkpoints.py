@@ -20,13 +20,19 @@ from lape_ray.data.remote import remote_manifest
 from lape_ray.inference.evaluate import config_for
 from lape_ray.inference.predict import Predictor, make_predictor
 from lape_ray.model import resolve
+from lape_ray.recipes import RECIPES
 from lape_ray.storage import is_remote, local
 from lape_ray.training.checkpoint import read_metadata
 from lape_ray.training.classes import checkpoint_classes, text_order
 
 KINDS = get_type_hints(ModelConfig)
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-SPEC = re.compile(r"(?:(?P<label>[^=/@]+)=)?(?P<path>[^@]+)(?:@(?P<recipe>\w+)(?P<fields>(?:,\w+=[\w.]+)*))?")
+_REVISION = (
+    rf"hf-hub:[^@]+@(?!(?:{'|'.join(RECIPES)})(?:,|$))[\w./-]+"  # behind an @ may stand a recipe instead
+)
+SPEC = re.compile(
+    rf"(?:(?P<label>[^=/@]+)=)?(?P<path>{_REVISION}|[^@]+)(?:@(?P<recipe>\w+)(?P<fields>(?:,\w+=[\w.]+)*))?"
+)
 log = logging.getLogger(__name__)
 
 
@@ -67,9 +73,9 @@ def resolve_checkpoints(
     """Resolve each `[LABEL=]CHECKPOINT[@RECIPE[,FIELD=VALUE...]]` or `[LABEL=]RUN_ID`.
 
     A checkpoint folder of ours knows its network. The network of other code's file is described by the recipe, by the
-    fields behind it, and by `model.*` overrides, which are for all. What lies on S3 is copied to this machine, and a
-    run's checkpoint into `downloads`. A label that is left out is the run's name, the recipe or the file; equal labels
-    are numbered.
+    fields behind it, and by `model.*` overrides, which are for all; else by timm's config.json next to it. What lies on
+    S3 or the hub is copied to this machine, and a run's checkpoint into `downloads`. A label that is left out is the
+    run's name, the recipe or the file; equal labels are numbered.
 
     Raises:
         ValueError, FileNotFoundError: a spec is malformed, or names no checkpoint.
@@ -97,7 +103,7 @@ def _resolve(spec: str, overrides: Mapping[str, Any], download: Path) -> Resolve
         raise FileNotFoundError(f"{path} is neither a checkpoint nor the id of an MLflow run")
     kept = {name: value for name, value in overrides.items() if not (ours and name.startswith("model."))}
     config = config_for(path, match["recipe"], kept | _fields(match["fields"] or "", spec))
-    label = match["label"] or config.run.name or match["recipe"] or Path(path).stem
+    label = match["label"] or config.run.name or match["recipe"] or Path(match["path"]).stem
     return ResolvedCheckpoint(label=label, path=path, config=config, run_id=run_id)
 
 
@@ -111,9 +117,10 @@ def open_predictor(
     """
     with tempfile.TemporaryDirectory(prefix="lape-model-") as downloads:
         (checkpoint,) = resolve_checkpoints([spec], overrides, downloads=Path(downloads))
-        run_id, names = checkpoint.run_id, checkpoint_classes(checkpoint.path)
+        run_id, names, trained = checkpoint.run_id, checkpoint_classes(checkpoint.path), None
         if Path(checkpoint.path).is_dir():
-            run_id = run_id or read_metadata(Path(checkpoint.path)).mlflow_run_id
+            trained = read_metadata(Path(checkpoint.path))
+            run_id = run_id or trained.mlflow_run_id
         if names is None:
             names = class_names(checkpoint.config)
             if note := text_order(names or (), of=spec, path="the manifest that names the classes"):
@@ -125,7 +132,7 @@ def open_predictor(
             "data.val or data.train; give --data.val FILE.beton with its manifest",
             spec,
         )
-    return predictor, run_id
+    return dataclasses.replace(predictor, trained=trained), run_id
 
 
 def class_names(config: TrainConfig) -> tuple[str, ...] | None:

@@ -21,6 +21,7 @@ from lape_ray.inference.predict import load_network
 from lape_ray.model import resolve
 from lape_ray.recipes import recipe as recipe_of
 from lape_ray.storage import local
+from lape_ray.training.architecture import timm_network
 from lape_ray.training.checkpoint import read_metadata
 from lape_ray.training.classes import checkpoint_classes, match_classes
 from lape_ray.training.loop import evaluate
@@ -35,7 +36,7 @@ def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str,
     """Choose the config by which a checkpoint is evaluated.
 
     It is the named recipe, else the checkpoint's own config, else the defaults; then come what timm's config.json next
-    to the file says of its images, with a warning, and the `overrides`.
+    to the file says of its images, and without a recipe or variant of its network, with a warning, and the `overrides`.
     """
     if recipe_name is not None:
         base = recipe_of(recipe_name)
@@ -45,11 +46,13 @@ def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str,
         base = TrainConfig()
     if Path(checkpoint).is_dir():
         return with_absolute_paths(replace_fields(base, overrides))
-    made = with_absolute_paths(replace_fields(base, overrides))
+    chosen = recipe_name is not None or "model.variant" in overrides
+    network = {} if chosen else timm_network(Path(checkpoint))
+    made = with_absolute_paths(replace_fields(base, {**network, **overrides}))
     spec = resolve(made.model)
     here = flatten(made) | {"model.image_size": spec.image_size, "model.num_classes": spec.num_classes}
-    said = timm_fields(Path(checkpoint))
-    taken = {name: value for name, value in said.items() if name not in overrides and here[name] != value}
+    images = {name: value for name, value in timm_fields(Path(checkpoint)).items() if here[name] != value}
+    taken = {name: value for name, value in {**network, **images}.items() if name not in overrides}
     if taken:
         fields = " ".join(f"--{name} {_shown(value)}" for name, value in taken.items())
         log.warning("%s: its config.json is followed, as by %s; options come before it", checkpoint, fields)

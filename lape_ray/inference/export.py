@@ -20,13 +20,14 @@ from lape_ray import tracking
 from lape_ray.config import to_dict
 from lape_ray.inference import serving
 from lape_ray.inference.backbone import export_backbone
+from lape_ray.inference.card import model_card
 from lape_ray.inference.checkpoints import open_predictor
 from lape_ray.inference.official import export_official
 from lape_ray.inference.onnx import export_onnx, require_packages
 from lape_ray.inference.predict import Predictor
 from lape_ray.inference.samples import folder_images, validation_images
-from lape_ray.inference.timm import export_timm
-from lape_ray.storage import written_folder, written_path
+from lape_ray.inference.timm import export_timm, not_for_timm
+from lape_ray.storage import check_push, push, written_folder, written_path
 
 
 def export(
@@ -37,6 +38,8 @@ def export(
     official: str | Path | None = None,
     backbone: str | Path | None = None,
     onnx: str | Path | None = None,
+    hub: str | None = None,
+    hub_public: bool = False,
     mlflow: bool = False,
     register: str | None = None,
     images: Path | None = None,
@@ -45,8 +48,12 @@ def export(
     """Make every requested export and yield a line about each. Raises ValueError and OSError for bad input."""
     if register and not mlflow:
         raise ValueError(f"--register {register} needs --mlflow")
+    if hub_public and not hub:
+        raise ValueError("--hub-public needs --hub OWNER/NAME")
     if onnx is not None:
         require_packages()
+    if hub is not None:
+        check_push(hub)
     predictor, run_id = open_predictor(spec, overrides, ema=ema)
     if mlflow and run_id is None:
         raise ValueError(f"{spec} does not know its MLflow run: give the run's id instead")
@@ -62,6 +69,8 @@ def export(
         with written_folder(backbone) as folder:
             written = export_backbone(predictor, folder)
         yield f"{backbone}: {written}"
+    if hub is not None:
+        yield push_to_hub(predictor, hub, public=hub_public, ema=ema)
     if onnx is None and not mlflow:
         return
     config = predictor.config
@@ -76,6 +85,18 @@ def export(
         yield f"{address}: logged to MLflow run {run_id}" + (
             f", registered as {register}" if register else ""
         )
+
+
+def push_to_hub(predictor: Predictor, name: str, *, public: bool, ema: bool) -> str:
+    """Push what `export_timm` writes and a model card to the hub; returns a line about it. See `storage.push`."""
+    with tempfile.TemporaryDirectory(prefix="lape-hub-") as temporary:
+        folder = Path(temporary)
+        export_timm(predictor, folder)
+        (folder / "README.md").write_text(model_card(predictor, name, ema=ema), encoding="utf-8")
+        page, seen = push(folder, name, public=public)
+    reason = not_for_timm(predictor.config)
+    loads = f'timm.create_model("hf-hub:{name}", pretrained=True), or' if reason is None else "loads with"
+    return f"{page}: pushed, {'public' if seen else 'private'}; {loads} hf-hub:{name} in the place of a checkpoint"
 
 
 def write_pyfunc(predictor: Predictor, folder: Path) -> Path:

@@ -25,7 +25,7 @@ from lape_ray.data.sources import EXTENSIONS, load_image, to_rgb
 from lape_ray.model import Network, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.storage import write_rows, written_path
-from lape_ray.training.checkpoint import about, read_weights
+from lape_ray.training.checkpoint import Metadata, about, read_weights
 from lape_ray.training.recompute import optimise_blocks
 
 BYTES = 2**29
@@ -89,6 +89,8 @@ class Predictor:
     config: TrainConfig
     classes: tuple[str, ...]
     device: torch.device
+    trained: Metadata | None = None
+    """The facts of its checkpoint, where that is a folder of ours and they were asked for."""
 
     @property
     def size(self) -> int:

@@ -17,14 +17,8 @@ from lape_ray.inference.predict import Predictor
 from lape_ray.model import resolve
 from lape_ray.model.swin import Swin
 from lape_ray.model.variants import VariantSpec
+from lape_ray.training.architecture import ARGUMENTS, TIMM_NAMES
 
-TIMM_NAMES = {
-    name: f"{name}_patch16_224"
-    for size in ("tiny", "small", "base")
-    for name in (f"deit_{size}", f"deit_{size}_distilled")
-}
-TIMM_NAMES |= {f"deit3_{size}": f"deit3_{size}_patch16_224" for size in ("small", "medium", "base", "large")}
-TIMM_NAMES |= {f"swin_{size}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base")}
 _DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 
 
@@ -130,16 +124,13 @@ def _classifier(spec: VariantSpec) -> str | list[str]:
 
 
 def _timm_arguments(spec: VariantSpec) -> dict[str, Any]:
-    blocks: dict[str, Any] = {
-        "depth": spec.depth, "num_heads": spec.num_heads, "init_values": spec.layer_scale or None,
-    }  # fmt: skip
-    if spec.depths is not None:
-        heads = [spec.num_heads << stage for stage in range(len(spec.depths))]
-        blocks = {"depths": list(spec.depths), "num_heads": heads, "window_size": spec.window_size}
-    return {
-        "img_size": spec.image_size,
-        "patch_size": spec.patch_size,
-        "embed_dim": spec.embed_dim,
-        "mlp_ratio": spec.mlp_ratio,
-        **blocks,
-    }
+    """Return what the network is built with, in timm's names; without what its family does not know."""
+    values = {name: getattr(spec, field) for name, field in ARGUMENTS.items()}
+    foreign = ("depth",) if spec.depths else ("depths", "window_size")
+    known = {name: value for name, value in values.items() if name not in foreign and value is not None}
+    if spec.depths:
+        known["num_heads"] = [spec.num_heads << stage for stage in range(len(spec.depths))]
+        return known
+    return known | {
+        "init_values": spec.layer_scale or None
+    }  # timm's DeiT III has LayerScale unless it is told

@@ -4,6 +4,7 @@
     s3         the connection: credentials, retries, and errors that say the fix
     objects    listing, small texts and deletion
     transfer   large files, in parallel parts, with checksums
+    hub        checkpoints on the Hugging Face hub, read and written
     copies     copies of S3 objects on this machine, made once and used by all its processes
     files      reading, writing, listing and deleting, in folders and on S3
     records    small JSON files that are whole, and readers that name the file and the way out
@@ -33,6 +34,7 @@ from lape_ray.storage.files import (
     written_folder,
     written_path,
 )
+from lape_ray.storage.hub import check_push, push
 from lape_ray.storage.lease import (
     LEASE,
     LEASE_FILES,
@@ -59,6 +61,7 @@ __all__ = [
     "absolute_store",
     "cache",
     "check_lease",
+    "check_push",
     "check_writable",
     "delete_file",
     "delete_folder",
@@ -77,6 +80,7 @@ __all__ = [
     "names",
     "opened",
     "publish",
+    "push",
     "read_record",
     "read_text",
     "retry",

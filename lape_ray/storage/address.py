@@ -1,4 +1,4 @@
-"""Addresses: a folder or file of this machine, or `s3://bucket/key`."""
+"""Addresses: a folder or file of this machine, `s3://bucket/key`, or a checkpoint `hf-hub:OWNER/NAME`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from lape_ray.storage.hub import is_hub
 from lape_ray.values.redaction import refuse_secret
 
 LONGEST_NAME = 240  # bytes of one part of a path: most file systems take 255, and .NAME.parts is longer
@@ -32,7 +33,7 @@ def home() -> Path:
 
 
 def is_remote(address: str | Path) -> bool:
-    return "://" in str(address) and not str(address).startswith("file://")
+    return is_hub(address) or ("://" in str(address) and not str(address).startswith("file://"))
 
 
 def absolute(address: str) -> str:
@@ -86,6 +87,8 @@ def bucket_and_key(address: str) -> tuple[str, str]:
     scheme, _, rest = address.partition("://")
     bucket, _, key = rest.partition("/")
     refuse_secret("address", address)
+    if is_hub(address):
+        raise ValueError(f"{address!r}: the hub is read for checkpoints alone; give a folder or s3://")
     if scheme != "s3":
         raise ValueError(f"{address!r}: addresses of kind {scheme}:// are not known; give a folder or s3://")
     if not bucket:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from lape_ray.storage.address import home, is_remote, safe_relative
+from lape_ray.storage.hub import fetch, is_hub
 from lape_ray.storage.objects import Object, listing
 from lape_ray.storage.transfer import download
 
@@ -38,12 +39,14 @@ def cache() -> Path:
 def local(address: str | Path) -> Path:
     """Return the file or folder that an address means, on this machine.
 
-    It is a copy of what lies on S3, else the path itself.
+    It is a copy of what lies on S3 or the hub, else the path itself.
 
     Raises:
         FileNotFoundError: nothing exists at the address.
-        ValueError, OSError: see `s3.call_with_retry` and `stage`.
+        ValueError, OSError: see `s3.call_with_retry`, `stage` and `hub.fetch`.
     """
+    if is_hub(address):
+        return fetch(str(address))
     if not is_remote(address):
         return Path(str(address).removeprefix("file://")).expanduser()
     address = str(address).rstrip("/")
@@ -59,13 +62,13 @@ def local(address: str | Path) -> Path:
 
 @contextlib.contextmanager
 def opened(address: str) -> Iterator[Path]:
-    """Open the folder that an address means, on this machine; the last process that has a copy open deletes it.
+    """Open the folder that an address means, on this machine; the last process with a copy from S3 open deletes it.
 
     Raises:
         FileNotFoundError: nothing exists at the address.
         ValueError, OSError: see `local`.
     """
-    if not is_remote(address):
+    if not is_remote(address) or is_hub(address):
         yield local(address)
         return
     while True:

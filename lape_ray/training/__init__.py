@@ -18,6 +18,7 @@ checkpoint     the checkpoint of a run, written and read, and weights of any ori
 weight_files   files of other code, opened without running anything, down to the state dict
 classes        classes of data and of a checkpoint, matched by name
 preprocessing  what weights of other code say of their images
+architecture   what network they are of, where timm's config.json says it
 initial        the weights that a run starts from
 inputs         sha256 of the files that a run learns from
 flags          the flags that the ranks of a run exchange at every step

@@ -10,6 +10,7 @@ from lape_ray.config import TrainConfig
 from lape_ray.data.split import read_split_info
 from lape_ray.storage import local
 from lape_ray.training.checkpoint import weights_sha256
+from lape_ray.training.loss import split_teacher
 
 CLASSES = "names of classes"
 
@@ -27,8 +28,7 @@ def input_digests(config: TrainConfig) -> dict[str, str]:
     if (path := config.training.init_from) is not None:
         found["training.init_from"] = weights_sha256(local(path))
     if (source := config.optim.teacher) is not None:
-        file = source.split(":", 2)[2] if source.startswith("torchvision:") else source
-        found["optim.teacher"] = weights_sha256(local(file))
+        found["optim.teacher"] = weights_sha256(local(split_teacher(source)[1]))
     return {name: digest for name, digest in found.items() if digest is not None}
 
 

@@ -5,6 +5,7 @@ Shapes: B images, K classes; a distilled student gives logits_B2K, class token f
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from lape_ray.config import DataConfig, Loss, TrainConfig
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
+from lape_ray.storage import local
+from lape_ray.training.architecture import network_of
 from lape_ray.training.checkpoint import about, read_weights
 from lape_ray.training.classes import checkpoint_classes, match_classes
-from lape_ray.training.preprocessing import differs
+from lape_ray.training.preprocessing import differs, of_checkpoint
 from lape_ray.training.recompute import optimise_blocks
 
 
@@ -65,6 +68,19 @@ def training_loss(
     return (labelled + F.cross_entropy(logits[:, 1], teacher_logits_BK.argmax(dim=1))) / 2
 
 
+def split_teacher(source: str) -> tuple[str, str]:
+    """Split `torchvision:NAME:FILE` into `torchvision:NAME:` and the address FILE; another is an address as a whole.
+
+    Raises:
+        ValueError: torchvision's names no file.
+    """
+    if not source.startswith("torchvision:"):
+        return "", source
+    if (match := re.fullmatch(r"(torchvision:[^:]*:)(.+)", source)) is None:
+        raise ValueError(f"teacher {source!r} names no file of weights; write torchvision:NAME:WEIGHTS_FILE")
+    return match[1], match[2]
+
+
 def load_teacher(
     source: str,
     *,
@@ -76,7 +92,8 @@ def load_teacher(
     """Load a frozen teacher that reads the student's images and answers in the order of the student's classes.
 
     Args:
-        source: `torchvision:NAME:WEIGHTS_FILE` (DeiT's own teacher is regnet_y_16gf) or a checkpoint folder of ours.
+        source: `torchvision:NAME:WEIGHTS_FILE` (DeiT's own teacher is regnet_y_16gf), a checkpoint folder of ours, or
+            a file with timm's config.json next to it.
         classes: names of the student's (K); None: they have none.
         data: how the student's images are normalised; None: as the teacher's.
 
@@ -114,7 +131,8 @@ class _InOrder(nn.Module):
 def _torchvision_teacher(source: str, num_classes: int) -> nn.Module:
     import torchvision  # seconds to import, and few runs have such a teacher
 
-    _, name, file = [*source.split(":", 2), ""][:3]
+    kind, file = split_teacher(source)
+    name = kind.split(":")[1]
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise ValueError(
             f"teacher {source!r}: torchvision has no model {name!r}; DeiT's teacher is regnet_y_16gf"
@@ -130,14 +148,17 @@ def _torchvision_teacher(source: str, num_classes: int) -> nn.Module:
 
 def _own_teacher(source: str, data: DataConfig | None) -> nn.Module:
     state, config = read_weights(source)
-    if config is None:
+    there, model = (
+        (config.data, config.model) if config else (of_checkpoint(local(source)), network_of(local(source)))
+    )
+    if model is None:
         raise ValueError(
             f"teacher {source!r} is no checkpoint folder of ours, so its network is not known; give a folder of ours, "
-            f"or torchvision:NAME:{source}"
+            f"a file with timm's config.json of a network that is ours next to it, or torchvision:NAME:{source}"
         )
-    if data is not None and (notes := differs(config.data, data)):
+    if data is not None and there is not None and (notes := differs(there, data)):
         raise ValueError(f"teacher {source!r}: {notes[0]}")
-    teacher = build_model(config.model)
+    teacher = build_model(model)
     with about(source):
         load_weights(teacher, state)
     return optimise_blocks(teacher)

@@ -14,7 +14,7 @@ from lape_ray.data.split import SplitInfo, read_split_info
 from lape_ray.model import build_model, resolve
 from lape_ray.training.classes import checkpoint_classes, match_classes
 from lape_ray.training.initial import load_initial
-from lape_ray.training.loss import check_loss, load_teacher
+from lape_ray.training.loss import check_loss, load_teacher, split_teacher
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     if flat["tracking.uri"]:
         paths["tracking.uri"] = storage.absolute_store(flat["tracking.uri"])
     if flat["optim.teacher"]:
-        kind, name, file = ["", "", *flat["optim.teacher"].split(":", 2)][
-            -3:
-        ]  # torchvision:NAME:FILE, or a path
-        paths["optim.teacher"] = ":".join(filter(None, (kind, name, storage.absolute(file))))
+        kind, file = split_teacher(flat["optim.teacher"])
+        paths["optim.teacher"] = kind + storage.absolute(file)
     return replace_fields(config, paths)
 
 

@@ -19,7 +19,7 @@ _SLASHED = r"[^\s/?#@:\[]*:(?!\d*(?:[/?#]|$))\S*"  # a password with a slash in 
 _DATABASE = re.compile(rf"(?<![a-z0-9+.-])({_DATABASES}[^\s/:@]*):\S*@", re.IGNORECASE)
 _ACCOUNT = re.compile(rf"{_START}(?:[^\s/?#]*|{_SLASHED})@", re.IGNORECASE)
 _PARAMETER = re.compile(r"([?&;#])([^=&;#?\s]+)=([^&;#\s'\"]+)")
-SHARED = ("AWS_", "MLFLOW_", "LAPE_RAY_")
+SHARED = ("AWS_", "HF_", "MLFLOW_", "LAPE_RAY_")
 _INSTEAD = {
     "http": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN,",
     "postgresql": "PGPASSWORD, or a file ~/.pgpass,",

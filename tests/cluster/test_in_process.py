@@ -13,15 +13,21 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import torch
+from helpers.hub import Repo, stand_in
 from helpers.service import alone
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from safetensors.torch import save
 
+from lape_ray import storage
 from lape_ray.cluster.launch import fit
 from lape_ray.cluster.pages import main
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import digits
+from lape_ray.model import build_model
 from lape_ray.recipes import recipe
-from lape_ray.training.checkpoint import weights_sha256
+from lape_ray.training.checkpoint import read_metadata, weights_sha256
 from lape_ray.training.loop import DivergedError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -150,3 +156,48 @@ def test_pages_that_cannot_be_made_are_said_in_mlflow(
     client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     assert "could not be made" in client.get_run(result.mlflow_run_id).data.tags["pages"]
     assert log.exists()
+
+
+def test_a_run_has_few_curves_and_one_listed_model(home: Path) -> None:
+    """With all that adds some: the moving average, a teacher, the system's load. MLflow draws each on one page."""
+    teacher = fit(config(home, run__name="teacher")).checkpoint
+    result = fit(
+        config(
+            home, run__name="curves", optim__teacher=teacher, optim__ema_decay=0.9,
+            model__variant="deit_tiny_distilled", run__log_steps=1,
+        )
+    )  # fmt: skip
+    client = mlflow.MlflowClient(result.tracking_uri)
+    run = client.get_run(result.mlflow_run_id)
+    names = {name for name in run.data.metrics if not name.startswith("system/")}
+    assert {"val_ema/acc1", "best/acc1", "train/step_s"} <= names
+    monitor = SystemMetricsMonitor(result.mlflow_run_id, tracking_uri=result.tracking_uri)
+    monitor.collect_metrics()  # a run of five steps may end before its own first sample
+    of_the_system = {name for name in monitor.aggregate_metrics() if not name.startswith("gpu_")}
+    assert "cpu_utilization_percentage" in of_the_system
+    assert len(names) + len(of_the_system) <= 40, sorted(names | of_the_system)
+    (model,) = client.search_logged_models(
+        [run.info.experiment_id], f"source_run_id = '{result.mlflow_run_id}'"
+    )
+    assert model.tags["checkpoint"] == result.checkpoint
+    assert model.params["variant"] == "deit_tiny_distilled"
+    assert {one.key: one.value for one in model.metrics}["best/acc1"] == run.data.metrics["best/acc1"]
+
+
+def test_a_run_starts_from_the_hub_and_not_from_others_of_that_name(home: Path, tmp_path: Path) -> None:
+    weights = {}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        weights[seed] = save(build_model(recipe("smoke").model).state_dict())
+    with stand_in(tmp_path / "cache") as hub:
+        hub.repos["me/weights"] = Repo(files={"model.safetensors": weights[0]})
+        changes = {"run__name": "from-hub", "training__init_from": "hf-hub:me/weights", "optim__epochs": 2}
+        first = fit(config(home, **changes, run__stop_after_epochs=1))
+        assert read_metadata(Path(first.checkpoint)).config.training.init_from == "hf-hub:me/weights"
+        hub.repos["me/weights"].files["model.safetensors"] = weights[1]
+        storage.hub._fetch.cache_clear()  # as in another process
+        with pytest.raises(ValueError, match=r"training\.init_from had sha256 \w{12} and has \w{12}"):
+            fit(config(home, **changes))
+        hub.repos["me/weights"].files["model.safetensors"] = weights[0]
+        storage.hub._fetch.cache_clear()
+        assert fit(config(home, **changes)).checkpoint.endswith(("000001", "000002"))

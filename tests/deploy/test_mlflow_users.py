@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -140,6 +143,77 @@ def test_the_jobs_user_writes_and_does_not_delete_what_is_others(
     ):
         with pytest.raises(MlflowException, match="403"):
             forbidden()
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Hands what is asked below /mlflow/ to the server at `port`, without that beginning; knows no other path."""
+
+    port: int
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def forward(self) -> None:
+        if not self.path.startswith("/mlflow/") or "//" in self.path.partition("?")[0]:
+            self.send_error(404, "not below /mlflow/")
+            return
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(self.command, self.path.removeprefix("/mlflow"), body, dict(self.headers))
+        answer = connection.getresponse()
+        content = answer.read()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+        connection.close()
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = forward
+
+
+@pytest.fixture
+def proxy(uri: str) -> Iterator[str]:
+    """The server behind a path of another one, as at http://HOST/mlflow."""
+    handler = type("Handler", (Proxy,), {"port": int(uri.rpartition(":")[2])})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/mlflow"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_server_behind_a_path_takes_a_whole_run(
+    login: Callable[[tuple[str, str]], mlflow.MlflowClient], proxy: str, end: str, tmp_path: Path
+) -> None:
+    """Parameters, metrics, pages, the model and its place in the list; and its page's address has the path."""
+    login(TRAINER)
+    address = proxy + end
+    tracking.check_reachable(address)
+    config = replace_fields(recipe("smoke"), {"tracking.experiment": "path", "tracking.uri": address})
+    data = {"val": ("/data/val.beton", "cd" * 32)}
+    run_id = tracking.create_run(config, name="one", command="python x", tags={"seed": "0"}, datasets=data)
+    tracker = tracking.open_tracker(TrackingConfig(), address, run_id, str(tmp_path / "run"))
+    tracker.metrics({"train/loss": 1.5}, step=1)
+    tracker.close()
+    assert tracking.read_run(address, run_id, ["train/loss"]).history == {"train/loss": [(1, 1.5)]}
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for name in ("model.safetensors", "meta.json"):
+        (folder / name).write_text(name)
+    facts = {"checkpoint": str(folder), "variant": "deit_tiny"}
+    assert tracking.log_model(address, run_id, folder, {"val/acc1": 71.5}, facts)
+    experiment = mlflow.MlflowClient(address).get_run(run_id).info.experiment_id
+    models = mlflow.MlflowClient(address).search_logged_models([experiment], f"source_run_id = '{run_id}'")
+    assert [(one.tags["checkpoint"], one.metrics[0].value) for one in models] == [(str(folder), 71.5)]
+    back = tracking.download_model(address, run_id, tmp_path / "back")
+    assert (back / "model.safetensors").read_text() == "model.safetensors"
+    tracking.log_files(address, run_id, folder, "summary")
+    assert tracking.finish_run(address, run_id, "FINISHED")
+    assert tracking.run_page(address, run_id).startswith(f"{proxy}/#/experiments/{experiment}/runs/{run_id}?")
 
 
 USERS = [

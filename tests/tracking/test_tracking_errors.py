@@ -332,3 +332,71 @@ def test_odd_letters_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tracking.check_reachable(uri)
     assert (tmp_path / "a #b 'c/mlflow.db").exists()
     assert shlex.split(tracking.ui_command(uri)) == ["mlflow", "ui", "--backend-store-uri", uri]
+
+
+# --- the list of models ---------------------------------------------------------------------------------------
+
+
+FACTS = {
+    "checkpoint": "/runs/n/checkpoint-epoch-000003",
+    "variant": "deit_tiny",
+    "join": "lape",
+    "epochs": "3",
+}
+
+
+def best_model(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("model.safetensors", "meta.json", "optimizer.pt"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_the_best_checkpoint_is_one_of_the_experiments_models(database: Path, tmp_path: Path) -> None:
+    """With the metrics, data and run that it is of; a second time it is the same one."""
+    uri, client = f"sqlite:///{database}", mlflow.MlflowClient(f"sqlite:///{database}")
+    made = replace_fields(config(uri), {"tracking.experiment": "models"})
+    data = {"train": ("/d/birds_train.beton", "ab" * 32), "val": ("/d/birds_val.beton", "cd" * 32)}
+    run_id = tracking.create_run(made, name="tiny.one", command="c", tags={}, datasets=data)
+    metrics = {"val/acc1": 71.5, "val/loss": 1.25, "val_ema/acc1": 72.0}
+    folder = best_model(tmp_path / "c")
+    assert tracking.log_model(uri, run_id, folder, metrics, FACTS)
+    experiment = client.get_run(run_id).info.experiment_id
+    (model,) = client.search_logged_models([experiment])
+    assert (model.name, model.source_run_id, model.model_type) == ("tiny-one", run_id, "deit_tiny")
+    assert str(model.status) == "READY"
+    assert (model.params["join"], model.tags["checkpoint"]) == ("lape", FACTS["checkpoint"])
+    found = {(one.key, one.value, one.dataset_name, one.run_id) for one in model.metrics}
+    assert found == {("best/acc1", 71.5, "birds_val", run_id), ("best/loss", 1.25, "birds_val", run_id)}
+    run = client.get_run(run_id)
+    assert {key: value for key, value in run.data.metrics.items() if key.startswith("best/")} == {
+        "best/acc1": 71.5, "best/loss": 1.25,
+    }  # fmt: skip
+    assert [one.model_id for one in run.outputs.model_outputs] == [model.model_id]
+    assert tracking.download_model(uri, run_id, tmp_path / "back").joinpath("model.safetensors").exists()
+    assert tracking.log_model(uri, run_id, folder, metrics, FACTS)
+    assert tracking.log_model(
+        uri, run_id, folder, metrics, FACTS | {"checkpoint": "/runs/n/checkpoint-epoch-000004"}
+    )
+    names = sorted(one.tags["checkpoint"][-1] for one in client.search_logged_models([experiment]))
+    assert names == ["3", "4"]
+
+
+def test_a_server_without_that_list_has_the_rest(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = f"sqlite:///{database}"
+    run_id = create(uri)
+
+    def unknown(*_: object, **__: object) -> None:
+        raise mlflow.MlflowException(
+            "API request to endpoint /api/2.0/mlflow/logged-models failed with error code 404"
+        )
+
+    monkeypatch.setattr(mlflow.MlflowClient, "search_logged_models", unknown)
+    assert tracking.log_model(uri, run_id, best_model(tmp_path / "c"), {"val/acc1": 5.0}, FACTS)
+    (line,) = caplog.messages
+    assert line.startswith(
+        "MLflow: listing the best checkpoint among the experiment's models failed: API request"
+    )
+    assert mlflow.MlflowClient(uri).get_run(run_id).data.metrics["best/acc1"] == 5.0

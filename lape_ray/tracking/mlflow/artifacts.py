@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lape_ray.tracking.failures import never_raise
 from lape_ray.tracking.mlflow.client import connect, impatient, one_line
 from lape_ray.tracking.mlflow.runs import as_metrics
 from lape_ray.values.environment import environment
 
+if TYPE_CHECKING:
+    import mlflow
 
-def log_model(uri: str, run_id: str, checkpoint: Path, metrics: Mapping[str, float]) -> bool:
+
+def log_model(
+    uri: str, run_id: str, checkpoint: Path, metrics: Mapping[str, float], facts: Mapping[str, str]
+) -> bool:
     """Keep a checkpoint's weights and facts as the run's artifact `model`, and its metrics as `best/...`.
 
-    A failure is a warning, and False.
+    The experiment's list of models has it too, with these metrics and `facts`: what tells networks apart, and where the
+    `checkpoint` lies. A failure is a warning, and False; one of that list a warning alone, for older servers have none.
     """
     with never_raise("MLflow: logging the best checkpoint"), tempfile.TemporaryDirectory() as folder:
         for name in ("model.safetensors", "ema.safetensors", "meta.json"):
@@ -27,9 +35,46 @@ def log_model(uri: str, run_id: str, checkpoint: Path, metrics: Mapping[str, flo
         client = connect(uri)
         client.log_artifacts(run_id, folder, "model")
         best = {f"best/{key[4:]}": value for key, value in metrics.items() if key.startswith("val/")}
-        client.log_batch(run_id, metrics=as_metrics(best, 0))
+        belongs = _listed_model(client, run_id, Path(folder, "meta.json"), facts)
+        client.log_batch(run_id, metrics=as_metrics(best, 0, **belongs))
         return True
     return False
+
+
+def _listed_model(
+    client: mlflow.MlflowClient, run_id: str, meta: Path, facts: Mapping[str, str]
+) -> dict[str, str]:
+    """Make a checkpoint one of the experiment's models, if it is not yet; returns what its metrics belong to.
+
+    Its weights are stored once, as the run's artifact: the model has meta.json and the tag `weights`.
+    """
+    from mlflow.entities import LoggedModelOutput
+
+    with never_raise("MLflow: listing the best checkpoint among the experiment's models"):
+        run = client.get_run(run_id)
+        experiment = run.info.experiment_id
+        known = client.search_logged_models([experiment], f"source_run_id = '{run_id}'")
+        model = next((one for one in known if one.tags.get("checkpoint") == facts["checkpoint"]), None)
+        if model is None:
+            model = client.create_logged_model(
+                experiment,
+                re.sub("[/:.%\"']", "-", run.info.run_name),
+                run_id,
+                tags={"checkpoint": facts["checkpoint"], "weights": f"runs:/{run_id}/model"},
+                params={name: value for name, value in facts.items() if name != "checkpoint"},
+                model_type=facts["variant"],
+            )
+            client.log_model_artifact(model.model_id, str(meta))
+            client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+            client.finalize_logged_model(model.model_id, "READY")
+        data = [
+            one.dataset
+            for one in run.inputs.dataset_inputs
+            if "validation" in [tag.value for tag in one.tags]
+        ]
+        of_data = {"dataset_name": data[0].name, "dataset_digest": data[0].digest} if data else {}
+        return {"model_id": model.model_id, **of_data}
+    return {}
 
 
 def log_files(uri: str, run_id: str, folder: Path, to: str) -> None:

@@ -140,12 +140,12 @@ def run_page(uri: str, run_id: str) -> str:
     return ui_command(uri)
 
 
-def as_metrics(values: Mapping[str, float], step: int) -> list[mlflow.entities.Metric]:
-    """Convert the values of a step to MLflow's, as of now."""
+def as_metrics(values: Mapping[str, float], step: int, **of: str) -> list[mlflow.entities.Metric]:
+    """Convert the values of a step to MLflow's, as of now; `of` names the model and data that they are of."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
-    return [Metric(key, float(value), now, step) for key, value in values.items()]
+    return [Metric(key, float(value), now, step, **of) for key, value in values.items()]
 
 
 def tag_run(uri: str, run_id: str, tags: Mapping[str, str]) -> None:
