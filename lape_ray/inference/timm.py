@@ -126,7 +126,7 @@ def _classifier(spec: VariantSpec) -> str | list[str]:
 def _timm_arguments(spec: VariantSpec) -> dict[str, Any]:
     """Return what the network is built with, in timm's names; without what its family does not know."""
     values = {name: getattr(spec, field) for name, field in ARGUMENTS.items()}
-    foreign = ("depth",) if spec.depths else ("depths", "window_size")
+    foreign = ("depth", "init_values") if spec.depths else ("depths", "window_size")
     known = {name: value for name, value in values.items() if name not in foreign and value is not None}
     if spec.depths:
         known["num_heads"] = [spec.num_heads << stage for stage in range(len(spec.depths))]

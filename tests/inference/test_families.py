@@ -25,8 +25,9 @@ from lape_ray.inference.export import write_pyfunc
 from lape_ray.inference.official import export_official, official_state
 from lape_ray.inference.predict import NormalizedModel, Predictor, make_predictor
 from lape_ray.inference.timm import export_timm
-from lape_ray.model import build_model
+from lape_ray.model import build_model, resolve
 from lape_ray.training import checkpoint
+from lape_ray.training.architecture import network_of
 from lape_ray.training.checkpoint import Metadata
 from lape_ray.training.initial import load_initial
 from lape_ray.training.recompute import optimise_blocks
@@ -134,6 +135,10 @@ def test_timm_loads_a_swin(bias: str, tmp_path: Path) -> None:
             theirs(predictor.model.normalize(images())), expected, atol=1e-5, rtol=1e-5
         )
         assert expected.std() > 0.1
+    found = network_of(tmp_path / "model.safetensors")
+    assert found is not None
+    assert resolve(found) == resolve(predictor.config.model)
+    assert (found.position, found.bias) == ("none", bias)
     another = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)
     assert another(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
