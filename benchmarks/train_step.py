@@ -57,7 +57,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "cct": {"variant": "cct_7_3x1"},
     "t2t_vit_7": {"variant": "t2t_vit_7", "position": "sincos1d"},
     "ceit_tiny": {"variant": "ceit_tiny"},
-    "swin_tiny": {"variant": "swin_tiny", "position": "none", "bias": "relative2d"},
+    "swin_tiny": {"variant": "swin_tiny"},
+    "swin_tiny_rpe": {"variant": "swin_tiny", "position": "none", "bias": "relative2d"},
     "toy": {"variant": "deit_tiny", "image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2,
             "num_heads": 2, "num_classes": 10},
     "toy_swin": {"variant": "swin_tiny", "position": "none", "bias": "relative2d", "image_size": 32, "patch_size": 2,
@@ -91,6 +92,8 @@ def timm(config: TrainConfig) -> nn.Module:
 
     spec = resolve(config.model)
     if spec.depths is not None:
+        if (config.model.position, config.model.bias) != ("none", "relative2d"):
+            raise CannotRunError("timm's Swin has its relative bias and no table")
         heads = tuple(spec.num_heads << stage for stage in range(len(spec.depths)))
         swin: nn.Module = TimmSwin(
             img_size=spec.image_size, patch_size=spec.patch_size, embed_dim=spec.embed_dim, depths=spec.depths,

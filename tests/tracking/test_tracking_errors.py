@@ -238,7 +238,7 @@ def test_a_run_that_is_not_stored_whole_does_not_end_as_finished(
 ) -> None:
     uri = f"sqlite:///{database}"
     run_id = create(uri)
-    with launch._status_of(uri, run_id) as end:
+    with launch.status_of(uri, run_id) as end:
         end.tracked = tracked
     assert mlflow.MlflowClient(uri).get_run(run_id).info.status == status
 

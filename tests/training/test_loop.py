@@ -274,15 +274,11 @@ def probe(folder: Path, family: str) -> TrainConfig:
     """Train a network into `folder` for an epoch, and return the config that trains its head for two more."""
     fields = FAMILIES.get(family, {"model__variant": family})
     run(smoke(**fields, optim__epochs=1), folder)
-    return smoke(
-        **{**RANDOM, **fields, "optim__epochs": 2},
-        optim__train="head",
-        optim__accumulate=2,
-        optim__algorithm="muon",
-        optim__lr=0.01,
-        run__checkpoint_steps=2,
-        training__init_from=str(folder / "1"),
-    )
+    probing = {
+        "optim__epochs": 2, "optim__train": "head", "optim__accumulate": 2, "optim__algorithm": "muon",
+        "optim__lr": 0.01, "run__checkpoint_steps": 2, "training__init_from": str(folder / "1"),
+    }  # fmt: skip
+    return smoke(**{**RANDOM, **fields, **probing})
 
 
 @pytest.mark.parametrize("family", ["deit_tiny_distilled", *FAMILIES])
