@@ -267,7 +267,9 @@ def test_every_family_is_checked_and_timed(model: str, monkeypatch: pytest.Monke
         assert made.work(1) == 2
         assert made.facts["logits"] < 1e-4 and made.facts["train_flops"] > 0 and made.facts["step_bytes"] > 0
     for peer in ("timm", "torchvision"):
-        with pytest.raises(common.CannotRunError, match=r"only DeiT's network is built of it|timm's Swin has"):
+        with pytest.raises(
+            common.CannotRunError, match=r"only DeiT's network is built of it|timm's Swin has"
+        ):
             train_step.prepare(Run(model, 2, peer, "eager", "cpu", 1, 1))
 
 
