@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import dataclasses
 import difflib
+import logging
+import os
 import shlex
 import sys
 import traceback
@@ -124,19 +128,44 @@ def typed_command() -> str:
 
 
 def run_job(job: Callable[[], int | None]) -> NoReturn:
+    """Run a job's main function, and end the process with its `exit_code`.
+
+    The interpreter is left without taking its modules apart, which takes 1.4 s of torch and MLflow.
+    """
+    code = [1]
+    atexit.register(_leave, code)  # before all others, so that it is called after them
+    code[0] = exit_code(job)
+    sys.exit(code[0])
+
+
+def _leave(code: Sequence[int]) -> NoReturn:
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code[0])
+
+
+def exit_code(job: Callable[[], int | None]) -> int:
     """Run a job's main function; what a user can cause becomes one line and an exit code, not a traceback.
 
     The code is 2, or the `exit_code` of an error that has one; 1 after a traceback, 130 after Ctrl-C. No line shows a
     password that stands in an address.
     """
     try:
-        sys.exit(job() or 0)
+        return job() or 0
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
     except Exception as error:
         if not isinstance(error, (ValueError, OSError)) and not hasattr(error, "exit_code"):
             print(redacted(traceback.format_exc()), end="", file=sys.stderr)
-            sys.exit(1)
+            return 1
         print(f"error: {redacted(str(error))}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
+        code: int = getattr(error, "exit_code", 2)
+        return code

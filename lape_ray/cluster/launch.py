@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,11 +94,15 @@ def fit(config: TrainConfig) -> FitResult:
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(leased(folder, f"run {name}"))
         earlier = earlier_run(config, folder, inputs)
+        meanwhile = stack.enter_context(ThreadPoolExecutor(1))
+        reachable = None
         if earlier is None:  # a run that continues can wait for the server
-            tracking.check_reachable(uri)
+            reachable = meanwhile.submit(tracking.check_reachable, uri)
         else:
             print(f"run {name} exists and is not finished: continuing it", flush=True)
         place: Place = stack.enter_context(_place(config, folder, uri))
+        if reachable is not None:
+            reachable.result()  # a Ray took as long to start as MLflow takes to import
         lease.check()
         if config.run.overwrite:
             storage.empty_folder(folder, but=LEASE_FILES)

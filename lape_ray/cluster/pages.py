@@ -13,11 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from lape_ray import storage, tracking
 from lape_ray.cluster.run import Run
-from lape_ray.cluster.run_record import read_run
 from lape_ray.config import TrainConfig
 from lape_ray.values.redaction import redacted
 
@@ -27,7 +24,9 @@ TAG = "pages"
 
 def make_pages(config: TrainConfig, uri: str, run_id: str, checkpoint: str) -> None:
     """Draw the pages of a run from the checkpoint at that address, and put them into MLflow."""
-    from lape_ray.report.build import checkpoint_report  # only here: figures need a second to import
+    import torch  # only here, as are the figures: a process that hands this over needs neither
+
+    from lape_ray.report.build import checkpoint_report
     from lape_ray.report.summary import METRICS, write_run_summary
 
     torch.set_num_threads(config.run.cpus_per_worker)
@@ -62,6 +61,9 @@ def hand_over(run: Run, checkpoint: str) -> None:
 
 def main() -> None:
     """Make the pages of the run whose record is in the given folder; the log file goes where all is well."""
+    os.nice(10)  # the command that handed this over is still ending
+    from lape_ray.cluster.run_record import read_run  # imports torch
+
     folder, checkpoint, *log = sys.argv[1:]
     config, run_id = read_run(folder)
     uri = tracking.tracking_uri(config)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lape_ray import config, tracking
-from lape_ray.cli import parse, run_job
+from lape_ray.cli import exit_code, parse
 from lape_ray.cluster.controller import variables
 from lape_ray.config import (
     DataConfig,
@@ -177,10 +177,8 @@ def test_what_a_job_prints_of_an_error_shows_no_password(
     def job() -> None:
         raise error(f"no answer from {WEB}/api")
 
-    with pytest.raises(SystemExit) as end:
-        run_job(job)
+    assert exit_code(job) == code
     output = "".join(capsys.readouterr())
-    assert end.value.code == code
     assert "no answer from https://host/api" in output
     assert SECRET not in output
     assert ("Traceback" in output) == (code == 1)

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,13 +39,15 @@ class MlflowTracker:
         self._run_id = run_id
         self._sender = Sender(_History(uri, run_id), folder, check)
         self._sender.start()
-        # Not here: importing MLflow takes seconds, and a server that is away more, which no training waits for.
         self._watching = ThreadPoolExecutor(1, thread_name_prefix="watch")
-        self._monitor = self._watching.submit(_watch_system, uri, run_id)
+        self._watch = functools.partial(self._watching.submit, _watch_system, uri, run_id)
+        self._monitor: Future[SystemMetricsMonitor | None] | None = None
 
     def metrics(self, values: Mapping[str, float], *, step: int) -> None:
         """Queue `values` for the run's history."""
         self._sender.put(values, step)
+        if self._monitor is None:  # not before the first step: importing MLflow takes seconds
+            self._monitor = self._watch()
 
     def files(self, folder: Path, to: str) -> None:
         """Keep every file of `folder` under the run's artifact folder `to`, at once; a failure is a warning."""
@@ -59,7 +61,8 @@ class MlflowTracker:
     def close(self, timeout_s: float = 60) -> None:
         """Wait until everything is stored, and keep the rest in the run's folder."""
         with never_raise("MLflow: watching the system"):
-            if (monitor := self._monitor.result(timeout=timeout_s)) is not None:
+            monitor = None if self._monitor is None else self._monitor.result(timeout=timeout_s)
+            if monitor is not None:
                 monitor.finish()
         self._watching.shutdown(wait=False)
         self._sender.close(timeout_s)
