@@ -14,6 +14,7 @@ pages            a trained run's pages in MLflow
 reporter         what the loop reports, carried to Ray Train, the tracker, Prometheus and the log
 checkpoint_writer  checkpoints on their way from rank 0's memory to storage
 supervisor       the actor that carries stop requests and counts failures
+failure_count    what Ray Train's controller tells it of failures
 connection       a connection to Ray, and work spread over its nodes
 resources        what a training takes of the cluster, and whether there is room
 local            a Ray of this machine, for the demo and the tests

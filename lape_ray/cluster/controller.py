@@ -14,10 +14,11 @@ from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 
 from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import read_list
+from lape_ray.cluster.failure_count import FailureCount
 from lape_ray.cluster.ray_worker import run_worker
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import RunEnd, WorkersFailedError
-from lape_ray.cluster.supervisor import FailureCount, Supervisor, supervised, until_stopped
+from lape_ray.cluster.supervisor import Supervisor, supervised, until_stopped
 from lape_ray.storage import Lease
 from lape_ray.values.redaction import shared_variables
 

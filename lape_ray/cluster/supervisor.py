@@ -1,31 +1,27 @@
-"""The actor of a run that carries the request to stop it, and counts the failures of its workers."""
+"""The actor of a run that carries the request to stop it, and counts the failures of its workers.
+
+Nothing here imports Ray Train: an actor that starts while all other processes do should take little of their CPUs.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import math
-import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import ray
-import ray.train
-from ray.train import UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lape_ray.cluster.connection import only_actor
 from lape_ray.cluster.signals import signals_ask
 
 T = TypeVar("T")
 MEMORY = "OutOfMemoryError"  # torch's; it would come again at the same place
 LOOK_S, DRAIN_POLL_S = 0.2, 5.0  # between two looks at the request to stop, and at nodes that leave
-LEAVE_GROUP_S = 5
-"""The time that workers have to leave their process group after a failure; Ray Train's default is half a minute."""
 
 
 class Supervisor:
@@ -79,33 +75,16 @@ def supervised(cls: type[Supervisor], folder: str, *arguments: Any) -> Iterator[
 
     A driver of this cluster that was killed may have left one, which is waited for.
     """
+    from lape_ray.cluster.connection import (
+        only_actor,  # not in the actor's own process, which is soon ready without
+    )
+
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     supervisor = only_actor(cls, folder, *arguments, max_concurrency=1000, scheduling_strategy=here)
     try:
         yield supervisor
     finally:
         ray.kill(supervisor)
-
-
-class FailureCount(UserCallback):
-    """Tell the supervisor of every failure that Ray Train's controller sees."""
-
-    def __init__(self, supervisor: Any) -> None:
-        self.supervisor = supervisor
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive in the controller's process, whose warning of an option that Ray sets itself helps no user."""
-        self.__dict__.update(state)
-        warnings.filterwarnings("ignore", message=".*exclude_resources. is deprecated")
-
-    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        # A worker that hangs never leaves. Ray Train hands this variable on to no controller, but asks for it there.
-        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(LEAVE_GROUP_S))
-        reasons = [
-            (str(error).strip() or repr(error)).splitlines()[-1] for error in worker_exceptions.values()
-        ]
-        # Where one worker ran out of memory, the others say that it went away.
-        self.supervisor.failed.remote(next((reason for reason in reasons if MEMORY in reason), reasons[0]))
 
 
 class StopRequest:

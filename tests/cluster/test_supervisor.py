@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lape_ray.cluster import connection
-from lape_ray.cluster.supervisor import FailureCount, Supervisor
+from lape_ray.cluster.failure_count import FailureCount
+from lape_ray.cluster.supervisor import Supervisor
 
 
 def told(*errors: Exception) -> str:
