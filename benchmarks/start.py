@@ -97,8 +97,8 @@ def main() -> None:
                 time.sleep(0 if options.smoke else 15)  # for the pages, which another process makes
     rows: list[Row] = []
     for name, times in found.items():
-        first, after = [one for one, _ in times], [one for _, one in times]
-        rows.append({"name": name, "first": spread(first), "after": spread(after)})
+        first, after = spread([pair[0] for pair in times]), spread([pair[1] for pair in times])
+        rows.append({"name": name, "first": first, "after": after})
     add_ratios(rows, {"ray": "least", "in_process": "least"}, "first")
     record.add("start", rows)
     print(table("start and end of a command", COLUMNS, rows))
