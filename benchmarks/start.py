@@ -96,8 +96,8 @@ def main() -> None:
                     found[name].append(times)
                 time.sleep(0 if options.smoke else 15)  # for the pages, which another process makes
     rows: list[Row] = []
-    for name, times in found.items():
-        first, after = spread([pair[0] for pair in times]), spread([pair[1] for pair in times])
+    for name, pairs in found.items():
+        first, after = spread([pair[0] for pair in pairs]), spread([pair[1] for pair in pairs])
         rows.append({"name": name, "first": first, "after": after})
     add_ratios(rows, {"ray": "least", "in_process": "least"}, "first")
     record.add("start", rows)
