@@ -32,6 +32,8 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with the patch every printed line appears twice in the job's log
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page of training runs
+    # Workers look for themselves (`supervisor.LeavingNode`); its actor costs a process and logs an error at its start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 

@@ -34,7 +34,7 @@ class Group(Protocol):
         """Tell, on rank 0 and without waiting, whether the run is to end."""
 
     def node_leaving(self) -> bool:
-        """Return true once for each time that a machine of the run is about to go."""
+        """Return true once, where the machine of this worker is about to go."""
 
 
 class Alone:

@@ -15,7 +15,7 @@ import ray.train.torch
 from lape_ray.cluster.prometheus import RunGauges
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import RunEnd
-from lape_ray.cluster.supervisor import StopRequest
+from lape_ray.cluster.supervisor import LeavingNode, StopRequest
 from lape_ray.cluster.worker import train_run
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class RayGroup:
         self.rank, self.size = context.get_world_rank(), context.get_world_size()
         self._run, self._supervisor = run, supervisor
         self._stop = StopRequest(supervisor) if self.rank == 0 else None
-        self._leaving: object = None
+        self._node = LeavingNode()
 
     def may_start(self, newest: str | None) -> str:
         reason: str = ray.get(self._supervisor.started.remote(newest))
@@ -71,10 +71,7 @@ class RayGroup:
         return bool(self._stop)
 
     def node_leaving(self) -> bool:
-        info = ray.train.get_preemption_info()
-        new = info is not None and info != self._leaving
-        self._leaving = info
-        return new
+        return self._node.poll()
 
 
 def _quiet_ray_train() -> None:

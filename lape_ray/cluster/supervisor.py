@@ -103,7 +103,7 @@ class StopRequest:
 
 
 class LeavingNode:
-    """What Ray says of the node of an actor outside Ray Train; asking costs a look each DRAIN_POLL_S."""
+    """What Ray says of the node of this process; asking costs a look each DRAIN_POLL_S."""
 
     def __init__(self) -> None:
         self._node = ray.get_runtime_context().get_node_id()
