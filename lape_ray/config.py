@@ -273,7 +273,9 @@ class OptimConfig:
     label_smoothing: float = option(0.0, "share of a label spread evenly over all classes")
     ema_decay: float = option(0.0, "decay of the weights' moving average; 0 is off")
     teacher: str | None = option(
-        None, "teacher of hard distillation: a checkpoint of ours, or torchvision:NAME:WEIGHTS_FILE"
+        None,
+        "teacher of hard distillation: a checkpoint of ours, a file with timm's config.json next to it, or "
+        "torchvision:NAME:WEIGHTS_FILE",
     )
     accumulate: int = execution_option(1, "micro-batches of an optimizer step, for each worker")
 
@@ -313,7 +315,8 @@ class TrainingConfig:
         "none", "what gradients travel as between workers; bf16 halves the traffic and rounds them"
     )
     init_from: str | None = option(
-        None, "checkpoint whose weights the run starts from (ours, LaPE, DeiT or timm)"
+        None,
+        "checkpoint whose weights the run starts from: ours, LaPE's, DeiT's, timm's, or hf-hub:OWNER/NAME",
     )
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ def build_parser(prog: str | None = None) -> ConfigParser:
         prog=prog,
     )
     add = parser.add_argument
-    add("checkpoint", help="folder, .pth or .safetensors")
+    add("checkpoint", help="folder, .pth, .safetensors or hf-hub:OWNER/NAME")
     add("--recipe", help="recipe whose network and data settings are used")
     add("--ema", action="store_true", help="evaluate the moving average that the checkpoint holds")
     add("--knn", type=counts, metavar="K,...", help="numbers of nearest neighbours that vote, such as 10,20")

@@ -3,7 +3,8 @@
 Each CHECKPOINT is [LABEL=]PATH[@RECIPE[,FIELD=VALUE...]]: a checkpoint folder of ours, which knows its network, or a
 .pth or .safetensors file of the official LaPE code, DeiT or timm, whose network is described by @RECIPE, by fields of
 the model for this one, as in rpe.pth@deit_tiny_basic,position=none,bias=relative2d, and by --model.* options for all.
-Each RUN is [LABEL=]ID of an MLflow run, which the report is then logged to. Several stand side by side.
+PATH may be an s3:// or hf-hub:OWNER/NAME address. Each RUN is [LABEL=]ID of an MLflow run, which the report is then
+logged to. Several stand side by side.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def not_for_timm(config: TrainConfig) -> str | None:
 def export_timm(predictor: Predictor, folder: Path) -> str:
     """Write model.safetensors and config.json in timm's layout and names; returns how to load them.
 
-    A network that timm has (DeiT with join=basic, Swin with its relative bias or nothing) loads with
+    A network that timm has (DeiT or DeiT III with join=basic, Swin with its relative bias or nothing) loads with
     `timm.create_model("local-dir:FOLDER", pretrained=True)`. Every other is written in the same layout under our names,
     and the returned line says so. Fixed tables (sincos) are written as weights, and no position as zeros.
     """
