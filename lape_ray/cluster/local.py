@@ -24,6 +24,12 @@ from pathlib import Path
 
 import psutil
 
+STARTS = 3  # tries to start, where another process takes a port first
+
+
+class _PortTakenError(RuntimeError):
+    """Another process has taken a port."""
+
 
 @dataclass(frozen=True)
 class LocalCluster:
@@ -74,6 +80,18 @@ def executable(name: str) -> str:
 @contextlib.contextmanager
 def local_cluster(*, num_cpus: int, start_timeout_s: float = 90) -> Iterator[LocalCluster]:
     """Start a head node with `num_cpus` CPUs and stop it, with all that it started, at the end."""
+    with contextlib.ExitStack() as stack:
+        for attempt in range(STARTS):
+            try:
+                yield stack.enter_context(_started(num_cpus, start_timeout_s))
+                return
+            except _PortTakenError:  # between the moment it was found free and now
+                if attempt + 1 == STARTS:
+                    raise
+
+
+@contextlib.contextmanager
+def _started(num_cpus: int, start_timeout_s: float) -> Iterator[LocalCluster]:
     gcs, dashboard, client, agent, agent_grpc, metrics = free_ports(6)
     folder = tempfile.mkdtemp(prefix="lape-", dir="/tmp")  # short: a socket's path has at most 107 bytes
     log = Path(folder) / "start.log"
@@ -111,7 +129,9 @@ def _wait_until_ready(
     deadline = time.monotonic() + timeout_s
     while True:
         if process.poll() is not None:
-            raise RuntimeError(f"ray start ended with code {process.returncode}:\n{log.read_text()[-2000:]}")
+            said = log.read_text()
+            kind = _PortTakenError if "already in use" in said else RuntimeError
+            raise kind(f"ray start ended with code {process.returncode}:\n{said[-2000:]}")
         # The job server forwards to an agent on the node; a listing is answered only when both are up.
         token = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
         request = urllib.request.Request(f"{cluster.dashboard}/api/jobs/", headers=token)
