@@ -61,7 +61,8 @@ def _submit(ray: LocalCluster, job: Sequence[str], runtime_env: dict[str, Any]) 
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every file that it does not send
-    with environment(ray.environment):
+    # The client prefers an address in the environment to the one that it is given.
+    with environment({**ray.environment, "RAY_ADDRESS": ray.dashboard}):
         access = {"Authorization": f"Bearer {ray.environment['RAY_AUTH_TOKEN']}"}
         client = JobSubmissionClient(ray.dashboard, headers=access)
         name = client.submit_job(entrypoint=shlex.join(job), runtime_env=runtime_env)
