@@ -415,7 +415,7 @@ class RunConfig:
 
     @property
     def workers(self) -> Span:
-        """The least and the most workers; the command's own process is one."""
+        """Return the least and the most workers; the command's own process is one."""
         if isinstance(self.num_workers, Span):
             return self.num_workers
         count = 1 if self.in_process else self.num_workers
@@ -423,7 +423,7 @@ class RunConfig:
 
     @property
     def in_process(self) -> bool:
-        """Whether the command itself trains, without Ray."""
+        """Tell whether the command itself trains, without Ray."""
         return self.num_workers == 0
 
 

@@ -20,6 +20,7 @@ from lape_ray.cli import typed_command
 from lape_ray.cluster.checkpoint_list import best, read_list, recover
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
+from lape_ray.cluster.worker import tell
 from lape_ray.config import NETWORK_FIELDS, TrainConfig, replace_fields
 from lape_ray.recipes import recipe
 from lape_ray.storage import LEASE, LEASE_FILES, Lease, LeaseLostError, leased
@@ -63,7 +64,7 @@ class Place(Protocol):
 
     @property
     def use_gpu(self) -> bool:
-        """Whether they compute on GPUs."""
+        """Tell whether they compute on GPUs."""
 
     def train(self, run: Run, lease: Lease) -> None:
         """Train, or complete what was trained before; raises the error of how else it ended."""
@@ -106,7 +107,7 @@ def fit(config: TrainConfig) -> FitResult:
         lease.check()
         if config.run.overwrite:
             storage.empty_folder(folder, but=LEASE_FILES)
-        recover(folder, _tell, before=storage.modified(storage.join(folder, LEASE)))
+        recover(folder, tell, before=storage.modified(storage.join(folder, LEASE)))
         run = Run(
             config=config,
             folder=folder,
@@ -117,7 +118,7 @@ def fit(config: TrainConfig) -> FitResult:
             inputs=inputs,
         )
         write_run(run, finished=False)
-        _tell(f"run {name}  storage {folder}\nMLflow run {run.mlflow_run_id}: {tracking.ui_command(uri)}")
+        tell(f"run {name}  storage {folder}\nMLflow run {run.mlflow_run_id}: {tracking.ui_command(uri)}")
         return _train_and_conclude(run, lease, place)
 
 
@@ -130,10 +131,6 @@ def _place(config: TrainConfig, folder: str, uri: str) -> contextlib.AbstractCon
     from lape_ray.cluster.on_ray import on_ray
 
     return on_ray(config, folder, uri)
-
-
-def _tell(text: str) -> None:
-    print(text, flush=True)
 
 
 def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:

@@ -17,6 +17,7 @@ from lape_ray.cluster.pages import hand_over, make_pages
 from lape_ray.cluster.resources import lack, wait_for_room
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.supervisor import Supervisor, supervised
+from lape_ray.cluster.worker import tell
 from lape_ray.config import TrainConfig
 from lape_ray.storage import Lease
 
@@ -87,15 +88,11 @@ def _wait_for_workers(config: TrainConfig, use_gpu: bool) -> None:
     """Wait until the cluster could hold the workers that the run needs at least; a ValueError where it cannot."""
     run = config.run
     need = {"CPU": run.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    if not wait_for_room("the run", need, run.workers.low, wait_s=run.wait_s, tell=_tell):
+    if not wait_for_room("the run", need, run.workers.low, wait_s=run.wait_s, tell=tell):
         raise ValueError(
             f"the run needs {lack(need, run.workers.low)}: lower --run.num_workers or --run.cpus_per_worker, add "
             "nodes, or wait longer for them with --run.wait_s"
         )
-
-
-def _tell(text: str) -> None:
-    print(text, flush=True)
 
 
 def refuse_local_store(uri: str) -> None:

@@ -26,14 +26,14 @@ from lape_ray.training.loop import train
 
 def train_run(run: Run, group: Group, device: torch.device) -> RunEnd:
     """Train, on every worker. What ends a run for good is returned: as an error, Ray Train would repeat it."""
-    tell = _tell if group.rank == 0 else _ignore
-    end, listed = _check_restart_allowed(run, group, tell)
+    say = tell if group.rank == 0 else _ignore
+    end, listed = _check_restart_allowed(run, group, say)
     if end.kind != "done":
         return end
     _stage(run.config, device)
     try:
         with (
-            _newest_complete(run, listed, device, tell) as (folder, listed),
+            _newest_complete(run, listed, device, say) as (folder, listed),
             opened_reporter(run, group, listed, World.current(device)) as reporter,
         ):
             reporter.line_of_size()
@@ -43,7 +43,8 @@ def train_run(run: Run, group: Group, device: torch.device) -> RunEnd:
     return end
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Show a line to people."""
     print(text, flush=True)
 
 

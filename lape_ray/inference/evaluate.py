@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lape_ray.config import TrainConfig, flatten, replace_fields
 from lape_ray.data.batch import Batch, Batches
-from lape_ray.data.loader import build_loader
+from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.ready import Normalized
 from lape_ray.data.split import read_split_info
 from lape_ray.inference.predict import load_network
@@ -93,19 +93,24 @@ def evaluate_checkpoint(checkpoint: str, config: TrainConfig, *, ema: bool = Fal
     Returns:
         `images`, `loss`, `acc1` and `acc5` (percent).
     """
-    spec, device = resolve(config.model), choose_device(config)
+    device = choose_device(config)
     network = load_network(checkpoint, config, ema=ema)
     places_K = val_places(checkpoint, config)
-    loader: Batches = build_loader(
+    loader = Normalized(evaluation_loader(config, device), config.data, device)
+    with autocast_for(config, device)():
+        return evaluate(network.to(device), by_name(loader, places_K))
+
+
+def evaluation_loader(config: TrainConfig, device: torch.device, *, image_size: int | None = None) -> Loader:
+    """Build the loader of `data.val` as evaluation sees it, at the network's image size or another."""
+    return build_loader(
         config.data,
         "val",
-        image_size=spec.image_size,
+        image_size=image_size or resolve(config.model).image_size,
         batch_size=config.data.eval_batch_size,
         device=device,
-        threads=available_cpus(),
+        threads=config.data.threads or available_cpus(),
     )
-    with autocast_for(config, device)():
-        return evaluate(network.to(device), by_name(Normalized(loader, config.data, device), places_K))
 
 
 def val_places(checkpoint: str, config: TrainConfig) -> list[int] | None:

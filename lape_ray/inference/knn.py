@@ -9,7 +9,6 @@ Shapes: B images of a batch, V evaluated images, D width, N neighbours, K classe
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -18,18 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lape_ray.config import TrainConfig
+from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.data.batch import Batches
-from lape_ray.data.loader import build_loader
 from lape_ray.data.ready import Normalized
 from lape_ray.data.split import SplitInfo
-from lape_ray.inference.evaluate import by_name, choose_device, config_for, seen_as
+from lape_ray.inference.evaluate import by_name, choose_device, config_for, evaluation_loader, seen_as
 from lape_ray.inference.predict import load_network
-from lape_ray.model import Network, resolve
+from lape_ray.model import Network
 from lape_ray.storage import local
 from lape_ray.training.classes import places_of
 from lape_ray.training.preflight import check_split
-from lape_ray.training.state import autocast_for, available_cpus
+from lape_ray.training.state import autocast_for
 
 TEMPERATURE = 0.07
 
@@ -96,16 +94,8 @@ def _places(val: SplitInfo, train: SplitInfo) -> list[int]:
 
 
 def _loader(config: TrainConfig, path: str, device: torch.device) -> Batches:
-    data = dataclasses.replace(config.data, val=path)
-    loader = build_loader(
-        data,
-        "val",
-        image_size=resolve(config.model).image_size,
-        batch_size=data.eval_batch_size,
-        device=device,
-        threads=data.threads or available_cpus(),
-    )
-    return Normalized(loader, data, device)
+    config = replace_fields(config, {"data.val": path})
+    return Normalized(evaluation_loader(config, device), config.data, device)
 
 
 @torch.inference_mode()

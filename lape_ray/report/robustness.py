@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from lape_ray.config import TrainConfig
 from lape_ray.data.batch import Batch, Batches
-from lape_ray.data.loader import Loader, build_loader
+from lape_ray.data.loader import Loader
 from lape_ray.data.ready import Normalized
-from lape_ray.inference.evaluate import by_name
+from lape_ray.inference.evaluate import by_name, evaluation_loader
 from lape_ray.inference.samples import batches_at, evenly_spaced
 from lape_ray.model import build_model, resolve
 from lape_ray.model.build import stage_sides
@@ -27,7 +27,7 @@ from lape_ray.model.variants import VariantSpec
 from lape_ray.report.figures import curves_figure
 from lape_ray.training.loop import evaluate
 from lape_ray.training.recompute import optimise_blocks
-from lape_ray.training.state import autocast_for, available_cpus
+from lape_ray.training.state import autocast_for
 
 SIZES_OF_224 = (160, 192, 224, 256, 288, 320, 352, 384)
 
@@ -164,14 +164,7 @@ class _Measurement:
 
     def loader(self, size: int) -> Batches:
         data = self.config.data
-        loader = build_loader(
-            data,
-            "val",
-            image_size=size,
-            batch_size=data.eval_batch_size,
-            device=self.device,
-            threads=available_cpus(),
-        )
+        loader = evaluation_loader(self.config, self.device, image_size=size)
         chosen = loader if self.images is None else Few(loader=loader, count=self.images)
         return by_name(Normalized(chosen, data, self.device), self.places_K)
 

@@ -26,7 +26,7 @@ class Estimate:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Tell whether the interval leaves 0 out."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
     @classmethod

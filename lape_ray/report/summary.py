@@ -17,18 +17,16 @@ from PIL import Image
 from torch import Tensor
 
 from lape_ray.config import TrainConfig, dump
-from lape_ray.data.loader import build_loader
 from lape_ray.data.ready import Normalized
-from lape_ray.inference.evaluate import choose_device
+from lape_ray.inference.evaluate import choose_device, evaluation_loader
 from lape_ray.inference.predict import load_network
 from lape_ray.inference.samples import evenly_spaced, images_at
-from lape_ray.model import resolve
 from lape_ray.report import figures, outcome
 from lape_ray.report.outcome import ClassScore, Predictions, by_epoch
 from lape_ray.report.page import Page
 from lape_ray.tracking import RunFacts
 from lape_ray.training.checkpoint import read_metadata
-from lape_ray.training.state import autocast_for, available_cpus
+from lape_ray.training.state import autocast_for
 
 HTML = "summary.html"
 METRICS = (
@@ -64,14 +62,7 @@ def write_run_summary(config: TrainConfig, checkpoint: Path, run: RunFacts, fold
     Raises ValueError and OSError where the validation data or the checkpoint cannot be read.
     """
     device = choose_device(config)
-    loader = build_loader(
-        config.data,
-        "val",
-        image_size=resolve(config.model).image_size,
-        batch_size=config.data.eval_batch_size,
-        device=device,
-        threads=available_cpus(),
-    )
+    loader = evaluation_loader(config, device)
     network = load_network(str(checkpoint), config).to(device)
     with autocast_for(config, device)():
         predictions = outcome.predict_all(network, Normalized(loader, config.data, device))

@@ -217,7 +217,7 @@ def labels(points: Sequence[Cell]) -> list[str]:
 
 
 def _told_by_variant(points: Sequence[Cell], field: str) -> bool:
-    """Whether a field is part of what several networks are trained with, each its own, and names none of them."""
+    """Tell whether a field is part of what several networks are trained with, each its own, and names none of them."""
     found: dict[Any, set[Any]] = {}
     for point in points:
         found.setdefault(point.get("model.variant"), set()).add(write_value(point.get(field)))

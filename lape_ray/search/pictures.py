@@ -126,7 +126,7 @@ def parallel_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
 
 
 def _places(axis: Axis, values: Sequence[Any]) -> tuple[list[float], dict[float, str]]:
-    """Heights from 0 to 1 of each value, and the text of the ticks by their heights."""
+    """Return heights from 0 to 1 of each value, and the text of the ticks by their heights."""
     if isinstance(axis, Choice):
         known = {
             write_value(value): index / max(1, len(axis.values) - 1)

@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def workers(self) -> int:
-        """Of each trial."""
+        """Return the number of workers of each trial."""
         return self.base.run.workers.low
 
     @property
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def unit(self) -> str:
-        """What stands behind a value of the metric."""
+        """Return what stands behind a value of the metric."""
         return " %" if "acc" in self.metric else ""
 
     def definition(self) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Trial:
 
     @property
     def values(self) -> dict[str, Any]:
-        """`section.field` -> value, as they are now."""
+        """Return `section.field` -> value, as they are now."""
         return self.values_before(None)
 
     def values_before(self, epoch: int | None) -> dict[str, Any]:
@@ -102,12 +102,12 @@ class Trial:
 
     @property
     def done(self) -> int:
-        """Epochs that have been reported."""
+        """Count the epochs that have been reported."""
         return self.epochs[-1].epoch if self.epochs else 0
 
     @property
     def seconds(self) -> float:
-        """Of training, evaluation and saving, of all epochs that were reported."""
+        """Sum up training, evaluation and saving of all epochs that were reported."""
         return sum(one.seconds for one in self.epochs)
 
     @property
@@ -116,7 +116,7 @@ class Trial:
 
     @property
     def reason(self) -> str:
-        """The error in one line; "" where there is none."""
+        """Return the error in one line; "" where there is none."""
         return self.error.splitlines()[0] if self.error else ""
 
     def at(self, epoch: int, metric: str) -> float | None:
@@ -137,7 +137,7 @@ def best_epoch(epochs: Sequence[Epoch], metric: str, sign: int) -> Epoch | None:
 
 
 def by_point(trials: Sequence[Trial]) -> dict[int, list[Trial]]:
-    """Trials of the same point, by its number."""
+    """Group the trials by the number of their point."""
     groups: dict[int, list[Trial]] = {}
     for trial in sorted(trials, key=lambda trial: trial.point):
         groups.setdefault(trial.point, []).append(trial)

@@ -57,7 +57,7 @@ class SearchResult:
 
     @property
     def page(self) -> str:
-        """Address of the HTML report; tables and figures lie beside it."""
+        """Return the address of the HTML report; tables and figures lie beside it."""
         return storage.join(self.folder, REPORT, HTML)
 
     @property

@@ -31,7 +31,7 @@ class Settings:
 
     @property
     def resources(self) -> tune.PlacementGroupFactory:
-        """What a trial takes of the cluster: nothing for its leader, `need` for each worker."""
+        """Say what a trial takes of the cluster: nothing for its leader, `need` for each worker."""
         return tune.PlacementGroupFactory([{}] + [self.need] * self.plan.workers)
 
 

@@ -41,18 +41,18 @@ class Cell:
 
     @property
     def reached(self) -> float | None:
-        """The mean of what the trials last came to; None: nothing was evaluated."""
+        """Return the mean of what the trials last came to; None: nothing was evaluated."""
         values = [value for trial in self.trials if (value := trial.last(self.plan.metric)) is not None]
         return statistics.fmean(values) if values else None
 
     @cached_property
     def estimate(self) -> Estimate | None:
-        """Of the metric after the last epoch, over the trials that trained to the end; None: none did."""
+        """Estimate the metric after the last epoch, over the trials that trained to the end; None: none did."""
         return Estimate.of(list(self.finals.values())) if self.finals else None
 
     @cached_property
     def difference(self) -> Estimate | None:
-        """From the reference, over the seeds that both have; None: there is none."""
+        """Estimate the difference from the reference, over the seeds that both have; None: there is none."""
         return _paired(self.finals, _finals(self.plan, self.reference))
 
 
@@ -62,7 +62,7 @@ def _finals(plan: Plan, trials: Sequence[Trial]) -> dict[int, float]:
 
 
 def _paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-    """Ours minus theirs, seed by seed."""
+    """Subtract theirs from ours, seed by seed."""
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return Estimate.of(pairs) if pairs else None
 

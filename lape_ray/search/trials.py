@@ -29,7 +29,7 @@ class Records:
 
     @property
     def trials(self) -> list[Trial]:
-        """All that were begun, by number."""
+        """Return all that were begun, by number."""
         return [self._known[number] for number in sorted(self._known)]
 
     def refresh(self, trials: Iterable[TuneTrial]) -> None:

@@ -38,9 +38,6 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return replace_fields(config, paths)
 
 
-logger = logging.getLogger(__name__)
-
-
 def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
     """Check data, model, initial weights and storage; an OSError or ValueError says what is wrong."""
     with torch.device("meta"):
@@ -136,7 +133,7 @@ def _check_fits(config: TrainConfig, info: SplitInfo, *, subset: bool = False) -
             f"set --model.num_classes {len(info.classes)}"
         )
     for what, count in info.source.left_out.items() if info.source else ():
-        logger.warning("%s: %s x %s is left out", info.path, f"{count:,}", what)
+        log.warning("%s: %s x %s is left out", info.path, f"{count:,}", what)
     largest = info.largest_side
     if largest is not None and largest < spec.image_size and not config.data.upscale:
         raise ValueError(

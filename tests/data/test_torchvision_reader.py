@@ -9,6 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from helpers.photographs import link_first
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
@@ -29,10 +30,7 @@ DEFAULTS = DataConfig()
 
 @pytest.fixture(scope="module")
 def source(photograph_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
-    root = tmp_path_factory.mktemp("images")
-    for folder in sorted(photograph_folder.iterdir())[:IMAGES]:
-        (root / folder.name).symlink_to(folder)
-    return image_folder(root)
+    return image_folder(link_first(photograph_folder, tmp_path_factory.mktemp("images"), IMAGES))
 
 
 def options(split: str = "train", data: DataConfig = DEFAULTS, **changes: object) -> ReaderOptions:

@@ -96,6 +96,13 @@ def write_photographs(root: Path, count: int = COUNT) -> Path:
     return root
 
 
+def link_first(folders: Path, root: Path, count: int) -> Path:
+    """Link the first of the class folders into `root`; returns it."""
+    for folder in sorted(folders.iterdir())[:count]:
+        (root / folder.name).symlink_to(folder)
+    return root
+
+
 def write_thumbnails(root: Path, shards: int = 4) -> Path:
     """Write photographs of 32 x 32 pixels to parquet shards, train and test, as the hub has CIFAR-10."""
     names = [f"train-{i:05}-of-{shards:05}" for i in range(shards)] + ["test-00000-of-00001"]

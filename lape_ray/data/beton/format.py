@@ -105,16 +105,15 @@ def read_tables(file: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Read one file's records (N,), as RECORD whatever its fields are, and its allocations; ValueError if damaged."""
     size = Path(file).stat().st_size
     header = np.fromfile(file, HEADER, 1)
+    foreign = ValueError(
+        f"{file} is not an FFCV file of images and labels; write it with jobs/write_beton.py"
+    )
     if size < RECORDS_START - FIELD.itemsize or header["version"][0] != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} is not an FFCV file of images and labels; write it with jobs/write_beton.py"
-        )
+        raise foreign
     number, count, table = (int(header[name][0]) for name in ("num_fields", "num_samples", "alloc_table_ptr"))
     start = HEADER.itemsize + number * FIELD.itemsize
     if start > size:
-        raise ValueError(
-            f"{file} is not an FFCV file of images and labels; write it with jobs/write_beton.py"
-        )
+        raise foreign
     fields = np.fromfile(file, FIELD, number, offset=HEADER.itemsize)
     image, label = _image_and_label(file, fields)
     layout = np.dtype(
