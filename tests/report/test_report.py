@@ -324,7 +324,7 @@ def test_a_shift_moves_every_image_and_wraps(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(images[0], loader.images[5])
     torch.testing.assert_close(images[15], loader.images[0])
     monkeypatch.setattr(
-        robustness, "build_loader", lambda data, split, image_size, **_: MemoryLoader(image_size)
+        robustness, "evaluation_loader", lambda config, device, *, image_size: MemoryLoader(image_size)
     )
     config = TrainConfig(
         model=ModelConfig(embed_dim=32, depth=1, num_heads=1, image_size=16, patch_size=4, num_classes=16),
