@@ -249,6 +249,20 @@ def test_a_jobs_options_and_the_configs_are_parsed_apart() -> None:
     assert parser.parse_job(["--top=1"]) == ({"top": 1}, {})
 
 
+@pytest.mark.parametrize(
+    ("before", "code"), [("", 2), ("sys.ps1 = '> '", 0)], ids=["a job", "a person types"]
+)
+def test_a_job_ends_its_process_with_its_code_where_no_person_types(before: str, code: int) -> None:
+    lines = f"import sys\nfrom lape_ray.cli import run_job\n{before}\ntry: run_job(lambda: 2)\nexcept SystemExit: pass"
+    assert subprocess.run([sys.executable, "-c", lines]).returncode == code
+
+
+def test_a_job_within_a_test_leaves_the_tests_their_exit_code() -> None:
+    lines = "from helpers.commands import run_here\nassert run_here('jobs/evaluate.py', '--no-such-word').returncode == 2"
+    where = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    assert subprocess.run([sys.executable, "-c", lines], cwd=ROOT, env=where).returncode == 0
+
+
 def test_jobs_hold_no_logic() -> None:
     """A job parses, calls and prints; what it calls lies in a room, where tests reach it."""
     lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "jobs").glob("*.py")}

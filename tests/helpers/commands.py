@@ -23,6 +23,7 @@ def run_here(script: str, *words: str | Path) -> Done:
     """Run `python SCRIPT WORDS...`, a path in the checkout, and catch what it prints and how it ends."""
     path, stdout, stderr = str(ROOT / script), io.StringIO(), io.StringIO()
     with (
+        mock.patch("lape_ray.cli.atexit"),  # the tests' process ends with a code of its own
         mock.patch.object(sys, "argv", [path, *map(str, words)]),
         mock.patch.object(sys, "path", [str(Path(path).parent), *sys.path]),
         contextlib.redirect_stdout(stdout),
