@@ -258,7 +258,7 @@ def test_a_job_ends_its_process_with_its_code_where_no_person_types(before: str,
 
 
 def test_a_job_within_a_test_leaves_the_tests_their_exit_code() -> None:
-    lines = "from helpers.commands import run_here\nassert run_here('jobs/evaluate.py', '--no-such-word').returncode == 2"
+    lines = "from helpers.commands import run_here\nassert run_here('jobs/evaluate.py', '--nonsense').returncode == 2"
     where = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
     assert subprocess.run([sys.executable, "-c", lines], cwd=ROOT, env=where).returncode == 0
 
