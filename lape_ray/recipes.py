@@ -26,6 +26,7 @@ from lape_ray.config import (
     replace_fields,
     write_value,
 )
+from lape_ray.values.program import program
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR100_MEAN, CIFAR100_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -702,4 +703,4 @@ def command_line(config: TrainConfig) -> str:
         for name, value in wanted.items()
         if value != plain[name] and name not in ("recipe", "run.name", "tracking.pages")
     ]
-    return " ".join(["python jobs/imagenet_deit.py", known, *options])
+    return " ".join([program("train"), known, *options])

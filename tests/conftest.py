@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if TYPE_CHECKING:
     from helpers.service import Service
+
+    from lape_ray.cluster.local import LocalCluster
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
@@ -34,6 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             raise pytest.UsageError(
                 f"{item.nodeid} needs {SHARED}, which clones lack; mark it slow or use tests/data"
             )
+    items.sort(key=_shares_cluster)  # one after the other, and last
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +56,51 @@ def thumbnail_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_thumbnails(tmp_path_factory.mktemp("thumbnails"))
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A cluster, and what it takes to run the jobs on it; one for each module that asks for it."""
-    from helpers.service import running_service  # ray and mlflow take seconds, which most tests do not need
+class SharedCluster:
+    """The cluster of modules that follow each other and ask for `service`: its start takes as long as many a test."""
 
-    with running_service(tmp_path_factory.mktemp("home")) as found:
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._cluster: LocalCluster | None = None
+
+    def get(self) -> LocalCluster:
+        from helpers.service import (
+            running_cluster,
+        )  # ray and mlflow take seconds, which most tests do not need
+
+        if self._cluster is None:
+            self._cluster = self._stack.enter_context(running_cluster())
+        return self._cluster
+
+    def end(self) -> None:
+        self._stack.close()
+        self._cluster = None
+
+
+@pytest.fixture(scope="session")
+def shared_cluster() -> Iterator[SharedCluster]:
+    shared = SharedCluster()
+    yield shared
+    shared.end()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_cluster_of_others(request: pytest.FixtureRequest, shared_cluster: SharedCluster) -> None:
+    """End the cluster where a module begins that does not share it, and may start one of its own."""
+    if not any(_shares_cluster(item) for item in request.session.items if item.module is request.module):
+        shared_cluster.end()
+
+
+def _shares_cluster(item: pytest.Item) -> bool:
+    fixtures = getattr(item, "_fixtureinfo", None)
+    found = fixtures.name2fixturedefs.get("service", ()) if fixtures else ()
+    return any(not definition.baseid.endswith(".py") for definition in found)  # that of this file
+
+
+@pytest.fixture(scope="module")
+def service(shared_cluster: SharedCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A cluster, and what it takes to run the jobs on it: a home of its own for each module that asks for it."""
+    from helpers.service import service_on
+
+    with service_on(shared_cluster.get(), tmp_path_factory.mktemp("home")) as found:
         yield found

@@ -20,6 +20,7 @@ import pytest
 import torch
 import train_step
 from common import Column, Record, spread
+from helpers.installed import needs_ffcv
 from loader import Job, Stored, WrongPixelsError, check_pixels, compare_pixels, draw_photograph, read_images
 from PIL import Image
 from torch import nn
@@ -377,6 +378,7 @@ def test_candidates_deliver_whole_epochs(candidate: str, stored: Stored) -> None
     assert made.facts["threads"] == (1 if "one" in candidate else 2)
 
 
+@needs_ffcv
 def test_ffcvs_missing_loader_is_an_import_error(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
     with pytest.raises(ImportError, match="ffcv"):
@@ -487,10 +489,10 @@ def test_smoke_of_the_training_step(tmp_path: Path) -> None:
     assert timm["share"] == pytest.approx(reached / record["sections"]["matmul"][0]["flops"])
 
 
+@needs_ffcv
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_smoke_of_the_loader(tmp_path: Path) -> None:
-    pytest.importorskip("ffcv")
     record = smoke("loader.py", "--threads=2", path=tmp_path / "x.json")
     rows = {row["name"]: row for row in record["sections"]["loaders"]}
     assert list(rows) == list(loader.CANDIDATES)

@@ -12,6 +12,7 @@ from lape_ray import storage
 from lape_ray.config import DataConfig
 from lape_ray.data.beton.format import set_files, set_names
 from lape_ray.data.beton.manifest import Manifest, manifest_path
+from lape_ray.values.program import program
 
 
 def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifest]]:
@@ -20,7 +21,7 @@ def _objects(address: str) -> list[tuple[storage.Object, storage.Object, Manifes
     if not name.endswith(".beton"):
         raise ValueError(
             f"{address} is no .beton; data on S3 is written and read as one: "
-            f"jobs/write_beton.py SOURCE {place}/NAME.beton"
+            f"{program('write-data')} SOURCE {place}/NAME.beton"
         )
     # Objects of folders below it are left out.
     listed = storage.listing(f"{place}/{Path(name).stem}")

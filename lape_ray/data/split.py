@@ -10,6 +10,7 @@ from lape_ray.data.beton import check_beton
 from lape_ray.data.remote import remote_manifest
 from lape_ray.data.sources import Source, open_source
 from lape_ray.storage import is_remote
+from lape_ray.values.program import program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ def split_path(data: DataConfig, split: Literal["train", "val"]) -> str:
     path = data.train if split == "train" else data.val
     if not path:
         raise ValueError(
-            f"no {split} data: data.{split} is empty; give --data.{split} FILE.beton (jobs/write_beton.py makes one)"
+            f"no {split} data: data.{split} is empty; give --data.{split} FILE.beton "
+            f"({program('write-data')} makes one)"
         )
     return path
 

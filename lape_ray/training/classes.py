@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lape_ray.storage import local
 from lape_ray.training.checkpoint import read_metadata
+from lape_ray.values.program import program
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def other_classes(data: Sequence[str], known: Sequence[str], of: str) -> str:
     )
     return (
         f"has other classes than {of}: {what} the checkpoint, such as {known[0]!r}; write the .beton from class "
-        "folders of the checkpoint's names, or with jobs/write_beton.py --class-names FILE, lines 'FOLDER NAME'"
+        f"folders of the checkpoint's names, or with {program('write-data')} --class-names FILE, lines 'FOLDER NAME'"
     )
 
 

@@ -2,5 +2,6 @@
 
 typed        values that came from JSON, as the types that their reader needs
 environment  variables for as long as a block lasts
+program      what a person types to run a part of this package
 redaction    secrets: names of variables, passwords in addresses
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.installed import needs_ffcv
 from helpers.layouts import pixels, png, sample, write_files, write_parquet, write_tar
 
 from lape_ray.config import DataConfig, ModelConfig, TrainConfig
@@ -506,6 +507,7 @@ def test_folders_that_are_known_to_be_no_classes(tmp_path: Path) -> None:
     )
 
 
+@needs_ffcv
 @pytest.mark.parametrize(
     ("fields", "row"),
     [
@@ -535,6 +537,7 @@ def ffcv_file(folder: Path, names: tuple[str, ...], rows: list[tuple]) -> Path:
     return folder / "x.beton"
 
 
+@needs_ffcv
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

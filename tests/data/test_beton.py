@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.commands import Done, run_here
+from helpers.installed import needs_ffcv
 from PIL import Image
 
 from lape_ray.data.beton import Manifest, check_beton, manifest_path, read_contents, write_beton
@@ -63,6 +64,7 @@ def contents(path: Path) -> list[bytes]:
     ]
 
 
+@needs_ffcv
 def test_layout_is_ffcvs() -> None:
     from ffcv import types
     from ffcv.fields import IntField, RGBImageField
@@ -78,6 +80,7 @@ def test_layout_is_ffcvs() -> None:
     assert records[0] == layout.IMAGE
 
 
+@needs_ffcv
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "process_cache"])
 def test_stock_ffcv_reads_it(
     os_cache: bool,

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.installed import needs_ffcv
 from helpers.photographs import cut
 from PIL import Image
 
@@ -268,6 +269,7 @@ def test_shards_of_other_classes_are_refused(source: Source, tmp_path: Path) -> 
         check_beton(path)
 
 
+@needs_ffcv
 def test_a_file_of_ffcvs_own_writer_is_a_source(tmp_path: Path) -> None:
     """Rewritten without loss: the same coefficients with restart markers, checksums and a manifest."""
     from ffcv.fields import IntField, RGBImageField
@@ -280,7 +282,9 @@ def test_a_file_of_ffcvs_own_writer_is_a_source(tmp_path: Path) -> None:
     }
     old, new = tmp_path / "old.beton", tmp_path / "new.beton"
     DatasetWriter(str(old), fields, num_workers=1).from_indexed_dataset(dataset)
-    with pytest.raises(FileNotFoundError, match=r"make both from the existing \.beton: jobs/write_beton.py"):
+    with pytest.raises(
+        FileNotFoundError, match=r"make both from the existing \.beton: python jobs/write_beton\.py"
+    ):
         check_beton(old)
     manifest = write_beton(beton_images(old), new, workers=1)
     assert manifest.stored == {"original_jpeg": 12}

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.installed import MISSING, needs_ffcv
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
@@ -44,12 +45,18 @@ def data(photograph_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> D
 
 
 @pytest.fixture(scope="module")
-def val(data: DataConfig) -> Loader:
+def ffcv() -> None:
+    if MISSING:
+        pytest.skip(f"needs {MISSING}: the extra lape_ray[ffcv]")
+
+
+@pytest.fixture(scope="module")
+def val(data: DataConfig, ffcv: None) -> Loader:
     return build_loader(data, "val", image_size=SIDE, batch_size=64, threads=2)
 
 
 @pytest.fixture(scope="module")
-def train(data: DataConfig) -> Loader:
+def train(data: DataConfig, ffcv: None) -> Loader:
     return build_loader(data, "train", image_size=SIDE, batch_size=20, seed=5, threads=2)
 
 
@@ -195,6 +202,7 @@ def test_crops_and_flips_are_torchvisions(train: Loader) -> None:
     assert flip.mean().item() == pytest.approx(0.5, abs=0.05)
 
 
+@needs_ffcv
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_flip_probability(flip: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder's code, run by Python instead of the compiler, on one raw ramp."""
@@ -258,6 +266,7 @@ def test_error_in_the_thread_reaches_the_caller(train: Loader, monkeypatch: pyte
     assert threading.active_count() == before
 
 
+@needs_ffcv
 def test_torch_keeps_its_threads(data: DataConfig) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
@@ -267,6 +276,7 @@ def test_torch_keeps_its_threads(data: DataConfig) -> None:
     torch.set_num_threads(before)
 
 
+@needs_ffcv
 def test_threads_are_clamped_to_what_numba_allows(data: DataConfig) -> None:
     import numba
 
@@ -274,6 +284,7 @@ def test_threads_are_clamped_to_what_numba_allows(data: DataConfig) -> None:
     assert loader.reader.num_workers == numba.config.NUMBA_NUM_THREADS
 
 
+@needs_ffcv
 def test_bad_arguments(data: DataConfig, tmp_path: Path) -> None:
     options: dict[str, Any] = {"image_size": SIDE, "batch_size": 20}
     with pytest.raises(ValueError, match=r"data\.train is empty; give --data\.train FILE\.beton"):
@@ -306,6 +317,7 @@ def test_gpu_batches_survive_a_host_that_runs_ahead(train: Loader) -> None:
     assert all(torch.equal(a.cpu(), b) for a, b in zip(delivered, expected, strict=True))
 
 
+@needs_ffcv
 @pytest.mark.parametrize("name", ["ffcv", "distutils"])
 def test_where_ffcv_is_not_installed_a_run_does_not_begin(
     data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

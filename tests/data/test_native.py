@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.installed import needs_ffcv
 from PIL import Image
 from scipy import stats
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
@@ -538,6 +539,7 @@ def test_markers_for_what_cannot_have_them(data: bytes) -> None:
         native.add_restart_markers(GOOD, 0)
 
 
+@needs_ffcv
 def test_ffcv_reads_images_with_markers() -> None:
     from ffcv.libffcv import imdecode
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.installed import needs_ffcv
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -203,6 +204,12 @@ def test_shards_deliver_what_one_file_does(data: DataConfig, source: Source, tmp
         for file in (path, tmp_path / "one.beton")
     ]
     torch.testing.assert_close(*pixels, atol=0, rtol=0)
+
+
+@needs_ffcv
+def test_ffcv_refuses_shards(source: Source, tmp_path: Path) -> None:
+    path = tmp_path / "set.beton"
+    write_beton(source, path, mode="jpg", shards=3, workers=1)
     with pytest.raises(
         ValueError, match=r"set of 3 files; FFCV's loader reads one: set data\.backend=native"
     ):

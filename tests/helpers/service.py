@@ -106,18 +106,14 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def running_service(home: Path) -> Iterator[Service]:
+def running_cluster() -> Iterator[LocalCluster]:
     """A cluster of two CPUs that this process and those it starts are connected to, until the block ends."""
-    for split in ("train", "val"):
-        write_beton(select(digits(split), "per-class:16"), home / f"{split}.beton", workers=1)
     with contextlib.ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("LAPE_RAY_HOME", str(home))
         # On a machine that does more than these tests a worker's imports alone can take Ray Train's minute.
         patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "240")
-        patch.delenv(
-            "MLFLOW_TRACKING_URI", raising=False
-        )  # before the cluster, whose jobs inherit what it has
+        # Before the cluster starts, whose jobs inherit what it has.
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         cluster = stack.enter_context(local_cluster(num_cpus=2))
         for key, value in cluster.environment.items():
             patch.setenv(key, value)
@@ -125,5 +121,22 @@ def running_service(home: Path) -> Iterator[Service]:
         ray._raylet.Config.initialize("")
         ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
         ray.init(address=cluster.address)
-        yield Service(cluster, home)
+        yield cluster
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def service_on(cluster: LocalCluster, home: Path) -> Iterator[Service]:
+    """Write the smoke data into `home`, which is that of all runs until the block ends."""
+    for split in ("train", "val"):
+        write_beton(select(digits(split), "per-class:16"), home / f"{split}.beton", workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAPE_RAY_HOME", str(home))
+        yield Service(cluster, home)
+
+
+@contextlib.contextmanager
+def running_service(home: Path) -> Iterator[Service]:
+    """A cluster of its own, and a home on it, until the block ends."""
+    with running_cluster() as cluster, service_on(cluster, home) as service:
+        yield service

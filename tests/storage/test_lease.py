@@ -20,7 +20,8 @@ from lape_ray.storage import LeaseHeldError, LeaseLostError, check_lease, lease,
 
 HOLD = """
 import sys, time
-from lape_ray.storage import leased
+from lape_ray.storage import lease, leased
+lease.BEAT_S = 0.3
 with leased(sys.argv[1], "a test"):
     print("taken", flush=True)
     time.sleep(600)

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lape_ray.values.program import program
+
 FORMAT_VERSION = 2
 PAGE_BYTES = 8 << 20
 CHECKSUM_BYTES = 4
@@ -106,7 +108,7 @@ def read_tables(file: str | Path) -> tuple[np.ndarray, np.ndarray]:
     size = Path(file).stat().st_size
     header = np.fromfile(file, HEADER, 1)
     foreign = ValueError(
-        f"{file} is not an FFCV file of images and labels; write it with jobs/write_beton.py"
+        f"{file} is not an FFCV file of images and labels; write it with {program('write-data')}"
     )
     if size < RECORDS_START - FIELD.itemsize or header["version"][0] != FORMAT_VERSION:
         raise foreign
@@ -214,7 +216,7 @@ def set_names(name: str, names: Collection[str], place: str | Path) -> tuple[str
             )
         return (name,)
     if not found:
-        raise FileNotFoundError(f"{place}/{name} is missing; write it with jobs/write_beton.py")
+        raise FileNotFoundError(f"{place}/{name} is missing; write it with {program('write-data')}")
     if len(sizes := sorted({shards for _, shards in found})) > 1:
         raise ValueError(
             f"there are shards of several sets {path.stem}-*{path.suffix} in {place}, of {sizes} files; "

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lape_ray.values.program import program
 from lape_ray.values.typed import Count, Sha256, from_json, typed
 
 MANIFEST_VERSION = 2
@@ -65,7 +66,7 @@ class Manifest:
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{file} is missing; copy it with its .beton, or make both from the existing .beton: "
-                f"jobs/write_beton.py {shlex.quote(str(path))} NEW.beton"
+                f"{program('write-data')} {shlex.quote(str(path))} NEW.beton"
             ) from None
         return cls.parse(text, file)
 

@@ -24,6 +24,7 @@ from lape_ray.data.readers.buffers import Buffers
 from lape_ray.data.readers.reader import CenterCrop, RandomCrop, ReaderOptions, TrainCrop
 from lape_ray.data.readers.simple import draw_squares, shift_reflected
 from lape_ray.data.sampler import sample_index
+from lape_ray.values.program import program
 
 
 class NativeReader:
@@ -110,7 +111,8 @@ class NativeReader:
                 raise ValueError(
                     f"{self.contents.files[file]} was changed while it was read; a file in use may be replaced "
                     "by another of its name (as mv does), but not written in place: check it with "
-                    f"jobs/write_beton.py verify {shlex.quote(Path(self.contents.files[file]).name)}, and start again"
+                    f"{program('write-data')} verify {shlex.quote(Path(self.contents.files[file]).name)}, and start "
+                    "again"
                 )
 
 
