@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -33,6 +34,20 @@ def usable_cpus() -> int:
     return int(cpu_count())
 
 
+class _Pool(ProcessPoolExecutor):
+    """Processes that begin also where the program came through a pipe, as `python - <<END` has it."""
+
+    def submit(self, *work: Any, **options: Any) -> Future[Any]:
+        # A spawned process runs its parent's main file again, which it would look for at "<stdin>".
+        main = vars(sys.modules["__main__"])
+        file = main.pop("__file__") if main.get("__file__") == "<stdin>" else None
+        try:
+            return super().submit(*work, **options)
+        finally:
+            if file is not None:
+                main["__file__"] = file
+
+
 @contextlib.contextmanager
 def processes(workers: int | None = None) -> Iterator[Mapper]:
     """Start processes of this machine; None: one for each CPU; 1: none, the caller works itself."""
@@ -41,7 +56,7 @@ def processes(workers: int | None = None) -> Iterator[Mapper]:
         yield lambda function, tasks: map(function, tasks)
         return
     # Spawned, not forked: the parent may hold threads (arrow, torch) whose locks a fork would copy.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = _Pool(workers, mp_context=multiprocessing.get_context("spawn"))
 
     def ordered(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
         pending: deque[Future[R]] = deque()
@@ -54,7 +69,8 @@ def processes(workers: int | None = None) -> Iterator[Mapper]:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise OSError(
-                "a process died, most likely killed because memory ran out; use fewer workers"
+                "a process died: killed because memory ran out, most likely (use fewer workers), or begun by a script "
+                "that lacks `if __name__ == '__main__':` (see above)"
             ) from error
         finally:
             for future in pending:

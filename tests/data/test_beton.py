@@ -248,6 +248,15 @@ def test_death_of_a_process_is_an_error(folder: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []  # nothing was written before it
 
 
+def test_processes_begin_where_the_program_came_through_a_pipe() -> None:
+    text = (
+        "import math\nfrom lape_ray.data.processes import processes\n"
+        "with processes(2) as mapper: print(list(mapper(math.sqrt, [1, 4])), __file__)"
+    )
+    done = subprocess.run([sys.executable, "-"], input=text, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[1.0, 2.0] <stdin>\n", 0), done.stderr
+
+
 def test_bad_options(folder: Path, tmp_path: Path) -> None:
     source, path = image_folder(folder), tmp_path / "x.beton"
     for options, message in (
