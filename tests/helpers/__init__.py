@@ -1,5 +1,6 @@
 """What several tests share. They import it as `helpers.NAME`; nothing here is collected as a test.
 
+browser              headless Chromium
 commands             jobs and benchmarks as commands, within the process
 faults               faults at a chosen moment, and the table of what they cost
 layouts              small data sets in folders, parquet files and tars, as people have them

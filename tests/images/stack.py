@@ -18,7 +18,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from browser import chromium, photograph
+from helpers.browser import chromium, photograph
 from images import IMAGES, ROOT
 
 PROJECT = "lape-images-test"

@@ -1,4 +1,4 @@
-"""Headless Chromium, told over its own protocol what to open and when a picture is due: as soon as words are there."""
+"""Headless Chromium, told over its own protocol what to open; it says when words are there, and makes a picture."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def chromium(profile: Path, port: int) -> Iterator[str]:
 
 async def photograph(
     browser: str, address: str, target: Path, words: Sequence[str], timeout_s: float
-) -> None:
-    """Open a page and wait until its text or its source has all the words.
+) -> float:
+    """Open a page and wait until its text or its source has all the words; returns after how many seconds it had them.
 
     Raises:
         TimeoutError: it does not show them in time; the picture is made all the same, of what it shows.
@@ -59,14 +59,16 @@ async def photograph(
 
         await call("Page.enable")
         await call("Page.navigate", url=address)
-        deadline, missing = time.monotonic() + timeout_s, list(words)
-        while missing and time.monotonic() < deadline:
-            await asyncio.sleep(1)
+        began, missing = time.monotonic(), list(words)
+        while missing and time.monotonic() < began + timeout_s:
+            await asyncio.sleep(0.2)
             shown = "document.documentElement.innerText + ' ' + document.documentElement.innerHTML"
             text = (await call("Runtime.evaluate", expression=shown)).get("result", {}).get("value", "")
             missing = [word for word in words if word not in text]
+        took_s = time.monotonic() - began
         await asyncio.sleep(5)  # curves are drawn one after the other
         picture = await call("Page.captureScreenshot", format="png")
         target.write_bytes(base64.b64decode(picture["data"]))
     if missing:
         raise TimeoutError(f"{address} does not show {missing} after {timeout_s:g} s; see {target}")
+    return took_s
