@@ -22,17 +22,17 @@ from lape_ray.cluster.resources import compared, places
 from lape_ray.config import flatten, what_is_learned
 from lape_ray.recipes import TABLE1, command_line, recipe
 from lape_ray.report.statistics import Estimate
-from lape_ray.search import callbacks
+from lape_ray.search import tuner
 from lape_ray.search.cells import SPACES, build_space, check_point, labels
 from lape_ray.search.command import listing, plan_of
 from lape_ray.search.live import Display
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Epoch, Trial
 from lape_ray.search.report import cell_rows, markdown, trial_rows, write_csv, write_report
-from lape_ray.search.schedules import SCHEDULES, HyperBand
 from lape_ray.search.settings import worker_need
 from lape_ray.search.space import Choice, Range, parse_axes
 from lape_ray.search.statistics import cells, in_words
+from lape_ray.search.strategies import SCHEDULES, HyperBand
 
 LR = "optim.lr=loguniform(1e-4,1e-2)"
 
@@ -323,7 +323,7 @@ def test_pbt_replaces_the_worst_by_moved_copies_of_the_best() -> None:
     trials = simulate(plan, lanes=2)
     assert all(trial.state == "finished" for trial in trials)
     for epoch in (3, 6):
-        ranked = sorted(trials, key=lambda trial: -(trial.at(epoch, "val/acc1") or 0))
+        ranked = sorted(trials, key=lambda trial: -(trial.curve("val/acc1").get(epoch, 0)))
         clones = {t.number: c for t in trials for c in t.lineage if c.epoch == epoch}
         assert set(clones) == {trial.number for trial in ranked[-3:]}
         for clone in clones.values():
@@ -421,8 +421,9 @@ def test_the_request_to_end_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -
         def __bool__(self) -> bool:
             return False
 
-    monkeypatch.setattr(callbacks, "StopRequest", Request)
-    watch, trial = callbacks.Watch(session_of(small())), TuneTrial("LapeTrial", stub=True)
+    monkeypatch.setattr(tuner, "StopRequest", Request)
+    session = session_of(small())
+    watch, trial = tuner.Watch(session), TuneTrial("LapeTrial", config=session.next_trial(), stub=True)
     trial.set_status(TuneTrial.RUNNING)
     for _ in range(3):
         watch.on_step_end(trials=[trial])
@@ -601,7 +602,7 @@ def test_the_table_on_a_terminal_and_lines_in_a_log(
         display = Display(plan, out)
         trials[14].state = "running"
         display.draw(trials)
-        display.reported(trials[14], trials, "go")
+        display.reported(trials[14], trials, "")
         trials[14].state = "finished"
         display.ended(trials[2], trials)
         display.ended(trials[14], trials)
