@@ -64,7 +64,11 @@ def test_a_range_is_covered_evenly() -> None:
     whole = Range(2, 6, whole=True)
     assert Counter(whole.at(n / 1000) for n in range(1000)) == dict.fromkeys((2, 3, 4, 5, 6), 200)
     assert [log.moved(1e-3, 0.1), log.moved(1e-3, 0.9), log.moved(1e-2, 0.9)] == [8e-4, 1.2e-3, 1e-2]
+    for axis in (log, whole, Range(0, 0.8)):
+        values = [axis.at(n / 97) for n in range(98)]
+        assert [axis.at(axis.place(value)) for value in values] == values
     some = Choice(("a", "b", "c"))
+    assert [some.place(value) for value in some.values] == [0, 0.5, 1]
     assert [some.moved("b", 0.1), some.moved("b", 0.9), some.moved("c", 0.9)] == ["a", "c", "c"]
 
 
