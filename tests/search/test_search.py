@@ -18,6 +18,7 @@ from helpers.simulated_tune import KilledError, Simulation, session_of
 from ray.tune.experiment import Trial as TuneTrial
 
 from lape_ray.cli import parse
+from lape_ray.cluster import resources
 from lape_ray.cluster.resources import compared, places
 from lape_ray.config import flatten, what_is_learned
 from lape_ray.recipes import TABLE1, command_line, recipe
@@ -33,6 +34,7 @@ from lape_ray.search.settings import worker_need
 from lape_ray.search.space import Choice, Range, parse_axes
 from lape_ray.search.statistics import cells, in_words
 from lape_ray.search.strategies import SCHEDULES, HyperBand
+from lape_ray.training.loop import StoppedError
 
 LR = "optim.lr=loguniform(1e-4,1e-2)"
 
@@ -432,6 +434,32 @@ def test_the_request_to_end_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(3):
         watch.on_step_end(trials=[trial])
     assert len(asked) == 1
+
+
+def test_without_machines_a_search_waits_and_ends_to_be_continued(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it does at once where it is asked to end."""
+
+    class Request:
+        asked = False
+
+        def __init__(self, supervisor: object) -> None:
+            pass
+
+        def __bool__(self) -> bool:
+            return self.asked
+
+    monkeypatch.setattr(resources, "_nodes", list)
+    monkeypatch.setattr(tuner, "StopRequest", Request)
+    watch = tuner.Watch(session_of(small(overrides={"run.wait_s": 1})))
+    with pytest.raises(tuner.ResourcesGoneError, match=r"has 0 CPU: lower .*; the same command continues"):
+        watch.on_step_end(trials=[])
+    assert "waiting up to 1 s for nodes: a trial needs 2 CPU, but" in capsys.readouterr().out
+    Request.asked = True
+    with pytest.raises(StoppedError):
+        watch.on_step_end(trials=[])
+    assert not capsys.readouterr().out
 
 
 # --- statistics and reports -----------------------------------------------------------------------------------
