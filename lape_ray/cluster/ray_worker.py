@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, TypeVar
 
+import psutil
 import ray
 import ray.train
 import ray.train.collective
@@ -49,6 +51,13 @@ class RayGroup:
         reason: str = ray.get(self._supervisor.started.remote(newest))
         return reason
 
+    def moments(self) -> Mapping[str, float]:
+        asked = time.time()
+        told: dict[str, float] = ray.get(self._supervisor.moments.remote())
+        ahead = told["now"] - (asked + time.time()) / 2  # of this machine's clock
+        now = time.time() + ahead
+        return {**told, "now": now, "created": now - _age()}
+
     def broadcast(self, value: T) -> T:
         # Plain values: the actor of Ray Train that hands them on would import torch for ours, which takes 0.5 GB.
         told: T = ray.train.collective.broadcast_from_rank_zero(value)
@@ -72,6 +81,15 @@ class RayGroup:
 
     def node_leaving(self) -> bool:
         return self._node.poll()
+
+
+def _age() -> float:
+    """Return the seconds since this process was made."""
+    process = psutil.Process()
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return time.time() - process.create_time()
+    # psutil adds to a moment since the boot the moment of the boot, in whole seconds
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (process.create_time() - psutil.boot_time())
 
 
 def _quiet_ray_train() -> None:

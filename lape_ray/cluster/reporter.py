@@ -12,12 +12,14 @@ from lape_ray import storage, tracking
 from lape_ray.cluster.checkpoint_list import Listed
 from lape_ray.cluster.checkpoint_writer import CheckpointWriter
 from lape_ray.cluster.group import Group
+from lape_ray.cluster.journal import AttemptWriter
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import ERRORS, StorageError
 from lape_ray.storage import LeaseLostError
 from lape_ray.training.checkpoint import Snapshot
 from lape_ray.training.distributed import World
 from lape_ray.training.flags import Flags
+from lape_ray.training.times import EVALUATION
 
 WAIT_S = 1.0  # for which rank 0 waits for a checkpoint before the ranks ask each other again
 
@@ -41,7 +43,7 @@ class _Saving:
 class RunReporter:
     """Carry what the loop reports to the group, and from rank 0 to storage, the tracker and the job's log.
 
-    Tracker and writer belong to rank 0; the other ranks have none.
+    Tracker, writer and attempt belong to rank 0; the other ranks have none.
     """
 
     run: Run
@@ -49,6 +51,7 @@ class RunReporter:
     world: World
     tracker: tracking.Tracker | None = None
     writer: CheckpointWriter | None = None
+    attempt: AttemptWriter | None = None
     saving: _Saving | None = None
 
     # --- what the loop calls --------------------------------------------------------------------------------------
@@ -58,11 +61,14 @@ class RunReporter:
         self.group.show({**metrics, "train/images_per_s": rate})
         if self.tracker is not None:
             self.tracker.metrics(metrics, step=step)
+        self._mark(step)
 
     def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         self.group.show({key: metrics[key] for key in ("epoch", "val/acc1") if key in metrics})
-        if self.tracker is not None:
-            self.tracker.metrics({**metrics, **self._elastic_size()}, step=step)
+        self._mark(step)
+        if self.tracker is not None and self.attempt is not None:
+            of_time = self.attempt.division().metrics()
+            self.tracker.metrics({**metrics, **self._elastic_size(), **of_time}, step=step)
         self.wait_until_saved()
         number = round(metrics["epoch"])
         entry = Listed(name=f"checkpoint-epoch-{number:06}", steps_done=step, score=metrics.get("val/acc1"))
@@ -72,6 +78,7 @@ class RunReporter:
             self._position_report(range(every, number + 1, every))
 
     def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
+        self._mark(step)
         where = f"within epoch {math.ceil(metrics['epoch'])}, after step {step}"
         if self.saving is not None:
             self.line(f"no checkpoint {where}: the one {self.saving.where} is not stored yet")
@@ -112,6 +119,8 @@ class RunReporter:
 
     def poll_flags(self) -> Flags:
         flags = Flags.NONE
+        if self.attempt is not None:
+            self.attempt.step_done()
         if self.saving is not None and self.saving.saved is not None and self.saving.saved.done():
             flags |= Flags.SAVED
         if self.group.rank == 0 and self.group.stop_asked():
@@ -124,6 +133,13 @@ class RunReporter:
 
     # --- what it does of it ---------------------------------------------------------------------------------------
 
+    def before_publishing(self) -> None:
+        """Store what belongs to the steps before a checkpoint; the writer's thread calls it."""
+        if self.tracker is not None:
+            self.tracker.save_unsent()
+        if self.attempt is not None:
+            self.attempt.save()
+
     def line_of_size(self) -> None:
         """Say how an elastic run shares out its batch."""
         config = self.run.config
@@ -133,6 +149,12 @@ class RunReporter:
                 f"{self.group.size} of {config.run.num_workers} workers; the batch of {config.data.batch_size} "
                 f"images is {config.micro_batches} micro-batches, {most} or fewer for each"
             )
+
+    def _mark(self, step: int) -> None:
+        """Note in the run's journal, and now and then for Prometheus, what the time went into until this step."""
+        if self.attempt is not None and (division := self.attempt.mark(step)) is not None:
+            self.group.show({"goodput": division.metrics()["goodput"]})
+            self.group.show({f"time/{part}": seconds for part, seconds in division.seconds.items()})
 
     def _elastic_size(self) -> dict[str, float]:
         """Return the number of workers, where that changes."""
@@ -148,12 +170,20 @@ class RunReporter:
         """Draw the report on rank 0, in the loop's thread: its random draws must not meet those of a training step."""
         saving = self.saving
         self.wait_until_saved()
-        if self.tracker is not None and saving is not None and saving.saved is not None:
+        if (
+            self.tracker is not None
+            and self.attempt is not None
+            and saving is not None
+            and saving.saved is not None
+        ):
             from lape_ray.report.progress import report_epoch  # only here: figures need a second to import
 
             name, _ = saving.saved.result()
             try:
-                with storage.opened(storage.join(self.run.folder, name)) as checkpoint:
+                with (
+                    self.attempt.times.within(EVALUATION),
+                    storage.opened(storage.join(self.run.folder, name)) as checkpoint,
+                ):
                     report_epoch(
                         checkpoint, self.run.config, epochs, folder=self.run.folder, keep=self.tracker.files
                     )
@@ -168,14 +198,18 @@ def _stored(saving: _Saving) -> bool:
 
 
 @contextlib.contextmanager
-def opened_reporter(run: Run, group: Group, listed: Sequence[Listed], world: World) -> Iterator[RunReporter]:
+def opened_reporter(
+    run: Run, group: Group, listed: Sequence[Listed], world: World, attempt: AttemptWriter | None
+) -> Iterator[RunReporter]:
     """Open this worker's reporter, and close its tracker and writer at the end.
 
     Args:
         listed: the run's checkpoints so far, oldest first.
+        attempt: rank 0's file of what its time goes into.
     """
-    reporter = RunReporter(run, group, world)
-    if group.rank == 0:
+    reporter = RunReporter(run, group, world, attempt=attempt)
+    if attempt is not None:
+        attempt.continue_after(listed[-1].steps_done if listed else 0)
         reporter.tracker = tracking.open_tracker(
             run.config.tracking,
             run.tracking_uri,
@@ -184,7 +218,7 @@ def opened_reporter(run: Run, group: Group, listed: Sequence[Listed], world: Wor
             check=run.check_lease,
         )
         reporter.writer = CheckpointWriter(
-            run, listed, before_publishing=reporter.tracker.save_unsent, tell=reporter.line
+            run, listed, before_publishing=reporter.before_publishing, tell=reporter.line
         )
     patience_s = 60.0
     try:

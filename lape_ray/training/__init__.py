@@ -14,6 +14,7 @@ muon           Muon, for the matrices of the blocks
 lamb           LAMB, the optimizer of DeiT III
 loss           the losses with soft targets, and distillation from a teacher
 metrics        exact counts of an evaluation, speed and waiting
+times          the time of a training process, divided
 checkpoint     the checkpoint of a run, written and read, and weights of any origin, read
 weight_files   files of other code, opened without running anything, down to the state dict
 classes        classes of data and of a checkpoint, matched by name

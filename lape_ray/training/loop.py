@@ -22,6 +22,7 @@ from lape_ray.training.metrics import EvalCounts, LogWindow, Waited, duration
 from lape_ray.training.optim import lr_at
 from lape_ray.training.state import TrainState, build_state
 from lape_ray.training.step import optimizer_step
+from lape_ray.training.times import CHECKPOINT, EVALUATION, FIRST_STEP, IDLE, STEPS, Times
 
 NOTHING_DONE = EpochProgress()
 
@@ -71,26 +72,37 @@ class Reporter(Protocol):
 
 
 def train(
-    config: TrainConfig, *, device: torch.device, reporter: Reporter, resume_from: Path | None = None
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    reporter: Reporter,
+    resume_from: Path | None = None,
+    times: Times | None = None,
 ) -> dict[str, float]:
     """Train to the end of the schedule, or to `run.stop_after_epochs`; returns the last epoch's metrics.
 
     `resume_from` is a checkpoint folder of this run: training continues after the epochs it has done, and the
-    losses are those of a run that was never interrupted.
+    losses are those of a run that was never interrupted. `times` learns what the time goes into.
 
     Raises:
         DivergedError: the loss is no finite number.
         StoppedError: the reporter's flags asked for the end.
     """
     training = Training.begin(config, device=device, reporter=reporter, resume_from=resume_from)
+    training.state.times = times = times or training.state.times
+    times.enter(FIRST_STEP)
     try:
         while training.epochs_done < training.last_epoch:
             metrics = training.epoch()
-            reporter.epoch(metrics, step=training.steps_done, snapshot=training.snapshot)
+            with times.within(CHECKPOINT):
+                reporter.epoch(metrics, step=training.steps_done, snapshot=training.snapshot)
     except EndedError:
+        times.enter(IDLE)
         training.close()  # a process that trains again would keep the group
         raise
-    reporter.wait_until_saved()
+    with times.within(CHECKPOINT):
+        reporter.wait_until_saved()
+    times.enter(IDLE)
     training.close()
     return training.metrics
 
@@ -166,7 +178,8 @@ class Training:
         self.epochs_done, self.progress = self.epochs_done + 1, NOTHING_DONE
         self.metrics = {"epoch": float(self.epochs_done), **trained}
         if self.epochs_done % self.state.config.run.eval_epochs == 0 or self.epochs_done == self.last_epoch:
-            self.metrics |= _validate(self.state)
+            with self.state.times.within(EVALUATION):
+                self.metrics |= _validate(self.state)
             self.reporter.line(_epoch_line(self.state, self.metrics))
         return self.metrics
 
@@ -219,11 +232,12 @@ def train_epoch(
     shown = time.monotonic()
     first_batch = start.step * len(state.micro_batches)
     with contextlib.closing(state.train_loader.epoch(epoch, start=first_batch)) as ready:
-        batches = Waited(ready)
+        batches = Waited(ready, state.times)
         for step in range(start.step, steps):
             lr = _lr(state, epoch, step)
             window.add(optimizer_step(state, batches, epoch=epoch, step=step, lr=lr))
             if step == start.step:  # it may take longer: it compiles
+                state.times.enter(STEPS)
                 state.world.set_timeout(config.run.timeout_s)
             flags = reporter.poll_flags()
             if (step + 1) % config.run.log_steps == 0 or step + 1 == steps:
@@ -272,14 +286,17 @@ class _Saving:
         stop = Flags.STOP in flags
         due = Flags.SAVE in flags or (every is not None and (step + 1) % every == 0)
         if Flags.SAVED in flags or stop:
-            self.reporter.wait_until_saved()
+            with self.state.times.within(CHECKPOINT):
+                self.reporter.wait_until_saved()
         if stop or (due and step + 1 < steps):
             done = self.window.progress(step)
             _refuse_divergence(done.loss + done.window_loss, self.epoch, step)
-            self.save(done)
+            with self.state.times.within(CHECKPOINT):
+                self.save(done)
             self.clock = time.monotonic()
         if stop:
-            self.reporter.wait_until_saved()
+            with self.state.times.within(CHECKPOINT):
+                self.reporter.wait_until_saved()
             raise StoppedError(
                 f"stopped after epoch {self.epoch} and step {step + 1} of {steps}, with a checkpoint"
             )

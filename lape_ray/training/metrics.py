@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lape_ray.training.checkpoint import EpochProgress
 from lape_ray.training.distributed import World
+from lape_ray.training.times import DATA, Times
 
 T = TypeVar("T")
 
@@ -130,10 +131,14 @@ class LogWindow:
 
 
 class Waited(Iterator[T]):
-    """The items of another iterator, and how long they were waited for."""
+    """The items of another iterator, and how long they were waited for.
 
-    def __init__(self, items: Iterator[T]) -> None:
-        self._items = items
+    Args:
+        times: of this process, in which the waiting is a part.
+    """
+
+    def __init__(self, items: Iterator[T], times: Times) -> None:
+        self._items, self._times = items, times
         self._seconds = 0.0
 
     def __next__(self) -> T:
@@ -141,7 +146,9 @@ class Waited(Iterator[T]):
         try:
             return next(self._items)
         finally:
-            self._seconds += time.perf_counter() - began
+            waited = time.perf_counter() - began
+            self._seconds += waited
+            self._times.move(waited, DATA)
 
     def read(self) -> float:
         """Return the seconds that were waited since the last call."""

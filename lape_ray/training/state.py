@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from lape_ray.training.optim import Ema, build_optimizer
 from lape_ray.training.parallelize import compiled, data_parallel, missing_compiler
 from lape_ray.training.recompute import optimise_blocks
 from lape_ray.training.statistics import RunningStatistics
+from lape_ray.training.times import Times
 
 
 @dataclass(kw_only=True)
@@ -60,6 +61,8 @@ class TrainState:
     """Name of each label, where the loaders are those of the config's data."""
     notes: tuple[str, ...] = ()
     """Notes for people on how this state was built."""
+    times: Times = field(default_factory=Times)
+    """What this process spends its time on."""
 
     @property
     def saved_parts(self) -> dict[str, Any]:
