@@ -62,17 +62,26 @@ def read_journal(folder: str) -> Journal:
 
 
 @contextlib.contextmanager
-def written_command(run: Run, began: float) -> Iterator[None]:
-    """Write when a command began, in seconds since 1970, and at the end of the block, that it ended."""
+def written_command(folder: str, lease: str, began: float) -> Iterator[Callable[[], None]]:
+    """Give what writes that a command is alive, which began in seconds since 1970; its end is written, too.
+
+    Nothing is written at the end of the block where nothing was within it: the folder may not be the run's.
+
+    Args:
+        lease: the command's, on the run's folder.
+    """
+    written = False
 
     def write() -> None:
-        _write(run, "command", began, Command(began=began, until=time.time()))
+        nonlocal written
+        _write(folder, lease, "command", Command(began=began, until=time.time()))
+        written = True
 
-    write()
     try:
-        yield
+        yield write
     finally:
-        _or_warn(write)
+        if written:
+            _or_warn(write)
 
 
 def _or_warn(write: Callable[[], None]) -> None:
@@ -83,10 +92,10 @@ def _or_warn(write: Callable[[], None]) -> None:
         log.warning("the journal of the run's time cannot be written: %s", error)
 
 
-def _write(run: Run, kind: str, began: float, record: Command | Attempt) -> None:
-    run.check_lease()
-    name = f"{kind}-{round(1000 * began)}.json"
-    storage.write_record(storage.join(run.folder, FOLDER, name), asdict(record))
+def _write(folder: str, lease: str, kind: str, record: Command | Attempt) -> None:
+    storage.check_lease(folder, lease)
+    name = f"{kind}-{round(1000 * record.began)}.json"
+    storage.write_record(storage.join(folder, FOLDER, name), asdict(record))
 
 
 class AttemptWriter:
@@ -134,7 +143,7 @@ class AttemptWriter:
 
     def save(self) -> None:
         """Write the attempt as it was at the last mark; an OSError where that fails."""
-        _write(self._run, "attempt", self._attempt.began, self._attempt)
+        _write(self._run.folder, self._run.lease, "attempt", self._attempt)
 
     def close(self, *, failed: bool) -> None:
         """Write the attempt as it ends; of one that failed, up to its last sign of life."""

@@ -77,8 +77,11 @@ class Place(Protocol):
         """Make the pages of a trained run. A failure is a warning, and not the run's."""
 
 
-def fit(config: TrainConfig) -> FitResult:
+def fit(config: TrainConfig, *, began: float | None = None) -> FitResult:
     """Train `config` to its end, or continue the unfinished run of the same name.
+
+    Args:
+        began: when the command did, in seconds since 1970, from which its wall time counts; None: now.
 
     Raises:
         ValueError, OSError: bad input, before any worker starts.
@@ -89,7 +92,7 @@ def fit(config: TrainConfig) -> FitResult:
         LeaseHeldError: another driver is at work on this run.
         LeaseLostError: another driver took the run over while this one could not be seen.
     """
-    began = time.time()
+    began = time.time() if began is None else began
     name = config.run.name or f"{_what_it_is(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
     config, root = prepared(replace_fields(config, {"run.name": name}))
     uri, folder = tracking.tracking_uri(config), storage.join(root, name)
@@ -99,6 +102,7 @@ def fit(config: TrainConfig) -> FitResult:
     earlier_run(config, folder, inputs)  # a name that cannot be used is refused before anything waits
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(leased(folder, f"run {name}"))
+        alive = stack.enter_context(written_command(folder, lease.token, began))
         earlier = earlier_run(config, folder, inputs)
         meanwhile = stack.enter_context(ThreadPoolExecutor(1))
         reachable = None
@@ -123,7 +127,7 @@ def fit(config: TrainConfig) -> FitResult:
             inputs=inputs,
         )
         write_run(run, finished=False)
-        stack.enter_context(written_command(run, began))
+        alive()
         tell(f"run {name}  storage {folder}\nMLflow run {run.mlflow_run_id}: {tracking.ui_command(uri)}")
         return _train_and_conclude(run, lease, place)
 

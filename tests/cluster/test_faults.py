@@ -204,15 +204,14 @@ def test_a_killed_driver(service: Service, undisturbed: list[float]) -> None:
     again = time.time()
     second = job(service, "driverless")
     output, _ = second.communicate(timeout=600)
+    ended = time.time()
     assert second.returncode == 0, output
     assert "run driverless exists and is not finished: continuing it" in output
     assert service.losses(service.run_of(output)) == undisturbed
     assert service.run_of(output).info.status == "FINISHED"
     no_litter(service, "driverless")
     division = read_journal(str(service.home / "runs/driverless")).division()
-    assert division.wall_s == pytest.approx(time.time() - division.began, rel=0.05), (
-        "the rest is Python's end"
-    )
+    assert division.wall_s == pytest.approx(ended - division.began, rel=0.03), "the rest is Python's end"
     for part in ("idle", "start", "load"):
         assert division.seconds[part] > 0, division.seconds
     note_cost(

@@ -81,7 +81,8 @@ def test_a_process_that_hangs_and_ends_has_lost_what_came_after_the_checkpoint(
         attempt.continue_after(20)
         steps(attempt, clock, 20, 40)
 
-    with written_command(run, began=990):
+    with written_command(run.folder, run.lease, began=990) as alive:
+        alive()
         with pytest.raises(RuntimeError):
             train(run, clock, killed)
         clock.now += 3
