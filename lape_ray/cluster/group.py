@@ -32,9 +32,6 @@ class Group(Protocol):
     def barrier(self) -> None:
         """Wait for all workers, as long as it takes."""
 
-    def heard(self, metrics: Mapping[str, float]) -> None:
-        """Tell that a checkpoint with these metrics was stored."""
-
     def show(self, metrics: Mapping[str, float]) -> None:
         """Set this worker's gauges."""
 
@@ -67,9 +64,6 @@ class Alone:
         return value
 
     def barrier(self) -> None:
-        pass
-
-    def heard(self, metrics: Mapping[str, float]) -> None:
         pass
 
     def show(self, metrics: Mapping[str, float]) -> None:

@@ -20,12 +20,14 @@ from dataclasses import asdict, dataclass, replace
 from lape_ray import storage
 from lape_ray.cluster.group import Group
 from lape_ray.cluster.run import Run
-from lape_ray.report.goodput import Attempt, Command, Division, divide
-from lape_ray.training.times import Times
+from lape_ray.report.goodput import Attempt, Command, Division, checkpoint_interval_s, divide
+from lape_ray.training.times import CHECKPOINT, Times
 
 log = logging.getLogger(__name__)
 FOLDER = "journal"
 WRITE_S = 10.0
+SHORTEST_S = 10.0  # between two checkpoints whose interval is `auto`
+FIRST_COST_S = 1.0  # what a checkpoint is taken to cost before one was made
 MARKS = 256  # of an attempt; of more, every second one of the older half is left out
 WAY_OUT = "delete it, and the division of the run's time leaves out what it tells"
 
@@ -112,6 +114,8 @@ class AttemptWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._writing: Future[None] = self._thread.submit(_or_warn, self.save)
         self._written = self._seen
+        self.checkpoints = 0
+        """How many were begun."""
 
     def continue_after(self, steps: int) -> None:
         """Note how many steps were done before this attempt."""
@@ -141,6 +145,12 @@ class AttemptWriter:
         """Divide the run's time up to the last mark."""
         return self._earlier.division(self._attempt, now=self._attempt.until)
 
+    def checkpoint_interval_s(self) -> float:
+        """Return the seconds between two checkpoints that `run.checkpoint_minutes auto` stands for."""
+        cost_s = self._attempt.seconds[CHECKPOINT] / self.checkpoints if self.checkpoints else FIRST_COST_S
+        attempts = (*self._earlier.attempts, self._attempt)
+        return max(SHORTEST_S, checkpoint_interval_s(attempts, cost_s=cost_s))
+
     def save(self) -> None:
         """Write the attempt as it was at the last mark; an OSError where that fails."""
         _write(self._run.folder, self._run.lease, "attempt", self._attempt)
@@ -151,7 +161,7 @@ class AttemptWriter:
         if failed:
             hung = min(time.monotonic() - self._seen, seconds[self.times.part])
             seconds[self.times.part] -= hung
-        self._attempt = replace(self._attempt, seconds=seconds)
+        self._attempt = replace(self._attempt, seconds=seconds, ended=not failed)
         self._thread.shutdown(cancel_futures=True)
         _or_warn(self.save)
 

@@ -37,7 +37,8 @@ def run_worker(payload: dict[str, Any]) -> RunEnd:
 class RayGroup:
     """The workers of a run on Ray, as one of them sees the others; see `group.Group`.
 
-    Ray Train hears of metrics only: a restart begins with the newest checkpoint of the run's own list.
+    Ray Train hears of no checkpoint and no metric: `ray.train.report` waits until its controller looks, which is once a
+    second or two. A restart begins with the newest checkpoint of the run's own list.
     """
 
     def __init__(self, run: Run, supervisor: Any) -> None:
@@ -65,9 +66,6 @@ class RayGroup:
 
     def barrier(self) -> None:
         ray.train.collective.barrier()  # a collective of the training has less patience
-
-    def heard(self, metrics: Mapping[str, float]) -> None:
-        ray.train.report(dict(metrics))
 
     def show(self, metrics: Mapping[str, float]) -> None:
         self._gauges.show(metrics)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lape_ray import storage, tracking
 from lape_ray.cluster.checkpoint_list import Listed
@@ -26,17 +27,26 @@ WAIT_S = 1.0  # for which rank 0 waits for a checkpoint before the ranks ask eac
 
 @dataclass
 class _Saving:
-    """A checkpoint on its way to storage.
+    """A checkpoint that is being stored.
 
     Attributes:
-        metrics: those of its epoch
         where: its place in the training, in words for people
         saved: on rank 0 the name of its folder and the seconds that it took; the other ranks have none
+        told: whether rank 0 has told the others that it is stored
     """
 
-    metrics: dict[str, float]
     where: str
     saved: Future[tuple[str, float]] | None
+    told: bool = False
+
+
+@dataclass
+class _Waiting:
+    """A checkpoint that is stored as soon as the one before is; `snapshot` is rank 0's."""
+
+    entry: Listed
+    where: str
+    snapshot: Snapshot | None
 
 
 @dataclass
@@ -44,6 +54,9 @@ class RunReporter:
     """Carry what the loop reports to the group, and from rank 0 to storage, the tracker and the job's log.
 
     Tracker, writer and attempt belong to rank 0; the other ranks have none.
+
+    At most one checkpoint is being stored, and the training does not wait for it. One that is due meanwhile is left
+    out, unless its accuracy is the best so far: that one waits in memory, and is stored next. All ranks decide alike.
     """
 
     run: Run
@@ -52,7 +65,10 @@ class RunReporter:
     tracker: tracking.Tracker | None = None
     writer: CheckpointWriter | None = None
     attempt: AttemptWriter | None = None
+    best: float = -math.inf
     saving: _Saving | None = None
+    waiting: _Waiting | None = None
+    begun: float = field(default_factory=time.monotonic)
 
     # --- what the loop calls --------------------------------------------------------------------------------------
 
@@ -69,50 +85,56 @@ class RunReporter:
         if self.tracker is not None and self.attempt is not None:
             of_time = self.attempt.division().metrics()
             self.tracker.metrics({**metrics, **self._elastic_size(), **of_time}, step=step)
-        self.wait_until_saved()
         number = round(metrics["epoch"])
-        entry = Listed(name=f"checkpoint-epoch-{number:06}", steps_done=step, score=metrics.get("val/acc1"))
-        self._save(metrics, entry, f"after epoch {number}", snapshot)
         every = self.run.config.tracking.position_report_epochs
-        if every is not None and number % every == 0:
+        report = every is not None and number % every == 0
+        if report or number == self.run.config.last_epoch:
+            self.wait_until_saved()
+        entry = Listed(name=f"checkpoint-epoch-{number:06}", steps_done=step, score=metrics.get("val/acc1"))
+        self._store(entry, f"after epoch {number}", snapshot)
+        if report and every is not None:
             self._position_report(range(every, number + 1, every))
 
     def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         self._mark(step)
         where = f"within epoch {math.ceil(metrics['epoch'])}, after step {step}"
-        if self.saving is not None:
-            self.line(f"no checkpoint {where}: the one {self.saving.where} is not stored yet")
-            return
-        self._save(metrics, Listed(name=f"checkpoint-step-{step:09}", steps_done=step), where, snapshot)
+        self._store(Listed(name=f"checkpoint-step-{step:09}", steps_done=step), where, snapshot)
+
+    def checkpoint_stored(self) -> None:
+        saving, self.saving = self.saving, None
+        if saving is not None and saving.saved is not None:
+            _, seconds = saving.saved.result()
+            self.group.show({"checkpoint_s": seconds})
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None:
+            self._begin(waiting)
 
     def wait_until_saved(self) -> None:
-        """Wait for the checkpoint that is being stored, on all ranks; a restart begins with it.
+        """Wait for the checkpoint that is being stored, and the one that waits, on all ranks.
 
         Raises:
-            StorageError: it could not be stored.
+            StorageError: one could not be stored.
             LeaseLostError: another driver continues the run.
         """
-        saving, self.saving = self.saving, None
-        if saving is None:
+        while self.saving is not None:
+            while self.world.any(not _stored(self.saving)):  # a worker that hangs meanwhile is noticed
+                pass
+            self._refuse_failure(self.saving)
+            self.checkpoint_stored()
+
+    def _refuse_failure(self, saving: _Saving) -> None:
+        """Raise what went wrong with a checkpoint, on all ranks alike."""
+        error = None if saving.saved is None else saving.saved.exception()
+        if not self.world.any(error is not None):
             return
-        while self.world.any(not _stored(saving)):  # a worker that hangs meanwhile is noticed
-            pass
-        lost, reason = False, ""
-        if saving.saved is not None:
-            try:
-                _, seconds = saving.saved.result()
-                self.group.show({"checkpoint_s": seconds})
-            except Exception as error:  # whatever it is, the other ranks must not wait for this one
-                lost, reason = isinstance(error, LeaseLostError), str(error) or repr(error)
-        lost, reason = self.group.broadcast((lost, reason))
+        told = (isinstance(error, LeaseLostError), str(error) or repr(error))
+        lost, reason = self.group.broadcast(told)
         if lost:
             raise LeaseLostError(reason)
-        if reason:
-            raise StorageError(
-                f"the checkpoint {saving.where} could not be stored: {reason}; free space or choose another "
-                "--run.storage. Submitted again, the run continues from the checkpoint before"
-            )
-        self.group.heard(saving.metrics)
+        raise StorageError(
+            f"the checkpoint {saving.where} could not be stored: {reason}; free space or choose another "
+            "--run.storage. Submitted again, the run continues from the checkpoint before"
+        )
 
     def node_leaving(self) -> bool:
         return self.group.node_leaving()
@@ -121,11 +143,13 @@ class RunReporter:
         flags = Flags.NONE
         if self.attempt is not None:
             self.attempt.step_done()
-        if self.saving is not None and self.saving.saved is not None and self.saving.saved.done():
-            flags |= Flags.SAVED
+        saving = self.saving
+        if saving is not None and not saving.told and saving.saved is not None and saving.saved.done():
+            saving.told = True  # once: the next flag is the next checkpoint's
+            flags |= Flags.SAVED if saving.saved.exception() is None else Flags.UNSAVED
         if self.group.rank == 0 and self.group.stop_asked():
             flags |= Flags.STOP
-        return flags
+        return flags | self._due_by_itself()
 
     def line(self, text: str) -> None:
         if self.group.rank == 0:
@@ -160,11 +184,35 @@ class RunReporter:
         """Return the number of workers, where that changes."""
         return {} if isinstance(self.run.config.run.num_workers, int) else {"train/workers": self.group.size}
 
-    def _save(
-        self, metrics: dict[str, float], entry: Listed, where: str, snapshot: Callable[[], Snapshot]
-    ) -> None:
-        saved = self.writer.begin(entry, snapshot()) if self.writer is not None else None
-        self.saving = _Saving(metrics, where, saved)
+    def _due_by_itself(self) -> Flags:
+        """Ask, on rank 0 and once, for a checkpoint where the interval is `auto` and over."""
+        automatic = self.run.config.run.checkpoint_minutes == "auto"
+        if self.attempt is None or not automatic or self.saving is not None:
+            return Flags.NONE
+        if time.monotonic() - self.begun < self.attempt.checkpoint_interval_s():
+            return Flags.NONE
+        self.begun = time.monotonic()
+        return Flags.SAVE
+
+    def _store(self, entry: Listed, where: str, snapshot: Callable[[], Snapshot]) -> None:
+        """Begin to store a checkpoint, or let it wait, or leave it out."""
+        if entry.score is not None and entry.score > self.best:
+            self.best = entry.score
+        elif self.saving is not None:
+            self.line(f"no checkpoint {where}: the one {self.saving.where} is not stored yet")
+            return
+        self.waiting = _Waiting(entry, where, snapshot() if self.writer is not None else None)
+        if self.saving is None:
+            self.checkpoint_stored()
+
+    def _begin(self, waiting: _Waiting) -> None:
+        saved = None
+        if self.writer is not None and waiting.snapshot is not None:
+            saved = self.writer.begin(waiting.entry, waiting.snapshot)
+        if self.attempt is not None:
+            self.attempt.checkpoints += 1
+        self.begun = time.monotonic()
+        self.saving = _Saving(waiting.where, saved)
 
     def _position_report(self, epochs: range) -> None:
         """Draw the report on rank 0, in the loop's thread: its random draws must not meet those of a training step."""
@@ -207,7 +255,8 @@ def opened_reporter(
         listed: the run's checkpoints so far, oldest first.
         attempt: rank 0's file of what its time goes into.
     """
-    reporter = RunReporter(run, group, world, attempt=attempt)
+    best = max((one.score for one in listed if one.score is not None), default=-math.inf)
+    reporter = RunReporter(run, group, world, attempt=attempt, best=best)
     if attempt is not None:
         attempt.continue_after(listed[-1].steps_done if listed else 0)
         reporter.tracker = tracking.open_tracker(

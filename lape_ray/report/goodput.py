@@ -6,6 +6,7 @@ written down where they take place, by `cluster.journal`; here they become one d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -68,6 +69,7 @@ class Attempt:
         created: when rank 0's process was made
         failed: when the failure of the attempt before was noticed
         torn_down: when the processes of the attempt before were gone
+        ended: whether it came to the end that it was to have
     """
 
     began: float
@@ -77,6 +79,7 @@ class Attempt:
     created: float | None = None
     failed: float | None = None
     torn_down: float | None = None
+    ended: bool = False
 
     @property
     def until(self) -> float:
@@ -95,6 +98,17 @@ class Attempt:
                 return spent + (seconds - spent) * max(0, steps - before) / max(1, step - before)
             before, spent = step, seconds
         return self.seconds.get(STEPS, 0.0) if steps > before else spent
+
+
+def checkpoint_interval_s(attempts: Sequence[Attempt], *, cost_s: float) -> float:
+    """Return the seconds between two checkpoints by which a run loses least (Young 1974, Daly 2006).
+
+    It is sqrt(2 C M): C is what a checkpoint costs the training, M the mean time between failures. That is the time
+    trained so far over the failures in it, with one more for the one to come.
+    """
+    trained_s = sum(one.until - one.began for one in attempts)
+    failures = sum(not one.ended for one in attempts[:-1])
+    return math.sqrt(2 * cost_s * trained_s / (failures + 1))
 
 
 @dataclass

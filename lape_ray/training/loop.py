@@ -50,13 +50,17 @@ class Reporter(Protocol):
         """Report a log step. `metrics` are means over all workers; those that end in `_s` are this worker's seconds."""
 
     def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
-        """Begin to store the checkpoint of an epoch's end, after the one before.
+        """Begin to store the checkpoint of an epoch's end, or leave it out where the one before is not stored yet.
 
-        `snapshot` copies the state as it is now, and must be called before this returns.
+        The last one of the training is always stored. `snapshot` copies the state as it is now, and must be called
+        before this returns.
         """
 
     def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         """Begin to store a checkpoint that is due within an epoch. Nothing was evaluated, and nothing waits."""
+
+    def checkpoint_stored(self) -> None:
+        """Take note, on all ranks, that the checkpoint is stored which rank 0 raised `Flags.SAVED` for."""
 
     def wait_until_saved(self) -> None:
         """Wait until the last checkpoint is stored, so that a restart begins there; do nothing without one."""
@@ -157,8 +161,7 @@ class Training:
     @property
     def last_epoch(self) -> int:
         """The number of epochs to train, those included that are done."""
-        total = self.state.config.optim.total_epochs
-        return min(total, self.state.config.run.stop_after_epochs or total)
+        return self.state.config.last_epoch
 
     @property
     def steps_done(self) -> int:
@@ -200,7 +203,7 @@ class Training:
             world_size=self.state.world.size,
             classes=self.state.classes,
         )
-        return checkpoint.snapshot(**self.state.saved_parts, metadata=metadata)
+        return checkpoint.snapshot(**self.state.saved_parts, metadata=metadata, copies=self.state.copies)
 
     def close(self) -> None:
         """Give back the process group that a process which trains again would keep."""
@@ -232,7 +235,7 @@ def train_epoch(
     shown = time.monotonic()
     first_batch = start.step * len(state.micro_batches)
     with contextlib.closing(state.train_loader.epoch(epoch, start=first_batch)) as ready:
-        batches = Waited(ready, state.times)
+        batches = Waited(ready, state.times, state.world.device)
         for step in range(start.step, steps):
             lr = _lr(state, epoch, step)
             window.add(optimizer_step(state, batches, epoch=epoch, step=step, lr=lr))
@@ -275,9 +278,12 @@ class _Saving:
     clock: float = field(default_factory=time.monotonic)
 
     def due_by_clock(self) -> Flags:
-        """Ask for a checkpoint where the last one is old, or where a machine is about to go."""
+        """Ask for a checkpoint where the last one is old, or where a machine is about to go.
+
+        With the interval `auto` the reporter asks.
+        """
         minutes = self.state.config.run.checkpoint_minutes
-        late = minutes > 0 and time.monotonic() - self.clock > 60 * minutes
+        late = minutes != "auto" and minutes > 0 and time.monotonic() - self.clock > 60 * minutes
         return Flags.SAVE if self.reporter.node_leaving() or late else Flags.NONE
 
     def act(self, flags: Flags, step: int) -> None:
@@ -285,9 +291,11 @@ class _Saving:
         every, steps = self.state.config.run.checkpoint_steps, self.state.steps_per_epoch
         stop = Flags.STOP in flags
         due = Flags.SAVE in flags or (every is not None and (step + 1) % every == 0)
-        if Flags.SAVED in flags or stop:
-            with self.state.times.within(CHECKPOINT):
+        with self.state.times.within(CHECKPOINT):
+            if Flags.UNSAVED in flags or stop:
                 self.reporter.wait_until_saved()
+            elif Flags.SAVED in flags:
+                self.reporter.checkpoint_stored()
         if stop or (due and step + 1 < steps):
             done = self.window.progress(step)
             _refuse_divergence(done.loss + done.window_loss, self.epoch, step)

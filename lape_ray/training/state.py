@@ -27,6 +27,7 @@ from lape_ray.training.cuda_graph import CudaRecorder, StepGraph
 from lape_ray.training.distributed import World
 from lape_ray.training.flags import RankFlags
 from lape_ray.training.head_only import HeadOnly
+from lape_ray.training.host_copies import HostCopies
 from lape_ray.training.loss import check_loss, load_teacher
 from lape_ray.training.optim import Ema, build_optimizer
 from lape_ray.training.parallelize import compiled, data_parallel, missing_compiler
@@ -55,6 +56,8 @@ class TrainState:
     teacher: nn.Module | None
     statistics: RunningStatistics
     autocast: Callable[[], AbstractContextManager[None]]
+    copies: HostCopies
+    """Makes the checkpoints' copies of the state."""
     graph: StepGraph | None = None
     """Runs the whole step, where `run.cuda_graph` asks for it."""
     classes: tuple[str, ...] | None = None
@@ -128,6 +131,7 @@ def build_state(
             network, world, micro_batches=config.micro_batches, own=len(own_micro_batches(config, world))
         ),
         autocast=autocast_for(config, device),
+        copies=HostCopies(device, network),
         graph=StepGraph(CudaRecorder()) if graph else None,
         classes=classes,
         notes=tuple(filter(None, (note, slower))),

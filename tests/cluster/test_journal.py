@@ -94,6 +94,22 @@ def test_a_process_that_hangs_and_ends_has_lost_what_came_after_the_checkpoint(
          "first_step_again": 5, "idle": 2}
     )  # fmt: skip
     assert division.wall_s == clock.now - 990
+    assert [one.ended for one in read_journal(run.folder).attempts] == [False, True]
+
+
+def test_the_interval_of_checkpoints_is_that_of_their_stall(run: Run, clock: Clock) -> None:
+    def work(attempt: AttemptWriter) -> None:
+        assert attempt.checkpoint_interval_s() == journal.SHORTEST_S, "at the beginning"
+        steps(attempt, clock, 0, 5000)
+        assert attempt.checkpoint_interval_s() == pytest.approx((2 * journal.FIRST_COST_S * 5010) ** 0.5)
+        for _ in range(2):
+            attempt.checkpoints += 1
+            with attempt.times.within("checkpoint"):
+                clock.now += 10
+        attempt.mark(5001)
+        assert attempt.checkpoint_interval_s() == pytest.approx((2 * 10 * 5030) ** 0.5)
+
+    train(run, clock, work)
 
 
 def test_what_is_written_before_a_kill_is_at_most_ten_seconds_old(run: Run, clock: Clock) -> None:

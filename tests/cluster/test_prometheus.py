@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from lape_ray.cluster import prometheus
 from lape_ray.training.metrics import Waited
@@ -19,13 +20,37 @@ def test_waiting_is_counted_once() -> None:
             yield number
 
     times = Times()
-    waited = Waited(slow(), times)
+    waited = Waited(slow(), times, torch.device("cpu"))
     assert list(waited) == [0, 1, 2]
     seconds = waited.read()
     assert times.read()["data"] == pytest.approx(seconds)
     assert 0.06 <= seconds < 0.5
     time.sleep(0.02)
     assert waited.read() == 0.0, "the caller's own time is not waiting"
+
+
+def test_a_gpu_that_is_busy_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = iter([False, True, True])
+
+    class Event:
+        def record(self) -> None: ...
+
+        def query(self) -> bool:
+            return next(done)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def slow() -> Iterator[int]:
+        time.sleep(0.1)
+        yield 0
+        time.sleep(0.02)
+        yield 1
+
+    times = Times()
+    waited = Waited(slow(), times, torch.device("cuda"))
+    assert list(waited) == [0, 1]
+    assert 0.02 <= waited.read() < 0.1
+    assert 0.02 <= times.read()["data"] < 0.1
 
 
 def test_each_metric_of_the_loop_has_its_gauge(monkeypatch: pytest.MonkeyPatch) -> None:
