@@ -17,6 +17,7 @@ supervisor       the actor that carries stop requests and counts failures
 failure_count    what Ray Train's controller tells it of failures
 connection       a connection to Ray, and work spread over its nodes
 resources        what a training takes of the cluster, and whether there is room
+interface        the network interface by which workers of several nodes meet
 local            a Ray of this machine, for the demo and the tests
 demo             the steps behind `lape-ray demo`
 prometheus       the gauges of a run
