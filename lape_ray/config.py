@@ -29,7 +29,7 @@ Join = Literal[
 ]  # fmt: skip
 Bias = Literal["none", "relative2d", "alibi2d"]
 BiasJoin = Literal["basic", "lape"]
-Rotary = Literal["none", "axial", "mixed"]
+Rotary = Literal["none", "axial", "mixed", "spiral"]
 NETWORK_FIELDS = ("variant", "position", "join", "bias", "bias_join", "rotary")
 """The model's fields that tell networks apart in a list."""
 Variant = Literal[

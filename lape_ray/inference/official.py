@@ -36,8 +36,8 @@ def not_official(model: ModelConfig) -> str | None:
     """Say why no published code has a network of this kind; None where one has."""
     if model.variant.startswith(("vit_lite", "cvt", "cct")):
         return "the Compact Transformers' code builds its networks of other parts"
-    if model.bias == "alibi2d":
-        return "no published code of these families has bias=alibi2d"
+    if model.bias not in ("none", "relative2d"):
+        return f"no published code of these families has bias={model.bias}"
     if model.rotary != "none":
         return f"no published code of these families has rotary={model.rotary}"
     return None

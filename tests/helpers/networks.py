@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,24 @@ CELLS = [
 def _is_of_the_few(cell: dict[str, str]) -> bool:
     joins = [(position, join) for position in ABSOLUTES for join in valid_joins(position)]
     biases = [(bias, join) for bias in BIASES for join in valid_bias_joins(bias)]
-    place = joins.index((cell["position"], cell["join"])) + biases.index((cell["bias"], cell["bias_join"]))
-    return list(ROTARIES)[place % len(ROTARIES)] == cell["rotary"]
+    join = joins.index((cell.get("position", "learnable"), cell["join"]))
+    bias = biases.index((cell["bias"], cell["bias_join"]))
+    return list(ROTARIES)[(join + bias) % len(ROTARIES)] == cell["rotary"]
 
 
-# Every embedding with its join meets every bias and every rotation, and every bias every rotation; all threes are slow.
-PAIRED_CELLS = [
-    cell if _is_of_the_few(cell) else pytest.param(cell, marks=pytest.mark.slow) for cell in CELLS
-]
+def paired(cells: Iterable[dict[str, str]]) -> list[Any]:
+    """Mark cells as slow, but for enough that every embedding with its join meets every bias and every rotation.
+
+    So does every bias every rotation; all threes are slow.
+    """
+    return [cell if _is_of_the_few(cell) else pytest.param(cell, marks=pytest.mark.slow) for cell in cells]
+
+
+def cell_id(cell: dict[str, str]) -> str:
+    return "-".join(cell.values())
+
+
+PAIRED_CELLS = paired(CELLS)
 
 FAMILIES: dict[str, dict[str, object]] = {
     "t2t_vit_7": {"model__variant": "t2t_vit_7", "model__patch_size": None},
@@ -59,10 +70,6 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
 }  # fmt: skip
 """Changes of the recipe `smoke` that make its network one of another family."""
-
-
-def cell_id(cell: dict[str, str]) -> str:
-    return "-".join(cell.values())
 
 
 def count(model: nn.Module) -> int:

@@ -30,7 +30,7 @@ CELLS: list[tuple[str, dict[str, Any]]] = [
     *((family, {"join": "lape"}) for family in ("distilled", "vit_lite", "cvt")),
     ("deit", {"position": "none", "bias": "relative2d", "bias_join": "lape", "rotary": "mixed"}),
     ("deit", {"position": "sincos1d", "join": "share", "bias": "alibi2d", "rotary": "axial"}),
-    ("deit", {"position": "sincos2d", "join": "lape"}),
+    ("deit", {"position": "sincos2d", "join": "lape", "rotary": "spiral"}),
     ("swin", {"position": "sincos2d", "join": "lape", "bias": "relative2d", "rotary": "mixed"}),
 ]
 # Ours where its sizes allow: any grid of a ViT; a Swin is square.

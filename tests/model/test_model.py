@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.networks import CELLS, cell_id, check_official, count, read_reference
+from helpers.networks import PAIRED_CELLS, cell_id, check_official, count, read_reference
 from torch import Tensor
 
 import lape_ray
@@ -28,6 +29,7 @@ from lape_ray.model.position import (
     LayerPosition,
 )
 from lape_ray.model.position.resize import resize_absolute, resize_relative
+from lape_ray.model.position.rotary import spiral_frequencies
 from lape_ray.model.variants import VARIANTS
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "image_size": 16, "patch_size": 4, "num_classes": 5}
@@ -128,7 +130,7 @@ def test_every_network_keeps_its_interface(variant: Variant) -> None:
     assert network.pos_embed is parameters["pos_embed"]
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=cell_id)
+@pytest.mark.parametrize("cell", PAIRED_CELLS, ids=cell_id)
 def test_every_cell_trains(cell: dict[str, str]) -> None:
     torch.manual_seed(0)
     model = build_model(tiny(**cell))
@@ -176,6 +178,7 @@ def test_no_bias_takes_no_bias_join() -> None:
         ({"num_heads": 5}, "embed_dim=32 does not divide by num_heads=5"),
         ({"embed_dim": 30, "position": "sincos2d"}, "embed_dim=30 does not divide by 4"),
         ({"embed_dim": 36, "num_heads": 6, "rotary": "axial"}, "a head is 6 wide"),
+        ({"num_heads": 4, "rotary": "spiral"}, "a head is 8 wide, but rotary=spiral needs a multiple of 16"),
         ({"variant": "cct_7_3x1", "patch_size": 4}, "patch_size=4 does not apply to cct_7_3x1"),
     ],
 )
@@ -317,8 +320,9 @@ def test_batch_does_not_change_the_cost_of_position() -> None:
 # --- properties of the embeddings -----------------------------------------------------------------------------
 
 
-def test_rotary_logits_depend_on_the_offset_only() -> None:
-    model = build_model(tiny(position="none", rotary="axial"))
+@pytest.mark.parametrize("rotary", ["axial", "spiral"])
+def test_rotary_logits_depend_on_the_offset_only(rotary: str) -> None:
+    model = build_model(tiny(position="none", rotary=rotary))
     q, k = torch.randn(1, 1, 1, 16).expand(1, 1, 17, 16), torch.randn(1, 1, 1, 16).expand(1, 1, 17, 16)
     rotation = model.rotary()[0]  # type: ignore[misc]
     logits = (rotate(q, rotation) @ rotate(k, rotation).transpose(-1, -2))[0, 0, 1:, 1:]
@@ -329,6 +333,40 @@ def test_rotary_logits_depend_on_the_offset_only() -> None:
         assert max(values) - min(values) < 1e-4
     assert len({round(v[0], 4) for v in by_offset.values()}) > 10
     torch.testing.assert_close(rotate(q, rotation)[0, 0, 0], q[0, 0, 0])  # the class token is not turned
+
+
+def test_spiral_of_two_directions_is_axial() -> None:
+    axial = build_model(tiny(rotary="axial")).rotary.frequencies()  # type: ignore[union-attr]
+    spiral = spiral_frequencies(16, directions=2, base=100.0, largest=1.0)
+    torch.testing.assert_close(spiral[None, :, None], axial, atol=1e-6, rtol=0)
+
+
+def test_spiral_turns_by_the_projection_on_its_directions() -> None:
+    model = build_model(tiny(position="none", rotary="spiral"))
+    cos, sin = model.rotary()[1]  # type: ignore[misc]
+    falling = 1.5 * 10_000.0 ** (
+        -torch.arange(4) / 4
+    )  # E = 16: of 8 pairs of channels, two for each direction
+    for pair, (frequency, degrees) in enumerate(
+        zip(falling.repeat(2), [0, 0, 45, 45, 90, 90, 135, 135], strict=True)
+    ):
+        phi = math.radians(degrees)
+        for row, column in [(0, 3), (2, 1), (3, 3)]:
+            angle = frequency * (column * math.cos(phi) + row * math.sin(phi))
+            found = torch.stack((cos[0, 1 + 4 * row + column, pair], sin[0, 1 + 4 * row + column, pair]))
+            torch.testing.assert_close(found, torch.stack((angle.cos(), angle.sin())), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("degrees", [0, 45, 90, 135])
+def test_spiral_sees_no_shift_across_a_direction(degrees: int) -> None:
+    """A pair of channels is blind to shifts perpendicular to its direction, and to no others."""
+    rotation = build_model(tiny(position="none", rotary="spiral")).rotary()[0]  # type: ignore[misc]
+    pair = degrees // 45 * 2
+    sin = rotation[1][0, 1:, pair].unflatten(0, (4, 4))
+    shifts = {0: (1, 0), 45: (1, -1), 90: (0, 1), 135: (1, 1)}  # rows, columns
+    for name, (rows, columns) in shifts.items():
+        start, end = sin[1, 1], sin[1 + rows, 1 + columns]
+        assert torch.isclose(start, end, atol=1e-5) == (name == degrees)
 
 
 def test_logit_bias_leaves_prefix_tokens_alone() -> None:
@@ -367,7 +405,7 @@ def test_resizing_keeps_prefix_rows_and_a_smooth_map() -> None:
     assert resize_relative(torch.zeros(2, 49, 3), (6, 6)).shape == (2, 121, 3)
 
 
-@pytest.mark.parametrize("cell", [CELLS[0], *[c for c in CELLS if c["rotary"] == "mixed"]], ids=cell_id)
+@pytest.mark.parametrize("cell", PAIRED_CELLS, ids=cell_id)
 def test_any_cell_loads_at_another_resolution(cell: dict[str, str]) -> None:
     small, large = build_model(tiny(**cell)), build_model(tiny(**cell, image_size=24))
     notes = load_weights(large, small.state_dict())

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.networks import WHOLE_JOINS
+from helpers.networks import WHOLE_JOINS, cell_id, paired
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from train_step import synthetic_state, training_config
@@ -39,13 +39,13 @@ JOINS = [
 BIAS_JOINS = [{"bias": bias, "bias_join": join} for bias in BIASES for join in valid_bias_joins(bias)]
 # Every join with every bias and rotation that it can meet a layer with (those that lack a part of LaPE meet it as it
 # does); then the families, of which some heads read a class token, some two tokens and some all.
-CELLS = [
+CELLS = paired(
     {"variant": variant, **joined, **biased, "rotary": rotary}
     for variant, joins in {"deit_tiny": JOINS, "cct_7_3x1": [{"join": "basic"}, {"join": "lape"}]}.items()
     for joined in joins
     for biased in BIAS_JOINS
     for rotary in ROTARIES
-] + [{"variant": variant, "join": join} for variant in VARIANTS for join in ("basic", "lape")]
+) + [{"variant": variant, "join": join} for variant in VARIANTS for join in ("basic", "lape")]
 
 
 def network_of(**fields: Any) -> Any:
@@ -77,7 +77,7 @@ def outputs_and_gradients(network: nn.Module, *, bf16: bool = False, side: int =
         return {"logits": logits.detach(), "evaluated": network.eval()(images_BCHW), **found}
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(cell.values()))
+@pytest.mark.parametrize("cell", CELLS, ids=cell_id)
 def test_optimised_blocks_compute_what_plain_ones_do(cell: dict[str, str]) -> None:
     network = network_of(**cell)
     side = 32 if cell["variant"].startswith(("t2t", "ceit", "swin")) else 16

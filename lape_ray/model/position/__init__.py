@@ -4,7 +4,7 @@
     absolute  tables that are added to tokens: none, learnable, sincos1d, sincos2d
     join      where and how a table enters the blocks: basic, share, unshare, lape, lape_shared, and lape without a part
     relative  biases of attention's logits: none, relative2d, alibi2d; joined as they are (basic) or normalised (lape)
-    rotary    rotations of queries and keys: none, axial, mixed
+    rotary    rotations of queries and keys: none, axial, mixed, spiral
     build     from names to modules: `build_position`, and which joins are valid
     resize    tables of another resolution
 
