@@ -370,7 +370,7 @@ def test_spiral_sees_no_shift_across_a_direction(degrees: int) -> None:
 
 
 def test_logit_bias_leaves_prefix_tokens_alone() -> None:
-    for bias in ("relative2d", "alibi2d"):
+    for bias in ("relative2d", "alibi2d", "log_cpb"):
         model = build_model(tiny(variant="deit_tiny_distilled", bias=bias, bias_join="lape"))
         for norm in model.bias.norms:  # type: ignore[union-attr]
             torch.nn.init.normal_(norm.bias)
@@ -386,6 +386,33 @@ def test_alibi_falls_with_distance() -> None:
     assert bias[0, 0, 0] == 0
     torch.testing.assert_close(bias[0, 0, 5], -torch.tensor(2.0).sqrt() * 2.0**-4)
     torch.testing.assert_close(bias[1, 0, 3], torch.tensor(-3.0 * 2.0**-8))
+
+
+def test_log_cpb_by_hand() -> None:
+    bias = build_model(tiny(bias="log_cpb")).bias.table  # type: ignore[union-attr]
+    found_LHPP = bias()  # type: ignore[operator]
+    for query, key in [((0, 0), (3, 1)), ((3, 2), (1, 2)), ((2, 2), (2, 2))]:
+        offset = [query[0] - key[0], query[1] - key[1]]
+        d = torch.tensor([math.copysign(math.log(1 + abs(each)), each) for each in offset])
+        for layer, (first, _, last) in enumerate(bias.mlps):  # type: ignore[arg-type, union-attr]
+            by_hand = last.weight @ (first.weight @ d + first.bias).relu()
+            found = found_LHPP[layer, :, 4 * query[0] + query[1], 4 * key[0] + key[1]]
+            torch.testing.assert_close(found, by_hand, atol=1e-6, rtol=1e-5)
+
+
+def test_log_cpb_extrapolates_to_a_larger_grid() -> None:
+    """The same weights give the same bias at the same offset, and a smooth one beyond; a table has nothing there."""
+    torch.manual_seed(0)
+    small, large = build_model(tiny(bias="log_cpb")), build_model(tiny(bias="log_cpb", image_size=32))
+    for first, _, last in small.bias.table.mlps:  # type: ignore[union-attr, arg-type]
+        torch.nn.init.normal_(first.bias)
+        torch.nn.init.normal_(last.weight, std=0.1)
+    large.bias.load_state_dict(small.bias.state_dict())  # type: ignore[union-attr]
+    near, far = (network.bias.table()[0, 0] for network in (small, large))  # type: ignore[union-attr]
+    inner = far.unflatten(0, (8, 8)).unflatten(2, (8, 8))[:4, :4, :4, :4].flatten(2).flatten(0, 1)
+    torch.testing.assert_close(inner, near)
+    row = far[0, :8]  # of offsets 0 to 7, of which the small grid has seen 3
+    assert row[4:].diff().abs().max() < row[:4].diff().abs().max()
 
 
 # --- checkpoints of other sizes and other models --------------------------------------------------------------

@@ -30,7 +30,8 @@ def valid_joins(position: str, joins: Mapping[str, type[Join]] = JOINS) -> tuple
 
 def valid_bias_joins(bias: str) -> tuple[str, ...]:
     """List the joins that can carry a logit bias."""
-    return ("basic",) if BIASES[bias] is None else tuple(BIAS_JOINS)
+    kind = BIASES[bias]
+    return ("basic",) if kind is None or kind.unnormed else tuple(BIAS_JOINS)
 
 
 def check_joins(
@@ -56,8 +57,10 @@ def check_joins(
             f"valid joins of {position} are {', '.join(valid_joins(position, joins))}"
         )
     if bias_join not in valid_bias_joins(bias):
+        kind = BIASES[bias]
+        why = "has nothing to join" if kind is None else kind.unnormed
         raise ValueError(
-            f"bias={bias} has nothing to join: bias_join={bias_join} is not valid; "
+            f"bias={bias} {why}: bias_join={bias_join} is not valid; "
             f"valid bias joins of {bias} are {', '.join(valid_bias_joins(bias))}"
         )
 

@@ -7,6 +7,7 @@ Shapes: L layers, H heads, P patches in row-major order, N tokens = prefix token
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +25,29 @@ def relative_index(layout: Layout) -> Tensor:
     return row_PP * (2 * width - 1) + column_PP
 
 
-class Relative2d(nn.Module):
-    """A trained bias for every 2-D offset, head and layer (Swin, arXiv 2103.14030, eq. 4).
+class Bias(nn.Module):
+    """The interface of a bias.
 
     Args:
-        std: of its truncated normal initialisation; 0: it begins at zero.
+        std: of its tables' truncated normal initialisation, where it has any; 0: they begin at zero.
     """
+
+    unnormed: ClassVar[str] = ""
+    """Why no LayerNorm over keys may follow it; empty: one may."""
 
     def __init__(self, layout: Layout, *, std: float = 0.0) -> None:
         super().__init__()
+
+    def forward(self) -> Tensor:
+        """Compute the (L, H, P, P) biases."""
+        raise NotImplementedError
+
+
+class Relative2d(Bias):
+    """A trained bias for every 2-D offset, head and layer (Swin, arXiv 2103.14030, eq. 4)."""
+
+    def __init__(self, layout: Layout, *, std: float = 0.0) -> None:
+        super().__init__(layout, std=std)
         height, width = layout.grid
         offsets = (2 * height - 1) * (2 * width - 1)
         table_LRH = torch.zeros(layout.depth, offsets, layout.num_heads)
@@ -44,15 +59,49 @@ class Relative2d(nn.Module):
         return self.table_LRH[:, self.get_buffer("index_PP")].permute(0, 3, 1, 2)
 
 
-class Alibi2d(nn.Module):
+class LogCpb(Bias):
+    """A small MLP of the offset's logarithm for every layer: log-CPB of Swin V2 (arXiv 2111.09883, section 3.3).
+
+    bias = W_2 ReLU(W_1 d + b_1), with d = sign(offset) * log(1 + |offset|) of rows and columns, in patches, and 512
+    hidden units. Its weights have no size of the grid: a larger one has the same bias at the same offset, and goes on
+    from there. Weights begin as those of other linear layers. Swin V2's code measures offsets in windows and takes 16 *
+    sigmoid of the bias, for its cosine attention; neither is part of the section, nor of this. FIRE (arXiv 2310.04418)
+    feeds its MLP with logarithms too, but divides by the query's place in a sequence, which an image has not.
+    """
+
+    hidden = 512
+
+    def __init__(self, layout: Layout, *, std: float = 0.0) -> None:
+        super().__init__(layout, std=std)
+        self.mlps = nn.ModuleList(self._mlp(layout.num_heads) for _ in range(layout.depth))
+        self.register_buffer("index_PP", relative_index(layout), persistent=False)
+        height, width = layout.grid
+        row_R, column_R = Layout((2 * height - 1, 2 * width - 1), *layout[1:]).patch_rows_columns()
+        offset_R2 = torch.stack((row_R - height + 1, column_R - width + 1), dim=-1)
+        self.register_buffer("log_R2", offset_R2.sign() * offset_R2.abs().log1p(), persistent=False)
+
+    def _mlp(self, num_heads: int) -> nn.Sequential:
+        mlp = nn.Sequential(
+            nn.Linear(2, self.hidden), nn.ReLU(), nn.Linear(self.hidden, num_heads, bias=False)
+        )
+        for name, parameter in mlp.named_parameters():
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.trunc_normal_(parameter, std=0.02)
+        return mlp
+
+    def forward(self) -> Tensor:
+        """Compute the (L, H, P, P) biases, each offset once."""
+        table_LRH = torch.stack([mlp(self.get_buffer("log_R2")) for mlp in self.mlps])
+        return table_LRH[:, self.get_buffer("index_PP")].permute(0, 3, 1, 2)
+
+
+class Alibi2d(Bias):
     """Minus the Euclidean distance of two patches, in patches, times a head's fixed slope (arXiv 2311.00566).
 
     Slopes are the geometric series 2^(-8/H), 2^(-16/H), ... of ALiBi (arXiv 2108.12409).
-    Nothing is drawn: `std` is that of other biases.
     """
 
     def __init__(self, layout: Layout, *, std: float = 0.0) -> None:
-        super().__init__()
+        super().__init__(layout, std=std)
         row_P, column_P = (index.double() for index in layout.patch_rows_columns())
         distance_PP = torch.hypot(row_P[:, None] - row_P[None, :], column_P[:, None] - column_P[None, :])
         heads = layout.num_heads
@@ -95,9 +144,10 @@ def _over_keys(layout: Layout) -> nn.ModuleList:
     return nn.ModuleList(nn.LayerNorm(layout.num_patches, eps=1e-5) for _ in range(layout.depth))
 
 
-BIASES: dict[str, type[Relative2d] | type[Alibi2d] | None] = {
+BIASES: dict[str, type[Bias] | None] = {
     "none": None,
     "relative2d": Relative2d,
     "alibi2d": Alibi2d,
+    "log_cpb": LogCpb,
 }
 BIAS_JOINS: dict[str, Callable[[Layout], nn.ModuleList]] = {"basic": _as_it_is, "lape": _over_keys}
