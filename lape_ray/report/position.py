@@ -114,11 +114,15 @@ def correlations(network: Network) -> Maps:
 
 
 def biases(network: Network) -> Maps:
-    """Compute the (L, H, P, P) that are added to attention's logits for each query (row) and key (column) patch."""
+    """Compute the (L, H, P, P) that are added to attention's logits for each query (row) and key (column) patch.
+
+    NaN stands for a key that the query cannot see.
+    """
     prefix = network.num_prefix
     with torch.no_grad():
         layers = [layer.logits_1HNN for layer in network.layer_positions()]
-    return _by_stage(network, [bias[0, :, prefix:, prefix:] for bias in layers if bias is not None])
+    shown = [bias[0, :, prefix:, prefix:] for bias in layers if bias is not None]
+    return _by_stage(network, [bias.masked_fill(bias.isneginf(), torch.nan) for bias in shown])
 
 
 def rotations(network: Network) -> Maps:

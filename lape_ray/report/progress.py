@@ -72,7 +72,7 @@ def training_maps(seen: Sequence[PositionView]) -> tuple[str, list[Tensor]]:
         if (maps_LYX := one.correlation_maps(one.patch(None))) is not None:
             what = CORRELATION
         elif one.bias_LHPP is not None:
-            what, maps_LYX = BIAS, one.window_maps(one.bias_LHPP.mean(1), None)
+            what, maps_LYX = BIAS, one.window_maps(one.bias_LHPP.nanmean(1), None)
         else:
             assert one.rotation_LPP is not None
             maps_LYX = one.window_maps(one.rotation_LPP, None)

@@ -388,6 +388,56 @@ def test_alibi_falls_with_distance() -> None:
     torch.testing.assert_close(bias[1, 0, 3], torch.tensor(-3.0 * 2.0**-8))
 
 
+def test_lookhere_by_hand() -> None:
+    """LH-90 of ViT-B's 12 heads: its quadrants, its triangles, then four heads that see all keys."""
+    network = build_model(tiny(embed_dim=48, num_heads=12, bias="lookhere"))
+    bias_LHPP = network.bias.table()  # type: ignore[union-attr]
+    sees = [
+        lambda y, x: y <= 0 and x <= 0, lambda y, x: y <= 0 <= x, lambda y, x: x <= 0 <= y, lambda y, x: y >= 0 <= x,
+        lambda y, x: y <= -abs(x), lambda y, x: y >= abs(x), lambda y, x: x <= -abs(y), lambda y, x: x >= abs(y),
+        *[lambda y, x: True] * 4,
+    ]  # fmt: skip
+    slopes = [*[1 / 2] * 8, 1 / 4, 1 / 16, 1 / 64, 1 / 256]
+    for layer, of_layer in enumerate([1.5, 1.0, 0.5]):
+        for head, (seen, slope) in enumerate(zip(sees, slopes, strict=True)):
+            for query, key in itertools.product(range(16), repeat=2):
+                y, x = key // 4 - query // 4, key % 4 - query % 4
+                wanted = -2 * of_layer * slope * math.hypot(y, x) if seen(y, x) else -math.inf
+                assert bias_LHPP[layer, head, query, key].item() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 6])
+def test_lookhere_of_fewer_heads_looks_everywhere_in_time(heads: int) -> None:
+    bias = build_model(tiny(embed_dim=48, num_heads=heads, depth=8, bias="lookhere")).bias.table  # type: ignore[union-attr]
+    assert bias.view_LH.shape == (8, heads)  # type: ignore[union-attr]
+    assert set(bias.view_LH.flatten().tolist()) == {*range(1, 9), *([0] if heads >= 3 else [])}  # type: ignore[union-attr]
+    assert bias()[:, :, range(16), range(16)].eq(0).all(), "a query sees itself"  # type: ignore[operator]
+
+
+def test_lookhere_is_the_same_inside_a_larger_grid() -> None:
+    near, far = (build_model(tiny(bias="lookhere", image_size=size)).bias.table() for size in (16, 32))  # type: ignore[union-attr]
+    inner = far.unflatten(2, (8, 8)).unflatten(4, (8, 8))[:, :, 2:6, 2:6, 2:6, 2:6]
+    torch.testing.assert_close(inner.flatten(4).flatten(2, 3), near)
+
+
+def test_lookhere_hides_patches_but_no_prefix_token() -> None:
+    network = build_model(tiny(variant="deit_tiny_distilled", bias="lookhere")).eval()
+    layer = network.layer_positions()[0]
+    weights_BHNN = network.blocks[0].attn.weights(torch.randn(2, 18, 32), layer)  # type: ignore[union-attr, operator]
+    hidden_HPP = network.bias.table()[0].isneginf()  # type: ignore[union-attr]
+    assert hidden_HPP.any()
+    assert torch.equal(weights_BHNN[0, :, 2:, 2:] == 0, hidden_HPP)
+    assert (weights_BHNN[:, :, :2] > 0).all()
+    assert (weights_BHNN[..., :2] > 0).all()
+
+
+def test_a_bias_that_hides_keys_takes_no_norm_over_them() -> None:
+    with pytest.raises(
+        ValueError, match=r"bias=lookhere hides keys.*valid bias joins of lookhere are basic$"
+    ):
+        build_model(tiny(bias="lookhere", bias_join="lape"))
+
+
 def test_log_cpb_by_hand() -> None:
     bias = build_model(tiny(bias="log_cpb")).bias.table  # type: ignore[union-attr]
     found_LHPP = bias()  # type: ignore[operator]

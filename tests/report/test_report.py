@@ -169,6 +169,15 @@ def test_bias_maps_are_the_tables_offsets() -> None:
     assert biases(network()) == [None]
 
 
+def test_a_key_that_no_query_sees_is_grey_in_a_bias_figure() -> None:
+    one = view(network(position="none", bias="lookhere"), label="l")
+    hidden = network(position="none", bias="lookhere").bias.table().isneginf()
+    assert hidden.any()
+    assert torch.equal(one.bias_LHPP.isnan(), hidden)
+    drawn = figures.bias_figure(one, (2, 1)).axes[0].images[0].get_array()
+    np.testing.assert_array_equal(drawn.mask, hidden[0, 0, 9].unflatten(0, (4, 4)).numpy())
+
+
 def test_rotation_of_a_patch_against_itself_is_one() -> None:
     (found,) = rotations(network(position="none", rotary="axial"))
     torch.testing.assert_close(found.diagonal(dim1=1, dim2=2), torch.ones(3, 16))

@@ -3,7 +3,7 @@
     layout    the sizes an embedding is made for (`Layout`), and its part that a block receives (`LayerPosition`)
     absolute  tables that are added to tokens: none, learnable, sincos1d, sincos2d
     join      where and how a table enters the blocks: basic, share, unshare, lape, lape_shared, and lape without a part
-    relative  biases of attention's logits: none, relative2d, alibi2d, log_cpb; as they are (basic) or normalised (lape)
+    relative  biases of logits: none, relative2d, alibi2d, log_cpb, lookhere; as they are (basic) or normalised (lape)
     rotary    rotations of queries and keys: none, axial, mixed, spiral
     build     from names to modules: `build_position`, and which joins are valid
     resize    tables of another resolution

@@ -6,6 +6,7 @@ Shapes: L layers, H heads, P patches in row-major order, N tokens = prefix token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -115,6 +116,56 @@ class Alibi2d(Bias):
         return self.get_buffer("bias_HPP").expand(self.depth, -1, -1, -1)
 
 
+class LookHere(Bias):
+    """Minus the distance of two patches, in patches, for the keys that a head looks at, minus infinity for the others.
+
+    LookHere (NeurIPS 2024, arXiv 2405.13985), with a field of view of 90 degrees (its LH-90). Two thirds of the heads
+    look into one of 8 directions each and see the keys within 45 degrees of it, and the query itself; the others see
+    all keys. The slope is 2 * s_layer * s_head: s_layer falls from 1.5 to 0.5 over the layers, s_head is 1/2 for heads
+    with a direction and 1/4, 1/16, 1/64, 1/256 for those without, as in the authors' code. There are no parameters, and
+    nothing to resize.
+
+    The paper's networks have 12 heads: 8 with a direction, the same in every layer. Networks of other numbers of heads
+    are our definition: directions go on from layer to layer where the one before it stopped, so that 3 heads look into
+    all 8 in 4 layers. Prefix tokens see all tokens and are seen by all, without a bias, as in the paper.
+    """
+
+    unnormed = "hides keys behind minus infinity, of which a LayerNorm over keys makes no number"
+    # x to the right, y down; in the order of the authors' heads.
+    directions = ((-1, -1), (1, -1), (-1, 1), (1, 1), (0, -1), (0, 1), (-1, 0), (1, 0))
+
+    def __init__(self, layout: Layout, *, std: float = 0.0) -> None:
+        super().__init__(layout, std=std)
+        row_P, column_P = layout.patch_rows_columns()
+        y_PP, x_PP = row_P - row_P[:, None], column_P - column_P[:, None]  # from query to key
+        square_PP = x_PP**2 + y_PP**2
+        seen = [
+            torch.ones_like(square_PP, dtype=torch.bool)
+        ]  # in the view 0, which heads without a direction have
+        for x, y in self.directions:
+            along_PP = x * x_PP + y * y_PP
+            seen.append((along_PP >= 0) & (2 * along_PP**2 >= (x**2 + y**2) * square_PP))  # within 45 degrees
+        view_LH, slope_LH = self._heads(layout.depth, layout.num_heads)
+        self.register_buffer("distance_PP", square_PP.float().sqrt(), persistent=False)
+        self.register_buffer("hidden_VPP", ~torch.stack(seen), persistent=False)
+        self.register_buffer("view_LH", view_LH, persistent=False)
+        self.register_buffer("slope_LH", slope_LH, persistent=False)
+
+    def _heads(self, depth: int, num_heads: int) -> tuple[Tensor, Tensor]:
+        """Give the view and the slope of every layer's heads, (L, H) each."""
+        free = num_heads // 3
+        looking = num_heads - free
+        turn_LH = torch.arange(depth * looking).unflatten(0, (depth, looking)) % len(self.directions)
+        slope_H = torch.cat((torch.full((looking,), 0.5), 0.25 ** (1 + torch.arange(free) % 4)))
+        slope_L1 = 2.0 * torch.linspace(1.5, 0.5, depth)[:, None]
+        return F.pad(turn_LH + 1, (0, free)), slope_L1 * slope_H
+
+    def forward(self) -> Tensor:
+        """Compute the (L, H, P, P) biases."""
+        bias_LHPP = -self.get_buffer("slope_LH")[..., None, None] * self.get_buffer("distance_PP")
+        return bias_LHPP.masked_fill(self.get_buffer("hidden_VPP")[self.get_buffer("view_LH")], -math.inf)
+
+
 class LogitBias(nn.Module):
     """The bias of a table, normed for each layer, as the blocks add it to their logits.
 
@@ -149,5 +200,6 @@ BIASES: dict[str, type[Bias] | None] = {
     "relative2d": Relative2d,
     "alibi2d": Alibi2d,
     "log_cpb": LogCpb,
+    "lookhere": LookHere,
 }
 BIAS_JOINS: dict[str, Callable[[Layout], nn.ModuleList]] = {"basic": _as_it_is, "lape": _over_keys}
