@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from lape_ray.values.redaction import redacted, refuse_secret
 from lape_ray.values.typed import typed
 
-Position = Literal["none", "learnable", "sincos1d", "sincos2d"]
+Position = Literal["none", "learnable", "sincos1d", "sincos2d", "peg"]
 Join = Literal[
     "basic", "share", "unshare", "lape", "lape_shared",
     "lape_identity", "lape_scalar", "lape_gamma", "lape_affine", "lape_norm", "lape_scalar_norm", "lape_gamma_norm",

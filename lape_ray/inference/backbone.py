@@ -56,7 +56,7 @@ def export_backbone(predictor: Predictor, folder: Path) -> str:
     The written folder is loaded, and its maps are compared with the network's.
 
     Raises:
-        ValueError: the variant is none of `SUPPORTED`, its position none of `WRITTEN`, or the file computes another network.
+        ValueError: `SUPPORTED` or `WRITTEN` has not what the network is made of, or the file computes another network.
     """
     spec = resolve(predictor.config.model)
     if predictor.config.model.variant not in SUPPORTED:

@@ -46,8 +46,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
-        if position.residual_1ND is not None:
-            x_BND = x_BND + position.residual_1ND
+        x_BND = position.enter(x_BND)
         h_BND = self.norm1(x_BND)
         if position.attention_1ND is not None:
             h_BND = h_BND + position.attention_1ND

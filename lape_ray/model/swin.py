@@ -136,12 +136,13 @@ class SwinStage(nn.Module):
         super().__init__()
         self.window = window
         self.blocks = nn.ModuleList(blocks)
-        _, self.join, self.bias, self.rotary, _ = position
+        _, self.join, self.bias, self.rotary, _, self.conditional = position
         self.downsample = downsample
 
     def layer_positions(self, w_1ND: Tensor | None) -> list[LayerPosition]:
         """Compute what every block receives of position, with w as it enters the stage."""
-        return PositionEmbeddings(w_1ND, self.join, self.bias, self.rotary).layers(len(self.blocks))
+        position = PositionEmbeddings(w_1ND, self.join, self.bias, self.rotary, conditional=self.conditional)
+        return position.layers(len(self.blocks))
 
     def carried(self, layers: list[LayerPosition]) -> Tensor | None:
         """Merge what the join leaves of w after the last of `layers`, as the tokens are merged; None: nothing."""
@@ -211,7 +212,7 @@ class Swin(Network):
 
     def position_parameters(self) -> set[str]:
         """Name what Swin's code exempts from weight decay as it does norms and biases: all tables, biases' too."""
-        inside = (".bias.table.", ".rotary.")
+        inside = (".bias.table.", ".rotary.", ".conditional.")
         names = [name for name, _ in self.named_parameters()]
         return {name for name in names if name == "pos_embed" or any(part in name for part in inside)}
 

@@ -76,7 +76,7 @@ class VisionTransformer(Network):
         self.pool = pool
         self.head = head
         self.head_dist = head_dist
-        self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix = position
+        self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix, self.conditional = position
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         x_BND = self._tokens(images_BCHW)
@@ -94,8 +94,8 @@ class VisionTransformer(Network):
         return both_B2K if self.training else both_B2K.mean(dim=1)
 
     def layer_positions(self) -> list[LayerPosition]:
-        position = PositionEmbeddings(self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix)
-        return position.layers(len(self.blocks))
+        parts = self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix, self.conditional
+        return PositionEmbeddings(*parts).layers(len(self.blocks))
 
     def _prefix(self) -> list[nn.Parameter]:
         return [token for token in (self.cls_token, self.dist_token) if token is not None]
@@ -112,11 +112,11 @@ class VisionTransformer(Network):
     def position_parameters(self) -> set[str]:
         """Name what DeiT exempts from weight decay as it does norms and biases: tokens and tables.
 
-        The relative bias is not among them: DeiT-style code, the paper's included, decays it.
+        So are the frequencies of a rotation, and CPVT's convolution by its authors. The relative bias is not among
+        them: DeiT-style code, the paper's included, decays it.
         """
-        own = {name for name, _ in self.named_parameters(recurse=False)}
-        turned = set() if self.rotary is None else {name for name, _ in self.rotary.named_parameters()}
-        return own | {f"rotary.{name}" for name in turned}
+        names = [name for name, _ in self.named_parameters()]
+        return {name for name in names if "." not in name or name.startswith(("rotary.", "conditional."))}
 
     def resizers(self) -> dict[str, Callable[[Tensor], Tensor]]:
         return resizers(self.grid, self.num_prefix - self.bare_prefix)

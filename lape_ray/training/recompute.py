@@ -114,8 +114,7 @@ def _attention_branch(
     block: Block, x_BND: Tensor, position: LayerPosition, num_queries: int | None
 ) -> Tensor:
     """Compute x + MSA(LN(x) + w) for the first tokens, (B, Q, D)."""
-    if position.residual_1ND is not None:
-        x_BND = x_BND + position.residual_1ND
+    x_BND = position.enter(x_BND)
     qkv_BNM = recomputed(block.attn.qkv, _norm_with_position(block.norm1, position), x_BND)
     q_BHQE, k_BHNE, v_BHNE = block.attn.heads(qkv_BNM, position)
     logits_1HQN = position.logits_1HNN

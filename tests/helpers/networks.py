@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from lape_ray.config import ModelConfig
 from lape_ray.model import Network, build_model
 from lape_ray.model.convert import convert_state_dict, load_weights
-from lape_ray.model.position import ABSOLUTES, BIASES, JOINS, ROTARIES, valid_bias_joins, valid_joins
+from lape_ray.model.position import (
+    ABSOLUTES,
+    BIASES,
+    CONDITIONALS,
+    JOINS,
+    ROTARIES,
+    valid_bias_joins,
+    valid_joins,
+)
 from lape_ray.training.loss import training_loss
 from lape_ray.training.recompute import optimise_blocks
 
@@ -25,9 +33,10 @@ REFERENCE = Path(__file__).parent.parent / "data" / "reference"
 GRADIENT_VALUES = 256  # of a parameter whose gradient has more, every k-th value, k odd
 GOLDEN = Path(__file__).parent.parent / "golden" / "network_logits.json"
 WHOLE_JOINS = {name: join for name, join in JOINS.items() if not join.partial}
+POSITIONS = (*ABSOLUTES, *CONDITIONALS)
 CELLS = [
     {"position": position, "join": join, "bias": bias, "bias_join": bias_join, "rotary": rotary}
-    for position in ABSOLUTES
+    for position in POSITIONS
     for join in valid_joins(position, WHOLE_JOINS)
     for bias in BIASES
     for bias_join in valid_bias_joins(bias)
@@ -36,7 +45,7 @@ CELLS = [
 
 
 def _is_of_the_few(cell: dict[str, str]) -> bool:
-    joins = [(position, join) for position in ABSOLUTES for join in valid_joins(position)]
+    joins = [(position, join) for position in POSITIONS for join in valid_joins(position)]
     biases = [(bias, join) for bias in BIASES for join in valid_bias_joins(bias)]
     join = joins.index((cell.get("position", "learnable"), cell["join"]))
     bias = biases.index((cell["bias"], cell["bias_join"]))

@@ -24,6 +24,7 @@ from lape_ray.model.position import (
     ABSOLUTES,
     BIAS_JOINS,
     BIASES,
+    CONDITIONALS,
     JOINS,
     ROTARIES,
     LayerPosition,
@@ -31,6 +32,7 @@ from lape_ray.model.position import (
 from lape_ray.model.position.resize import resize_absolute, resize_relative
 from lape_ray.model.position.rotary import spiral_frequencies
 from lape_ray.model.variants import VARIANTS
+from lape_ray.model.vit import VisionTransformer
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "image_size": 16, "patch_size": 4, "num_classes": 5}
 
@@ -89,7 +91,7 @@ def test_names_in_the_config_are_the_names_in_the_code() -> None:
 
     pairs = [
         (config.Variant, VARIANTS),
-        (config.Position, ABSOLUTES),
+        (config.Position, [*ABSOLUTES, *CONDITIONALS]),
         (config.Join, JOINS),
         (config.Bias, BIASES),
         (config.BiasJoin, BIAS_JOINS),
@@ -100,7 +102,7 @@ def test_names_in_the_config_are_the_names_in_the_code() -> None:
 
 
 def test_no_other_code_of_a_network_knows_an_embedding_by_name() -> None:
-    names = {*ABSOLUTES, *JOINS, *BIASES, *ROTARIES, "table_LRH", "frequencies_L2HF"}
+    names = {*ABSOLUTES, *CONDITIONALS, *JOINS, *BIASES, *ROTARIES, "table_LRH", "frequencies_L2HF"}
     package = Path(lape_ray.__file__).parent
     files = [*(package / "model").glob("*.py"), *(package / "training").glob("*.py")]
     files = [
@@ -386,6 +388,67 @@ def test_alibi_falls_with_distance() -> None:
     assert bias[0, 0, 0] == 0
     torch.testing.assert_close(bias[0, 0, 5], -torch.tensor(2.0).sqrt() * 2.0**-4)
     torch.testing.assert_close(bias[1, 0, 3], torch.tensor(-3.0 * 2.0**-8))
+
+
+def peg_network(**fields: object) -> VisionTransformer:
+    torch.manual_seed(0)
+    network = build_model(tiny(position="peg", image_size=32, **fields)).eval()
+    assert isinstance(network, VisionTransformer)
+    return network
+
+
+def test_peg_enters_once_after_the_first_block() -> None:
+    """x = x + PEG(x), a depthwise convolution of the patches' picture with zeros around; prefix tokens get nothing."""
+    network = peg_network(variant="deit_tiny_distilled")
+    assert [layer.conditional is not None for layer in network.layer_positions()] == [False, True, False]
+    x = network.blocks[0](network._tokens(torch.randn(2, 3, 32, 32)), LayerPosition())
+    conv = network.conditional.proj  # type: ignore[union-attr]
+    picture = F.pad(x[:, 2:].transpose(1, 2).unflatten(2, (8, 8)), (1, 1, 1, 1))
+    added = conv.bias[:, None, None] + sum(
+        conv.weight[:, 0, row, column, None, None] * picture[:, :, row : row + 8, column : column + 8]
+        for row, column in itertools.product(range(3), repeat=2)
+    )
+    wanted = x + F.pad(added.flatten(2).transpose(1, 2), (0, 0, 2, 0))
+    entered = network.layer_positions()[1].enter(x)
+    torch.testing.assert_close(entered, wanted, atol=1e-5, rtol=1e-5)
+    after = network.blocks[1](wanted, LayerPosition())
+    torch.testing.assert_close(network.blocks[1](x, network.layer_positions()[1]), after)
+
+
+def test_peg_is_translation_equivariant_inside_and_knows_the_border() -> None:
+    network = peg_network()
+    x = torch.zeros(1, 65, 32)
+    picture = x[0, 1:].view(8, 8, 32)  # a view: what is written here stands in x
+    picture[2:4, 2:5] = torch.randn(2, 3, 32)
+    moved = x.clone()
+    moved[0, 1:] = picture.roll((2, 1), (0, 1)).flatten(0, 1)
+    here, there = (network.conditional(each)[0, 1:].view(8, 8, 32) for each in (x, moved))  # type: ignore[misc]
+    torch.testing.assert_close(there, here.roll((2, 1), (0, 1)))
+    at_border = x.clone()
+    at_border[0, 1:] = picture.roll((-2, 0), (0, 1)).flatten(0, 1)
+    border = network.conditional(at_border)[0, 1:].view(8, 8, 32)  # type: ignore[misc]
+    torch.testing.assert_close(border[0], here[2])
+    same = torch.ones(1, 65, 32)
+    flat = network.conditional(same)[0, 1:].view(8, 8, 32)  # type: ignore[misc]
+    torch.testing.assert_close(flat[1:-1, 1:-1], flat[1, 1].expand(6, 6, 32))
+    assert not torch.isclose(flat[0, 0], flat[1, 1]).any(), "zeros around the grid tell where its border is"
+
+
+def test_peg_works_at_another_resolution_with_the_same_weights() -> None:
+    small, large = build_model(tiny(position="peg")), build_model(tiny(position="peg", image_size=24))
+    assert load_weights(large, small.state_dict()) == []
+    assert {name for name in small.position_parameters() if "." in name} == {
+        "conditional.proj.weight", "conditional.proj.bias"
+    }  # fmt: skip
+
+
+def test_what_is_made_of_tokens_takes_no_join_and_needs_two_blocks() -> None:
+    with pytest.raises(
+        ValueError, match=r"position=peg is made of the tokens.*valid joins of peg are basic$"
+    ):
+        build_model(tiny(position="peg", join="lape"))
+    with pytest.raises(ValueError, match="depth=1 leaves no block"):
+        build_model(tiny(position="peg", depth=1))
 
 
 def test_lookhere_by_hand() -> None:

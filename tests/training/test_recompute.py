@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.networks import WHOLE_JOINS, cell_id, paired
+from helpers.networks import POSITIONS, WHOLE_JOINS, cell_id, paired
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from train_step import synthetic_state, training_config
@@ -17,7 +17,7 @@ from lape_ray.config import ModelConfig, TrainConfig
 from lape_ray.inference.predict import load_network
 from lape_ray.model import VisionTransformer, build_model
 from lape_ray.model.block import Block
-from lape_ray.model.position import ABSOLUTES, BIASES, ROTARIES, valid_bias_joins, valid_joins
+from lape_ray.model.position import BIASES, ROTARIES, valid_bias_joins, valid_joins
 from lape_ray.model.variants import VARIANTS
 from lape_ray.training import checkpoint, recompute
 from lape_ray.training.loss import load_teacher
@@ -33,7 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 JOINS = [
     {"position": position, "join": join}
-    for position in ABSOLUTES
+    for position in POSITIONS
     for join in valid_joins(position, WHOLE_JOINS)
 ]
 BIAS_JOINS = [{"bias": bias, "bias_join": join} for bias in BIASES for join in valid_bias_joins(bias)]

@@ -2,6 +2,7 @@
 
     layout    the sizes an embedding is made for (`Layout`), and its part that a block receives (`LayerPosition`)
     absolute  tables that are added to tokens: none, learnable, sincos1d, sincos2d
+    conditional  what is made of the tokens and added to them: peg
     join      where and how a table enters the blocks: basic, share, unshare, lape, lape_shared, and lape without a part
     relative  biases of logits: none, relative2d, alibi2d, log_cpb, lookhere; as they are (basic) or normalised (lape)
     rotary    rotations of queries and keys: none, axial, mixed, spiral
@@ -22,6 +23,7 @@ from lape_ray.model.position.build import (
     valid_bias_joins,
     valid_joins,
 )
+from lape_ray.model.position.conditional import CONDITIONALS
 from lape_ray.model.position.join import JOINS
 from lape_ray.model.position.layout import Grid, LayerPosition, Layout
 from lape_ray.model.position.relative import BIAS_JOINS, BIASES
@@ -32,6 +34,7 @@ __all__ = [
     "ABSOLUTES",
     "BIASES",
     "BIAS_JOINS",
+    "CONDITIONALS",
     "JOINS",
     "ROTARIES",
     "STAGED_JOINS",

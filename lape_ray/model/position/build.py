@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_ray.model.position.absolute import ABSOLUTES, AbsoluteKind
+from lape_ray.model.position.conditional import CONDITIONALS, Peg
 from lape_ray.model.position.join import JOINS, Join
 from lape_ray.model.position.layout import LayerPosition, Layout
 from lape_ray.model.position.relative import BIAS_JOINS, BIASES, LogitBias
@@ -21,8 +22,8 @@ STAGED_JOINS = {name: join for name, join in JOINS.items() if join.staged}
 
 
 def valid_joins(position: str, joins: Mapping[str, type[Join]] = JOINS) -> tuple[str, ...]:
-    """List those of `joins` that can carry an absolute embedding."""
-    kind = ABSOLUTES[position]
+    """List those of `joins` that can carry an embedding."""
+    kind = ABSOLUTES.get(position)
     if kind is None:
         return ("basic",)
     return tuple(name for name, join in joins.items() if kind.trained or not join.per_layer)
@@ -46,7 +47,9 @@ def check_joins(
         ValueError: the join is none of the valid ones, which it names.
     """
     if join not in valid_joins(position, joins):
-        if ABSOLUTES[position] is None:
+        if position in CONDITIONALS:
+            why = "is made of the tokens, between two blocks"
+        elif ABSOLUTES[position] is None:
             why = "has nothing to join"
         elif join not in joins:
             why = "cannot be joined so in a network of several stages, whose grid and width change"
@@ -76,6 +79,8 @@ class PositionEmbeddings(NamedTuple):
     rotary: Rotary | None
     bare_prefix: int = 0
     """Prefix tokens that the table has no rows for, so that nothing of it is added to them."""
+    conditional: Peg | None = None
+    """Makes of the tokens after the first block what is added to them."""
 
     def layers(self, depth: int) -> list[LayerPosition]:
         """Compute what each of `depth` layers receives; the same for every image."""
@@ -86,6 +91,8 @@ class PositionEmbeddings(NamedTuple):
             layers = [p._replace(logits_1HNN=b) for p, b in zip(layers, self.bias(), strict=True)]
         if self.rotary is not None:
             layers = [p._replace(rotation=r) for p, r in zip(layers, self.rotary(), strict=True)]
+        if self.conditional is not None:
+            layers[1] = layers[1]._replace(conditional=self.conditional)
         return layers
 
 
@@ -126,12 +133,13 @@ def build_position(
     check_joins(position, join, bias, bias_join)
     pos_embed = carrier = None
     rows = layout._replace(num_prefix=0) if on_patches else layout
-    if (kind := ABSOLUTES[position]) is not None:
+    if (kind := ABSOLUTES.get(position)) is not None:
         carrier = JOINS[join](rows, kind, eps=eps)
         pos_embed = _table(kind, rows, layout.depth if carrier.per_layer else 1, std)
     logit_bias = _logit_bias(layout, bias, bias_join, std=0.0)
     bare_prefix = layout.num_prefix - rows.num_prefix
-    return PositionEmbeddings(pos_embed, carrier, logit_bias, _rotation(layout, rotary), bare_prefix)
+    rotation, conditional = _rotation(layout, rotary), _conditional(layout, position)
+    return PositionEmbeddings(pos_embed, carrier, logit_bias, rotation, bare_prefix, conditional)
 
 
 def build_staged_position(
@@ -146,7 +154,9 @@ def build_staged_position(
     eps: float,
     std: float,
 ) -> list[PositionEmbeddings]:
-    """Do the same for a network of several stages: the first has the table, and each a join, a bias and a rotation.
+    """Do the same for a network of several stages: each has a join, a bias and a rotation.
+
+    The first has the table, or what is made of the tokens after its first block.
 
     Args:
         layouts: of each stage's tokens, that the table and the joins see.
@@ -154,7 +164,7 @@ def build_staged_position(
         std: of the trained tables' truncated normal initialisation, biases' too.
     """
     check_joins(position, join, bias, bias_join, STAGED_JOINS)
-    kind = ABSOLUTES[position]
+    kind = ABSOLUTES.get(position)
     table = None if kind is None else _table(kind, layouts[0], 1, std)
     return [
         PositionEmbeddings(
@@ -162,6 +172,7 @@ def build_staged_position(
             None if kind is None else JOINS[join](layout, kind, eps=eps),
             _logit_bias(window, bias, bias_join, std=std),
             _rotation(window, rotary),
+            conditional=_conditional(layout, position) if index == 0 else None,
         )
         for index, (layout, window) in enumerate(zip(layouts, windows, strict=True))
     ]
@@ -176,6 +187,10 @@ def _logit_bias(layout: Layout, bias: str, bias_join: str, *, std: float) -> Log
     if (table := BIASES[bias]) is None:
         return None
     return LogitBias(table(layout, std=std), BIAS_JOINS[bias_join](layout), num_prefix=layout.num_prefix)
+
+
+def _conditional(layout: Layout, position: str) -> Peg | None:
+    return CONDITIONALS[position](layout) if position in CONDITIONALS else None
 
 
 def _rotation(layout: Layout, rotary: str) -> Rotary | None:

@@ -5,6 +5,7 @@ Shapes: B images, N tokens = prefix tokens + P patches in row-major order, D wid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class Layout(NamedTuple):
 
 
 class LayerPosition(NamedTuple):
-    """The position inputs of one block. Every part is optional and none depends on the image."""
+    """The position inputs of one block. Every part is optional; tensors do not depend on the image."""
 
     residual_1ND: Tensor | None = None
     """Added to the residual stream before the block."""
@@ -53,3 +54,15 @@ class LayerPosition(NamedTuple):
     """Added to the attention logits."""
     rotation: tuple[Tensor, Tensor] | None = None
     """Cosines and sines, each (H or 1, N, E/2), by which queries and keys are rotated."""
+    conditional: Callable[[Tensor], Tensor] | None = None
+    """Makes of the residual stream before the block, (B, N, D), what is added to it."""
+
+    def enter(self, x_BND: Tensor) -> Tensor:
+        """Add to the residual stream what is added before the block."""
+        if self.residual_1ND is not None:
+            x_BND = x_BND + self.residual_1ND
+        return x_BND if self.conditional is None else x_BND + self.conditional(x_BND)
+
+    @property
+    def depends_on_image(self) -> bool:
+        return self.conditional is not None
