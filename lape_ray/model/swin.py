@@ -1,7 +1,7 @@
 """Swin (arXiv 2103.14030): stages of blocks whose attention sees shifted windows, and a merging between stages.
 
-Shapes: B images, N = R x R tokens of a stage in row-major order, D its width, H heads, E width of a head, M = 3 D, V =
-W x W tokens of a window, X = (R / W)^2 windows of an image, w position embedding (no batch).
+Shapes: B images, N = R x R tokens of a stage in row-major order, D its width, H heads, E width of a head, M = 3 D (or
+more), V = W x W tokens of a window, X = (R / W)^2 windows of an image, w position embedding (no batch).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lape_ray.model.block import Attention, Block, rotate
+from lape_ray.model.block import Attention, Block
 from lape_ray.model.network import Network, Stage
 from lape_ray.model.position import Grid, LayerPosition, PositionEmbeddings, bias_resizers, resize_absolute
 from lape_ray.model.vit import PatchEmbed
@@ -42,16 +42,18 @@ class WindowAttention(Attention):
         mask_XVV = _border_mask(side, window, shift) if shift else None
         self.register_buffer("mask_XVV", mask_XVV, persistent=False)
 
-    def heads(self, qkv_BNM: Tensor, position: LayerPosition) -> tuple[Tensor, Tensor, Tensor]:
-        """Split qkv into windows and heads: queries, keys and values, (B, X H, V, E) each; rotate queries and keys."""
-        image = self._rolled(qkv_BNM.unflatten(1, (self.side, self.side)), -self.shift)
-        # Rows and columns of windows and in them, and the three with their heads; one copy puts all into their places.
-        parts = image.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
-        parts = parts.unflatten(-1, (3, self.num_heads, -1)).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = parts.flatten(5, 6).flatten(2, 3).unbind(0)
-        if position.rotation is not None:
-            q, k = rotate(q, position.rotation), rotate(k, position.rotation)
+    def heads(self, made_BNM: Tensor, position: LayerPosition) -> tuple[Tensor, Tensor, Tensor]:
+        """Split what `project` made into windows and heads: queries, keys and values, (B, X H, V, E) each."""
+        q, k, v = super().heads(made_BNM, position)
         return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
+
+    def parts(self, made_BNM: Tensor, count: int) -> list[Tensor]:
+        """Split into `count` parts, and each into windows and heads, (B, X, H, V, M / count / H)."""
+        image = self._rolled(made_BNM.unflatten(1, (self.side, self.side)), -self.shift)
+        # Rows and columns of windows and in them, the parts with their heads; one copy puts all into their places.
+        parts = image.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
+        parts = parts.unflatten(-1, (count, self.num_heads, -1)).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        return list(parts.flatten(5, 6).flatten(2, 3).unbind(0))
 
     def mix_values(self, q: Tensor, k: Tensor, v: Tensor, logits_1HVV: Tensor | None) -> Tensor:
         """Mix the values inside each window, (B, N, H, E); a query's weights are those of its window's V keys."""

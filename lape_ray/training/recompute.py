@@ -12,6 +12,7 @@ Shapes: B images, N tokens, Q tokens that are read after the block, D width, H h
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -115,8 +116,9 @@ def _attention_branch(
 ) -> Tensor:
     """Compute x + MSA(LN(x) + w) for the first tokens, (B, Q, D)."""
     x_BND = position.enter(x_BND)
-    qkv_BNM = recomputed(block.attn.qkv, _norm_with_position(block.norm1, position), x_BND)
-    q_BHQE, k_BHNE, v_BHNE = block.attn.heads(qkv_BNM, position)
+    project = partial(block.attn.project, position=position)
+    made_BNM = recomputed(project, _norm_with_position(block.norm1, position), x_BND)
+    q_BHQE, k_BHNE, v_BHNE = block.attn.heads(made_BNM, position)
     logits_1HQN = position.logits_1HNN
     if num_queries is not None:
         q_BHQE = q_BHQE[:, :, :num_queries]

@@ -21,6 +21,7 @@ from lape_ray.model.position import (
     ABSOLUTES,
     BIASES,
     CONDITIONALS,
+    CONTENT_BIASES,
     JOINS,
     ROTARIES,
     valid_bias_joins,
@@ -34,11 +35,12 @@ GRADIENT_VALUES = 256  # of a parameter whose gradient has more, every k-th valu
 GOLDEN = Path(__file__).parent.parent / "golden" / "network_logits.json"
 WHOLE_JOINS = {name: join for name, join in JOINS.items() if not join.partial}
 POSITIONS = (*ABSOLUTES, *CONDITIONALS)
+BIAS_NAMES = (*BIASES, *CONTENT_BIASES)
 CELLS = [
     {"position": position, "join": join, "bias": bias, "bias_join": bias_join, "rotary": rotary}
     for position in POSITIONS
     for join in valid_joins(position, WHOLE_JOINS)
-    for bias in BIASES
+    for bias in BIAS_NAMES
     for bias_join in valid_bias_joins(bias)
     for rotary in ROTARIES
 ]
@@ -46,7 +48,7 @@ CELLS = [
 
 def _is_of_the_few(cell: dict[str, str]) -> bool:
     joins = [(position, join) for position in POSITIONS for join in valid_joins(position)]
-    biases = [(bias, join) for bias in BIASES for join in valid_bias_joins(bias)]
+    biases = [(bias, join) for bias in BIAS_NAMES for join in valid_bias_joins(bias)]
     join = joins.index((cell.get("position", "learnable"), cell["join"]))
     bias = biases.index((cell["bias"], cell["bias_join"]))
     return list(ROTARIES)[(join + bias) % len(ROTARIES)] == cell["rotary"]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers.networks import PAIRED_CELLS, cell_id, check_official, count, read_reference
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lape_ray
 from lape_ray.config import ModelConfig, Variant
@@ -25,10 +26,12 @@ from lape_ray.model.position import (
     BIAS_JOINS,
     BIASES,
     CONDITIONALS,
+    CONTENT_BIASES,
     JOINS,
     ROTARIES,
     LayerPosition,
 )
+from lape_ray.model.position.layout import Channels
 from lape_ray.model.position.resize import resize_absolute, resize_relative
 from lape_ray.model.position.rotary import spiral_frequencies
 from lape_ray.model.variants import VARIANTS
@@ -93,7 +96,7 @@ def test_names_in_the_config_are_the_names_in_the_code() -> None:
         (config.Variant, VARIANTS),
         (config.Position, [*ABSOLUTES, *CONDITIONALS]),
         (config.Join, JOINS),
-        (config.Bias, BIASES),
+        (config.Bias, [*BIASES, *CONTENT_BIASES]),
         (config.BiasJoin, BIAS_JOINS),
         (config.Rotary, ROTARIES),
     ]
@@ -102,7 +105,16 @@ def test_names_in_the_config_are_the_names_in_the_code() -> None:
 
 
 def test_no_other_code_of_a_network_knows_an_embedding_by_name() -> None:
-    names = {*ABSOLUTES, *CONDITIONALS, *JOINS, *BIASES, *ROTARIES, "table_LRH", "frequencies_L2HF"}
+    names = {
+        *ABSOLUTES,
+        *CONDITIONALS,
+        *CONTENT_BIASES,
+        *JOINS,
+        *BIASES,
+        *ROTARIES,
+        "table_LRH",
+        "frequencies_L2HF",
+    }
     package = Path(lape_ray.__file__).parent
     files = [*(package / "model").glob("*.py"), *(package / "training").glob("*.py")]
     files = [
@@ -449,6 +461,64 @@ def test_what_is_made_of_tokens_takes_no_join_and_needs_two_blocks() -> None:
         build_model(tiny(position="peg", join="lape"))
     with pytest.raises(ValueError, match="depth=1 leaves no block"):
         build_model(tiny(position="peg", depth=1))
+
+
+@pytest.mark.parametrize("prefix", [1, 2])
+def test_pape_by_hand(prefix: int) -> None:
+    """A logit gets sum_c [-a_c (p_c - p'_c)^2 + b_c (p_c - p'_c)] / sqrt(E), places from (1, 1), class at (0, 0)."""
+    torch.manual_seed(0)
+    network = build_model(tiny(variant=["deit_tiny", "deit_tiny_distilled"][prefix - 1], bias="pape"))
+    layer, attn = network.layer_positions()[1], network.blocks[1].attn  # type: ignore[union-attr]
+    h = torch.randn(2, prefix + 16, 32)
+    ab = (h @ layer.channels.weight_XD.T).unflatten(-1, (2, 2, 50))  # type: ignore[union-attr]
+    a, b = F.softplus(ab[:, :, 0]), ab[:, :, 1]
+    places = torch.tensor(
+        [[0, 0]] * prefix + [[column, row] for row in range(1, 5) for column in range(1, 5)]
+    )
+    p = torch.einsum("nd,hcd->nhc", places.float(), layer.channels.direction_HC2)  # type: ignore[union-attr]
+    off = p[:, None] - p[None]
+    logits = (-a[:, :, None] * off**2 + b[:, :, None] * off).sum(-1).permute(0, 3, 1, 2) / 4
+    torch.testing.assert_close(attn(h, layer), attention_by_hand(attn, h, logits), atol=1e-5, rtol=1e-4)
+    assert (attn(h, layer) - attn(h, LayerPosition())).abs().max() > 1e-2
+
+
+def test_pape_keeps_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No logits are made; queries and keys are 8 wider, and values for the kernel's sake."""
+    network, widths = build_model(tiny(bias="pape")), []
+    assert all(layer.logits_1HNN is None for layer in network.layer_positions())
+    fused = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **options: object) -> Tensor:
+        widths.append((q.shape[-1], k.shape[-1], v.shape[-1], attn_mask))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return fused(q, k, v, attn_mask=attn_mask, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    network(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert widths == [(24, 24, 24, None)] * 3
+
+
+def test_pape_needs_no_resizing_and_weighs_the_same_offsets_alike() -> None:
+    small, large = (build_model(tiny(position="none", bias="pape", image_size=size)) for size in (16, 32))
+    assert load_weights(large, small.state_dict()) == []
+    near, far = (network.layer_positions()[0].channels for network in (small, large))
+    a, b, zero = torch.randn(2, 1, 50), torch.randn(2, 1, 50), torch.zeros(2, 1, 1)
+
+    def logits(channels: Channels, tokens: int) -> Tensor:
+        parts = (part.expand(-1, tokens, -1) for part in (zero, zero, a, b))
+        q, k = channels.extend(*parts)  # the same a and b for each query
+        found = (q @ k.mT)[:, 1:, 1:]
+        return found - found.diagonal(dim1=1, dim2=2)[..., None]  # without what is the same for all keys
+
+    inner = logits(far, 65).unflatten(1, (8, 8)).unflatten(3, (8, 8))[:, 3:7, 2:6, 3:7, 2:6]  # type: ignore[arg-type]
+    torch.testing.assert_close(inner.flatten(3).flatten(1, 2), logits(near, 17), atol=1e-3, rtol=1e-4)  # type: ignore[arg-type]
+
+
+def test_a_bias_of_content_takes_no_norm() -> None:
+    with pytest.raises(
+        ValueError, match=r"bias=pape depends on the image.*valid bias joins of pape are basic$"
+    ):
+        build_model(tiny(bias="pape", bias_join="lape"))
 
 
 def test_lookhere_by_hand() -> None:

@@ -5,6 +5,7 @@
     conditional  what is made of the tokens and added to them: peg
     join      where and how a table enters the blocks: basic, share, unshare, lape, lape_shared, and lape without a part
     relative  biases of logits: none, relative2d, alibi2d, log_cpb, lookhere; as they are (basic) or normalised (lape)
+    content   biases of logits that depend on the image: pape
     rotary    rotations of queries and keys: none, axial, mixed, spiral
     build     from names to modules: `build_position`, and which joins are valid
     resize    tables of another resolution
@@ -24,6 +25,7 @@ from lape_ray.model.position.build import (
     valid_joins,
 )
 from lape_ray.model.position.conditional import CONDITIONALS
+from lape_ray.model.position.content import CONTENT_BIASES
 from lape_ray.model.position.join import JOINS
 from lape_ray.model.position.layout import Grid, LayerPosition, Layout
 from lape_ray.model.position.relative import BIAS_JOINS, BIASES
@@ -35,6 +37,7 @@ __all__ = [
     "BIASES",
     "BIAS_JOINS",
     "CONDITIONALS",
+    "CONTENT_BIASES",
     "JOINS",
     "ROTARIES",
     "STAGED_JOINS",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lape_ray.model.position.absolute import ABSOLUTES, AbsoluteKind
 from lape_ray.model.position.conditional import CONDITIONALS, Peg
+from lape_ray.model.position.content import CONTENT_BIASES, ContentBias
 from lape_ray.model.position.join import JOINS, Join
 from lape_ray.model.position.layout import LayerPosition, Layout
 from lape_ray.model.position.relative import BIAS_JOINS, BIASES, LogitBias
@@ -31,7 +32,7 @@ def valid_joins(position: str, joins: Mapping[str, type[Join]] = JOINS) -> tuple
 
 def valid_bias_joins(bias: str) -> tuple[str, ...]:
     """List the joins that can carry a logit bias."""
-    kind = BIASES[bias]
+    kind = BIASES.get(bias)
     return ("basic",) if kind is None or kind.unnormed else tuple(BIAS_JOINS)
 
 
@@ -60,8 +61,11 @@ def check_joins(
             f"valid joins of {position} are {', '.join(valid_joins(position, joins))}"
         )
     if bias_join not in valid_bias_joins(bias):
-        kind = BIASES[bias]
-        why = "has nothing to join" if kind is None else kind.unnormed
+        if bias in CONTENT_BIASES:
+            why = "depends on the image, which no LayerNorm of a fixed bias can follow"
+        else:
+            kind = BIASES[bias]
+            why = "has nothing to join" if kind is None else kind.unnormed
         raise ValueError(
             f"bias={bias} {why}: bias_join={bias_join} is not valid; "
             f"valid bias joins of {bias} are {', '.join(valid_bias_joins(bias))}"
@@ -75,7 +79,7 @@ class PositionEmbeddings(NamedTuple):
     """(T, N, D) table of the absolute embedding: trained, or fixed and not part of a checkpoint."""
     join: Join | None
     """Carries the table into the blocks."""
-    bias: LogitBias | None
+    bias: LogitBias | ContentBias | None
     rotary: Rotary | None
     bare_prefix: int = 0
     """Prefix tokens that the table has no rows for, so that nothing of it is added to them."""
@@ -88,7 +92,7 @@ class PositionEmbeddings(NamedTuple):
         if self.join is not None and self.pos_embed is not None:
             layers = [_behind(self.bare_prefix, layer) for layer in self.join(self.pos_embed)]
         if self.bias is not None:
-            layers = [p._replace(logits_1HNN=b) for p, b in zip(layers, self.bias(), strict=True)]
+            layers = self.bias.placed(layers)
         if self.rotary is not None:
             layers = [p._replace(rotation=r) for p, r in zip(layers, self.rotary(), strict=True)]
         if self.conditional is not None:
@@ -183,7 +187,9 @@ def _table(kind: AbsoluteKind, layout: Layout, tables: int, std: float) -> nn.Pa
     return nn.Parameter(table_TND) if kind.trained else nn.Buffer(table_TND, persistent=False)
 
 
-def _logit_bias(layout: Layout, bias: str, bias_join: str, *, std: float) -> LogitBias | None:
+def _logit_bias(layout: Layout, bias: str, bias_join: str, *, std: float) -> LogitBias | ContentBias | None:
+    if bias in CONTENT_BIASES:
+        return CONTENT_BIASES[bias](layout)
     if (table := BIASES[bias]) is None:
         return None
     return LogitBias(table(layout, std=std), BIAS_JOINS[bias_join](layout), num_prefix=layout.num_prefix)

@@ -6,7 +6,7 @@ Shapes: B images, N tokens = prefix tokens + P patches in row-major order, D wid
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +43,16 @@ class Layout(NamedTuple):
         return torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
 
 
+class Channels(Protocol):
+    """What appends channels to queries and keys."""
+
+    weight_XD: Tensor
+    """Makes two numbers for each parabola and head of what attention reads."""
+
+    def extend(self, q_NE: Tensor, k_NE: Tensor, a_NC: Tensor, b_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Append them, from these numbers."""
+
+
 class LayerPosition(NamedTuple):
     """The position inputs of one block. Every part is optional; tensors do not depend on the image."""
 
@@ -57,6 +67,9 @@ class LayerPosition(NamedTuple):
     conditional: Callable[[Tensor], Tensor] | None = None
     """Makes of the residual stream before the block, (B, N, D), what is added to it."""
 
+    channels: Channels | None = None
+    """Appends channels to queries and keys, after their rotation, and so a summand to the logits."""
+
     def enter(self, x_BND: Tensor) -> Tensor:
         """Add to the residual stream what is added before the block."""
         if self.residual_1ND is not None:
@@ -65,4 +78,4 @@ class LayerPosition(NamedTuple):
 
     @property
     def depends_on_image(self) -> bool:
-        return self.conditional is not None
+        return self.conditional is not None or self.channels is not None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lape_ray.model.position.layout import Layout
+from lape_ray.model.position.layout import LayerPosition, Layout
 
 
 def relative_index(layout: Layout) -> Tensor:
@@ -184,6 +184,10 @@ class LogitBias(nn.Module):
         prefix = (self.num_prefix, 0, self.num_prefix, 0)
         biases = zip(self.norms, self.table().split(1), strict=True)
         return [F.pad(norm(bias_1HPP), prefix) for norm, bias_1HPP in biases]
+
+    def placed(self, layers: list[LayerPosition]) -> list[LayerPosition]:
+        """Put each layer's bias into what the layer receives."""
+        return [layer._replace(logits_1HNN=bias) for layer, bias in zip(layers, self(), strict=True)]
 
 
 def _as_it_is(layout: Layout) -> nn.ModuleList:
