@@ -37,6 +37,8 @@ def not_official(model: ModelConfig) -> str | None:
     """Say why no published code has a network of this kind; None where one has."""
     if model.variant.startswith(("vit_lite", "cvt", "cct")):
         return "the Compact Transformers' code builds its networks of other parts"
+    if model.pool is not None:
+        return f"the code of this family reads a class token, and not pool={model.pool}"
     if model.position not in ABSOLUTES:
         return f"no published code of these families has position={model.position}"
     if model.bias not in ("none", "relative2d"):

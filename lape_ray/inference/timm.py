@@ -30,6 +30,8 @@ def not_for_timm(config: TrainConfig) -> str | None:
         return f"timm has no {model.variant}"
     if model.position not in ABSOLUTES:
         return f"timm has no position={model.position}"
+    if model.pool is not None:
+        return f"timm's {model.variant} reads a class token, and not pool={model.pool}"
     if model.join != "basic":
         return f"timm has no join={model.join}"
     swin = model.variant.startswith("swin_")

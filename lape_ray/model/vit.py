@@ -34,6 +34,16 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
+class MeanPool(nn.Module):
+    """The mean of all tokens, (B, N, D) to (B, D)."""
+
+    def __init__(self, *, embed_dim: int) -> None:
+        super().__init__()
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return x_BND.mean(dim=1)
+
+
 class VisionTransformer(Network):
     """ViT and DeiT (arXiv 2010.11929, 2012.12877); with `pool` Compact Transformers, and with LaPE by `position`.
 
@@ -83,6 +93,9 @@ class VisionTransformer(Network):
         for block, position in zip(self.blocks, self.layer_positions(), strict=True):
             x_BND = block(x_BND, position)
         x_BND = self.norm(x_BND)
+        if self.join is not None and self.pos_embed is not None:
+            w_1ND = self.join.behind(self.pos_embed)
+            x_BND = x_BND if w_1ND is None else x_BND + w_1ND
         if self.pool is not None:
             return self.pool(x_BND)
         return x_BND[:, 0] if self.head_dist is None else x_BND[:, :2]

@@ -21,7 +21,7 @@ from lape_ray.config import (
     write_value,
 )
 from lape_ray.model import resolve
-from lape_ray.model.position import JOINS, STAGED_JOINS, check_joins, valid_joins
+from lape_ray.model.position import JOINS, PREFIX_JOINS, STAGED_JOINS, check_joins, valid_joins
 from lape_ray.recipes import RECIPES, TABLE1
 from lape_ray.search.space import Axis, Cell, Choice, Range, Space, differing
 
@@ -31,7 +31,10 @@ NETWORK_AXES = ("model.position", "model.join", "model.bias", "model.bias_join",
 
 def _joins_of(model: ModelConfig) -> Mapping[str, type[Any]]:
     """Return the joins that a network has, by name."""
-    return JOINS if resolve(model).depths is None else STAGED_JOINS
+    spec = resolve(model)
+    if spec.depths is not None:
+        return STAGED_JOINS
+    return PREFIX_JOINS if spec.num_prefix else JOINS
 
 
 def _whole_joins(model: ModelConfig) -> Mapping[str, type[Any]]:
@@ -46,8 +49,8 @@ def _cells(rows: Iterable[Sequence[str]], fields: Sequence[str] = NETWORK_AXES) 
 def positions(base: TrainConfig) -> Space:
     """List every valid combination of position, join, bias, bias_join and rotary: 540 cells; fix some to have fewer.
 
-    A network of several stages has fewer joins, and so 288 cells. Joins that lack a part of LaPE are left out; the
-    space `paper_table8` has them.
+    A network of several stages has fewer joins, and so 288 cells; one without class token has the join mpvg too, and so
+    648. Joins that lack a part of LaPE are left out; the space `paper_table8` has them.
     """
     kinds = [typing.get_args(kind) for kind in (Position, Join, Bias, BiasJoin, Rotary)]
     cells = []

@@ -33,7 +33,7 @@ from lape_ray.training.recompute import optimise_blocks
 REFERENCE = Path(__file__).parent.parent / "data" / "reference"
 GRADIENT_VALUES = 256  # of a parameter whose gradient has more, every k-th value, k odd
 GOLDEN = Path(__file__).parent.parent / "golden" / "network_logits.json"
-WHOLE_JOINS = {name: join for name, join in JOINS.items() if not join.partial}
+WHOLE_JOINS = {name: join for name, join in JOINS.items() if not (join.partial or join.pooled)}
 POSITIONS = (*ABSOLUTES, *CONDITIONALS)
 BIAS_NAMES = (*BIASES, *CONTENT_BIASES)
 CELLS = [

@@ -100,6 +100,9 @@ def test_named_spaces_hold_what_they_say() -> None:
         "basic", "share", "unshare", "lape", "lape_shared",
     ]  # fmt: skip
     assert len(SPACES["paper_table7"](base).cells) == 14
+    cvt = recipe("cvt_7_4_lape")
+    assert len(SPACES["positions"](cvt).cells) == 648
+    assert "mpvg" in [cell["model.join"] for cell in SPACES["joins"](cvt).cells]
     swin = recipe("swin_tiny_lape")
     assert len(SPACES["positions"](swin).cells) == 288
     assert [cell["model.join"] for cell in SPACES["joins"](swin).cells] == ["basic", "lape"]

@@ -39,13 +39,18 @@ JOINS = [
 BIAS_JOINS = [{"bias": bias, "bias_join": join} for bias in BIAS_NAMES for join in valid_bias_joins(bias)]
 # Every join with every bias and rotation that it can meet a layer with (those that lack a part of LaPE meet it as it
 # does); then the families, of which some heads read a class token, some two tokens and some all.
-CELLS = paired(
+PAIRS = paired(
     {"variant": variant, **joined, **biased, "rotary": rotary}
     for variant, joins in {"deit_tiny": JOINS, "cct_7_3x1": [{"join": "basic"}, {"join": "lape"}]}.items()
     for joined in joins
     for biased in BIAS_JOINS
     for rotary in ROTARIES
-) + [{"variant": variant, "join": join} for variant in VARIANTS for join in ("basic", "lape")]
+)
+CELLS = [
+    *PAIRS,
+    *({"variant": variant, "join": join} for variant in VARIANTS for join in ("basic", "lape")),
+    {"variant": "deit_tiny", "join": "mpvg", "pool": "gap"},
+]
 
 
 def network_of(**fields: Any) -> Any:

@@ -3,7 +3,7 @@
     layout    the sizes an embedding is made for (`Layout`), and its part that a block receives (`LayerPosition`)
     absolute  tables that are added to tokens: none, learnable, sincos1d, sincos2d
     conditional  what is made of the tokens and added to them: peg
-    join      where and how a table enters the blocks: basic, share, unshare, lape, lape_shared, and lape without a part
+    join      how a table enters the blocks: basic, share, unshare, lape, lape_shared, mpvg, and lape without a part
     relative  biases of logits: none, relative2d, alibi2d, log_cpb, lookhere; as they are (basic) or normalised (lape)
     content   biases of logits that depend on the image: pape
     rotary    rotations of queries and keys: none, axial, mixed, spiral
@@ -16,6 +16,7 @@ the Literal of `lape_ray.config`.
 
 from lape_ray.model.position.absolute import ABSOLUTES, check_fixed_table
 from lape_ray.model.position.build import (
+    PREFIX_JOINS,
     STAGED_JOINS,
     PositionEmbeddings,
     build_position,
@@ -39,6 +40,7 @@ __all__ = [
     "CONDITIONALS",
     "CONTENT_BIASES",
     "JOINS",
+    "PREFIX_JOINS",
     "ROTARIES",
     "STAGED_JOINS",
     "Grid",

@@ -20,6 +20,8 @@ from lape_ray.model.position.relative import BIAS_JOINS, BIASES, LogitBias
 from lape_ray.model.position.rotary import ROTARIES, Rotary
 
 STAGED_JOINS = {name: join for name, join in JOINS.items() if join.staged}
+PREFIX_JOINS = {name: join for name, join in JOINS.items() if not join.pooled}
+"""Those of a network whose head reads a class token."""
 
 
 def valid_joins(position: str, joins: Mapping[str, type[Join]] = JOINS) -> tuple[str, ...]:
@@ -52,6 +54,8 @@ def check_joins(
             why = "is made of the tokens, between two blocks"
         elif ABSOLUTES[position] is None:
             why = "has nothing to join"
+        elif join not in joins and JOINS[join].pooled:
+            why = "can be joined so in a network of one stage whose head reads the mean of the patches (model.pool=gap)"
         elif join not in joins:
             why = "cannot be joined so in a network of several stages, whose grid and width change"
         else:
@@ -134,7 +138,7 @@ def build_position(
     Raises:
         ValueError: the joins do not fit, or an embedding does not fit the layout.
     """
-    check_joins(position, join, bias, bias_join)
+    check_joins(position, join, bias, bias_join, PREFIX_JOINS if layout.num_prefix else JOINS)
     pos_embed = carrier = None
     rows = layout._replace(num_prefix=0) if on_patches else layout
     if (kind := ABSOLUTES.get(position)) is not None:
