@@ -27,7 +27,7 @@ Join = Literal[
     "basic", "share", "unshare", "lape", "lape_shared", "mpvg",
     "lape_identity", "lape_scalar", "lape_gamma", "lape_affine", "lape_norm", "lape_scalar_norm", "lape_gamma_norm",
 ]  # fmt: skip
-Bias = Literal["none", "relative2d", "alibi2d", "log_cpb", "lookhere", "pape"]
+Bias = Literal["none", "relative2d", "alibi2d", "log_cpb", "lookhere", "pape", "irpe_k"]
 BiasJoin = Literal["basic", "lape"]
 Rotary = Literal["none", "axial", "mixed", "spiral"]
 Pool = Literal["gap"]

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from lape_ray.model.position import LayerPosition
 
+Heads = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Queries, keys and values of the heads, (B, H, N, E) each, and what is added to their logits, (B or 1, H, N, N)."""
+
 
 class Block(nn.Module):
     """Pre-norm block of ViT and DeiT, and of LaPE (ICCV 2023, eq. 8-11) where position comes with w for attention.
@@ -71,8 +74,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, h_BND: Tensor, position: LayerPosition) -> Tensor:
-        q_BHNE, k_BHNE, v_BHNE = self.heads(self.project(h_BND, position), position)
-        return self.attend(q_BHNE, k_BHNE, v_BHNE, position.logits_1HNN)
+        return self.attend(*self.heads(self.project(h_BND, position), position))
 
     def project(self, h_BND: Tensor, position: LayerPosition) -> Tensor:
         """Compute queries, keys and values of all heads, and behind them what further channels are made of."""
@@ -82,8 +84,8 @@ class Attention(nn.Module):
         bias = None if self.qkv.bias is None else F.pad(self.qkv.bias, (0, len(weight_XD)))
         return F.linear(h_BND, torch.cat((self.qkv.weight, weight_XD)), bias)
 
-    def heads(self, made_BNM: Tensor, position: LayerPosition) -> tuple[Tensor, Tensor, Tensor]:
-        """Split what `project` made into the heads' queries, keys and values, (B, H, N, E) each.
+    def heads(self, made_BNM: Tensor, position: LayerPosition) -> Heads:
+        """Split what `project` made into the heads' queries, keys and values; compute what is added to their logits.
 
         Queries and keys are rotated, and then may get further channels.
         """
@@ -92,11 +94,14 @@ class Attention(nn.Module):
         else:
             qkv_BNM, further_BNM = made_BNM.tensor_split((self.qkv.out_features,), dim=-1)
             q, k, v = self.parts(qkv_BNM, 3)
+        logits = position.logits_1HNN
+        if position.contextual is not None:
+            logits = position.contextual(q) / math.sqrt(self.head_dim)
         if position.rotation is not None:
             q, k = rotate(q, position.rotation), rotate(k, position.rotation)
         if position.channels is not None:
             q, k = position.channels.extend(q, k, *self.parts(further_BNM, 2))
-        return q, k, v
+        return q, k, v, logits
 
     def parts(self, made_BNM: Tensor, count: int) -> list[Tensor]:
         """Split into `count` parts, and each into the heads, (B, H, N, M / count / H)."""
@@ -119,11 +124,11 @@ class Attention(nn.Module):
 
         Where attention sees windows, a query has weights for the keys of its window alone.
         """
-        q_BHNE, k_BHNE, _ = self.heads(self.project(h_BND, position), position)
+        q_BHNE, k_BHNE, _, logits = self.heads(self.project(h_BND, position), position)
         # The fused kernel returns no weights, but applied to an identity it returns nothing else.
         identity_NN = torch.eye(k_BHNE.shape[2], dtype=h_BND.dtype, device=h_BND.device)
         identity_BHNN = identity_NN.expand(*q_BHNE.shape[:2], -1, -1)
-        return self.mix_values(q_BHNE, k_BHNE, identity_BHNN, position.logits_1HNN).transpose(1, 2)
+        return self.mix_values(q_BHNE, k_BHNE, identity_BHNN, logits).transpose(1, 2)
 
     def scaled_dot_product(
         self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lape_ray.model.block import Attention, Block
+from lape_ray.model.block import Attention, Block, Heads
 from lape_ray.model.network import Network, Stage
 from lape_ray.model.position import Grid, LayerPosition, PositionEmbeddings, bias_resizers, resize_absolute
 from lape_ray.model.vit import PatchEmbed
@@ -42,10 +42,12 @@ class WindowAttention(Attention):
         mask_XVV = _border_mask(side, window, shift) if shift else None
         self.register_buffer("mask_XVV", mask_XVV, persistent=False)
 
-    def heads(self, made_BNM: Tensor, position: LayerPosition) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, made_BNM: Tensor, position: LayerPosition) -> Heads:
         """Split what `project` made into windows and heads: queries, keys and values, (B, X H, V, E) each."""
-        q, k, v = super().heads(made_BNM, position)
-        return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
+        q, k, v, logits = super().heads(made_BNM, position)
+        if logits is not None and logits.ndim > 4:
+            logits = logits.flatten(1, 2)
+        return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), logits
 
     def parts(self, made_BNM: Tensor, count: int) -> list[Tensor]:
         """Split into `count` parts, and each into windows and heads, (B, X, H, V, M / count / H)."""
@@ -67,14 +69,15 @@ class WindowAttention(Attention):
     def _rolled(image: Tensor, shift: int) -> Tensor:
         return image.roll((shift, shift), dims=(1, 2)) if shift else image
 
-    def _logits(self, bias_1HVV: Tensor | None, heads: int) -> Tensor | None:
-        """Add the windows' mask to the bias that all of them share, (1, X H, V, V)."""
+    def _logits(self, bias: Tensor | None, heads: int) -> Tensor | None:
+        """Add the windows' mask to the bias, (1, H, V, V) for all windows or (B, X H, V, V): (B or 1, X H, V, V)."""
         mask_XVV = cast("Tensor | None", self.mask_XVV)
         if mask_XVV is None:
-            return None if bias_1HVV is None else bias_1HVV.repeat(1, heads // self.num_heads, 1, 1)
+            return None if bias is None else bias.repeat(1, heads // bias.shape[1], 1, 1)
         mask_X1VV = mask_XVV.unsqueeze(1)
-        both = mask_X1VV.expand(-1, self.num_heads, -1, -1) if bias_1HVV is None else mask_X1VV + bias_1HVV
-        return both.flatten(0, 1).unsqueeze(0)
+        if bias is None:
+            return mask_X1VV.expand(-1, self.num_heads, -1, -1).flatten(0, 1).unsqueeze(0)
+        return (mask_X1VV + bias.unflatten(1, (-1, self.num_heads))).flatten(1, 2)
 
 
 def _border_mask(side: int, window: int, shift: int) -> Tensor:

@@ -47,10 +47,10 @@ def _cells(rows: Iterable[Sequence[str]], fields: Sequence[str] = NETWORK_AXES) 
 
 
 def positions(base: TrainConfig) -> Space:
-    """List every valid combination of position, join, bias, bias_join and rotary: 540 cells; fix some to have fewer.
+    """List every valid combination of position, join, bias, bias_join and rotary: 600 cells; fix some to have fewer.
 
-    A network of several stages has fewer joins, and so 288 cells; one without class token has the join mpvg too, and so
-    648. Joins that lack a part of LaPE are left out; the space `paper_table8` has them.
+    A network of several stages has fewer joins, and so 320 cells; one without class token has the join mpvg too, and so
+    720. Joins that lack a part of LaPE are left out; the space `paper_table8` has them.
     """
     kinds = [typing.get_args(kind) for kind in (Position, Join, Bias, BiasJoin, Rotary)]
     cells = []

@@ -118,8 +118,7 @@ def _attention_branch(
     x_BND = position.enter(x_BND)
     project = partial(block.attn.project, position=position)
     made_BNM = recomputed(project, _norm_with_position(block.norm1, position), x_BND)
-    q_BHQE, k_BHNE, v_BHNE = block.attn.heads(made_BNM, position)
-    logits_1HQN = position.logits_1HNN
+    q_BHQE, k_BHNE, v_BHNE, logits_1HQN = block.attn.heads(made_BNM, position)
     if num_queries is not None:
         q_BHQE = q_BHQE[:, :, :num_queries]
         logits_1HQN = None if logits_1HQN is None else logits_1HQN[:, :, :num_queries]

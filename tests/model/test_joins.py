@@ -52,8 +52,8 @@ CROSSED = {"deit", "t2t", "ceit", "swin"}  # whose own tests train every other c
 PARTIAL = [name for name, join in JOINS.items() if join.partial]
 UNREAD: dict[str, str | tuple[str, ...]] = {
     "ceit": "blocks.1.mlp.",  # of patches alone, and the class token is read
-    "distilled": ("bias.norms.1.", "bias.table.mlps.1."),  # likewise
-    "vit_lite": ("bias.norms.1.", "bias.table.mlps.1."),
+    "distilled": ("bias.norms.1.", "bias.table.mlps.1.", "bias.layers.1.table"),  # likewise
+    "vit_lite": ("bias.norms.1.", "bias.table.mlps.1.", "bias.layers.1.table"),
     "cvt": "pool.score.bias",  # a softmax is the same with another one
     "cct": "pool.score.bias",
 }

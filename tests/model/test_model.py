@@ -31,6 +31,7 @@ from lape_ray.model.position import (
     ROTARIES,
     LayerPosition,
 )
+from lape_ray.model.position.content import bucket_of
 from lape_ray.model.position.layout import Channels
 from lape_ray.model.position.resize import resize_absolute, resize_relative
 from lape_ray.model.position.rotary import spiral_frequencies
@@ -469,6 +470,8 @@ def test_pape_by_hand(prefix: int) -> None:
     torch.manual_seed(0)
     network = build_model(tiny(variant=["deit_tiny", "deit_tiny_distilled"][prefix - 1], bias="pape"))
     layer, attn = network.layer_positions()[1], network.blocks[1].attn  # type: ignore[union-attr]
+    for parameter in attn.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     h = torch.randn(2, prefix + 16, 32)
     ab = (h @ layer.channels.weight_XD.T).unflatten(-1, (2, 2, 50))  # type: ignore[union-attr]
     a, b = F.softplus(ab[:, :, 0]), ab[:, :, 1]
@@ -514,11 +517,100 @@ def test_pape_needs_no_resizing_and_weighs_the_same_offsets_alike() -> None:
     torch.testing.assert_close(inner.flatten(3).flatten(1, 2), logits(near, 17), atol=1e-3, rtol=1e-4)  # type: ignore[arg-type]
 
 
-def test_a_bias_of_content_takes_no_norm() -> None:
+@pytest.mark.parametrize("bias", CONTENT_BIASES)
+def test_a_bias_of_content_takes_no_norm(bias: str) -> None:
     with pytest.raises(
-        ValueError, match=r"bias=pape depends on the image.*valid bias joins of pape are basic$"
+        ValueError, match=rf"bias={bias} depends on the image.*valid bias joins of {bias} are basic$"
     ):
-        build_model(tiny(bias="pape", bias_join="lape"))
+        build_model(tiny(bias=bias, bias_join="lape"))
+
+
+def test_irpe_buckets_are_the_papers() -> None:
+    """49 of patches; offsets up to 1 alone, those of 2 and 3 together, and all others."""
+    assert bucket_of(torch.arange(-16, 17)).tolist() == [
+        *[-3] * 13, -2, -2, -1, 0, 1, 2, 2, *[3] * 13
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rotary", ["none", "axial"])
+def test_irpe_k_by_hand(rotary: str) -> None:
+    """A logit gets q . r of the offset's bucket / sqrt(E), with q before a rotation; class tokens have the 50th."""
+    torch.manual_seed(0)
+    network = build_model(tiny(variant="deit_tiny_distilled", bias="irpe_k", rotary=rotary))
+    layer, attn = network.layer_positions()[1], network.blocks[1].attn  # type: ignore[union-attr]
+    for parameter in [*network.bias.parameters(), *attn.parameters()]:  # type: ignore[union-attr]
+        torch.nn.init.normal_(parameter, std=0.3)
+    table = layer.contextual.table_EK  # type: ignore[union-attr]
+    assert table.shape == (16, 50)
+    h = torch.randn(2, 18, 32)
+    q = attn.qkv(h)[..., :32].unflatten(-1, (2, 16)).transpose(1, 2)
+    added = torch.empty(2, 2, 18, 18)
+    for query, key in itertools.product(range(18), repeat=2):
+        (y, x), (v, u) = (divmod(token - 2, 4) for token in (query, key))
+        near = [max(-2, min(2, offset)) for offset in (y - v, x - u)]  # on this grid 2 and 3 are one bucket
+        bucket = 49 if min(query, key) < 2 else 7 * (near[0] + 3) + near[1] + 3
+        added[:, :, query, key] = q[:, :, query] @ table[:, bucket] / 4
+    fixed = layer._replace(contextual=None, logits_1HNN=added)
+    torch.testing.assert_close(attn(h, layer), attn(h, fixed), atol=1e-5, rtol=1e-4)
+    assert (attn(h, layer) - attn(h, layer._replace(contextual=None))).abs().max() > 1e-2
+
+
+def test_irpe_k_begins_as_nothing_and_fits_every_grid() -> None:
+    torch.manual_seed(0)
+    small, large = (build_model(tiny(position="none", bias="irpe_k", image_size=size)) for size in (16, 32))
+    assert load_weights(large, small.state_dict()) == []
+    plain, images = build_model(tiny(position="none")), torch.randn(2, 3, 16, 16)
+    state = {name: value for name, value in small.state_dict().items() if not name.startswith("bias.")}
+    plain.load_state_dict(state)
+    torch.testing.assert_close(small(images), plain(images), atol=1e-5, rtol=1e-5)
+
+
+FUSED = {
+    **dict.fromkeys(["none", "alibi2d", "lookhere", "pape"], True),
+    **dict.fromkeys(["relative2d", "log_cpb", "irpe_k"], False),  # whose logits need a gradient
+}
+
+
+@pytest.mark.parametrize("bias", [*BIASES, *CONTENT_BIASES])
+def test_attention_stays_fused_unless_logits_are_trained(bias: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, calls = build_model(tiny(bias=bias, rotary="spiral")), []
+    fused = F.scaled_dot_product_attention
+
+    def watched(*args: Tensor, **options: object) -> Tensor:
+        calls.append(1)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return fused(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    network(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert len(calls) == (3 if FUSED[bias] else 0)
+    with torch.inference_mode():
+        network(torch.randn(2, 3, 16, 16))
+    assert len(calls) == (6 if FUSED[bias] else 3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"position": "peg"}, {"rotary": "spiral"}, {"join": "mpvg", "pool": "gap"},
+        *({"bias": bias} for bias in (*BIASES, *CONTENT_BIASES) if bias != "none"),
+    ],
+    ids=lambda fields: "-".join(fields.values()),
+)  # fmt: skip
+def test_bfloat16_computes_what_float32_does(fields: dict[str, str]) -> None:
+    """Up to the rounding of bfloat16, and every gradient is finite."""
+    torch.manual_seed(0)
+    network = build_model(tiny(**fields))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    images = torch.randn(4, 3, 16, 16)
+    wanted = network(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(images)
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
+    found.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
 def test_lookhere_by_hand() -> None:

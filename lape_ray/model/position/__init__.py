@@ -5,7 +5,7 @@
     conditional  what is made of the tokens and added to them: peg
     join      how a table enters the blocks: basic, share, unshare, lape, lape_shared, mpvg, and lape without a part
     relative  biases of logits: none, relative2d, alibi2d, log_cpb, lookhere; as they are (basic) or normalised (lape)
-    content   biases of logits that depend on the image: pape
+    content   biases of logits that depend on the image: pape, irpe_k
     rotary    rotations of queries and keys: none, axial, mixed, spiral
     build     from names to modules: `build_position`, and which joins are valid
     resize    tables of another resolution

@@ -1,7 +1,7 @@
 """Biases of attention's logits that depend on the image: made of what attention reads, for each layer.
 
 Shapes: L layers, H heads, P patches in row-major order, N tokens = prefix tokens + patches, D width, E width of a head,
-C parabolas of a head, X = 2 H C rows of a linear map; "..." images, and windows of an image.
+C parabolas of a head, K buckets of offsets, X = 2 H C rows of a linear map; "..." images, and windows of an image.
 """
 
 from __future__ import annotations
@@ -90,4 +90,47 @@ class Pape(ContentBias):
     layer = Parabolas
 
 
-CONTENT_BIASES: dict[str, type[ContentBias]] = {"pape": Pape}
+def bucket_of(offset: Tensor) -> Tensor:
+    """Compute the bucket -3 ... 3 of offsets along an axis (iRPE, eq. 18; alpha, beta, gamma = 1.9, 3.8, 15.2).
+
+    Offsets 0 and +-1 have their own, larger ones share some by their logarithm.
+    """
+    alpha, beta, gamma = 1.9, 3.8, 15.2
+    size = offset.abs().double()
+    far = alpha + (size.clamp(min=alpha) / alpha).log() / math.log(gamma / alpha) * (beta - alpha)
+    return offset.sign() * torch.where(size <= alpha, size.round(), far.round().clamp(max=beta)).long()
+
+
+class ContextualKeys(nn.Module):
+    """The trained vectors of one layer, one for each bucket of offsets, shared by heads."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__()
+        row_P, column_P = layout.patch_rows_columns()
+        row_PP, column_PP = (bucket_of(index[:, None] - index) for index in (row_P, column_P))
+        prefix = (layout.num_prefix, 0, layout.num_prefix, 0)
+        index_NN = F.pad(7 * (row_PP + 3) + column_PP + 3, prefix, value=49)
+        self.register_buffer("index_NN", index_NN, persistent=False)
+        self.table_EK = nn.Parameter(torch.zeros(layout.head_dim, 50 if layout.num_prefix else 49))
+
+    def forward(self, q_NE: Tensor) -> Tensor:
+        """Compute what is added to the logits before their scale, (..., H, N, N)."""
+        by_bucket_NK = q_NE @ self.table_EK
+        return by_bucket_NK.gather(-1, self.get_buffer("index_NN").expand(*q_NE.shape[:-1], -1))
+
+
+class IrpeK(ContentBias):
+    """q . r for a vector r of the offset's bucket: iRPE on keys, contextual product (arXiv 2107.14222, eq. 8, 16, 18).
+
+    Rows and columns of the offset have 7 buckets each, 49 together; vectors are shared by heads and begin at zero, as
+    in the authors' code. A class token, as a query and as a key, has the 50th bucket; so has a distillation token.
+    There is nothing to resize: a larger grid has the same buckets. q is that before a rotation, which would make the
+    product depend on places. The (B, H, N, N) logits are made, and where they need a gradient no fused kernel of the
+    CPU is used, as with every trained bias.
+    """
+
+    field = "contextual"
+    layer = ContextualKeys
+
+
+CONTENT_BIASES: dict[str, type[ContentBias]] = {"pape": Pape, "irpe_k": IrpeK}

@@ -70,6 +70,9 @@ class LayerPosition(NamedTuple):
     channels: Channels | None = None
     """Appends channels to queries and keys, after their rotation, and so a summand to the logits."""
 
+    contextual: Callable[[Tensor], Tensor] | None = None
+    """Makes of the heads' queries (..., N, E) what is added to the logits before their scale, (..., N, N)."""
+
     def enter(self, x_BND: Tensor) -> Tensor:
         """Add to the residual stream what is added before the block."""
         if self.residual_1ND is not None:
@@ -78,4 +81,4 @@ class LayerPosition(NamedTuple):
 
     @property
     def depends_on_image(self) -> bool:
-        return self.conditional is not None or self.channels is not None
+        return any(part is not None for part in (self.conditional, self.channels, self.contextual))
