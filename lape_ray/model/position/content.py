@@ -63,19 +63,28 @@ class Parabolas(nn.Module):
 
     def extend(self, q_NE: Tensor, k_NE: Tensor, a_NC: Tensor, b_NC: Tensor) -> tuple[Tensor, Tensor]:
         """Append 8 channels to queries and keys (..., H, N, E), from the (..., H, N, C) that `weight_XD` makes."""
-        (x_N, y_N), (x_HC, y_HC) = self.get_buffer("place_N2").unbind(-1), self.direction_HC2.unbind(-1)
-        square_HC3 = torch.stack((x_HC**2, 2 * x_HC * y_HC, y_HC**2), dim=-1)
-        xx_N, xy_N, yy_N = (F.softplus(a_NC.float()) @ square_HC3).unbind(-1)  # A, with A_12 + A_21 as one
-        beta_N2 = b_NC.float() @ self.direction_HC2
-        to_x_N = 2 * xx_N * x_N + xy_N * y_N - beta_N2[..., 0]
-        to_y_N = 2 * yy_N * y_N + xy_N * x_N - beta_N2[..., 1]
-        query_N5 = torch.stack((-xx_N, -xy_N, -yy_N, to_x_N, to_y_N), dim=-1)
+        exact = (
+            self.direction_HC2.dtype
+        )  # and not autocast's: what is summed over 50 parabolas is rounded once
+        with torch.autocast(q_NE.device.type, enabled=False):
+            query_N5 = self._query(a_NC.to(exact), b_NC.to(exact))
+        x_N, y_N = self.get_buffer("place_N2").unbind(-1)
         key_N5 = torch.stack((x_N**2, x_N * y_N, y_N**2, x_N, y_N), dim=-1).expand(*k_NE.shape[:-1], -1)
         q, k = (
-            torch.cat((part_NE, F.pad(extra_N5, (0, 3)).to(part_NE.dtype)), dim=-1)
-            for part_NE, extra_N5 in ((q_NE, query_N5), (k_NE, key_N5))
+            torch.cat((part_NE, F.pad(further_N5, (0, 3)).to(part_NE.dtype)), dim=-1)
+            for part_NE, further_N5 in ((q_NE, query_N5), (k_NE, key_N5))
         )
         return q, k
+
+    def _query(self, a_NC: Tensor, b_NC: Tensor) -> Tensor:
+        """Compute a query's factors of the key's x^2, x y, y^2, x and y, (..., H, N, 5)."""
+        (x_N, y_N), (x_HC, y_HC) = self.get_buffer("place_N2").unbind(-1), self.direction_HC2.unbind(-1)
+        square_HC3 = torch.stack((x_HC**2, 2 * x_HC * y_HC, y_HC**2), dim=-1)
+        xx_N, xy_N, yy_N = (F.softplus(a_NC) @ square_HC3).unbind(-1)  # A, with A_12 + A_21 as one
+        beta_x_N, beta_y_N = (b_NC @ self.direction_HC2).unbind(-1)
+        to_x_N = 2 * xx_N * x_N + xy_N * y_N - beta_x_N
+        to_y_N = 2 * yy_N * y_N + xy_N * x_N - beta_y_N
+        return torch.stack((-xx_N, -xy_N, -yy_N, to_x_N, to_y_N), dim=-1)
 
 
 class Pape(ContentBias):
