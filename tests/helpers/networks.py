@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,12 @@ CELLS = [
 ]
 
 
-def _is_of_the_few(cell: dict[str, str]) -> bool:
+def _places(cell: dict[str, str]) -> tuple[int, int]:
+    """Return the places of a cell's embedding with its join, and of its bias with its join, in lists of all of them."""
     joins = [(position, join) for position in POSITIONS for join in valid_joins(position)]
     biases = [(bias, join) for bias in BIAS_NAMES for join in valid_bias_joins(bias)]
     join = joins.index((cell.get("position", "learnable"), cell["join"]))
-    bias = biases.index((cell["bias"], cell["bias_join"]))
-    return list(ROTARIES)[(join + bias) % len(ROTARIES)] == cell["rotary"]
+    return join, biases.index((cell["bias"], cell["bias_join"]))
 
 
 def paired(cells: Iterable[dict[str, str]]) -> list[Any]:
@@ -59,7 +59,22 @@ def paired(cells: Iterable[dict[str, str]]) -> list[Any]:
 
     So does every bias every rotation; all threes are slow.
     """
-    return [cell if _is_of_the_few(cell) else pytest.param(cell, marks=pytest.mark.slow) for cell in cells]
+    return _slow_but(cells, lambda cell: list(ROTARIES)[sum(_places(cell)) % len(ROTARIES)] == cell["rotary"])
+
+
+def thin(cells: Iterable[dict[str, str]]) -> list[Any]:
+    """Mark cells as slow, but for one with each embedding and its join; these have every bias and every rotation."""
+    count = sum(len(valid_bias_joins(bias)) for bias in BIAS_NAMES)
+
+    def is_of_the_few(cell: dict[str, str]) -> bool:
+        join, bias = _places(cell)
+        return join % count == bias and list(ROTARIES)[join % len(ROTARIES)] == cell["rotary"]
+
+    return _slow_but(cells, is_of_the_few)
+
+
+def _slow_but(cells: Iterable[dict[str, str]], keep: Callable[[dict[str, str]], bool]) -> list[Any]:
+    return [cell if keep(cell) else pytest.param(cell, marks=pytest.mark.slow) for cell in cells]
 
 
 def cell_id(cell: dict[str, str]) -> str:
@@ -67,6 +82,7 @@ def cell_id(cell: dict[str, str]) -> str:
 
 
 PAIRED_CELLS = paired(CELLS)
+THIN_CELLS = thin(CELLS)
 
 FAMILIES: dict[str, dict[str, object]] = {
     "t2t_vit_7": {"model__variant": "t2t_vit_7", "model__patch_size": None},

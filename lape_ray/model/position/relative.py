@@ -121,9 +121,9 @@ class LookHere(Bias):
 
     LookHere (NeurIPS 2024, arXiv 2405.13985), with a field of view of 90 degrees (its LH-90). Two thirds of the heads
     look into one of 8 directions each and see the keys within 45 degrees of it, and the query itself; the others see
-    all keys. The slope is 2 * s_layer * s_head: s_layer falls from 1.5 to 0.5 over the layers (of a stage), s_head is 1/2 for heads
-    with a direction and 1/4, 1/16, 1/64, 1/256 for those without, as in the authors' code. There are no parameters, and
-    nothing to resize.
+    all keys. The slope is 2 * s_layer * s_head: s_layer falls from 1.5 to 0.5 over the layers (of a stage), s_head is
+    1/2 for heads with a direction and 1/4, 1/16, 1/64, 1/256 for those without, as in the authors' code. There are no
+    parameters, and nothing to resize.
 
     The paper's networks have 12 heads: 8 with a direction, the same in every layer. Networks of other numbers of heads
     are our definition: directions go on from layer to layer where the one before it stopped, so that 3 heads look into
