@@ -100,7 +100,7 @@ class Pape(ContentBias):
 
 
 def bucket_of(offset: Tensor) -> Tensor:
-    """Compute the bucket -3 ... 3 of offsets along an axis (iRPE, eq. 18; alpha, beta, gamma = 1.9, 3.8, 15.2).
+    """Compute the bucket -3 ... 3 of offsets along an axis: iRPE's piecewise function, alpha 1.9, beta 3.8, gamma 15.2.
 
     Offsets 0 and +-1 have their own, larger ones share some by their logarithm.
     """
@@ -129,7 +129,7 @@ class ContextualKeys(nn.Module):
 
 
 class IrpeK(ContentBias):
-    """q . r for a vector r of the offset's bucket: iRPE on keys, contextual product (arXiv 2107.14222, eq. 8, 16, 18).
+    """q . r for a vector r of the offset's bucket: iRPE on keys, contextual product (arXiv 2107.14222).
 
     Rows and columns of the offset have 7 buckets each, 49 together; vectors are shared by heads and begin at zero, as
     in the authors' code. A class token, as a query and as a key, has the 50th bucket; so has a distillation token.

@@ -61,12 +61,12 @@ class Relative2d(Bias):
 
 
 class LogCpb(Bias):
-    """A small MLP of the offset's logarithm for every layer: log-CPB of Swin V2 (arXiv 2111.09883, section 3.3).
+    """A small MLP of the offset's logarithm for every layer: log-CPB of Swin V2 (arXiv 2111.09883, eq. 3-4).
 
     bias = W_2 ReLU(W_1 d + b_1), with d = sign(offset) * log(1 + |offset|) of rows and columns, in patches, and 512
     hidden units. Its weights have no size of the grid: a larger one has the same bias at the same offset, and goes on
     from there. Weights begin as those of other linear layers. Swin V2's code measures offsets in windows and takes 16 *
-    sigmoid of the bias, for its cosine attention; neither is part of the section, nor of this. FIRE (arXiv 2310.04418)
+    sigmoid of the bias, for its cosine attention; neither is in the equations, nor here. FIRE (arXiv 2310.04418)
     feeds its MLP with logarithms too, but divides by the query's place in a sequence, which an image has not.
     """
 
@@ -139,9 +139,7 @@ class LookHere(Bias):
         row_P, column_P = layout.patch_rows_columns()
         y_PP, x_PP = row_P - row_P[:, None], column_P - column_P[:, None]  # from query to key
         square_PP = x_PP**2 + y_PP**2
-        seen = [
-            torch.ones_like(square_PP, dtype=torch.bool)
-        ]  # in the view 0, which heads without a direction have
+        seen = [square_PP >= 0]  # all, in the view 0 of heads without a direction
         for x, y in self.directions:
             along_PP = x * x_PP + y * y_PP
             seen.append((along_PP >= 0) & (2 * along_PP**2 >= (x**2 + y**2) * square_PP))  # within 45 degrees
