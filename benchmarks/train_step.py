@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py --json step.json
     python benchmarks/train_step.py --device cuda --models deit_small:256 --candidates lape/compiled,timm/compiled
+    python benchmarks/train_step.py --candidates none/eager,spiral/eager,pape/eager      # of position embeddings
     python benchmarks/train_step.py --rounds 0          # compares what the candidates compute, and times nothing
 
 What runs is `optimizer_step`: normalisation, mixing with soft targets, forward, backward, fused AdamW and the moving
@@ -143,17 +144,30 @@ def torchvision(config: TrainConfig) -> nn.Module:
     return network
 
 
+# Our network with one position embedding alone, or with none, whose time the others' are divided by.
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "none_again": {},
+    "peg": {"position": "peg"},
+    "mpvg": {"position": "learnable", "join": "mpvg", "pool": "gap"},
+    **{name: {"bias": name} for name in ("relative2d", "alibi2d", "log_cpb", "lookhere", "pape", "irpe_k")},
+    **{name: {"rotary": name} for name in ("axial", "mixed", "spiral")},
+}
 CANDIDATES: dict[str, Callable[[TrainConfig], nn.Module]] = {
     "basic": ours,
     "again": ours,  # basic once more: what a ratio is uncertain by
     "lape": ours,
+    **dict.fromkeys(EMBEDDINGS, ours),
     "timm": timm,
     "torchvision": torchvision,
     "plain": plain,
 }
-OURS = ("basic", "again", "lape")
+OURS = ("basic", "again", "lape", *EMBEDDINGS)
 MODES = ("eager", "compiled", "graph")  # graph: compiled, and the whole step launched as one CUDA graph
-REFERENCES = {"again": "basic", "basic": "timm", "lape": "basic", "torchvision": "timm", "plain": "timm"}
+REFERENCES = {
+    "again": "basic", "basic": "timm", "lape": "basic", "torchvision": "timm", "plain": "timm",
+    **{name: "none" for name in EMBEDDINGS if name != "none"},
+}  # fmt: skip
 
 _TORCHVISION_NAMES = (
     (r"^cls_token$", "class_token"),
@@ -297,8 +311,10 @@ class Run:
     def config(self, **fields: Any) -> TrainConfig:
         if self.candidate == "lape":
             fields = {"position": "learnable", **fields}  # Swin's own is a relative bias alone
-        join = "lape" if self.candidate == "lape" else "basic"
-        config = training_config(self.model, join=join, batch_size=self.batch_size, **fields)
+        fields = {"join": "lape" if self.candidate == "lape" else "basic", **fields}
+        if (alone := EMBEDDINGS.get(self.candidate)) is not None:
+            fields |= {"position": "none", "bias": "none", **alone}
+        config = training_config(self.model, batch_size=self.batch_size, **fields)
         compile = "off" if self.mode == "eager" else "default"
         return replace_fields(config, {"run.compile": compile, "run.cuda_graph": self.mode == "graph"})
 
@@ -449,7 +465,9 @@ def prepare(run: Run) -> Candidate:
     # cuDNN's default for float32 convolutions is TF32, which only peers with a convolution would meet.
     torch.backends.cudnn.allow_tf32 = False
     facts: Row = {**dataclasses.asdict(run), **check_parity(run, device)}
-    facts["train_flops"] = training_flops(run.network(run.config()), resolve(run.config().model).image_size)
+    network = run.network(run.config())
+    facts["parameters"] = sum(parameter.numel() for parameter in network.parameters())
+    facts["train_flops"] = training_flops(network, resolve(run.config().model).image_size)
     if run.mode == "graph":
         facts["from_plain"] = check_replays(run.config(), device)
     torch.compiler.reset()
@@ -573,7 +591,8 @@ def matmul_flops(device: torch.device, side: int) -> float:
 
 COLUMNS = (Column("candidate", "name"), Column("images/s", "images_per_second", ",.1f"),
            Column("CPU ms/image", "cpu_ms"), Column("time over", "over", ".3f"), Column("of", "of"),
-           Column("of matmul", "share", ".1%"), Column("step's MB", "step_bytes", ",.0f", 1e-6),
+           Column("of matmul", "share", ".1%"), Column("parameters", "parameters", ",.0f"),
+           Column("step's MB", "step_bytes", ",.0f", 1e-6),
            Column("kernels", "kernels", ",.0f"), Column("first step s", "first_step_s", ".1f"),
            Column("logits apart", "logits", ".1e"), Column("gradients apart", "gradient", ".1e"),
            Column("replays apart", "from_plain", ".1e"))  # fmt: skip

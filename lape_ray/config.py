@@ -22,14 +22,15 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from lape_ray.values.redaction import redacted, refuse_secret
 from lape_ray.values.typed import typed
 
-Position = Literal["none", "learnable", "sincos1d", "sincos2d"]
+Position = Literal["none", "learnable", "sincos1d", "sincos2d", "peg"]
 Join = Literal[
-    "basic", "share", "unshare", "lape", "lape_shared",
+    "basic", "share", "unshare", "lape", "lape_shared", "mpvg",
     "lape_identity", "lape_scalar", "lape_gamma", "lape_affine", "lape_norm", "lape_scalar_norm", "lape_gamma_norm",
 ]  # fmt: skip
-Bias = Literal["none", "relative2d", "alibi2d"]
+Bias = Literal["none", "relative2d", "alibi2d", "log_cpb", "lookhere", "pape", "irpe_k"]
 BiasJoin = Literal["basic", "lape"]
-Rotary = Literal["none", "axial", "mixed"]
+Rotary = Literal["none", "axial", "mixed", "spiral"]
+Pool = Literal["gap"]
 NETWORK_FIELDS = ("variant", "position", "join", "bias", "bias_join", "rotary")
 """The model's fields that tell networks apart in a list."""
 Variant = Literal[
@@ -148,6 +149,9 @@ class ModelConfig:
         None, "LayerScale: initial factor of the blocks' branches; 0: they have none"
     )
     attention_dropout: float | None = option(None, "dropout on attention weights")
+    pool: Pool | None = option(
+        None, "what the head reads; gap: the mean of the patches, and there is no class token"
+    )
     position: Position = option("learnable", "position embedding added to the tokens")
     join: Join = option("basic", "where and how that embedding enters the blocks")
     bias: Bias = option("none", "position bias added to the attention logits")

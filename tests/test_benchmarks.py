@@ -129,7 +129,7 @@ def test_candidates_compute_the_same_from_the_same_weights(model: str, candidate
     row = check_parity(run, CPU)
     assert row["logits"] < 1e-5 and row["gradient"] < 1e-4
     state = run.state(CPU)
-    if candidate != "lape":
+    if candidate != "lape" and candidate not in train_step.EMBEDDINGS:
         found = state.network.state_dict()
         for name, value in run.renamed(wanted.network.state_dict()).items():
             assert torch.equal(found[name], value), name

@@ -18,6 +18,7 @@ from torch import Tensor
 from lape_ray.inference.predict import Predictor
 from lape_ray.model import Network, build_model, resolve
 from lape_ray.model.compact import ResidualNormBlock
+from lape_ray.model.position import JOINS
 from lape_ray.model.swin import Swin
 from lape_ray.model.variants import VARIANTS, VariantSpec
 from lape_ray.model.vit import VisionTransformer
@@ -25,6 +26,13 @@ from lape_ray.model.vit import VisionTransformer
 TOLERANCE = 1e-5
 TEMPLATE = Path(__file__).with_name("backbone_module.py")
 SUPPORTED = tuple(name for name, spec in VARIANTS.items() if spec.patch_size is not None)
+WRITTEN = {
+    "position": ("none", "learnable", "sincos1d", "sincos2d"),
+    "join": tuple(name for name in JOINS if name != "mpvg"),
+    "bias": ("none", "relative2d", "alibi2d"),
+    "rotary": ("none", "axial", "mixed", "spiral"),
+}
+"""The position embeddings that the template has."""
 # Names here, and in the template, where a ViT is the one stage of a network and all parts are its stages'.
 _RENAMES = (
     (re.compile(r"^patch_embed\.proj\."), "patch_embed."),
@@ -50,7 +58,7 @@ def export_backbone(predictor: Predictor, folder: Path) -> str:
     The written folder is loaded, and its maps are compared with the network's.
 
     Raises:
-        ValueError: the variant is none of `SUPPORTED`, or the file does not compute the network.
+        ValueError: `SUPPORTED` or `WRITTEN` has not what the network is made of, or the file computes another network.
     """
     spec = resolve(predictor.config.model)
     if predictor.config.model.variant not in SUPPORTED:
@@ -58,6 +66,11 @@ def export_backbone(predictor: Predictor, folder: Path) -> str:
             f"{predictor.config.model.variant} is not written as a backbone, for its tokens are no patches; those that "
             f"are: {', '.join(SUPPORTED)}"
         )
+    for field, names in WRITTEN.items():
+        if (found := getattr(predictor.config.model, field)) not in names:
+            raise ValueError(
+                f"{field}={found} is not written as a backbone; those that are: {', '.join(names)}"
+            )
     network = build_model(predictor.config.model)
     network.load_state_dict(predictor.model.network.state_dict())
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ channels, T tables (1, or one a layer), L layers, V tokens of a window, X window
 from __future__ import annotations
 
 import json
+import math
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -255,10 +256,17 @@ class Stage(nn.Module):
             return [None] * depth
         if kind == "mixed":
             frequencies = self.frequencies
-        else:  # axial: half of the pairs for columns, half for rows
+        else:
             width = self.width // self.heads
-            half = 100.0 ** (-torch.arange(0, width, 4, device=like.device).float() / width)
-            frequencies = torch.block_diag(half[None], half[None])[None, :, None].expand(depth, -1, -1, -1)
+            fall = -torch.arange(0, width, 4, device=like.device).float() / width
+            if kind == "axial":  # half of the pairs for columns, half for rows
+                half = 100.0**fall
+                two = torch.block_diag(half[None], half[None])
+            else:  # spiral: two pairs for each of four directions, in rotation
+                turn = torch.arange(width // 4, device=like.device) // 2 % 2 * math.pi / 4
+                turn = torch.cat((turn, turn + math.pi / 2))
+                two = (1.5 * 10_000.0**fall).repeat(2) * torch.stack((turn.cos(), turn.sin()))
+            frequencies = two[None, :, None].expand(depth, -1, -1, -1)
         y, x = places(seen, like.device)
         angles = torch.einsum("lahf,ap->lhpf", frequencies, torch.stack((x, y)).float())
         return [(a.cos(), a.sin()) for a in F.pad(angles, (0, 0, num_prefix, 0))]

@@ -64,6 +64,8 @@ class ResolvedCheckpoint:
             parts.append(f"bias {model.bias}, join {model.bias_join}")
         if model.rotary != "none":
             parts.append(f"rotary {model.rotary}")
+        if model.pool is not None:
+            parts.append(f"pool {model.pool}")
         return "; ".join(parts)
 
 

@@ -13,6 +13,7 @@ from lape_ray.config import ModelConfig
 from lape_ray.inference.predict import Predictor
 from lape_ray.model import Network
 from lape_ray.model.ceit import CeiT
+from lape_ray.model.position import ABSOLUTES
 from lape_ray.model.swin import Swin
 from lape_ray.model.t2t import TokensToToken
 
@@ -36,8 +37,12 @@ def not_official(model: ModelConfig) -> str | None:
     """Say why no published code has a network of this kind; None where one has."""
     if model.variant.startswith(("vit_lite", "cvt", "cct")):
         return "the Compact Transformers' code builds its networks of other parts"
-    if model.bias == "alibi2d":
-        return "no published code of these families has bias=alibi2d"
+    if model.pool is not None:
+        return f"the code of this family reads a class token, and not pool={model.pool}"
+    if model.position not in ABSOLUTES:
+        return f"no published code of these families has position={model.position}"
+    if model.bias not in ("none", "relative2d"):
+        return f"no published code of these families has bias={model.bias}"
     if model.rotary != "none":
         return f"no published code of these families has rotary={model.rotary}"
     return None

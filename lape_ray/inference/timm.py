@@ -15,6 +15,7 @@ from lape_ray.config import TrainConfig
 from lape_ray.inference.official import official_state
 from lape_ray.inference.predict import Predictor
 from lape_ray.model import resolve
+from lape_ray.model.position import ABSOLUTES
 from lape_ray.model.swin import Swin
 from lape_ray.model.variants import VariantSpec
 from lape_ray.training.architecture import ARGUMENTS, TIMM_NAMES
@@ -27,6 +28,10 @@ def not_for_timm(config: TrainConfig) -> str | None:
     model = config.model
     if model.variant not in TIMM_NAMES:
         return f"timm has no {model.variant}"
+    if model.position not in ABSOLUTES:
+        return f"timm has no position={model.position}"
+    if model.pool is not None:
+        return f"timm's {model.variant} reads a class token, and not pool={model.pool}"
     if model.join != "basic":
         return f"timm has no join={model.join}"
     swin = model.variant.startswith("swin_")

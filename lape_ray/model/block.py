@@ -1,16 +1,21 @@
 """The transformer block: x = x + MSA(LN(x) + w); x = x + MLP(LN(x)), each branch perhaps times a LayerScale.
 
 Shapes: B images, N tokens (prefix + patches), Q queries (N, or fewer), D width, H heads, E = D / H width of a head,
-M = 3 D.
+M = 3 D, or more.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_ray.model.position import LayerPosition
+
+Heads = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""Queries, keys and values of the heads, (B, H, N, E) each, and what is added to their logits, (B or 1, H, N, N)."""
 
 
 class Block(nn.Module):
@@ -46,8 +51,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
-        if position.residual_1ND is not None:
-            x_BND = x_BND + position.residual_1ND
+        x_BND = position.enter(x_BND)
         h_BND = self.norm1(x_BND)
         if position.attention_1ND is not None:
             h_BND = h_BND + position.attention_1ND
@@ -64,23 +68,46 @@ class Attention(nn.Module):
             raise ValueError(
                 f"embed_dim={embed_dim} does not divide by num_heads={num_heads}; change one of them"
             )
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, embed_dim // num_heads
         self.dropout = dropout
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, h_BND: Tensor, position: LayerPosition) -> Tensor:
-        q_BHNE, k_BHNE, v_BHNE = self.heads(self.qkv(h_BND), position)
-        return self.attend(q_BHNE, k_BHNE, v_BHNE, position.logits_1HNN)
+        return self.attend(*self.heads(self.project(h_BND, position), position))
 
-    def heads(self, qkv_BNM: Tensor, position: LayerPosition) -> tuple[Tensor, Tensor, Tensor]:
-        """Split qkv into the heads' queries, keys and values, (B, H, N, E) each; rotate queries and keys."""
-        # Taken apart here and not after a transposition, so that the three gradients are put together in one copy.
-        parts = qkv_BNM.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q_BHNE, k_BHNE, v_BHNE = (part_BNHE.transpose(1, 2) for part_BNHE in parts)
+    def project(self, h_BND: Tensor, position: LayerPosition) -> Tensor:
+        """Compute queries, keys and values of all heads, and behind them what further channels are made of."""
+        if position.channels is None:
+            return self.qkv(h_BND)
+        weight_XD = position.channels.weight_XD
+        bias = None if self.qkv.bias is None else F.pad(self.qkv.bias, (0, len(weight_XD)))
+        return F.linear(h_BND, torch.cat((self.qkv.weight, weight_XD)), bias)
+
+    def heads(self, made_BNM: Tensor, position: LayerPosition) -> Heads:
+        """Split what `project` made into the heads' queries, keys and values; compute what is added to their logits.
+
+        Queries and keys are rotated, and then may get further channels.
+        """
+        if position.channels is None:
+            q, k, v = self.parts(made_BNM, 3)
+        else:
+            qkv_BNM, further_BNM = made_BNM.tensor_split((self.qkv.out_features,), dim=-1)
+            q, k, v = self.parts(qkv_BNM, 3)
+        logits = position.logits_1HNN
+        if position.contextual is not None:
+            logits = position.contextual(q) / math.sqrt(self.head_dim)
         if position.rotation is not None:
-            q_BHNE, k_BHNE = rotate(q_BHNE, position.rotation), rotate(k_BHNE, position.rotation)
-        return q_BHNE, k_BHNE, v_BHNE
+            q, k = rotate(q, position.rotation), rotate(k, position.rotation)
+        if position.channels is not None:
+            q, k = position.channels.extend(q, k, *self.parts(further_BNM, 2))
+        return q, k, v, logits
+
+    def parts(self, made_BNM: Tensor, count: int) -> list[Tensor]:
+        """Split into `count` parts, and each into the heads, (B, H, N, M / count / H)."""
+        # Taken apart here and not after a transposition, so that the gradients are put together in one copy.
+        parts = made_BNM.unflatten(-1, (count, self.num_heads, -1)).unbind(2)
+        return [part_BNHE.transpose(1, 2) for part_BNHE in parts]
 
     def attend(self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None) -> Tensor:
         """Mix the values for each query and project the result, (B, Q, D)."""
@@ -97,11 +124,11 @@ class Attention(nn.Module):
 
         Where attention sees windows, a query has weights for the keys of its window alone.
         """
-        q_BHNE, k_BHNE, _ = self.heads(self.qkv(h_BND), position)
+        q_BHNE, k_BHNE, _, logits = self.heads(self.project(h_BND, position), position)
         # The fused kernel returns no weights, but applied to an identity it returns nothing else.
         identity_NN = torch.eye(k_BHNE.shape[2], dtype=h_BND.dtype, device=h_BND.device)
         identity_BHNN = identity_NN.expand(*q_BHNE.shape[:2], -1, -1)
-        return self.mix_values(q_BHNE, k_BHNE, identity_BHNN, position.logits_1HNN).transpose(1, 2)
+        return self.mix_values(q_BHNE, k_BHNE, identity_BHNN, logits).transpose(1, 2)
 
     def scaled_dot_product(
         self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor | None
@@ -109,19 +136,22 @@ class Attention(nn.Module):
         """Compute attention, (B, H, Q, E), through the fused kernel where that has all gradients."""
         if logits_1HQN is not None and logits_1HQN.requires_grad and not q_BHQE.is_cuda:
             return self._plain_dot_product(q_BHQE, k_BHNE, v_BHNE, logits_1HQN)
-        return F.scaled_dot_product_attention(
+        further = q_BHQE.shape[-1] - self.head_dim  # channels; most kernels want values as wide as queries
+        mixed = F.scaled_dot_product_attention(
             q_BHQE,
             k_BHNE,
-            v_BHNE,
+            F.pad(v_BHNE, (0, further)) if further else v_BHNE,
             attn_mask=None if logits_1HQN is None else logits_1HQN.to(q_BHQE.dtype),
             dropout_p=self.dropout if self.training else 0.0,
+            scale=1 / math.sqrt(self.head_dim),
         )
+        return mixed[..., : v_BHNE.shape[-1]] if further else mixed
 
     def _plain_dot_product(
         self, q_BHQE: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, logits_1HQN: Tensor
     ) -> Tensor:
         """Compute it where the fused kernel knows no gradient of logits: PyTorch's own way then takes more passes."""
-        scores_BHQN = (q_BHQE * q_BHQE.shape[-1] ** -0.5) @ k_BHNE.mT
+        scores_BHQN = (q_BHQE * self.head_dim**-0.5) @ k_BHNE.mT
         weights_BHQN = (scores_BHQN + logits_1HQN.to(scores_BHQN.dtype)).softmax(-1)
         return F.dropout(weights_BHQN, self.dropout, self.training) @ v_BHNE
 

@@ -14,7 +14,6 @@ from torch import nn
 from lape_ray.config import ModelConfig
 from lape_ray.model.block import Block
 from lape_ray.model.ceit import CeiT, LayerAttention
-from lape_ray.model.compact import SequencePool
 from lape_ray.model.network import Network
 from lape_ray.model.position import Layout, build_position, build_staged_position
 from lape_ray.model.swin import PatchMerging, Swin, SwinStage, WindowBlock
@@ -36,7 +35,7 @@ def _build_vit(spec: VariantSpec, config: ModelConfig) -> VisionTransformer:
     width = spec.embed_dim
     patch_embed = _patch_embed(spec)
     grid = patch_embed.grid
-    pool = SequencePool(embed_dim=width) if spec.sequence_pool else None
+    pool = None if spec.pool is None else spec.pool(embed_dim=width)
     tokens = [_prefix_token(width, spec.init_prefix_std) for _ in range(spec.num_prefix)]
     cls_token, dist_token, *_ = [*tokens, None, None]
     blocks = nn.ModuleList(_blocks(spec))

@@ -95,7 +95,7 @@ class LayerAttention(nn.Module):
 
     def forward(self, classes_BLD: Tensor) -> Tensor:
         z_BLD = classes_BLD + self.pos_layer_embed
-        q_BHLE, k_BHLE, v_BHLE = self.attn.heads(self.attn.qkv(self.norm1(z_BLD)), LayerPosition())
+        q_BHLE, k_BHLE, v_BHLE, _ = self.attn.heads(self.attn.qkv(self.norm1(z_BLD)), LayerPosition())
         u_B1D = z_BLD[:, -1:] + self.attn.attend(q_BHLE[:, :, -1:], k_BHLE, v_BHLE, None)
         return (u_B1D + self.mlp(self.norm2(u_B1D))).squeeze(1)
 

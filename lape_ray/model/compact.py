@@ -42,8 +42,7 @@ class ResidualNormBlock(Block):
     """A block whose norm2 sits on the residual stream itself: x = x + MSA(LN(x) + w); x = LN(x); x = x + MLP(x)."""
 
     def forward(self, x_BND: Tensor, position: LayerPosition) -> Tensor:
-        if position.residual_1ND is not None:
-            x_BND = x_BND + position.residual_1ND
+        x_BND = position.enter(x_BND)
         h_BND = self.norm1(x_BND)
         if position.attention_1ND is not None:
             h_BND = h_BND + position.attention_1ND

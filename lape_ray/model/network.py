@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from lape_ray.model.position import Grid, LayerPosition
 
-_OF_BLOCK = re.compile(r"(?:layers\.(\d+)\.)?(?:blocks|join\.norms|bias\.norms)\.(\d+)\.")
+_OF_BLOCK = re.compile(
+    r"(?:layers\.(\d+)\.)?(?:blocks|join\.norms|bias\.(?:norms|table\.mlps|layers))\.(\d+)\."
+)
 _OF_STAGE = re.compile(r"layers\.(\d+)\.(downsample\.)?")
 _BEHIND_NORM = ("head.", "head_dist.", "pool.")
 

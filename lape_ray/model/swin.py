@@ -1,7 +1,7 @@
 """Swin (arXiv 2103.14030): stages of blocks whose attention sees shifted windows, and a merging between stages.
 
-Shapes: B images, N = R x R tokens of a stage in row-major order, D its width, H heads, E width of a head, M = 3 D, V =
-W x W tokens of a window, X = (R / W)^2 windows of an image, w position embedding (no batch).
+Shapes: B images, N = R x R tokens of a stage in row-major order, D its width, H heads, E width of a head, M = 3 D (or
+more), V = W x W tokens of a window, X = (R / W)^2 windows of an image, w position embedding (no batch).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lape_ray.model.block import Attention, Block, rotate
+from lape_ray.model.block import Attention, Block, Heads
 from lape_ray.model.network import Network, Stage
 from lape_ray.model.position import Grid, LayerPosition, PositionEmbeddings, bias_resizers, resize_absolute
 from lape_ray.model.vit import PatchEmbed
@@ -42,16 +42,20 @@ class WindowAttention(Attention):
         mask_XVV = _border_mask(side, window, shift) if shift else None
         self.register_buffer("mask_XVV", mask_XVV, persistent=False)
 
-    def heads(self, qkv_BNM: Tensor, position: LayerPosition) -> tuple[Tensor, Tensor, Tensor]:
-        """Split qkv into windows and heads: queries, keys and values, (B, X H, V, E) each; rotate queries and keys."""
-        image = self._rolled(qkv_BNM.unflatten(1, (self.side, self.side)), -self.shift)
-        # Rows and columns of windows and in them, and the three with their heads; one copy puts all into their places.
+    def heads(self, made_BNM: Tensor, position: LayerPosition) -> Heads:
+        """Split what `project` made into windows and heads: queries, keys and values, (B, X H, V, E) each."""
+        q, k, v, logits = super().heads(made_BNM, position)
+        if logits is not None and logits.ndim > 4:
+            logits = logits.flatten(1, 2)
+        return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), logits
+
+    def parts(self, made_BNM: Tensor, count: int) -> list[Tensor]:
+        """Split into `count` parts, and each into windows and heads, (B, X, H, V, M / count / H)."""
+        image = self._rolled(made_BNM.unflatten(1, (self.side, self.side)), -self.shift)
+        # Rows and columns of windows and in them, the parts with their heads; one copy puts all into their places.
         parts = image.unflatten(2, (-1, self.window)).unflatten(1, (-1, self.window))
-        parts = parts.unflatten(-1, (3, self.num_heads, -1)).permute(5, 0, 1, 3, 6, 2, 4, 7)
-        q, k, v = parts.flatten(5, 6).flatten(2, 3).unbind(0)
-        if position.rotation is not None:
-            q, k = rotate(q, position.rotation), rotate(k, position.rotation)
-        return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)
+        parts = parts.unflatten(-1, (count, self.num_heads, -1)).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        return list(parts.flatten(5, 6).flatten(2, 3).unbind(0))
 
     def mix_values(self, q: Tensor, k: Tensor, v: Tensor, logits_1HVV: Tensor | None) -> Tensor:
         """Mix the values inside each window, (B, N, H, E); a query's weights are those of its window's V keys."""
@@ -65,14 +69,15 @@ class WindowAttention(Attention):
     def _rolled(image: Tensor, shift: int) -> Tensor:
         return image.roll((shift, shift), dims=(1, 2)) if shift else image
 
-    def _logits(self, bias_1HVV: Tensor | None, heads: int) -> Tensor | None:
-        """Add the windows' mask to the bias that all of them share, (1, X H, V, V)."""
+    def _logits(self, bias: Tensor | None, heads: int) -> Tensor | None:
+        """Add the windows' mask to the bias, (1, H, V, V) for all windows or (B, X H, V, V): (B or 1, X H, V, V)."""
         mask_XVV = cast("Tensor | None", self.mask_XVV)
         if mask_XVV is None:
-            return None if bias_1HVV is None else bias_1HVV.repeat(1, heads // self.num_heads, 1, 1)
+            return None if bias is None else bias.repeat(1, heads // bias.shape[1], 1, 1)
         mask_X1VV = mask_XVV.unsqueeze(1)
-        both = mask_X1VV.expand(-1, self.num_heads, -1, -1) if bias_1HVV is None else mask_X1VV + bias_1HVV
-        return both.flatten(0, 1).unsqueeze(0)
+        if bias is None:
+            return mask_X1VV.expand(-1, self.num_heads, -1, -1).flatten(0, 1).unsqueeze(0)
+        return (mask_X1VV + bias.unflatten(1, (-1, self.num_heads))).flatten(1, 2)
 
 
 def _border_mask(side: int, window: int, shift: int) -> Tensor:
@@ -136,12 +141,13 @@ class SwinStage(nn.Module):
         super().__init__()
         self.window = window
         self.blocks = nn.ModuleList(blocks)
-        _, self.join, self.bias, self.rotary, _ = position
+        _, self.join, self.bias, self.rotary, _, self.conditional = position
         self.downsample = downsample
 
     def layer_positions(self, w_1ND: Tensor | None) -> list[LayerPosition]:
         """Compute what every block receives of position, with w as it enters the stage."""
-        return PositionEmbeddings(w_1ND, self.join, self.bias, self.rotary).layers(len(self.blocks))
+        position = PositionEmbeddings(w_1ND, self.join, self.bias, self.rotary, conditional=self.conditional)
+        return position.layers(len(self.blocks))
 
     def carried(self, layers: list[LayerPosition]) -> Tensor | None:
         """Merge what the join leaves of w after the last of `layers`, as the tokens are merged; None: nothing."""
@@ -211,7 +217,7 @@ class Swin(Network):
 
     def position_parameters(self) -> set[str]:
         """Name what Swin's code exempts from weight decay as it does norms and biases: all tables, biases' too."""
-        inside = (".bias.table.", ".rotary.")
+        inside = (".bias.table.", ".rotary.", ".conditional.")
         names = [name for name, _ in self.named_parameters()]
         return {name for name in names if name == "pos_embed" or any(part in name for part in inside)}
 

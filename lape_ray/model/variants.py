@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from lape_ray.config import DropPathRule, ModelConfig
 from lape_ray.model import ceit, t2t
 from lape_ray.model.block import Block
-from lape_ray.model.compact import ConvTokenizer, ResidualNormBlock
+from lape_ray.model.compact import ConvTokenizer, ResidualNormBlock, SequencePool
 from lape_ray.model.swin import NormedPatchEmbed
-from lape_ray.model.vit import PatchEmbed
+from lape_ray.model.vit import MeanPool, PatchEmbed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,8 @@ class VariantSpec:
     qkv_bias: bool = True
     eps: float = 1e-6
     block: type[Block] = Block
-    sequence_pool: bool = False
+    pool: type[nn.Module] | None = None
+    """Makes the tokens one; None: the head reads the class token."""
     layer_attention: bool = False
     init_prefix_std: float = 0.02
     init_position_std: float = 0.02
@@ -107,7 +110,7 @@ def _swin(embed_dim: int, depths: tuple[int, ...], num_heads: int) -> VariantSpe
 
 
 def _pooled(depth: int, **kwargs: Any) -> VariantSpec:
-    return _compact(depth, num_prefix=0, sequence_pool=True, **kwargs)
+    return _compact(depth, num_prefix=0, pool=SequencePool, **kwargs)
 
 
 VARIANTS: dict[str, VariantSpec] = {
@@ -138,6 +141,20 @@ VARIANTS: dict[str, VariantSpec] = {
 }
 
 
+def _mean_of_patches(spec: VariantSpec, variant: str) -> dict[str, Any]:
+    """Say what pool=gap changes; a ValueError where it does not apply."""
+    why = None
+    if spec.depths is not None:
+        why = "whose head reads the mean anyway"
+    elif spec.layer_attention:
+        why = "whose attention over the layers reads class tokens"
+    elif spec.num_prefix > 1:
+        why = "of whose two heads each reads a token"
+    if why is not None:
+        raise ValueError(f"pool=gap does not apply to {variant}, {why}; leave model.pool out")
+    return {"num_prefix": 0, "pool": MeanPool}
+
+
 def resolve(config: ModelConfig) -> VariantSpec:
     """Look up the variant and apply the config's overrides; a ValueError where one does not apply."""
     spec = VARIANTS[config.variant]
@@ -160,4 +177,6 @@ def resolve(config: ModelConfig) -> VariantSpec:
     }
     if config.depths is not None:
         chosen["depth"] = sum(config.depths)
+    if config.pool is not None:
+        chosen |= _mean_of_patches(spec, config.variant)
     return dataclasses.replace(spec, **chosen)

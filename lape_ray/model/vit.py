@@ -34,6 +34,16 @@ class PatchEmbed(nn.Module):
         return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
+class MeanPool(nn.Module):
+    """The mean of all tokens, (B, N, D) to (B, D)."""
+
+    def __init__(self, *, embed_dim: int) -> None:
+        super().__init__()
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return x_BND.mean(dim=1)
+
+
 class VisionTransformer(Network):
     """ViT and DeiT (arXiv 2010.11929, 2012.12877); with `pool` Compact Transformers, and with LaPE by `position`.
 
@@ -76,13 +86,16 @@ class VisionTransformer(Network):
         self.pool = pool
         self.head = head
         self.head_dist = head_dist
-        self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix = position
+        self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix, self.conditional = position
 
     def features(self, images_BCHW: Tensor) -> Tensor:
         x_BND = self._tokens(images_BCHW)
         for block, position in zip(self.blocks, self.layer_positions(), strict=True):
             x_BND = block(x_BND, position)
         x_BND = self.norm(x_BND)
+        if self.join is not None and self.pos_embed is not None:
+            w_1ND = self.join.behind(self.pos_embed)
+            x_BND = x_BND if w_1ND is None else x_BND + w_1ND
         if self.pool is not None:
             return self.pool(x_BND)
         return x_BND[:, 0] if self.head_dist is None else x_BND[:, :2]
@@ -94,8 +107,8 @@ class VisionTransformer(Network):
         return both_B2K if self.training else both_B2K.mean(dim=1)
 
     def layer_positions(self) -> list[LayerPosition]:
-        position = PositionEmbeddings(self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix)
-        return position.layers(len(self.blocks))
+        parts = self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix, self.conditional
+        return PositionEmbeddings(*parts).layers(len(self.blocks))
 
     def _prefix(self) -> list[nn.Parameter]:
         return [token for token in (self.cls_token, self.dist_token) if token is not None]
@@ -112,11 +125,11 @@ class VisionTransformer(Network):
     def position_parameters(self) -> set[str]:
         """Name what DeiT exempts from weight decay as it does norms and biases: tokens and tables.
 
-        The relative bias is not among them: DeiT-style code, the paper's included, decays it.
+        So are the frequencies of a rotation, and CPVT's convolution by its authors. The relative bias is not among
+        them: DeiT-style code, the paper's included, decays it.
         """
-        own = {name for name, _ in self.named_parameters(recurse=False)}
-        turned = set() if self.rotary is None else {name for name, _ in self.rotary.named_parameters()}
-        return own | {f"rotary.{name}" for name in turned}
+        names = [name for name, _ in self.named_parameters()]
+        return {name for name in names if "." not in name or name.startswith(("rotary.", "conditional."))}
 
     def resizers(self) -> dict[str, Callable[[Tensor], Tensor]]:
         return resizers(self.grid, self.num_prefix - self.bare_prefix)

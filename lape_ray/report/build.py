@@ -139,7 +139,7 @@ def checkpoint_report(
     notes: list[str] = []
     resolved = ResolvedCheckpoint(label=label, path=str(checkpoint), config=config)
     seen = _views(resolved, _images(resolved, None, count, notes), ema=False)
-    if not any(one.depth for one in seen):
+    if not any(one.shown for one in seen):
         return []
     write_position_report(seen, out, notes=notes)
     return seen

@@ -218,7 +218,7 @@ def bias_figure(one: PositionView, token: tuple[int, int] | None) -> Figure | No
     return maps_figure(
         heads,
         title=f"{one.label}: bias on the attention logits of the framed patch",
-        x="column", y="row", colors="added to the logit", limit=None,
+        x="column", y="row", colors="added to the logit (grey: not seen)", limit=None,
         marks=[one.place_in_window(token)] * len(heads), firsts=[one.first_layer] * len(heads),
     )  # fmt: skip
 

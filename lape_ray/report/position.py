@@ -114,11 +114,15 @@ def correlations(network: Network) -> Maps:
 
 
 def biases(network: Network) -> Maps:
-    """Compute the (L, H, P, P) that are added to attention's logits for each query (row) and key (column) patch."""
+    """Compute the (L, H, P, P) that are added to attention's logits for each query (row) and key (column) patch.
+
+    NaN stands for a key that the query cannot see.
+    """
     prefix = network.num_prefix
     with torch.no_grad():
         layers = [layer.logits_1HNN for layer in network.layer_positions()]
-    return _by_stage(network, [bias[0, :, prefix:, prefix:] for bias in layers if bias is not None])
+    shown = [bias[0, :, prefix:, prefix:] for bias in layers if bias is not None]
+    return _by_stage(network, [bias.masked_fill(bias.isneginf(), torch.nan) for bias in shown])
 
 
 def rotations(network: Network) -> Maps:
@@ -143,7 +147,7 @@ class Strength:
 
     norm_ratio_LN: Tensor | None
     """Length of attention's input that is position over length that is token: |l2 LN(w)| / |l1 LN(x)| of eq. 7, or
-    |w_l| / |LN_x(x)| with LaPE. None without a token embedding."""
+    |w_l| / |LN_x(x)| with LaPE. None where nothing is added to tokens."""
     moved_LN: Tensor
     """Share of a query's attention, 0 to 1, that goes elsewhere when the layer gets no position (total variation)."""
 
@@ -172,6 +176,8 @@ def measure_strength(network: Network, images_BCHW: Tensor) -> list[Strength]:
 
 def _strength(ratios: Sequence[Tensor | None], moved: Sequence[Tensor]) -> Strength:
     found = [ratio_N for ratio_N in ratios if ratio_N is not None]
+    if found:  # before the first addition nothing is position
+        found = [torch.zeros_like(found[0]) if ratio_N is None else ratio_N for ratio_N in ratios]
     return Strength(norm_ratio_LN=torch.stack(found) if found else None, moved_LN=torch.stack(list(moved)))
 
 
@@ -191,9 +197,11 @@ class _Probe:
 def _on_block(carried: _Carried, probe: _Probe) -> Any:
     def hook(block: Block, inputs: tuple[Tensor, LayerPosition]) -> None:
         x_BND, layer = inputs
-        if layer.residual_1ND is not None:
-            x_BND = x_BND + layer.residual_1ND
-            carried.part_BND = layer.residual_1ND + (0 if carried.part_BND is None else carried.part_BND)
+        entered_BND = layer.enter(x_BND)
+        if layer.residual_1ND is not None or layer.conditional is not None:
+            added_BND = entered_BND - x_BND if layer.residual_1ND is None else layer.residual_1ND
+            carried.part_BND = added_BND + (0 if carried.part_BND is None else carried.part_BND)
+        x_BND = entered_BND
         h_BND, position_BND = block.norm1(x_BND), None
         if layer.attention_1ND is not None:
             position_BND, tokens_BND = layer.attention_1ND, h_BND
@@ -250,6 +258,7 @@ class PositionView:
         window: rows and columns of those that see each other, on which bias and rotation are defined; None: the grid
         stride: patches of the network's first grid along a side of one of these
         first_layer: the network's layers before these
+        by_image: whether a part of the network's position depends on the image, and so has no map
     """
 
     label: str
@@ -263,11 +272,18 @@ class PositionView:
     window: Grid | None = None
     stride: int = 1
     first_layer: int = 0
+    by_image: bool = False
 
     @property
-    def depth(self) -> int:
+    def mapped(self) -> bool:
+        """Tell whether there is a map to draw."""
         found = (self.correlation_LNN, self.bias_LHPP, self.rotation_LPP)
-        return max((len(part) for part in found if part is not None), default=0)
+        return any(part is not None for part in found)
+
+    @property
+    def shown(self) -> bool:
+        """Tell whether there is anything to show: a map, or the strength of what has none."""
+        return self.mapped or (self.by_image and self.strength is not None)
 
     def patch(self, token: tuple[int, int] | None) -> int:
         """Return the index among the patches of the one that holds (row, column) of the network's first grid.
@@ -329,6 +345,8 @@ def views(
     stages = network.stages()
     depths = [len(stage.blocks) for stage in stages]
     strengths = [None] * len(stages) if images_BCHW is None else measure_strength(network, images_BCHW)
+    with torch.no_grad():
+        by_image = any(layer.depends_on_image for layer in network.layer_positions())
     maps = zip(correlations(network), biases(network), rotations(network), strengths, strict=True)
     return [
         PositionView(
@@ -343,6 +361,7 @@ def views(
             window=stage.window,
             stride=stages[0].grid[0] // stage.grid[0],
             first_layer=sum(depths[:index]),
+            by_image=by_image,
         )
         for index, (stage, (correlation, bias, rotation, strength)) in enumerate(
             zip(stages, maps, strict=True)

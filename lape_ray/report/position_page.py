@@ -38,9 +38,12 @@ def write_position_report(
     Raises:
         ValueError: the token is not on a grid, or no view has any position embedding.
     """
-    if not any(one.depth for one in views):
+    if not any(one.shown for one in views):
         labels = ", ".join(one.label for one in views)
-        raise ValueError(f"{labels}: there is no position to report, for position, bias and rotary are none")
+        why = "what there is depends on the image, and none is given (--images)"
+        if not any(one.by_image for one in views):
+            why = "position, bias and rotary are none"
+        raise ValueError(f"{labels}: there is no position to report, for {why}")
     for one in views:
         one.patch(token)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +55,11 @@ def write_position_report(
         ("network", "grid", "what it is"),
         [(one.label, f"{one.grid[0]} x {one.grid[1]}", one.description) for one in views],
     )
+    if by_image := [one.label for one in views if one.by_image]:
+        page.note(
+            f"{', '.join(by_image)}: a part of position depends on the image. It has no map; how strongly layers use "
+            "it is measured on images."
+        )
     for text in notes:
         page.note(text)
     _maps(page, views, folder, token)

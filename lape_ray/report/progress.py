@@ -55,6 +55,8 @@ def report_epoch(
         if not seen:
             return
         keep(drawn / "report", f"position_report/epoch-{epoch:06}")
+        if not all(one.mapped for one in seen):
+            return
         what, maps = training_maps(seen)
         remember(folder, epoch, maps)
         write_training_page(config.run.name or "", what, recall(folder, epochs), drawn / "training")
@@ -64,7 +66,7 @@ def report_epoch(
 def training_maps(seen: Sequence[PositionView]) -> tuple[str, list[Tensor]]:
     """Return what is followed, in words, and the map (Y, X) of the centre patch for each layer of all stages.
 
-    They are its correlation, or without one its bias or rotation. The network must have some position.
+    They are its correlation, or without one its bias or rotation. One of these the network must have.
     """
     maps: list[Tensor] = []
     what = ROTATION
@@ -72,7 +74,7 @@ def training_maps(seen: Sequence[PositionView]) -> tuple[str, list[Tensor]]:
         if (maps_LYX := one.correlation_maps(one.patch(None))) is not None:
             what = CORRELATION
         elif one.bias_LHPP is not None:
-            what, maps_LYX = BIAS, one.window_maps(one.bias_LHPP.mean(1), None)
+            what, maps_LYX = BIAS, one.window_maps(one.bias_LHPP.nanmean(1), None)
         else:
             assert one.rotation_LPP is not None
             maps_LYX = one.window_maps(one.rotation_LPP, None)

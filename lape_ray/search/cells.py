@@ -18,7 +18,10 @@ NETWORK_AXES = ("model.position", "model.join", "model.bias", "model.bias_join",
 
 def _joins_of(model: ModelConfig) -> Mapping[str, type[Any]]:
     """Return the joins that a network has, by name."""
-    return embeddings.JOINS if resolve(model).depths is None else embeddings.STAGED_JOINS
+    spec = resolve(model)
+    if spec.depths is not None:
+        return embeddings.STAGED_JOINS
+    return embeddings.PREFIX_JOINS if spec.num_prefix else embeddings.JOINS
 
 
 def _whole_joins(model: ModelConfig) -> Mapping[str, type[Any]]:
@@ -31,17 +34,17 @@ def _cells(rows: Iterable[Sequence[str]], fields: Sequence[str] = NETWORK_AXES) 
 
 
 def positions(base: TrainConfig) -> Space:
-    """List every valid combination of position, join, bias, bias_join and rotary: 210 cells; fix some to have fewer.
+    """List every valid combination of position, join, bias, bias_join and rotary: 600 cells; fix some to have fewer.
 
-    A network of several stages has fewer joins, and so 105 cells. Joins that lack a part of LaPE are left out; the
-    space `paper_table8` has them.
+    A network of several stages has fewer joins, and so 320 cells; one without class token has the join mpvg too, and so
+    720. Joins that lack a part of LaPE are left out; the space `paper_table8` has them.
     """
     joins = _whole_joins(base.model)
     return _cells(
         (position, join, bias, bias_join, rotary)
-        for position in embeddings.ABSOLUTES
+        for position in (*embeddings.ABSOLUTES, *embeddings.CONDITIONALS)
         for join in embeddings.valid_joins(position, joins)
-        for bias in embeddings.BIASES
+        for bias in (*embeddings.BIASES, *embeddings.CONTENT_BIASES)
         for bias_join in embeddings.valid_bias_joins(bias)
         for rotary in embeddings.ROTARIES
     )

@@ -12,6 +12,7 @@ Shapes: B images, N tokens, Q tokens that are read after the block, D width, H h
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -114,11 +115,10 @@ def _attention_branch(
     block: Block, x_BND: Tensor, position: LayerPosition, num_queries: int | None
 ) -> Tensor:
     """Compute x + MSA(LN(x) + w) for the first tokens, (B, Q, D)."""
-    if position.residual_1ND is not None:
-        x_BND = x_BND + position.residual_1ND
-    qkv_BNM = recomputed(block.attn.qkv, _norm_with_position(block.norm1, position), x_BND)
-    q_BHQE, k_BHNE, v_BHNE = block.attn.heads(qkv_BNM, position)
-    logits_1HQN = position.logits_1HNN
+    x_BND = position.enter(x_BND)
+    project = partial(block.attn.project, position=position)
+    made_BNM = recomputed(project, _norm_with_position(block.norm1, position), x_BND)
+    q_BHQE, k_BHNE, v_BHNE, logits_1HQN = block.attn.heads(made_BNM, position)
     if num_queries is not None:
         q_BHQE = q_BHQE[:, :, :num_queries]
         logits_1HQN = None if logits_1HQN is None else logits_1HQN[:, :, :num_queries]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lape_ray.model.position import JOINS, STAGED_JOINS, valid_joins
+from lape_ray.model.position import JOINS, PREFIX_JOINS, STAGED_JOINS, valid_joins
 
 SMALL: dict[str, dict[str, Any]] = {
     name: {"embed_dim": 32, "num_heads": 2, "num_classes": 5, "image_size": 32, "variant": variant, **sizes}
@@ -21,6 +21,10 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+JOINS_OF = {"cvt": JOINS, "cct": JOINS, "swin": STAGED_JOINS}
+"""Of families without class token; all others have `PREFIX_JOINS`."""
+
+
 def joins_of(family: str) -> tuple[str, ...]:
     """List the joins that a learnable table has in a family."""
-    return valid_joins("learnable", STAGED_JOINS if family == "swin" else JOINS)
+    return valid_joins("learnable", JOINS_OF.get(family, PREFIX_JOINS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +17,72 @@ from torch import Tensor, nn
 from lape_ray.config import ModelConfig
 from lape_ray.model import Network, build_model
 from lape_ray.model.convert import convert_state_dict, load_weights
-from lape_ray.model.position import ABSOLUTES, BIASES, JOINS, ROTARIES, valid_bias_joins, valid_joins
+from lape_ray.model.position import (
+    ABSOLUTES,
+    BIASES,
+    CONDITIONALS,
+    CONTENT_BIASES,
+    JOINS,
+    ROTARIES,
+    valid_bias_joins,
+    valid_joins,
+)
 from lape_ray.training.loss import training_loss
 from lape_ray.training.recompute import optimise_blocks
 
 REFERENCE = Path(__file__).parent.parent / "data" / "reference"
 GRADIENT_VALUES = 256  # of a parameter whose gradient has more, every k-th value, k odd
 GOLDEN = Path(__file__).parent.parent / "golden" / "network_logits.json"
-WHOLE_JOINS = {name: join for name, join in JOINS.items() if not join.partial}
+WHOLE_JOINS = {name: join for name, join in JOINS.items() if not (join.partial or join.pooled)}
+POSITIONS = (*ABSOLUTES, *CONDITIONALS)
+BIAS_NAMES = (*BIASES, *CONTENT_BIASES)
 CELLS = [
     {"position": position, "join": join, "bias": bias, "bias_join": bias_join, "rotary": rotary}
-    for position in ABSOLUTES
+    for position in POSITIONS
     for join in valid_joins(position, WHOLE_JOINS)
-    for bias in BIASES
+    for bias in BIAS_NAMES
     for bias_join in valid_bias_joins(bias)
     for rotary in ROTARIES
 ]
 
 
-def _is_of_the_few(cell: dict[str, str]) -> bool:
-    joins = [(position, join) for position in ABSOLUTES for join in valid_joins(position)]
-    biases = [(bias, join) for bias in BIASES for join in valid_bias_joins(bias)]
-    place = joins.index((cell["position"], cell["join"])) + biases.index((cell["bias"], cell["bias_join"]))
-    return list(ROTARIES)[place % len(ROTARIES)] == cell["rotary"]
+def _places(cell: dict[str, str]) -> tuple[int, int]:
+    """Return the places of a cell's embedding with its join, and of its bias with its join, in lists of all of them."""
+    joins = [(position, join) for position in POSITIONS for join in valid_joins(position)]
+    biases = [(bias, join) for bias in BIAS_NAMES for join in valid_bias_joins(bias)]
+    join = joins.index((cell.get("position", "learnable"), cell["join"]))
+    return join, biases.index((cell["bias"], cell["bias_join"]))
 
 
-# Every embedding with its join meets every bias and every rotation, and every bias every rotation; all threes are slow.
-PAIRED_CELLS = [
-    cell if _is_of_the_few(cell) else pytest.param(cell, marks=pytest.mark.slow) for cell in CELLS
-]
+def paired(cells: Iterable[dict[str, str]]) -> list[Any]:
+    """Mark cells as slow, but for enough that every embedding with its join meets every bias and every rotation.
+
+    So does every bias every rotation; all threes are slow.
+    """
+    return _slow_but(cells, lambda cell: list(ROTARIES)[sum(_places(cell)) % len(ROTARIES)] == cell["rotary"])
+
+
+def thin(cells: Iterable[dict[str, str]]) -> list[Any]:
+    """Mark cells as slow, but for one with each embedding and its join; these have every bias and every rotation."""
+    count = sum(len(valid_bias_joins(bias)) for bias in BIAS_NAMES)
+
+    def is_of_the_few(cell: dict[str, str]) -> bool:
+        join, bias = _places(cell)
+        return join % count == bias and list(ROTARIES)[join % len(ROTARIES)] == cell["rotary"]
+
+    return _slow_but(cells, is_of_the_few)
+
+
+def _slow_but(cells: Iterable[dict[str, str]], keep: Callable[[dict[str, str]], bool]) -> list[Any]:
+    return [cell if keep(cell) else pytest.param(cell, marks=pytest.mark.slow) for cell in cells]
+
+
+def cell_id(cell: dict[str, str]) -> str:
+    return "-".join(cell.values())
+
+
+PAIRED_CELLS = paired(CELLS)
+THIN_CELLS = thin(CELLS)
 
 FAMILIES: dict[str, dict[str, object]] = {
     "t2t_vit_7": {"model__variant": "t2t_vit_7", "model__patch_size": None},
@@ -59,10 +97,6 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
 }  # fmt: skip
 """Changes of the recipe `smoke` that make its network one of another family."""
-
-
-def cell_id(cell: dict[str, str]) -> str:
-    return "-".join(cell.values())
 
 
 def count(model: nn.Module) -> int:

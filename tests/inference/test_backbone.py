@@ -30,7 +30,8 @@ CELLS: list[tuple[str, dict[str, Any]]] = [
     *((family, {"join": "lape"}) for family in ("distilled", "vit_lite", "cvt")),
     ("deit", {"position": "none", "bias": "relative2d", "bias_join": "lape", "rotary": "mixed"}),
     ("deit", {"position": "sincos1d", "join": "share", "bias": "alibi2d", "rotary": "axial"}),
-    ("deit", {"position": "sincos2d", "join": "lape"}),
+    ("deit", {"position": "sincos2d", "join": "lape", "rotary": "spiral"}),
+    ("deit", {"join": "lape", "pool": "gap"}),
     ("swin", {"position": "sincos2d", "join": "lape", "bias": "relative2d", "rotary": "mixed"}),
 ]
 # Ours where its sizes allow: any grid of a ViT; a Swin is square.
@@ -83,6 +84,20 @@ def of_another_size(model: ModelConfig, state: dict[str, torch.Tensor], size: tu
         network.pos_embed, network.join, network.bias, network.rotary, *_ = position
     load_weights(network, state)
     return network.eval()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"position": "peg"}, "position=peg is not written as a backbone; those that are: none, learnable"),
+        ({"join": "mpvg", "pool": "gap"}, "join=mpvg is not written as a backbone"),
+        *(({"bias": bias}, f"bias={bias} is not") for bias in ("log_cpb", "lookhere", "pape", "irpe_k")),
+    ],
+)
+def test_what_the_template_has_not_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_backbone(predictor_of("deit", **fields), tmp_path / "backbone")
+    assert not (tmp_path / "backbone").exists()
 
 
 def test_maps_alone_equal_the_networks(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.networks import PAIRED_CELLS, cell_id, check_cell, check_golden, check_official, count, perturbed
+from helpers.networks import THIN_CELLS, cell_id, check_cell, check_golden, check_official, count, perturbed
 from torch import Tensor
 
 from lape_ray.config import ModelConfig
@@ -35,7 +35,7 @@ def test_logits_stay() -> None:
     check_golden("ceit_tiny", ModelConfig(**REFERENCE))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("cell", PAIRED_CELLS, ids=cell_id)
+@pytest.mark.parametrize("cell", THIN_CELLS, ids=cell_id)
 def test_every_cell_trains(cell: dict[str, str]) -> None:
     check_cell(ModelConfig(**SMALL, **cell))
 

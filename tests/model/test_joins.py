@@ -9,13 +9,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.networks import CELLS, check_cell, count, perturbed
+from helpers.families import JOINS_OF
+from helpers.networks import POSITIONS, THIN_CELLS, check_cell, count, paired, perturbed
 from torch import Tensor
 
 from lape_ray.config import ModelConfig, OptimConfig
 from lape_ray.model import Network, build_model
 from lape_ray.model.convert import load_weights
-from lape_ray.model.position import JOINS, STAGED_JOINS, valid_joins
+from lape_ray.model.position import (
+    BIASES,
+    JOINS,
+    PREFIX_JOINS,
+    ROTARIES,
+    STAGED_JOINS,
+    LayerPosition,
+    valid_bias_joins,
+    valid_joins,
+)
 from lape_ray.model.swin import Swin
 from lape_ray.training.optim import parameter_groups
 from lape_ray.training.recompute import optimise_blocks
@@ -40,10 +50,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CROSSED = {"deit", "t2t", "ceit", "swin"}  # whose own tests train every other cell, rotations too
 PARTIAL = [name for name, join in JOINS.items() if join.partial]
-UNREAD = {
+UNREAD: dict[str, str | tuple[str, ...]] = {
     "ceit": "blocks.1.mlp.",  # of patches alone, and the class token is read
-    "distilled": "bias.norms.1.",  # likewise
-    "vit_lite": "bias.norms.1.",
+    "distilled": ("bias.norms.1.", "bias.table.mlps.1.", "bias.layers.1.table"),  # likewise
+    "vit_lite": ("bias.norms.1.", "bias.table.mlps.1.", "bias.layers.1.table"),
     "cvt": "pool.score.bias",  # a softmax is the same with another one
     "cct": "pool.score.bias",
 }
@@ -216,13 +226,95 @@ def test_a_zero_row_keeps_gradients_finite_at_full_depth(join: str) -> None:
         assert parameter.grad is not None and parameter.grad.abs().max() < 1e4, name
 
 
+# --- MPVG -----------------------------------------------------------------------------------------------------
+
+GAP_CELLS = paired(
+    {"position": position, "join": "mpvg", "bias": bias, "bias_join": bias_join, "rotary": rotary}
+    for position in POSITIONS
+    if "mpvg" in valid_joins(position)
+    for bias in BIASES
+    for bias_join in valid_bias_joins(bias)
+    for rotary in ROTARIES
+)
+
+
+def test_mpvg_is_its_formula() -> None:
+    """x_0 = x + w; LaPE's chain in all layers but the first; the mean of LN(x_L) + LN_L(w), of the table itself."""
+    found = perturbed(ModelConfig(**{**DEIT, "depth": 4}, join="mpvg", pool="gap")).eval()
+    images = torch.randn(2, 3, 16, 16)
+    w, norms = found.pos_embed, [norm.weight for norm in found.join.norms]
+    assert w is not None and w.shape == (1, 16, 16) and len(norms) == 4 and found.cls_token is None
+    x, given = found.patch_embed(images) + w, w
+    for index, block in enumerate(found.blocks):
+        h = block.norm1(x)
+        if index:
+            norm = found.join.norms[index - 1]
+            given = F.layer_norm(given, (16,), norm.weight, norm.bias, 1e-6)
+            h = h + given
+        x = x + block.attn(h, LayerPosition())
+        x = x + block.mlp(block.norm2(x))
+    last = found.join.norms[-1]
+    read = (found.norm(x) + F.layer_norm(w, (16,), last.weight, last.bias, 1e-6)).mean(dim=1)
+    torch.testing.assert_close(found.features(images), read, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(optimise_blocks(found)(images), found.head(read), atol=1e-5, rtol=1e-5)
+
+
+def test_mpvg_has_the_sizes_that_its_paper_prints() -> None:
+    sizes = {"deit_tiny": 5_721, "deit_small": 22_059, "deit_base": 86_584}  # thousands, cut
+    with torch.device("meta"):
+        for variant, thousands in sizes.items():
+            config = ModelConfig(variant=variant, join="mpvg", pool="gap")  # type: ignore[arg-type]
+            assert count(build_model(config)) // 1000 == thousands
+        assert (
+            count(build_model(ModelConfig(variant="vit_lite_7_4", num_classes=100, join="mpvg", pool="gap")))
+            == 3_743_076
+        )
+
+
+@pytest.mark.parametrize("cell", GAP_CELLS, ids=lambda cell: "-".join(cell.values()))
+def test_mpvg_trains_with_every_bias_and_rotation(cell: dict[str, str]) -> None:
+    fields: dict[str, Any] = {**DEIT, **cell, "num_heads": 1, "pool": "gap"}
+    for name, parameter in check_cell(ModelConfig(**fields)).named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), f"{name} is not trained"
+
+
+@pytest.mark.parametrize("family", ["deit", "ceit", "swin"])
+def test_mpvg_is_refused_where_a_class_token_is_read(family: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"reads the mean of the patches \(model.pool=gap\): join=mpvg is not valid"
+    ):
+        build_model(ModelConfig(**FAMILIES[family], join="mpvg"))
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [("swin", "reads the mean anyway"), ("ceit", "reads class tokens"), ("distilled", "two heads")],
+)
+def test_gap_is_refused_where_it_does_not_apply(family: str, why: str) -> None:
+    with pytest.raises(ValueError, match=f"pool=gap does not apply to {FAMILIES[family]['variant']}.*{why}"):
+        build_model(ModelConfig(**FAMILIES[family], pool="gap"))
+
+
+@pytest.mark.parametrize("family", ["deit", "vit_lite", "cvt", "cct", "t2t"])
+def test_gap_reads_the_mean_of_patches(family: str) -> None:
+    found = build_model(ModelConfig(**FAMILIES[family], pool="gap")).eval()
+    side = FAMILIES[family]["image_size"]
+    seen: list[Tensor] = []
+    found.norm.register_forward_hook(lambda norm, given, tokens: seen.append(tokens))
+    read = found.features(torch.randn(2, 3, side, side))
+    rows, columns = found.grid
+    assert seen[0].shape == (2, rows * columns, 16)
+    torch.testing.assert_close(read, seen[0].mean(dim=1))
+
+
 # --- every family ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_takes_every_cell(family: str) -> None:
-    """Cells without rotation: two steps of training, and a gradient for whatever reaches the output."""
-    plain = [cell for cell in CELLS if cell["rotary"] == "none" and family not in CROSSED]
+def test_every_family_takes_every_join_and_every_bias(family: str) -> None:
+    """Without rotation: two steps of training, and a gradient for whatever reaches the output."""
+    thin = [cell for cell in THIN_CELLS if isinstance(cell, dict)]
+    plain = [{**cell, "rotary": "none"} for cell in thin if family not in CROSSED]
     partial = [
         {"position": position, "join": join, "bias": bias}
         for position in ("learnable", "sincos1d", "sincos2d")
@@ -238,7 +330,7 @@ def test_every_family_takes_every_cell(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cells_without_a_meaning_list_the_valid_ones(family: str) -> None:
-    joins = STAGED_JOINS if family == "swin" else JOINS
+    joins = JOINS_OF.get(family, PREFIX_JOINS)
     for position, join in itertools.product(("none", "learnable", "sincos1d", "sincos2d"), JOINS):
         valid = valid_joins(position, joins)
         config = ModelConfig(**FAMILIES[family], position=position, join=join)  # type: ignore[arg-type]

@@ -169,6 +169,29 @@ def test_bias_maps_are_the_tables_offsets() -> None:
     assert biases(network()) == [None]
 
 
+def test_what_depends_on_the_image_is_shown_by_its_strength(tmp_path: Path) -> None:
+    from lape_ray.report.position_page import write_position_report
+
+    peg = network(position="peg")
+    with pytest.raises(ValueError, match="depends on the image, and none is given"):
+        write_position_report([view(peg, label="p")], tmp_path)
+    (one,) = views(peg, label="p", images_BCHW=torch.randn(2, 3, 16, 16))
+    assert one.strength is not None and one.strength.norm_ratio_LN is not None
+    assert one.strength.norm_ratio_LN[0].max() == 0, "the first block has no position"
+    assert one.strength.norm_ratio_LN[1, 1:].min() > 0
+    assert one.strength.moved_LN[1].min() > 0
+    assert "depends on the image" in write_position_report([one], tmp_path).read_text()
+
+
+def test_a_key_that_no_query_sees_is_grey_in_a_bias_figure() -> None:
+    one = view(network(position="none", bias="lookhere"), label="l")
+    hidden = network(position="none", bias="lookhere").bias.table().isneginf()
+    assert hidden.any()
+    assert torch.equal(one.bias_LHPP.isnan(), hidden)
+    drawn = figures.bias_figure(one, (2, 1)).axes[0].images[0].get_array()
+    np.testing.assert_array_equal(drawn.mask, hidden[0, 0, 9].unflatten(0, (4, 4)).numpy())
+
+
 def test_rotation_of_a_patch_against_itself_is_one() -> None:
     (found,) = rotations(network(position="none", rotary="axial"))
     torch.testing.assert_close(found.diagonal(dim1=1, dim2=2), torch.ones(3, 16))

@@ -101,16 +101,19 @@ def test_a_bad_axis_is_refused_with_the_fix(text: str, message: str) -> None:
 
 def test_named_spaces_hold_what_they_say() -> None:
     base = recipe("demo")
-    assert len(SPACES["positions"](base).cells) == 210
+    assert len(SPACES["positions"](base).cells) == 600
     assert [cell["model.join"] for cell in SPACES["joins"](base).cells] == [
         "basic", "share", "unshare", "lape", "lape_shared",
     ]  # fmt: skip
     assert len(SPACES["paper_table7"](base).cells) == 14
+    cvt = recipe("cvt_7_4_lape")
+    assert len(SPACES["positions"](cvt).cells) == 720
+    assert "mpvg" in [cell["model.join"] for cell in SPACES["joins"](cvt).cells]
     swin = recipe("swin_tiny_lape")
-    assert len(SPACES["positions"](swin).cells) == 105
+    assert len(SPACES["positions"](swin).cells) == 320
     assert [cell["model.join"] for cell in SPACES["joins"](swin).cells] == ["basic", "lape"]
     fixed = build_space("positions", base, {}, ("model.bias", "model.rotary"))
-    assert len(fixed.cells) == 14  # 1 without position, 5 of learnable, 4 of each fixed table
+    assert len(fixed.cells) == 15  # 1 without position, 1 of peg, 5 of learnable, 4 of each fixed table
     assert {cell["model.bias"] for cell in fixed.cells} == {"none"}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.networks import WHOLE_JOINS
+from helpers.networks import BIAS_NAMES, POSITIONS, WHOLE_JOINS, cell_id, paired
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from train_step import synthetic_state, training_config
@@ -17,7 +17,7 @@ from lape_ray.config import ModelConfig, TrainConfig
 from lape_ray.inference.predict import load_network
 from lape_ray.model import VisionTransformer, build_model
 from lape_ray.model.block import Block
-from lape_ray.model.position import ABSOLUTES, BIASES, ROTARIES, valid_bias_joins, valid_joins
+from lape_ray.model.position import ROTARIES, valid_bias_joins, valid_joins
 from lape_ray.model.variants import VARIANTS
 from lape_ray.training import checkpoint, recompute
 from lape_ray.training.loss import load_teacher
@@ -33,19 +33,24 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 JOINS = [
     {"position": position, "join": join}
-    for position in ABSOLUTES
+    for position in POSITIONS
     for join in valid_joins(position, WHOLE_JOINS)
 ]
-BIAS_JOINS = [{"bias": bias, "bias_join": join} for bias in BIASES for join in valid_bias_joins(bias)]
+BIAS_JOINS = [{"bias": bias, "bias_join": join} for bias in BIAS_NAMES for join in valid_bias_joins(bias)]
 # Every join with every bias and rotation that it can meet a layer with (those that lack a part of LaPE meet it as it
 # does); then the families, of which some heads read a class token, some two tokens and some all.
-CELLS = [
+PAIRS = paired(
     {"variant": variant, **joined, **biased, "rotary": rotary}
     for variant, joins in {"deit_tiny": JOINS, "cct_7_3x1": [{"join": "basic"}, {"join": "lape"}]}.items()
     for joined in joins
     for biased in BIAS_JOINS
     for rotary in ROTARIES
-] + [{"variant": variant, "join": join} for variant in VARIANTS for join in ("basic", "lape")]
+)
+CELLS = [
+    *PAIRS,
+    *({"variant": variant, "join": join} for variant in VARIANTS for join in ("basic", "lape")),
+    {"variant": "deit_tiny", "join": "mpvg", "pool": "gap"},
+]
 
 
 def network_of(**fields: Any) -> Any:
@@ -77,7 +82,7 @@ def outputs_and_gradients(network: nn.Module, *, bf16: bool = False, side: int =
         return {"logits": logits.detach(), "evaluated": network.eval()(images_BCHW), **found}
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(cell.values()))
+@pytest.mark.parametrize("cell", CELLS, ids=cell_id)
 def test_optimised_blocks_compute_what_plain_ones_do(cell: dict[str, str]) -> None:
     network = network_of(**cell)
     side = 32 if cell["variant"].startswith(("t2t", "ceit", "swin")) else 16
@@ -91,7 +96,8 @@ def test_optimised_blocks_compute_what_plain_ones_do(cell: dict[str, str]) -> No
     for name, wanted in plain.items():
         # A gradient that is zero but for rounding (that of a bias before a softmax) is measured by the largest value.
         distance = (optimised[name] - wanted).norm() / wanted.norm().clamp_min(1e-2 * largest)
-        assert distance < 2e-5, f"{name}: {distance:.1e}"
+        # Parabolas, 50 to a logit, make attention sharp, and so rounding larger.
+        assert distance < (1e-4 if cell.get("bias") == "pape" else 2e-5), f"{name}: {distance:.1e}"
 
 
 @pytest.mark.parametrize("join", ["basic", "lape"])

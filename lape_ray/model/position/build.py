@@ -12,17 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_ray.model.position.absolute import ABSOLUTES, AbsoluteKind
+from lape_ray.model.position.conditional import CONDITIONALS, Peg
+from lape_ray.model.position.content import CONTENT_BIASES, ContentBias
 from lape_ray.model.position.join import JOINS, Join
 from lape_ray.model.position.layout import LayerPosition, Layout
 from lape_ray.model.position.relative import BIAS_JOINS, BIASES, LogitBias
 from lape_ray.model.position.rotary import ROTARIES, Rotary
 
 STAGED_JOINS = {name: join for name, join in JOINS.items() if join.staged}
+PREFIX_JOINS = {name: join for name, join in JOINS.items() if not join.pooled}
+"""Those of a network whose head reads a class token."""
 
 
 def valid_joins(position: str, joins: Mapping[str, type[Join]] = JOINS) -> tuple[str, ...]:
-    """List those of `joins` that can carry an absolute embedding."""
-    kind = ABSOLUTES[position]
+    """List those of `joins` that can carry an embedding."""
+    kind = ABSOLUTES.get(position)
     if kind is None:
         return ("basic",)
     return tuple(name for name, join in joins.items() if kind.trained or not join.per_layer)
@@ -30,7 +34,8 @@ def valid_joins(position: str, joins: Mapping[str, type[Join]] = JOINS) -> tuple
 
 def valid_bias_joins(bias: str) -> tuple[str, ...]:
     """List the joins that can carry a logit bias."""
-    return ("basic",) if BIASES[bias] is None else tuple(BIAS_JOINS)
+    kind = BIASES.get(bias)
+    return ("basic",) if kind is None or kind.unnormed else tuple(BIAS_JOINS)
 
 
 def check_joins(
@@ -45,8 +50,12 @@ def check_joins(
         ValueError: the join is none of the valid ones, which it names.
     """
     if join not in valid_joins(position, joins):
-        if ABSOLUTES[position] is None:
+        if position in CONDITIONALS:
+            why = "is made of the tokens, between two blocks"
+        elif ABSOLUTES[position] is None:
             why = "has nothing to join"
+        elif join not in joins and JOINS[join].pooled:
+            why = "can be joined so in a network of one stage whose head reads the mean of the patches (model.pool=gap)"
         elif join not in joins:
             why = "cannot be joined so in a network of several stages, whose grid and width change"
         else:
@@ -56,8 +65,13 @@ def check_joins(
             f"valid joins of {position} are {', '.join(valid_joins(position, joins))}"
         )
     if bias_join not in valid_bias_joins(bias):
+        if bias in CONTENT_BIASES:
+            why = "depends on the image, which no LayerNorm of a fixed bias can follow"
+        else:
+            kind = BIASES[bias]
+            why = "has nothing to join" if kind is None else kind.unnormed
         raise ValueError(
-            f"bias={bias} has nothing to join: bias_join={bias_join} is not valid; "
+            f"bias={bias} {why}: bias_join={bias_join} is not valid; "
             f"valid bias joins of {bias} are {', '.join(valid_bias_joins(bias))}"
         )
 
@@ -69,10 +83,12 @@ class PositionEmbeddings(NamedTuple):
     """(T, N, D) table of the absolute embedding: trained, or fixed and not part of a checkpoint."""
     join: Join | None
     """Carries the table into the blocks."""
-    bias: LogitBias | None
+    bias: LogitBias | ContentBias | None
     rotary: Rotary | None
     bare_prefix: int = 0
     """Prefix tokens that the table has no rows for, so that nothing of it is added to them."""
+    conditional: Peg | None = None
+    """Makes of the tokens after the first block what is added to them."""
 
     def layers(self, depth: int) -> list[LayerPosition]:
         """Compute what each of `depth` layers receives; the same for every image."""
@@ -80,9 +96,11 @@ class PositionEmbeddings(NamedTuple):
         if self.join is not None and self.pos_embed is not None:
             layers = [_behind(self.bare_prefix, layer) for layer in self.join(self.pos_embed)]
         if self.bias is not None:
-            layers = [p._replace(logits_1HNN=b) for p, b in zip(layers, self.bias(), strict=True)]
+            layers = self.bias.placed(layers)
         if self.rotary is not None:
             layers = [p._replace(rotation=r) for p, r in zip(layers, self.rotary(), strict=True)]
+        if self.conditional is not None:
+            layers[1] = layers[1]._replace(conditional=self.conditional)
         return layers
 
 
@@ -120,15 +138,16 @@ def build_position(
     Raises:
         ValueError: the joins do not fit, or an embedding does not fit the layout.
     """
-    check_joins(position, join, bias, bias_join)
+    check_joins(position, join, bias, bias_join, PREFIX_JOINS if layout.num_prefix else JOINS)
     pos_embed = carrier = None
     rows = layout._replace(num_prefix=0) if on_patches else layout
-    if (kind := ABSOLUTES[position]) is not None:
+    if (kind := ABSOLUTES.get(position)) is not None:
         carrier = JOINS[join](rows, kind, eps=eps)
         pos_embed = _table(kind, rows, layout.depth if carrier.per_layer else 1, std)
     logit_bias = _logit_bias(layout, bias, bias_join, std=0.0)
     bare_prefix = layout.num_prefix - rows.num_prefix
-    return PositionEmbeddings(pos_embed, carrier, logit_bias, _rotation(layout, rotary), bare_prefix)
+    rotation, conditional = _rotation(layout, rotary), _conditional(layout, position)
+    return PositionEmbeddings(pos_embed, carrier, logit_bias, rotation, bare_prefix, conditional)
 
 
 def build_staged_position(
@@ -143,7 +162,9 @@ def build_staged_position(
     eps: float,
     std: float,
 ) -> list[PositionEmbeddings]:
-    """Do the same for a network of several stages: the first has the table, and each a join, a bias and a rotation.
+    """Do the same for a network of several stages: each has a join, a bias and a rotation.
+
+    The first has the table, or what is made of the tokens after its first block.
 
     Args:
         layouts: of each stage's tokens, that the table and the joins see.
@@ -151,7 +172,7 @@ def build_staged_position(
         std: of the trained tables' truncated normal initialisation, biases' too.
     """
     check_joins(position, join, bias, bias_join, STAGED_JOINS)
-    kind = ABSOLUTES[position]
+    kind = ABSOLUTES.get(position)
     table = None if kind is None else _table(kind, layouts[0], 1, std)
     return [
         PositionEmbeddings(
@@ -159,6 +180,7 @@ def build_staged_position(
             None if kind is None else JOINS[join](layout, kind, eps=eps),
             _logit_bias(window, bias, bias_join, std=std),
             _rotation(window, rotary),
+            conditional=_conditional(layout, position) if index == 0 else None,
         )
         for index, (layout, window) in enumerate(zip(layouts, windows, strict=True))
     ]
@@ -169,10 +191,16 @@ def _table(kind: AbsoluteKind, layout: Layout, tables: int, std: float) -> nn.Pa
     return nn.Parameter(table_TND) if kind.trained else nn.Buffer(table_TND, persistent=False)
 
 
-def _logit_bias(layout: Layout, bias: str, bias_join: str, *, std: float) -> LogitBias | None:
+def _logit_bias(layout: Layout, bias: str, bias_join: str, *, std: float) -> LogitBias | ContentBias | None:
+    if bias in CONTENT_BIASES:
+        return CONTENT_BIASES[bias](layout)
     if (table := BIASES[bias]) is None:
         return None
     return LogitBias(table(layout, std=std), BIAS_JOINS[bias_join](layout), num_prefix=layout.num_prefix)
+
+
+def _conditional(layout: Layout, position: str) -> Peg | None:
+    return CONDITIONALS[position](layout) if position in CONDITIONALS else None
 
 
 def _rotation(layout: Layout, rotary: str) -> Rotary | None:

@@ -27,6 +27,9 @@ class Join(nn.Module):
     partial: ClassVar[bool] = False
     """Whether it lacks a part of LaPE, to show what that part does; spaces of all joins leave it out."""
 
+    pooled: ClassVar[bool] = False
+    """Whether it is defined for a network of one stage without class token alone, whose head reads a mean of tokens."""
+
     def __init__(self, layout: Layout, kind: AbsoluteKind, *, eps: float) -> None:
         super().__init__()
         self.depth = layout.depth
@@ -37,6 +40,10 @@ class Join(nn.Module):
 
     def carried(self, layers: list[LayerPosition]) -> Tensor | None:
         """Return the (1, N, D) that goes on to the next stage after the last of `layers`; None: nothing."""
+        return None
+
+    def behind(self, w_TND: Tensor) -> Tensor | None:
+        """Return the (1, N, D) that is added to the last block's normalised tokens; None: nothing."""
         return None
 
 
@@ -114,6 +121,29 @@ class Lape(Join):
     def _stop_degenerate_rows(self, w_TND: Tensor) -> Tensor:
         degenerate_TN1 = w_TND.detach().var(dim=-1, keepdim=True, correction=0) < self.eps
         return torch.where(degenerate_TN1, w_TND.detach(), w_TND)
+
+
+class Mpvg(Lape):
+    """x_0 = x + w, and LaPE from the second layer on and behind the last norm (MPVG, arXiv 2502.02919, eq. 8-11).
+
+    w_l = LN_l(w_{l-1}) with w_0 = w enters attention of the layers l = 1 ... L - 1; the head reads the mean of
+    LN(x_L) + LN_L(w), of the first w and not the last. There are L norms, as in LaPE: sizes that the paper prints (with
+    behind's own norm DeiT-B has 86.584 million, without it 86.583) say so where its text does not.
+    """
+
+    staged = False
+    pooled = True
+
+    def forward(self, w_TND: Tensor) -> list[LayerPosition]:
+        layers = [LayerPosition(residual_1ND=w_TND)]
+        for norm in self.norms[:-1]:
+            w_TND = norm(w_TND)
+            layers.append(LayerPosition(attention_1ND=w_TND))
+        return layers
+
+    def behind(self, w_TND: Tensor) -> Tensor | None:
+        last: Tensor = self.norms[-1](w_TND)
+        return last
 
 
 class PartialNorm(nn.Module):
@@ -206,6 +236,7 @@ JOINS: dict[str, type[Join]] = {
     "unshare": Unshare,
     "lape": Lape,
     "lape_shared": LapeShared,
+    "mpvg": Mpvg,
     "lape_identity": LapeIdentity,
     "lape_scalar": LapeScalar,
     "lape_gamma": LapeGamma,

@@ -5,7 +5,8 @@ Shapes: B images, N tokens = prefix tokens + P patches in row-major order, D wid
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,8 +43,18 @@ class Layout(NamedTuple):
         return torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
 
 
+class Channels(Protocol):
+    """What appends channels to queries and keys."""
+
+    weight_XD: Tensor
+    """Makes two numbers for each parabola and head of what attention reads."""
+
+    def extend(self, q_NE: Tensor, k_NE: Tensor, a_NC: Tensor, b_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Append them, from these numbers."""
+
+
 class LayerPosition(NamedTuple):
-    """The position inputs of one block. Every part is optional and none depends on the image."""
+    """The position inputs of one block. Every part is optional; tensors do not depend on the image."""
 
     residual_1ND: Tensor | None = None
     """Added to the residual stream before the block."""
@@ -53,3 +64,21 @@ class LayerPosition(NamedTuple):
     """Added to the attention logits."""
     rotation: tuple[Tensor, Tensor] | None = None
     """Cosines and sines, each (H or 1, N, E/2), by which queries and keys are rotated."""
+    conditional: Callable[[Tensor], Tensor] | None = None
+    """Makes of the residual stream before the block, (B, N, D), what is added to it."""
+
+    channels: Channels | None = None
+    """Appends channels to queries and keys, after their rotation, and so a summand to the logits."""
+
+    contextual: Callable[[Tensor], Tensor] | None = None
+    """Makes of the heads' queries (..., N, E) what is added to the logits before their scale, (..., N, N)."""
+
+    def enter(self, x_BND: Tensor) -> Tensor:
+        """Add to the residual stream what is added before the block."""
+        if self.residual_1ND is not None:
+            x_BND = x_BND + self.residual_1ND
+        return x_BND if self.conditional is None else x_BND + self.conditional(x_BND)
+
+    @property
+    def depends_on_image(self) -> bool:
+        return any(part is not None for part in (self.conditional, self.channels, self.contextual))

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: angles by which queries and keys are turned (arXiv 2403.13298).
+"""Rotary position embeddings: angles by which queries and keys are turned (arXiv 2403.13298, 2602.03227).
 
 Shapes: L layers, H heads, P patches, N tokens = prefix tokens + patches, E width of a head, F = E / 2 pairs of
 channels. Prefix tokens are not turned.
@@ -48,18 +48,58 @@ def _magnitudes(head_dim: int, theta: float) -> Tensor:
     return theta ** (-torch.arange(0, head_dim, 4).float() / head_dim)
 
 
-class Axial(Rotary):
-    """Fixed frequencies, half of the channel pairs for each axis, base 100."""
+class Fixed(Rotary):
+    """The same frequencies for every layer and head, which are not trained."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, frequencies_2F: Tensor) -> None:
         super().__init__(layout)
-        half = _magnitudes(layout.head_dim, 100.0)
-        zero = torch.zeros_like(half)
-        frequencies = torch.stack((torch.cat((half, zero)), torch.cat((zero, half))))
-        self.register_buffer("frequencies_121F", frequencies[None, :, None], persistent=False)
+        self.register_buffer("frequencies_121F", frequencies_2F[None, :, None], persistent=False)
 
     def frequencies(self) -> Tensor:
         return self.get_buffer("frequencies_121F")
+
+
+class Axial(Fixed):
+    """Fixed frequencies, half of the channel pairs for each axis, base 100."""
+
+    def __init__(self, layout: Layout) -> None:
+        half = _magnitudes(layout.head_dim, 100.0)
+        zero = torch.zeros_like(half)
+        super().__init__(layout, torch.stack((torch.cat((half, zero)), torch.cat((zero, half)))))
+
+
+def spiral_frequencies(head_dim: int, *, directions: int, base: float, largest: float) -> Tensor:
+    """Compute the (2, F) radians per patch along x and y of `directions`, which divide a half turn evenly.
+
+    Frequencies fall as in `Axial`, from `largest`; neighbouring pairs of them go to the directions of the first quarter
+    turn in rotation, and the same ones to the perpendicular directions. Two directions are those of `Axial`.
+    """
+    magnitude_M = largest * _magnitudes(head_dim, base)
+    place_M = torch.arange(magnitude_M.numel()) // 2 % (directions // 2)
+    angle_F = math.pi / directions * torch.cat((place_M, place_M + directions // 2))
+    return magnitude_M.repeat(2) * torch.stack((angle_F.cos(), angle_F.sin()))
+
+
+class Spiral(Fixed):
+    """Fixed frequencies along 4 directions, 45 degrees apart: between axial and mixed (Spiral RoPE, arXiv 2602.03227).
+
+    A pair of channels turns by its frequency times the patch's projection x cos(phi) + y sin(phi) on its direction.
+    Directions, base 10,000 and largest frequency 1.5 are the authors' for classification. Their code takes projections
+    from a rotated picture of the grid and so clamps them at its borders; ours are exact, as in the paper. There is
+    nothing to resize: a larger grid goes on with the same frequencies.
+    """
+
+    directions = 4
+
+    def __init__(self, layout: Layout) -> None:
+        if layout.head_dim % (4 * self.directions):
+            raise ValueError(
+                f"a head is {layout.head_dim} wide, but rotary=spiral needs a multiple of {4 * self.directions}, two "
+                f"frequencies for each of {self.directions} directions; change embed_dim or num_heads, or choose "
+                "rotary=axial or mixed"
+            )
+        made = spiral_frequencies(layout.head_dim, directions=self.directions, base=10_000.0, largest=1.5)
+        super().__init__(layout, made)
 
 
 class Mixed(Rotary):
@@ -81,4 +121,9 @@ class Mixed(Rotary):
         return self.frequencies_L2HF
 
 
-ROTARIES: dict[str, type[Rotary] | None] = {"none": None, "axial": Axial, "mixed": Mixed}
+ROTARIES: dict[str, type[Rotary] | None] = {
+    "none": None,
+    "axial": Axial,
+    "mixed": Mixed,
+    "spiral": Spiral,
+}
