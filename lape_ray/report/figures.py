@@ -265,6 +265,16 @@ def _legends(figure: Figure, panels: Sequence[Axes], size: float) -> None:
     figure.set_figheight(figure.get_figheight() + room)
 
 
+def common_legend(figure: Figure, axis: Axes, size: float) -> None:
+    """Add one legend below all panels, its text in `size` points, and make the figure higher by as much."""
+    handles, names = axis.get_legend_handles_labels()
+    names = [_wrap(name, 0.8 * figure.get_figwidth(), size) for name in names]
+    columns = 2 if max(map(len, names)) <= 60 else 1
+    legend = figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=size)
+    figure.draw_without_rendering()
+    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
+
+
 def strength_figure(views: Sequence[PositionView]) -> Figure | None:
     """Draw two panels over layers: length of position over length of token, and the attention that position moves."""
     measured = [(one, one.strength) for one in views if one.strength is not None]
