@@ -266,13 +266,11 @@ def _legends(figure: Figure, panels: Sequence[Axes], size: float) -> None:
 
 
 def common_legend(figure: Figure, axis: Axes, size: float) -> None:
-    """Add one legend below all panels, its text in `size` points, and make the figure higher by as much."""
+    """Add one legend below the figure, its text in `size` points, for all its panels; `_write` makes room for it."""
     handles, names = axis.get_legend_handles_labels()
     names = [_wrap(name, 0.8 * figure.get_figwidth(), size) for name in names]
     columns = 2 if max(map(len, names)) <= 60 else 1
-    legend = figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=size)
-    figure.draw_without_rendering()
-    figure.set_figheight(figure.get_figheight() + legend.get_window_extent().height / figure.dpi)
+    figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, fontsize=size)
 
 
 def strength_figure(views: Sequence[PositionView]) -> Figure | None:
