@@ -112,6 +112,7 @@ class Robustness:
 
     Attributes:
         patch: pixels from one token to the next.
+        images: that all was measured on.
         sizes: by side in pixels.
         crops: by side of a part, as a share of the image's side; parts fill the network's own size.
         shifts: by pixels.
@@ -123,6 +124,7 @@ class Robustness:
     label: str
     trained_size: int
     patch: int
+    images: int
     sizes: Mapping[int, float] = field(default_factory=dict)
     crops: Mapping[float, float] = field(default_factory=dict)
     shifts: Mapping[int, float] = field(default_factory=dict)
@@ -198,6 +200,7 @@ def measure_robustness(
         label=label,
         trained_size=measure.spec.image_size,
         patch=measure.spec.token_stride,
+        images=measure.counted,
         refused=refused,
         resized=measure.resized,
         **{name: dict(sorted(values.items())) for name, values in found.items()},  # type: ignore[arg-type]
@@ -242,6 +245,7 @@ class _Measurement:
         self.spec = resolve(config.model)
         self.autocast = autocast_for(config, device)
         self.resized: list[str] = []
+        self.counted = 0
 
     def plan(self) -> list[tuple[str, float]]:
         """List the inputs to measure."""
@@ -325,7 +329,9 @@ class _Measurement:
     def top1(self, network: torch.nn.Module, loader: Batches) -> float:
         """Return top-1 in percent."""
         with self.autocast():
-            return evaluate(network, loader)["acc1"]
+            result = evaluate(network, loader)
+        self.counted = int(result["images"])
+        return result["acc1"]
 
 
 def relative_area(one: Robustness, *, upwards: bool) -> float | None:

@@ -38,7 +38,7 @@ def write_robustness(page: Page, results: Sequence[Robustness], folder: Path) ->
     page.heading("Robustness to resolution, parts, shifts and aspect ratio")
     page.text(TEXT)
     for one in results:
-        page.note(f"{one.label}: {rule(one)}")
+        page.note(f"{one.label}: {one.images:,} images; {rule(one)}")
     page.figure(
         figures.save(robustness_figure(results), folder, "robustness"),
         f"Dotted: the input of training. {REFUSED} on the axis: a network cannot take this input.",

@@ -56,6 +56,7 @@ def robust(*labels: str) -> Figure:
                 label=label,
                 trained_size=224,
                 patch=16,
+                images=9,
                 sizes=dict.fromkeys(SIZES_OF_224, 50),
                 crops=dict.fromkeys(CROPS, 50),
                 shifts=dict.fromkeys(shifts_for(resolve(ModelConfig())), 90),

@@ -392,7 +392,7 @@ def test_the_report_of_official_checkpoints(official: Path) -> None:
         f"{official}/learnable-LaPE.pth@deit_tiny_lape",
     ]
     (official / "out").mkdir()
-    for name in ("position_report.html", "bias_7.png", "mine.txt"):
+    for name in ("position_report.html", "bias_7.png", "robustness.csv", "mine.txt"):
         (official / "out" / name).touch()
     options = ["--out", official / "out", "--images", official / "images", *REFERENCE]
     done = run_here("jobs/position_report.py", *specs, *options)

@@ -26,6 +26,7 @@ from lape_ray.inference.samples import evenly_spaced
 from lape_ray.model import Network, build_model, resolve
 from lape_ray.model.position import ABSOLUTES, BIASES, ROTARIES, resize_absolute
 from lape_ray.report import robustness
+from lape_ray.report.build import build_position_report
 from lape_ray.report.page import Page
 from lape_ray.report.robustness import (
     Few,
@@ -225,6 +226,7 @@ def test_a_network_that_reads_position_only(monkeypatch: pytest.MonkeyPatch) -> 
     assert result.shifts[4] == result.shifts[8] == 0
     assert max(result.crops[1 / 2], result.ratios[1 / 4], result.ratios[4]) < 50
     assert not result.refused
+    assert result.images == 16
     assert said[:2] == ["place: 16 px", "place: 8 px (1 of 29)"]
     assert said[-1] == "place: width to height 4:1 (29 of 29)"
 
@@ -365,15 +367,31 @@ def test_a_bias_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.Mon
     assert not measure_robustness("x", config, weights, device=CPU).refused
 
 
+def test_a_report_has_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_inputs(monkeypatch)
+    write_beton(digits("val"), tmp_path / "digits.beton", workers=1)
+    model = {**TINY, "num_classes": 10}
+    torch.save({"model": build_model(ModelConfig(**model)).state_dict()}, tmp_path / "tiny.pth")
+    overrides = {f"model.{name}": value for name, value in model.items()}
+    overrides |= {"data.val": str(tmp_path / "digits.beton"), "data.upscale": True}
+    page, _ = build_position_report(
+        [f"{tmp_path}/tiny.pth@deit_tiny_basic"], tmp_path / "out", overrides=overrides, count=2,
+        robustness=True, robustness_images=8,
+    )  # fmt: skip
+    assert ": 8 images; at other sizes pos_embed are resized (bicubic)" in Path(page).read_text()
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"robustness.png", "robustness.svg", "robustness.csv"} < made
+
+
 # --- the figure, the table and the file -----------------------------------------------------------------------
 
 A = Robustness(
-    label="a", trained_size=32, patch=8, sizes={16: 45.0, 32: 90.125, 64: 45.0625, 128: 0.0},
+    label="a", trained_size=32, patch=8, images=1234, sizes={16: 45.0, 32: 90.125, 64: 45.0625, 128: 0.0},
     crops={1: 90.125, 0.5: 10.0}, shifts={0: 90.125, 4: 12.5}, ratios={1: 90.125, 4: 50.0},
 )  # fmt: skip
 B = Robustness(
-    label="b", trained_size=32, patch=8, sizes={32: 80.0, 64: 60.0}, crops={1: 80.0}, shifts={0: 80.0, 8: 70.0},
-    ratios={1: 80.0},
+    label="b", trained_size=32, patch=8, images=1234, sizes={32: 80.0, 64: 60.0}, crops={1: 80.0},
+    shifts={0: 80.0, 8: 70.0}, ratios={1: 80.0},
     refused={("sizes", 16): "a window of 16 is too small", ("sizes", 128): "a window of 128 is too small",
              ("ratios", 4): "squares only"},
 )  # fmt: skip
@@ -414,6 +432,7 @@ def test_the_page_says_what_is_left_out_and_the_file_has_every_number(tmp_path: 
     page = Page("x")
     write_robustness(page, [A, B], tmp_path)
     text = page.html()
+    assert "a: 1,234 images; at other sizes all position is computed anew" in text
     assert "b, 16, 128 px: such as a window of 16 is too small" in text
     assert "b, width to height 4:1: squares only" in text
     with (tmp_path / CSV).open(newline="") as stream:
