@@ -118,7 +118,7 @@ class Robustness:
         shifts: by pixels.
         ratios: by width over height.
         refused: why an input cannot be measured, by the name of one of these fields and its key.
-        resized: what says how weights were fitted to the largest size.
+        resized: what `load_weights` says of the largest size.
     """
 
     label: str
@@ -262,7 +262,7 @@ class _Measurement:
         return self._network(self.spec.image_size, None)
 
     def input(self, name: str, value: Any) -> tuple[torch.nn.Module, Batches]:
-        """Return the network and the images of an input; an `_RefusedError` where they do not go together."""
+        """Return the network and the images of an input; a `_RefusedError` where they do not go together."""
         side = self.spec.image_size
         if name == "sizes":
             return self._other(value, None), self.loader(value)
@@ -292,9 +292,8 @@ class _Measurement:
 
     def _check_memory(self, size: int) -> None:
         """Refuse a size at which the logits of all layers, N x N for each head, are more than fits into memory."""
-        need = (
-            2 * self._logits_bytes * (size / self.spec.image_size) ** 4
-        )  # made, then put behind prefix tokens
+        made_and_padded = 2  # what is made is put behind prefix tokens, and both lie in memory
+        need = made_and_padded * self._logits_bytes * (size / self.spec.image_size) ** 4
         free = (
             torch.cuda.mem_get_info(self.device)[0]
             if self.device.type == "cuda"

@@ -54,9 +54,9 @@ def write_robustness(page: Page, results: Sequence[Robustness], folder: Path) ->
 def rule(one: Robustness) -> str:
     """Say how position was fitted to other sizes."""
     names = dict.fromkeys(re.sub(r"\d+", "*", note.partition(" ")[0]) for note in one.resized)
-    if not names:
-        return "at other sizes all position is computed anew for the grid; no weight is resized"
-    return f"at other sizes {', '.join(names)} are resized (bicubic), and all other position is computed anew"
+    if len(one.sizes) < 2:
+        return "no other size could be measured"
+    return f"resized for other sizes: {', '.join(names) or 'nothing'}; all other position is computed for the grid"
 
 
 def robustness_figure(results: Sequence[Robustness]) -> Figure:

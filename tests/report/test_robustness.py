@@ -298,11 +298,12 @@ def test_the_rule_names_what_was_resized(monkeypatch: pytest.MonkeyPatch) -> Non
         weights = build_model(config.model).state_dict()
         return rule(measure_robustness("x", config, weights, device=CPU))
 
-    assert rule_of(bias="relative2d", bias_join="lape").startswith(
-        "at other sizes pos_embed, bias.table.table_LRH, bias.norms.*.weight, bias.norms.*.bias are resized (bicubic)"
+    assert rule_of(bias="relative2d", bias_join="lape") == (
+        "resized for other sizes: pos_embed, bias.table.table_LRH, bias.norms.*.weight, bias.norms.*.bias; "
+        "all other position is computed for the grid"
     )
     assert rule_of(position="sincos2d", bias="alibi2d", rotary="axial") == (
-        "at other sizes all position is computed anew for the grid; no weight is resized"
+        "resized for other sizes: nothing; all other position is computed for the grid"
     )
 
 
@@ -378,7 +379,7 @@ def test_a_report_has_all_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         [f"{tmp_path}/tiny.pth@deit_tiny_basic"], tmp_path / "out", overrides=overrides, count=2,
         robustness=True, robustness_images=8,
     )  # fmt: skip
-    assert ": 8 images; at other sizes pos_embed are resized (bicubic)" in Path(page).read_text()
+    assert ": 8 images; resized for other sizes: pos_embed; all other" in Path(page).read_text()
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"robustness.png", "robustness.svg", "robustness.csv"} < made
 
@@ -432,7 +433,7 @@ def test_the_page_says_what_is_left_out_and_the_file_has_every_number(tmp_path: 
     page = Page("x")
     write_robustness(page, [A, B], tmp_path)
     text = page.html()
-    assert "a: 1,234 images; at other sizes all position is computed anew" in text
+    assert "a: 1,234 images; resized for other sizes: nothing" in text
     assert "b, 16, 128 px: such as a window of 16 is too small" in text
     assert "b, width to height 4:1: squares only" in text
     with (tmp_path / CSV).open(newline="") as stream:
