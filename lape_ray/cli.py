@@ -44,6 +44,12 @@ def counts(text: str) -> tuple[int, ...]:
     return tuple(at_least_one(part) for part in text.split(","))
 
 
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return `; did you mean ...?` with those of the `known` names that are like `name`; nothing where none is."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
 class ConfigParser(argparse.ArgumentParser):
     """A parser with one `--section.field` for every field of the config, in groups, with types and help.
 
@@ -84,8 +90,7 @@ class ConfigParser(argparse.ArgumentParser):
         if not unknown and names:
             name = names.split()[0].split("=")[0]
             known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            message = f"{name} is no option" + (f"; did you mean {' or '.join(near)}?" if near else "")
+            message = f"{name} is no option{did_you_mean(name, known)}"
         self.exit(2, f"error: {redacted(message)} (--help lists everything)\n")
 
 

@@ -104,7 +104,7 @@ def test_what_a_search_decides_and_shows_knows_no_ray() -> None:
         if room_of(module) == "search"
         and any(name.split(".")[0] == "ray" for name in imported(MODULES[module]))
     }
-    tune = {"callbacks", "run", "scheduler", "settings", "trial", "trials", "tuner"}
+    tune = {"scheduler", "settings", "trial", "trials", "tuner"}
     assert knowing == tune | {"worker"}
 
 

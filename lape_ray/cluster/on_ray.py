@@ -14,7 +14,7 @@ from lape_ray import tracking
 from lape_ray.cluster.connection import connected, refuse_little_shared_memory
 from lape_ray.cluster.controller import train_to_the_end, variables
 from lape_ray.cluster.pages import hand_over, make_pages
-from lape_ray.cluster.resources import lack, wait_for_room
+from lape_ray.cluster.resources import wait_for_room
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.supervisor import Supervisor, supervised
 from lape_ray.cluster.worker import tell
@@ -88,11 +88,7 @@ def _wait_for_workers(config: TrainConfig, use_gpu: bool) -> None:
     """Wait until the cluster could hold the workers that the run needs at least; a ValueError where it cannot."""
     run = config.run
     need = {"CPU": run.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    if not wait_for_room("the run", need, run.workers.low, wait_s=run.wait_s, tell=tell):
-        raise ValueError(
-            f"the run needs {lack(need, run.workers.low)}: lower --run.num_workers or --run.cpus_per_worker, add "
-            "nodes, or wait longer for them with --run.wait_s"
-        )
+    wait_for_room("the run", need, run.workers.low, wait_s=run.wait_s, tell=tell)
 
 
 def refuse_local_store(uri: str) -> None:

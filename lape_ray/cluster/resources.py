@@ -64,16 +64,25 @@ def wait_for_room(
     groups: int = 1,
     wait_s: float,
     tell: Callable[[str], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Wait up to `wait_s` seconds until the cluster could hold so many groups; returns how many it then can.
 
     Ray Train and Ray Tune themselves would wait without a word, and for ever. `tell` hears `what` a group is, and what
-    it lacks.
+    it lacks; `stop` says whether to wait no longer.
+
+    Raises:
+        ValueError: it can hold none; says what to change.
     """
     deadline, told = time.monotonic() + wait_s, False
-    while (found := room(need, workers)) < groups and time.monotonic() <= deadline:
+    while (found := room(need, workers)) < groups and time.monotonic() <= deadline and not stop():
         if not told:
-            tell(f"waiting up to {wait_s:g} s: {what} needs {lack(need, workers)}")
+            tell(f"waiting up to {wait_s:g} s for nodes: {what} needs {lack(need, workers)}")
         told = True
         time.sleep(1)
+    if not found:
+        raise ValueError(
+            f"{what} needs {lack(need, workers)}: lower --run.num_workers or --run.cpus_per_worker, add nodes, or "
+            "wait longer for them with --run.wait_s"
+        )
     return found

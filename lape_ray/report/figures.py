@@ -244,6 +244,11 @@ def curve_axes(axis: Axes, title: str, x: str, y: str) -> None:
     axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
+def shortened(name: str, length: int = 48) -> str:
+    """Return `name`, its end cut off where it is longer than `length`."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
 def _legends(figure: Figure, panels: Sequence[Axes], size: float) -> None:
     """Add a legend, its text in `size` points, to each panel: inside, or below where it would hide much of it."""
     figure.draw_without_rendering()  # before it nothing has a place
@@ -332,7 +337,7 @@ def confusion_figure(counts_CC: np.ndarray, images_C: np.ndarray, names: Sequenc
     figure = Figure(figsize=(size + 1.2, size), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(share_CC, cmap="Blues", vmin=0, vmax=100)
-    short = [name if len(name) <= 22 else f"{name[:21]}…" for name in names]
+    short = [shortened(name, 22) for name in names]
     axis.set_xticks(range(len(names)), short, rotation=90, fontsize=8)
     axis.set_yticks(range(len(names)), short, fontsize=8)
     axis.set_xlabel("taken for", fontsize=9)

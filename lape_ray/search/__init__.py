@@ -3,11 +3,11 @@
 options     the command line; `command`: from what a person types to a plan
 plan        all that decides which trials there are and what becomes of them
 space       axes over fields of a config, and cells; `cells`: the named spaces
-samplers    which point comes next, `schedules` which trials go on: functions of the trials' records
-record      a trial as the rest of this room sees it; `trials`: the view of Ray Tune's trial that it is
+strategies  which point comes next, and which trials go on: functions of the trials' records
+record      a trial as the rest of this room sees it; `trials`: the view of Ray Tune's trial that it is, and the session
+            of the driver that is at work on them
 run         a search from its checks to its report
-tuner       the Tuner, made or restored; `session`: what its parts share in the driver
-scheduler   Tune's scheduler and searcher; `callbacks`: what is shown, tracked and watched
+tuner       the Tuner, made or restored, and what it shows and watches; `scheduler`: Tune's scheduler and searcher
 trial       a trial as an actor that leads its workers; `settings`: what the driver tells it
 worker      what these workers do; `checkpoints`: where they keep it
 runs        the search in MLflow; `live`: in a terminal or a log

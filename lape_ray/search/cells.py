@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lape_ray.config import (
-    Bias,
-    BiasJoin,
-    Join,
-    ModelConfig,
-    Position,
-    Rotary,
-    TrainConfig,
-    flatten,
-    replace_fields,
-    write_value,
-)
+from lape_ray.config import ModelConfig, TrainConfig, flatten, replace_fields, write_value
+from lape_ray.model import position as embeddings
 from lape_ray.model import resolve
-from lape_ray.model.position import JOINS, STAGED_JOINS, check_joins, valid_joins
 from lape_ray.recipes import RECIPES, TABLE1
 from lape_ray.search.space import Axis, Cell, Choice, Range, Space, differing
 
@@ -31,7 +18,7 @@ NETWORK_AXES = ("model.position", "model.join", "model.bias", "model.bias_join",
 
 def _joins_of(model: ModelConfig) -> Mapping[str, type[Any]]:
     """Return the joins that a network has, by name."""
-    return JOINS if resolve(model).depths is None else STAGED_JOINS
+    return embeddings.JOINS if resolve(model).depths is None else embeddings.STAGED_JOINS
 
 
 def _whole_joins(model: ModelConfig) -> Mapping[str, type[Any]]:
@@ -49,13 +36,15 @@ def positions(base: TrainConfig) -> Space:
     A network of several stages has fewer joins, and so 105 cells. Joins that lack a part of LaPE are left out; the
     space `paper_table8` has them.
     """
-    kinds = [typing.get_args(kind) for kind in (Position, Join, Bias, BiasJoin, Rotary)]
-    cells = []
-    for position, join, bias, bias_join, rotary in itertools.product(*kinds):
-        with contextlib.suppress(ValueError):
-            check_joins(position, join, bias, bias_join, _whole_joins(base.model))
-            cells.append((position, join, bias, bias_join, rotary))
-    return _cells(cells)
+    joins = _whole_joins(base.model)
+    return _cells(
+        (position, join, bias, bias_join, rotary)
+        for position in embeddings.ABSOLUTES
+        for join in embeddings.valid_joins(position, joins)
+        for bias in embeddings.BIASES
+        for bias_join in embeddings.valid_bias_joins(bias)
+        for rotary in embeddings.ROTARIES
+    )
 
 
 def paper_table1(base: TrainConfig) -> Space:
@@ -91,8 +80,8 @@ def paper_table8(base: TrainConfig) -> Space:
     Paper, DeiT-Ti with a learnable table (`deit_tiny_lape`): basic 71.54, lape_identity 70.67, lape_scalar 71.22,
     lape_gamma 71.13, lape_affine 70.85, lape_norm 72.56, lape_scalar_norm 72.49, lape_gamma_norm 71.80, lape 73.11.
     """
-    rows = ("basic", *(name for name, join in JOINS.items() if join.partial), "lape")
-    return _cells([(join,) for join in rows], ["model.join"])
+    partial = [(name,) for name, join in embeddings.JOINS.items() if join.partial]
+    return _cells([("basic",), *partial, ("lape",)], ["model.join"])
 
 
 def paper_table2(base: TrainConfig) -> Space:
@@ -110,14 +99,14 @@ def paper_table2(base: TrainConfig) -> Space:
 
 def joins(base: TrainConfig) -> Space:
     """List every join of the recipe's own position embedding, but none that lacks a part of LaPE."""
-    found = valid_joins(base.model.position, _whole_joins(base.model))
+    found = embeddings.valid_joins(base.model.position, _whole_joins(base.model))
     return _cells([(join,) for join in found], ["model.join"])
 
 
 def recipe(base: TrainConfig) -> Space:
     """Learning rate, weight decay, stochastic depth, augmentation strengths and warm-up, around the recipe's own."""
     optim = base.optim
-    axes: dict[str, Axis] = {
+    return Space(axes={
         "optim.lr": Range(float(f"{optim.lr / 5:.2g}"), float(f"{optim.lr * 5:.2g}"), log=True),
         "optim.weight_decay": Range(0.005, 0.3, log=True),
         "optim.warmup_epochs": Range(0.0, max(1.0, optim.epochs / 10)),
@@ -127,8 +116,7 @@ def recipe(base: TrainConfig) -> Space:
         "data.erase_prob": Range(0.0, 0.4),
         "data.mixup": Range(0.0, 0.8),
         "data.cutmix": Range(0.0, 1.0),
-    }
-    return Space(axes=axes)
+    })  # fmt: skip
 
 
 def free(base: TrainConfig) -> Space:
@@ -136,10 +124,8 @@ def free(base: TrainConfig) -> Space:
     return Space()
 
 
-SPACES: dict[str, Callable[[TrainConfig], Space]] = {
-    function.__name__: function
-    for function in (positions, paper_table1, paper_table2, paper_table7, paper_table8, joins, recipe, free)
-}
+_NAMED = (positions, paper_table1, paper_table2, paper_table7, paper_table8, joins, recipe, free)
+SPACES: dict[str, Callable[[TrainConfig], Space]] = {function.__name__: function for function in _NAMED}
 
 
 def build_space(name: str, base: TrainConfig, axes: Mapping[str, Axis], fixed: Sequence[str] = ()) -> Space:
@@ -151,22 +137,20 @@ def build_space(name: str, base: TrainConfig, axes: Mapping[str, Axis], fixed: S
     if name not in SPACES:
         raise ValueError(f"space {name!r} is not known; known spaces are {', '.join(SPACES)}")
     named = SPACES[name](base)
+    current, own = flatten(base), set().union(*named.cells)
     for each in axes:
         if each in fixed:
             raise ValueError(
                 f"{each} is both fixed by --{each} and searched by --space {each}; leave out one"
             )
-        if any(each in cell for cell in named.cells):
+        if each in own:
             raise ValueError(
                 f"the space {name} goes over {each} itself; leave out --space {each}, or use the space `free`"
             )
-    current = flatten(base)
-    cells = tuple(
-        cell for cell in named.cells if all(cell.get(each, current[each]) == current[each] for each in fixed)
-    )
+    kept_by = {each: current[each] for each in fixed if each in own}
+    cells = tuple(cell for cell in named.cells if kept_by.items() <= {**current, **cell}.items())
     if not cells:
-        named_fields = set().union(*named.cells)
-        given = " ".join(f"--{each} {current[each]}" for each in fixed if each in named_fields)
+        given = " ".join(f"--{each} {value}" for each, value in kept_by.items())
         raise ValueError(f"no cell of the space {name} has {given}; leave out one of these options")
     kept = {each: axis for each, axis in named.axes.items() if each not in fixed} | dict(axes)
     if len(cells) == 1 and not kept:
@@ -186,7 +170,7 @@ def check_point(base: TrainConfig, point: Cell) -> TrainConfig:
     try:
         config = replace_fields(base, point)
         model = config.model
-        check_joins(model.position, model.join, model.bias, model.bias_join, _joins_of(model))
+        embeddings.check_joins(model.position, model.join, model.bias, model.bias_join, _joins_of(model))
     except ValueError as error:
         settings = ", ".join(f"{each}={value}" for each, value in point.items())
         raise ValueError(
@@ -218,8 +202,8 @@ def labels(points: Sequence[Cell]) -> list[str]:
 
 def _told_by_variant(points: Sequence[Cell], field: str) -> bool:
     """Tell whether a field is part of what several networks are trained with, each its own, and names none of them."""
-    found: dict[Any, set[Any]] = {}
-    for point in points:
-        found.setdefault(point.get("model.variant"), set()).add(write_value(point.get(field)))
-    own = field not in NETWORK_AXES and field != "model.variant"
-    return own and 1 < len(found) < len(points) and all(len(values) == 1 for values in found.values())
+    if field in (*NETWORK_AXES, "model.variant"):
+        return False
+    variants = {point.get("model.variant") for point in points}
+    told = {(point.get("model.variant"), write_value(point.get(field))) for point in points}
+    return 1 < len(variants) == len(told) < len(points)

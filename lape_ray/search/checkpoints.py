@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,14 +16,8 @@ from typing import Any
 from lape_ray import storage
 from lape_ray.config import TrainConfig
 from lape_ray.search.record import Epoch, Lineage
-from lape_ray.training.checkpoint import (
-    MARKER,
-    DamagedError,
-    differences,
-    file_checksums,
-    read_metadata,
-    verify,
-)
+from lape_ray.training import checkpoint
+from lape_ray.training.checkpoint import MARKER, DamagedError
 from lape_ray.values.typed import from_json
 
 PREFIX = "checkpoint-"
@@ -44,16 +39,10 @@ class History:
 
     def of(self, lineage: Lineage) -> History:
         """Return the part that a trial of this lineage has in common with it."""
-
-        def shared(epoch: int) -> bool:
-            ours, theirs = ([clone for clone in each if clone[0] < epoch] for each in (self.lineage, lineage))
-            return ours == theirs
-
-        return History(
-            lineage=lineage,
-            epochs=tuple(one for one in self.epochs if shared(one.epoch)),
-            loaded=tuple(one for one in self.loaded if (one["epoch"], one["source"]) in lineage),
-        )
+        parted = min((epoch for epoch, _ in {*self.lineage} ^ {*lineage}), default=math.inf)
+        epochs = tuple(one for one in self.epochs if one.epoch <= parted)
+        loaded = tuple(one for one in self.loaded if (one["epoch"], one["source"]) in lineage)
+        return History(lineage=lineage, epochs=epochs, loaded=loaded)
 
 
 class TrialFolder:
@@ -87,9 +76,15 @@ class TrialFolder:
         return storage.opened(self.address(name))
 
     def drop_all_but(self, names: set[str]) -> None:
+        for name in {*self.names()} - names:
+            storage.delete_folder(self.address(name), first=MARKER)
+
+    def _whole(self) -> Iterator[tuple[str, Path, checkpoint.Metadata]]:
+        """Yield the name, a local copy and the facts of each whole checkpoint, newest first."""
         for name in self.names():
-            if name not in names:
-                storage.delete_folder(self.address(name), first=MARKER)
+            with contextlib.suppress(DamagedError, FileNotFoundError), self.opened(name) as folder:
+                checkpoint.verify(folder)
+                yield name, folder, checkpoint.read_metadata(folder)
 
     def newest(self, config: TrainConfig, lineage: Lineage) -> tuple[str | None, History]:
         """Find the newest whole checkpoint of this config and lineage, and what is known of the epochs so far.
@@ -97,13 +92,12 @@ class TrialFolder:
         The name is None where there is no such checkpoint; epochs may be known from those of a longer lineage.
         """
         known = History(lineage=lineage)
-        for name in self.names():
-            with contextlib.suppress(DamagedError, FileNotFoundError), self.opened(name) as folder:
-                verify(folder)
+        for name, folder, meta in self._whole():
+            with contextlib.suppress(DamagedError):
                 history = read_history(folder)
                 if not known.epochs:
                     known = history.of(lineage)
-                if history.lineage == lineage and not differences(read_metadata(folder).config, config):
+                if history.lineage == lineage and not checkpoint.differences(meta.config, config):
                     return name, known
         return None, known
 
@@ -116,19 +110,11 @@ class TrialFolder:
             DamagedError: the source has no whole checkpoint of that epoch.
         """
         epoch, number = history.lineage[-1]
-        for name in source.names():
-            with contextlib.suppress(DamagedError), source.opened(name) as folder:
-                verify(folder)
-                meta = read_metadata(folder)
-                if meta.epochs_done == epoch and not meta.progress.step:
-                    files = json.loads((folder / MARKER).read_text())["files"]
-                    loaded = {
-                        "epoch": epoch,
-                        "source": number,
-                        "weights": files["model.safetensors"]["sha256"],
-                    }
-                    history = replace(history, loaded=(*history.loaded, loaded))
-                    return self.put(meta.steps_done, partial(_rewrite, folder, config), history), history
+        for _, folder, meta in source._whole():
+            if meta.epochs_done == epoch and not meta.progress.step:
+                loaded = {"epoch": epoch, "source": number, "weights": checkpoint.weights_sha256(folder)}
+                history = replace(history, loaded=(*history.loaded, loaded))
+                return self.put(meta.steps_done, partial(_rewrite, folder, config), history), history
         raise DamagedError(f"{source.folder} has no whole checkpoint of epoch {epoch} to be cloned")
 
 
@@ -138,10 +124,9 @@ def name_of(steps_done: int) -> str:
 
 def read_history(folder: Path) -> History:
     """Read what lies beside a checkpoint; a DamagedError says why it cannot be."""
+    file = folder / HISTORY
     try:
-        return from_json(
-            History, (folder / HISTORY).read_text(), str(folder / HISTORY), "use another checkpoint"
-        )
+        return from_json(History, file.read_text(), file, "use another checkpoint")
     except (FileNotFoundError, ValueError) as error:
         raise DamagedError(str(error)) from None
 
@@ -151,5 +136,5 @@ def _rewrite(source: Path, config: TrainConfig, target: Path) -> None:
     for file in source.iterdir():
         if file.name not in (MARKER, HISTORY):
             shutil.copy(file, target)
-    meta = replace(read_metadata(source), config=config)
-    (target / MARKER).write_text(meta.to_json(file_checksums(target)))
+    meta = replace(checkpoint.read_metadata(source), config=config)
+    (target / MARKER).write_text(meta.to_json(checkpoint.file_checksums(target)))

@@ -10,8 +10,8 @@ from lape_ray.config import replace_fields
 from lape_ray.recipes import recipe as recipe_of
 from lape_ray.search.cells import build_space, labels
 from lape_ray.search.plan import Plan, check_plan
-from lape_ray.search.schedules import HyperBand
 from lape_ray.search.space import parse_axes
+from lape_ray.search.strategies import HyperBand
 
 TRIALS = 16
 

@@ -32,14 +32,11 @@ class Display:
         print(text, file=self._out, flush=True)
 
     def reported(self, trial: Trial, trials: Sequence[Trial], decision: str) -> None:
-        """Show that a trial has reported an epoch."""
+        """Show that a trial has reported an epoch, and what was decided about it, if anything."""
         if not self.draws:
-            words = {"go": "", "pause": "  pauses", "stop": "  stopped: among the worse of its rung"}[
-                decision
-            ]
             shown = f"  {self._plan.metric} {value}" if (value := self._value(trial)) else ""
             place = f"epoch {trial.done:>{len(str(self._plan.epochs))}}/{self._plan.epochs}"
-            self._trial_line(trial, f"{place}{shown}{words}  ETA {self.eta(trials)}")
+            self._trial_line(trial, f"{place}{shown}{decision}  ETA {self.eta(trials)}")
 
     def ended(self, trial: Trial, trials: Sequence[Trial]) -> None:
         """Show that a trial is over."""
@@ -64,7 +61,8 @@ class Display:
             return "–"
         left = sum(self._plan.epochs - trial.done for trial in trials if not trial.over)
         left += (self._plan.trials - len(trials)) * self._plan.epochs
-        return duration(left * sum(seconds) / len(seconds) / max(1, len(_training(trials))))
+        training = sum(trial.state == "running" for trial in trials)
+        return duration(left * sum(seconds) / len(seconds) / max(1, training))
 
     def draw(self, trials: Sequence[Trial]) -> None:
         """Draw the table anew, if this is a terminal and it is time."""
@@ -73,14 +71,13 @@ class Display:
         self._next = time.monotonic() + DRAW_S
         lines = self.table(trials, *shutil.get_terminal_size((100, 30)))
         self._wipe()
-        self._out.write("\n".join(lines) + "\n")
-        self._out.flush()
+        print(*lines, sep="\n", file=self._out, flush=True)
         self._drawn = len(lines)
 
     def table(self, trials: Sequence[Trial], width: int, height: int) -> list[str]:
         """List the table's lines: a head, then trials that train, then the latest of the others, as many as fit."""
-        plan, training = self._plan, _training(trials)
-        others = sorted((trial for trial in trials if trial not in training), key=lambda each: each.number)
+        plan, training = self._plan, [trial for trial in trials if trial.state == "running"]
+        others = [trial for trial in trials if trial.state != "running"]
         shown = [*others[-max(1, height - 4 - len(training)) :], *training]
         wide = min(max([len(trial.label) for trial in shown], default=4), max(8, width - 58))
         row = f"{{:>5}}  {{:{wide}.{wide}}}  {{:>4}}  {{:>9}}  {{:>12}}  {{:>8}}  {{}}".format
@@ -90,7 +87,7 @@ class Display:
             row("trial", "cell", "seed", "epoch", plan.metric, "time", "state"),
         ]
         for trial in shown:
-            state: str = "training" if trial in training else trial.state
+            state: str = "training" if trial.state == "running" else trial.state
             state += f": {trial.reason}" if trial.error else ""
             epoch, took = f"{trial.done}/{plan.epochs}", duration(trial.seconds)
             lines.append(row(trial.number, trial.label, trial.seed, epoch, self._value(trial), took, state))
@@ -100,7 +97,3 @@ class Display:
         if self._drawn:  # up to the table's first line, and clear what is below
             self._out.write(f"\x1b[{self._drawn}F\x1b[J")
             self._drawn = 0
-
-
-def _training(trials: Sequence[Trial]) -> list[Trial]:
-    return [trial for trial in trials if trial.state == "running"]

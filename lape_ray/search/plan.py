@@ -80,8 +80,7 @@ class Plan:
             **{name: getattr(self, name) for name in names},
             "base": what_is_learned(self.base) | data,
         }
-        plain: dict[str, Any] = json.loads(json.dumps(values))
-        return plain
+        return json.loads(json.dumps(values))
 
     @property
     def name(self) -> str:
@@ -128,6 +127,9 @@ def check_plan(plan: Plan) -> None:
     variants = {cell.get("model.variant", base.model.variant) for cell in plan.space.cells}
     problems = [
         (base.run.in_process, "--run.num_workers 0 trains without Ray, which a search needs: give 1, or leave it out"),
+        (base.run.workers.low < base.run.workers.high,
+         f"--run.num_workers {base.run.num_workers} may not vary in a search, whose trials are to be compared; give "
+         "one number"),
         (plan.metric not in METRICS,
          f"--metric {plan.metric!r} is not known; choose one of {', '.join(METRICS)}"),
         (plan.metric.startswith("val_ema") and not base.optim.ema_decay,

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from lape_ray import storage
 
 State = Literal["waiting", "running", "paused", "finished", "stopped", "failed"]
-OVER: tuple[State, ...] = ("finished", "stopped", "failed")
 RECORD = "search.json"
 WAY_OUT = "choose another --run.name, or move the folder away"
 Lineage = tuple[tuple[int, int], ...]
 """Of each time that a trial was cloned: after which epoch, and from which trial."""
+_FACTS = ("number", "point", "seed", "label", "run_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +72,15 @@ class Trial:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Trial:
         """Read what the driver decided about a trial from the config that Ray Tune has of it."""
-        facts = {name: config[name] for name in ("number", "point", "seed", "label", "run_id")}
+        facts = {name: config[name] for name in _FACTS}
         lineage = [Clone(**{**clone, "values": _tuples(clone["values"])}) for clone in config["lineage"]]
         return cls(**facts, first=_tuples(config["values"]), lineage=lineage)
 
     def config(self) -> dict[str, Any]:
         """Make the config that Ray Tune has of it; `done` are the epochs that the driver has heard of."""
-        return {
-            "number": self.number, "point": self.point, "seed": self.seed, "label": self.label, "run_id": self.run_id,
-            "values": self.first, "lineage": [asdict(clone) for clone in self.lineage], "done": self.done,
-        }  # fmt: skip
+        facts = {name: getattr(self, name) for name in _FACTS}
+        lineage = [asdict(clone) for clone in self.lineage]
+        return {**facts, "values": self.first, "lineage": lineage, "done": self.done}
 
     @property
     def values(self) -> dict[str, Any]:
@@ -112,22 +111,20 @@ class Trial:
 
     @property
     def over(self) -> bool:
-        return self.state in OVER
+        return self.state in ("finished", "stopped", "failed")
 
     @property
     def reason(self) -> str:
         """Return the error in one line; "" where there is none."""
         return self.error.splitlines()[0] if self.error else ""
 
-    def at(self, epoch: int, metric: str) -> float | None:
-        """Return the metric after `epoch`; None where it was not reported."""
-        if 0 < epoch <= len(self.epochs):
-            return self.epochs[epoch - 1].metrics.get(metric)
-        return None
+    def curve(self, metric: str) -> dict[int, float]:
+        """Return epoch -> the metric after it, of the epochs that have it."""
+        return {one.epoch: one.metrics[metric] for one in self.epochs if metric in one.metrics}
 
     def last(self, metric: str) -> float | None:
         """Return the metric of the last epoch that has it."""
-        return next((one.metrics[metric] for one in reversed(self.epochs) if metric in one.metrics), None)
+        return next(reversed(self.curve(metric).values()), None)
 
 
 def best_epoch(epochs: Sequence[Epoch], metric: str, sign: int) -> Epoch | None:
@@ -136,12 +133,12 @@ def best_epoch(epochs: Sequence[Epoch], metric: str, sign: int) -> Epoch | None:
     return max(known, key=lambda one: (sign * one.metrics[metric], one.epoch), default=None)
 
 
-def by_point(trials: Sequence[Trial]) -> dict[int, list[Trial]]:
-    """Group the trials by the number of their point."""
+def by_point(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Group the trials by their point, in the order of its number."""
     groups: dict[int, list[Trial]] = {}
     for trial in sorted(trials, key=lambda trial: trial.point):
         groups.setdefault(trial.point, []).append(trial)
-    return groups
+    return list(groups.values())
 
 
 def trial_folder(folder: str, number: int) -> str:

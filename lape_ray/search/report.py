@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from lape_ray.report.statistics import Estimate
 from lape_ray.search.pictures import MOST_CELLS, MOST_CURVES, cells_figure, curves_figure, parallel_figure
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Trial, best_epoch
-from lape_ray.search.statistics import Cell, in_words
+from lape_ray.search.statistics import Cell, in_words, trials_of
 from lape_ray.storage import write_rows
 from lape_ray.training.metrics import duration
 
 HTML = "search.html"
+Row = dict[str, Any]
 
 
 def write_report(
@@ -28,7 +30,7 @@ def write_report(
     `command` repeats the search, `best_command` trains its best config, `cost` says what it took.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    trials = sorted((trial for cell in found for trial in cell.trials), key=lambda trial: trial.number)
+    trials = trials_of(found)
     page = Page(f"Search: {plan.name}", _subtitle(plan))
     page.facts(_headline(plan, found, trials))
     page.heading("What came out")
@@ -63,41 +65,34 @@ def write_report(
 
 
 def _subtitle(plan: Plan) -> str:
-    axes = ", ".join(f"{name} {axis}" for name, axis in plan.space.axes.items())
-    cells = f"{len(plan.space.cells)} cells" if len(plan.space.cells) > 1 else ""
-    what = " x ".join(filter(None, (cells, axes)))
+    what = [f"{len(plan.space.cells)} cells"] if len(plan.space.cells) > 1 else []
+    if plan.space.axes:
+        what.append(", ".join(f"{name} {axis}" for name, axis in plan.space.axes.items()))
     return (
-        f"space {plan.space_name} ({what}) over {plan.base.recipe or 'a config'}; points by {plan.sample}, schedule "
-        f"{plan.schedule}, {plan.epochs} epochs, seeds {', '.join(map(str, plan.seeds))}"
+        f"space {plan.space_name} ({' x '.join(what)}) over {plan.base.recipe or 'a config'}; points by {plan.sample}, "
+        f"schedule {plan.schedule}, {plan.epochs} epochs, seeds {', '.join(map(str, plan.seeds))}"
     )
 
 
 def _headline(plan: Plan, found: Sequence[Cell], trials: Sequence[Trial]) -> list[tuple[str, str]]:
-    best, states = found[0], [trial.state for trial in trials]
+    best, states = found[0], Counter(trial.state for trial in trials)
     cards = [("trials", str(len(trials)))]
     if best.estimate is not None:
         value = f"{best.estimate.mean:.2f}{plan.unit}"
         cards = [("best cell", best.label), (f"its {plan.metric}", value), *cards]
-    cards += [
-        (state, str(states.count(state))) for state in ("finished", "stopped", "failed") if state in states
-    ]
+    cards += [(state, str(states[state])) for state in ("finished", "stopped", "failed") if states[state]]
     return [*cards, ("training, all trials", duration(sum(trial.seconds for trial in trials)))]
 
 
 def _figures(page: Page, plan: Plan, found: Sequence[Cell], folder: Path) -> None:
     limited = f"; {MOST_CELLS} of {len(found)} cells" if len(found) > MOST_CELLS else ""
-    drawn = {
-        "cells": (cells_figure, f"By cell, the best first{limited}."),
-        "curves": (
-            curves_figure,
-            f"Learning curves: thick, the mean of a cell's seeds; the best {MOST_CURVES} cells in colour.",
-        ),
-        "parallel": (
-            parallel_figure,
-            "Each line is a trial: its settings, and on the right what it last came to; yellow is best.",
-        ),
-    }
-    for name, (draw, caption) in drawn.items():
+    best = f"the best {MOST_CURVES} cells in colour"
+    for name, draw, caption in (
+        ("cells", cells_figure, f"By cell, the best first{limited}."),
+        ("curves", curves_figure, f"Learning curves: thick, the mean of a cell's seeds; {best}."),
+        ("parallel", parallel_figure,
+         "Each line is a trial: its settings, and on the right what it last came to; yellow is best."),
+    ):  # fmt: skip
         if (figure := draw(plan, found)) is not None:
             page.figure(save(figure, folder, name), caption)
 
@@ -127,22 +122,19 @@ def table(found: Sequence[Cell]) -> list[dict[str, str]]:
     compared = any(cell.difference is not None for cell in found)
     rows = []
     for cell in found:
-        reached = "–" if cell.reached is None else f"({cell.reached:.2f})"
-        one = {"n": "0", "mean": reached, "sd": "–"}
-        if cell.estimate is not None:
-            one = {
-                "n": str(cell.estimate.n),
-                "mean": _text(cell.estimate.mean),
-                "sd": _text(cell.estimate.sd),
-            }
+        n, mean, sd, _, _ = _numbers(cell.estimate)
+        row = {"cell": cell.label, "n": str(n), "mean": _text(mean), "sd": _text(sd)}
+        if cell.estimate is None and cell.reached is not None:
+            row["mean"] = f"({cell.reached:.2f})"
         if compared:
-            low_high = cell.difference and cell.difference.interval
-            one["against basic"] = f"{cell.difference.mean:+.2f}" if cell.difference else "–"
-            one["95 % interval"] = "{:+.2f} to {:+.2f}".format(*low_high) if low_high else "–"
-        took = duration(sum(trial.seconds for trial in cell.trials))
-        rows.append(
-            {"cell": cell.label, **one, "epochs": str(cell.epochs), "training": took, "state": _states(cell)}
-        )
+            _, difference, _, low, high = _numbers(cell.difference)
+            row["against basic"] = "–" if difference is None else f"{difference:+.2f}"
+            row["95 % interval"] = "–" if low is None else f"{low:+.2f} to {high:+.2f}"
+        states = Counter(trial.state for trial in cell.trials)
+        several = [f"{count} {state}" for state, count in states.items()]
+        row |= {"epochs": str(cell.epochs), "training": duration(sum(trial.seconds for trial in cell.trials)),
+                "state": ", ".join(several if len(states) > 1 else states)}  # fmt: skip
+        rows.append(row)
     return rows
 
 
@@ -150,25 +142,17 @@ def _text(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _states(cell: Cell) -> str:
-    states = [trial.state for trial in cell.trials]
-    counts = {state: states.count(state) for state in dict.fromkeys(states)}
-    return ", ".join(f"{count} {state}" if len(counts) > 1 else state for state, count in counts.items())
-
-
-def _table(page: Page, rows: Sequence[dict[str, Any]]) -> None:
+def _table(page: Page, rows: Sequence[Row]) -> None:
     page.table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def markdown(plan: Plan, found: Sequence[Cell]) -> str:
     """Write the table in Markdown; a value in brackets is that of a trial which did not train to the end."""
     rows = table(found)
-    head, *body = (
-        [text.replace("|", "/") for text in row] for row in (rows[0], *(row.values() for row in rows))
-    )
-    lines = [f"| {' | '.join(row)} |" for row in (head, *body)]
-    lines.insert(1, "|" + "---|" * len(head))
-    return f"{plan.metric}{plan.unit} after the last epoch\n\n" + "\n".join(lines) + "\n"
+    lines = [[text.replace("|", "/") for text in row] for row in (rows[0], *(row.values() for row in rows))]
+    lines.insert(1, ["---"] * len(rows[0]))
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{plan.metric}{plan.unit} after the last epoch\n\n{text}\n"
 
 
 def plain(found: Sequence[Cell]) -> str:
@@ -181,15 +165,16 @@ def plain(found: Sequence[Cell]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def cell_rows(found: Sequence[Cell]) -> list[dict[str, Any]]:
+def cell_rows(found: Sequence[Cell]) -> list[Row]:
     """Make a row for each cell, numbers with all their digits."""
     rows = []
     for rank, cell in enumerate(found, 1):
         n, mean, sd, low, high = _numbers(cell.estimate)
         _, difference, _, difference_low, difference_high = _numbers(cell.difference)
-        reference = None if cell.difference is None else cell.reference[0].label
+        reference = cell.difference and cell.reference and cell.reference.label
+        failed = sum(trial.state == "failed" for trial in cell.trials)
         rows.append({
-            "rank": rank, "cell": cell.label, "n": n, "failed": cell.failed, "mean": mean, "sd": sd, "low95": low,
+            "rank": rank, "cell": cell.label, "n": n, "failed": failed, "mean": mean, "sd": sd, "low95": low,
             "high95": high, "reference": reference, "difference": difference, "difference_low95": difference_low,
             "difference_high95": difference_high, "epochs": cell.epochs, **_settings(cell.trials[0]),
         })  # fmt: skip
@@ -197,14 +182,12 @@ def cell_rows(found: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def _numbers(one: Estimate | None) -> tuple[float | None, ...]:
-    return (
-        (0, None, None, None, None)
-        if one is None
-        else (one.n, one.mean, one.sd, *(one.interval or (None, None)))
-    )
+    if one is None:
+        return 0, None, None, None, None
+    return one.n, one.mean, one.sd, *(one.interval or (None, None))
 
 
-def trial_rows(plan: Plan, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+def trial_rows(plan: Plan, trials: Sequence[Trial]) -> list[Row]:
     """Make a row for each trial, numbers with all their digits."""
     rows = []
     for one in trials:
@@ -223,6 +206,6 @@ def _settings(trial: Trial) -> dict[str, str]:
     return {name: write_value(value) for name, value in trial.values.items()}
 
 
-def write_csv(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+def write_csv(file: Path, rows: Sequence[Row]) -> None:
     with file.open("w", newline="") as stream:
         write_rows(stream, [rows[0].keys(), *(row.values() for row in rows)])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from ray import tune
 
 from lape_ray import storage, tracking
 from lape_ray.cluster.connection import connected
@@ -26,10 +25,9 @@ from lape_ray.search.plan import Plan, check_plan, plan_differences
 from lape_ray.search.record import Trial, read_search, trial_folder, write_search
 from lape_ray.search.report import HTML, plain, write_report
 from lape_ray.search.runs import Runs
-from lape_ray.search.session import is_over, opened
 from lape_ray.search.settings import Settings, worker_need
-from lape_ray.search.statistics import Cell, cells, in_words
-from lape_ray.search.trials import analysis, read_trials
+from lape_ray.search.statistics import Cell, cells, in_words, trials_of
+from lape_ray.search.trials import is_over, opened, read_trials
 from lape_ray.search.tuner import run_tuner, whole_snapshot
 from lape_ray.training.inputs import changed_inputs, dataset_digests, input_digests
 from lape_ray.training.metrics import duration
@@ -63,11 +61,7 @@ class SearchResult:
     @property
     def trials(self) -> list[Trial]:
         """By number."""
-        return sorted((trial for cell in self.cells for trial in cell.trials), key=lambda trial: trial.number)
-
-    def analysis(self) -> tune.ExperimentAnalysis:
-        """Open the search as Ray Tune's analysis of it, see `trials.analysis`."""
-        return analysis(self.folder, self.plan.metric, "max" if self.plan.sign > 0 else "min")
+        return trials_of(self.cells)
 
     def summary(self) -> str:
         page = tracking.run_page(self.tracking_uri, self.mlflow_run_id)
@@ -97,23 +91,24 @@ def search(
         ResourcesGoneError: the cluster cannot hold its trials any more; the same call continues it.
     """
     one = _checked(plan, display)
+    plan = one.plan
     with contextlib.ExitStack() as stack:
-        lease = stack.enter_context(storage.leased(one.folder, f"search {one.plan.name}"))
+        lease = stack.enter_context(storage.leased(one.folder, f"search {plan.name}"))
         earlier = one.earlier()
-        if one.plan.base.run.overwrite:
+        if plan.base.run.overwrite:
             storage.empty_folder(one.folder, but=storage.LEASE_FILES)
         trials = read_trials(one.folder) if earlier and whole_snapshot(one.folder, one.display.line) else []
         settings = None
-        if not is_over(one.plan, trials):
+        if not is_over(plan, trials):
             stack.enter_context(connected(show_logs=not one.display.draws))
-            base = one.plan.base
-            settings = Settings(
-                plan=one.plan, folder=one.folder, lease=lease.token, tracking_uri=one.runs.uri, variables=variables(),
-                need=worker_need(base.run, use_gpu=uses_gpu(base), gpus_per_worker=gpus_per_worker),
-            )  # fmt: skip
+            settings = one.settings(lease, gpus_per_worker)
         record = stack.enter_context(one.recorded(earlier, trials))
         if settings is not None:
-            trials = one.train(settings, concurrent, lease, record, earlier is not None)
+            started, at_once = time.time(), one.wait_for_room(settings, concurrent)
+            trials = one.train(settings, concurrent, lease)
+            took = {"wall_s": time.time() - started, "concurrent": at_once, "resumed": earlier is not None}
+            record["sessions"].append(took)
+            write_search(one.folder, record)
             lease.check()
         return one.conclude(trials, record)
 
@@ -127,24 +122,20 @@ def _checked(plan: Plan, display: Display | None) -> _Search:
     check_before_start(base, storage_root=root)
     tracking.check_reachable(uri)
     tracking.check_trackers(base.tracking)
-    _check_networks(plan)
-    folder, inputs = storage.join(root, plan.name), input_digests(base)
-    runs = Runs(plan, uri, dataset_digests(base, inputs))
-    one = _Search(plan=plan, folder=folder, inputs=inputs, runs=runs, display=display or Display(plan))
-    one.earlier()
-    return one
-
-
-def _check_networks(plan: Plan) -> None:
-    """Build every network of a finite space, without memory; a ValueError names the cell that cannot be."""
-    points = plan.space.points() if plan.space.finite else [dict(cell) for cell in plan.space.cells]
-    models = {check_point(plan.base, point).model: point for point in points}
+    # Every network of a finite space, without memory.
+    points = plan.space.points() if plan.space.finite else plan.space.cells
+    models = {check_point(base, point).model: point for point in points}
     for model, point in models.items():
         try:
             with torch.device("meta"):
                 build_model(model)
         except ValueError as error:
-            raise ValueError(f"the cell {point} cannot be built: {error}") from None
+            raise ValueError(f"the cell {dict(point)} cannot be built: {error}") from None
+    folder, inputs = storage.join(root, plan.name), input_digests(base)
+    runs = Runs(plan, uri, dataset_digests(base, inputs))
+    one = _Search(plan=plan, folder=folder, inputs=inputs, runs=runs, display=display or Display(plan))
+    one.earlier()
+    return one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,22 +182,17 @@ class _Search:
         with status_of(runs.uri, runs.parent), contextlib.closing(runs):
             yield record
 
-    def train(
-        self,
-        settings: Settings,
-        concurrent: int | None,
-        lease: storage.Lease,
-        record: dict[str, Any],
-        resumed: bool,
-    ) -> list[Trial]:
+    def settings(self, lease: storage.Lease, gpus_per_worker: float | None) -> Settings:
+        """Say what all trials share; a ValueError says why the connected cluster cannot give it."""
+        base, uri = self.plan.base, self.runs.uri
+        need = worker_need(base.run, use_gpu=uses_gpu(base), gpus_per_worker=gpus_per_worker)
+        return Settings(
+            plan=self.plan, folder=self.folder, lease=lease.token, tracking_uri=uri, need=need, variables=variables()
+        )  # fmt: skip
+
+    def train(self, settings: Settings, concurrent: int | None, lease: storage.Lease) -> list[Trial]:
         """Train until every trial is over; returns them by number."""
-        started, runs = time.time(), self.runs
-        room, workers = _wait_for_room(settings, concurrent, self.display.line), self.plan.workers
-        refuse_local_store(runs.uri)
-        at_once = min(concurrent or room, self.plan.trials)
-        each = f"{workers} worker" + ("s" if workers > 1 else "")
-        takes = " and ".join(f"{amount:g} {kind}" for kind, amount in settings.need.items())
-        self.display.line(f"{self.plan.trials} trials, {at_once} at a time; each {each} with {takes}")
+        runs = self.runs
         with opened(settings, concurrent, self.display, runs) as session:
             lease.call_when_lost(lambda: session.supervisor.stop.remote())
             try:
@@ -220,44 +206,36 @@ class _Search:
         for trial in session.trials:
             if trial.run_id:
                 tracking.send_unsent(trial_folder(self.folder, trial.number), runs.uri, trial.run_id)
-        wall_s = time.time() - started
-        record["sessions"].append({"wall_s": wall_s, "concurrent": at_once, "resumed": resumed})
-        write_search(self.folder, record)
         return session.trials
+
+    def wait_for_room(self, settings: Settings, concurrent: int | None) -> int:
+        """Wait until one trial, or `concurrent` at once, could fit; returns how many will train at once."""
+        plan, need, line = self.plan, settings.need, self.display.line
+        workers, wait_s = plan.workers, plan.base.run.wait_s
+        room = wait_for_room("a trial", need, workers, groups=concurrent or 1, wait_s=wait_s, tell=line)
+        if concurrent and room < concurrent:
+            raise ValueError(
+                f"--concurrent {concurrent} is more than fits: a trial needs {lack(need, workers)}, which is room "
+                f"for {room}; lower it, or leave it out"
+            )
+        refuse_local_store(self.runs.uri)
+        at_once = min(concurrent or room, plan.trials)
+        each = f"{workers} worker" + ("s" if workers > 1 else "")
+        takes = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+        line(f"{plan.trials} trials, {at_once} at a time; each {each} with {takes}")
+        return at_once
 
     def conclude(self, trials: Sequence[Trial], record: Mapping[str, Any]) -> SearchResult:
         """Write the report, and put it into MLflow."""
         plan, runs, found = self.plan, self.runs, cells(self.plan, trials)
         best_command, cost = _best_command(plan, found[0]), _cost(trials, record["sessions"])
-        report = storage.join(self.folder, REPORT)
+        report, best = storage.join(self.folder, REPORT), found[0].estimate
+        values = {} if best is None else {f"best/{plan.metric.partition('/')[2]}": best.mean}
         with storage.staging(report) as written:
             write_report(plan, found, written, command=runs.command, best_command=best_command, cost=cost)
-            best = found[0].estimate
-            values = {} if best is None else {f"best/{plan.metric.partition('/')[2]}": best.mean}
             runs.log_results(written, values, {"best": found[0].label, "best_command": best_command})
             storage.publish(written, report)
         return SearchResult(plan, tuple(found), self.folder, best_command, cost, runs.parent, runs.uri)
-
-
-def _wait_for_room(settings: Settings, concurrent: int | None, tell: Callable[[str], None]) -> int:
-    """Wait until one trial, or `concurrent` at once, could fit; returns how many trials do.
-
-    Raises:
-        ValueError: they do not within `run.wait_s`; says what to change.
-    """
-    need, workers, wait_s = settings.need, settings.plan.workers, settings.plan.base.run.wait_s
-    found = wait_for_room("a trial", need, workers, groups=concurrent or 1, wait_s=wait_s, tell=tell)
-    if not found:
-        raise ValueError(
-            f"a trial needs {lack(need, workers)}: lower --run.num_workers, --run.cpus_per_worker or "
-            "--gpus-per-worker, add nodes, or wait longer for them with --run.wait_s"
-        )
-    if concurrent and found < concurrent:
-        raise ValueError(
-            f"--concurrent {concurrent} is more than fits: a trial needs {lack(need, workers)}, which is room for "
-            f"{found}; lower it, or leave it out"
-        )
-    return found
 
 
 def _best_command(plan: Plan, cell: Cell) -> str:
@@ -265,8 +243,8 @@ def _best_command(plan: Plan, cell: Cell) -> str:
     best = cell.trials[0]
     if best.last(plan.metric) is None:
         return "no trial came so far as to be evaluated; see the errors of the trials"
-    config = replace_fields(plan.base, {**best.values, "training.seed": plan.seeds[0]})
-    return command_line(replace(config, run=replace(config.run, name=None, overwrite=False)))
+    values = {**best.values, "training.seed": plan.seeds[0], "run.overwrite": False}
+    return command_line(replace_fields(plan.base, values))
 
 
 def _cost(trials: Sequence[Trial], sessions: Sequence[Mapping[str, Any]]) -> str:

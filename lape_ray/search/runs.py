@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lape_ray import tracking
@@ -16,15 +17,16 @@ from lape_ray.search.record import State, Trial
 
 TRIAL = "trial"
 """The tag that holds a trial's number."""
+_ENDS: dict[State, tracking.Status] = {"finished": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}
 
 
 class Runs:
     """The MLflow runs of one search, on the driver."""
 
     def __init__(self, plan: Plan, uri: str, datasets: tracking.Datasets) -> None:
-        self.plan, self.uri, self._datasets = plan, uri, datasets
+        self.plan, self.uri, self.parent = plan, uri, ""
         self.command, self._source = typed_command(), tracking.source_tags(sys.argv[0])
-        self.parent = ""
+        self._create = partial(tracking.create_run, command=self.command, datasets=datasets)
         self._children: dict[str, str] = {}  # what an earlier driver has made, by the trials' numbers
         self._opened: set[str] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
@@ -39,7 +41,7 @@ class Runs:
         tags = {"recipe": plan.base.recipe, "search": plan.name, "space": plan.space_name, "sample": plan.sample,
                 "schedule": plan.schedule, "metric": plan.metric, "trials": str(plan.trials)}  # fmt: skip
         tags |= {f"space.{name}": str(axis) for name, axis in plan.space.axes.items()}
-        self.parent = self._create(plan.base, plan.name, tags)
+        self.parent = self._create(plan.base, name=plan.name, tags={**tags, **self._source})
         return self.parent
 
     def open_child(self, trial: Trial, config: TrainConfig) -> str:
@@ -49,15 +51,10 @@ class Runs:
         tags = {"mlflow.parentRunId": self.parent, "search": self.plan.name, TRIAL: str(trial.number),
                 "cell": trial.label, "seed": str(trial.seed), "recipe": config.recipe}  # fmt: skip
         tags |= {key: str(getattr(config.model, key)) for key in NETWORK_FIELDS}
-        run_id = self._create(config, f"{trial.label} seed {trial.seed}", tags)
+        name = f"{trial.label} seed {trial.seed}"
+        run_id = self._create(config, name=name, tags={**tags, **self._source})
         self._opened.add(run_id)
         return run_id
-
-    def _create(self, config: TrainConfig, name: str, tags: Mapping[str, str]) -> str:
-        tags = {**tags, **self._source}
-        return tracking.create_run(
-            config, name=name, command=self.command, tags=tags, datasets=self._datasets
-        )
 
     def reopen(self, trial: Trial) -> None:
         """Set the run of a trial that an earlier driver began to running again."""
@@ -71,11 +68,6 @@ class Runs:
             self._thread.submit(self._settle, replace(trial))
 
     def _settle(self, trial: Trial) -> None:
-        ends: dict[State, tracking.Status] = {
-            "finished": "FINISHED",
-            "stopped": "FINISHED",
-            "failed": "FAILED",
-        }
         tags = {"state": trial.state, "checkpoint": trial.checkpoint}
         if trial.error:
             tags["error"] = trial.error[:5000]
@@ -83,7 +75,7 @@ class Runs:
             values = " ".join(f"{name}={write_value(value)}" for name, value in clone.values.items())
             tags[f"clone.{clone.epoch:06}"] = f"trial {clone.source}, then {values}"
         tracking.tag_run(self.uri, trial.run_id, tags)
-        tracking.finish_run(self.uri, trial.run_id, ends.get(trial.state, "KILLED"))
+        tracking.finish_run(self.uri, trial.run_id, _ENDS.get(trial.state, "KILLED"))
 
     def log_results(self, folder: Path, values: Mapping[str, float], tags: Mapping[str, str]) -> None:
         """Put the search's report, its best values and the best config's command on its run."""

@@ -1,7 +1,8 @@
-"""Ray Tune's scheduler and searcher of a search: the rules of `schedules` and the samplers, behind Tune's interfaces.
+"""Ray Tune's scheduler and searcher of a search: the rules and the samplers of `strategies`, behind Tune's interfaces.
 
 Tune's own schedulers keep their state in themselves, and Tune keeps it in no snapshot: after a restore ASHA decides
 otherwise, and HyperBand waits for ever. A rule is a function of what the trials have reported: no state to lose.
+The private names of Ray, `_tune_controller` and what it has, have tests that fail where Ray changes them.
 """
 
 from __future__ import annotations
@@ -9,12 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ray import tune
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher, SearchGenerator
 
-from lape_ray.search.session import Session
+from lape_ray.search.trials import Session, is_over
 
 
 class Rule(FIFOScheduler):
@@ -62,7 +62,8 @@ class Rule(FIFOScheduler):
         trials = {trial.config["number"]: trial for trial in tune_controller.get_trials()}
         if self._decided:
             self._decided = False
-            take_snapshot(tune_controller)
+            # Now, so that a decision which depends on who came first is never taken again.
+            tune_controller._tune_controller.checkpoint(force=True)
         ready = self._settle(tune_controller, trials)
         self._keep_idle(tune_controller)
         if ready and not (self.session.concurrent and self.session.full):
@@ -89,7 +90,9 @@ class Rule(FIFOScheduler):
         later = session.plan.trials - len(session.trials)
         later += sum(trial.state == "paused" for trial in session.trials)
         if later != self._idle:
-            keep_actors(controller, session.settings.resources, later - self._idle)
+            # By itself Tune keeps none while all trials pause.
+            cache = controller._tune_controller._actor_cache
+            cache.increase_max(session.settings.resources, by=later - self._idle)
             self._idle = later
 
 
@@ -101,11 +104,10 @@ class Points(SearchGenerator):
 
     def __init__(self, session: Session) -> None:
         super().__init__(_Suggestions(session))
-        self.session = session
 
     def is_finished(self) -> bool:
         """Tell whether every trial of the plan is over."""
-        return self.session.over
+        return is_over(self.searcher.session.plan, self.searcher.session.trials)
 
 
 class _Suggestions(Searcher):
@@ -119,9 +121,7 @@ class _Suggestions(Searcher):
         """Return the next trial's config; None while there is none."""
         return self.session.next_trial()
 
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Do nothing: what a trial came to is in its record."""
 
     def save(self, checkpoint_path: str) -> None:
@@ -130,16 +130,3 @@ class _Suggestions(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Do nothing: there is no state."""
-
-
-# --- private names of Ray, each of which has a test that fails where Ray changes it ----------------------------------
-
-
-def keep_actors(controller: Any, resources: tune.PlacementGroupFactory, more: int) -> None:
-    """Let Tune keep `more` idle actors of these resources: by itself it keeps none while all trials pause."""
-    controller._tune_controller._actor_cache.increase_max(resources, by=more)
-
-
-def take_snapshot(controller: Any) -> None:
-    """Make Tune write its snapshot now, so that a decision which depends on who came first is never taken again."""
-    controller._tune_controller.checkpoint(force=True)

@@ -1,10 +1,11 @@
-"""What the driver of a search tells the processes of its trials. Imports no torch."""
+"""What the driver of a search and the processes of its trials tell each other. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from ray import tune
+from ray.exceptions import RayTaskError
 
 from lape_ray.cluster.supervisor import Supervisor
 from lape_ray.config import RunConfig
@@ -59,6 +60,13 @@ class InterruptedTrialError(EndedTogetherError):
     """The search is to end, and the trial has left a checkpoint."""
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """Return what was raised in the process that an error comes from."""
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    return error
+
+
 def worker_need(run: RunConfig, *, use_gpu: bool, gpus_per_worker: float | None) -> dict[str, float]:
     """Return what each worker of a trial takes, Ray's resource -> amount; a part of a GPU only for single workers.
 
@@ -70,12 +78,7 @@ def worker_need(run: RunConfig, *, use_gpu: bool, gpus_per_worker: float | None)
         raise ValueError("--gpus-per-worker needs GPUs, but trials run on CPUs; leave it out")
     if use_gpu and not (0 < gpus <= 1):
         raise ValueError(f"--gpus-per-worker {gpus:g} must be above 0 and at most 1: a worker uses one GPU")
-    if not isinstance(run.num_workers, int):
-        raise ValueError(
-            f"--run.num_workers {run.num_workers} may not vary in a search, whose trials are to be compared; give "
-            "one number"
-        )
-    if gpus < 1 and use_gpu and run.num_workers > 1:
+    if gpus < 1 and use_gpu and run.workers.high > 1:
         raise ValueError(
             f"--gpus-per-worker {gpus:g} would put workers of one trial on one GPU, which NCCL refuses: "
             "set --run.num_workers 1, or leave it out"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import re
@@ -11,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lape_ray.cli import did_you_mean
 from lape_ray.config import (
     SECTIONS,
     TrainConfig,
@@ -34,6 +34,10 @@ class Choice:
         """Return the value at `share`, from 0 up to but not including 1, of the way through."""
         return self.values[int(share * len(self.values))]
 
+    def place(self, value: Any) -> float:
+        """Return how far through `value` is, from 0 to 1."""
+        return self.values.index(value) / max(1, len(self.values) - 1)
+
     def moved(self, value: Any, share: float) -> Any:
         """Return a neighbour of `value`: the one before for a `share` below one half, else the one after; ends stay."""
         index = self.values.index(value) + (1 if share >= 0.5 else -1)
@@ -54,13 +58,17 @@ class Range:
 
     def at(self, share: float) -> float:
         """Return the value at `share` of the way through."""
+        low, high = self.low, self.high
         if self.whole:
-            return min(int(self.low) + int(share * (self.high - self.low + 1)), int(self.high))
-        if self.log:
-            value = self.low * math.exp(share * math.log(self.high / self.low))
-        else:
-            value = self.low + share * (self.high - self.low)
+            return min(int(low) + int(share * (high - low + 1)), int(high))
+        value = low * (high / low) ** share if self.log else low + share * (high - low)
         return float(f"{value:.4g}")  # short enough for a person to type again
+
+    def place(self, value: float) -> float:
+        """Return how far through `value` is, from 0 to 1: the share at which it is, or a value that rounds to it."""
+        scale = math.log if self.log else float
+        low, high = scale(self.low), scale(self.high)
+        return min(max((scale(value) - low) / ((high - low) or 1.0), 0.0), 1.0)
 
     def moved(self, value: float, share: float) -> float:
         """`value` made smaller by a fifth for a `share` below one half, else larger by a fifth; kept in the range."""
@@ -121,9 +129,7 @@ def parse_axes(texts: Sequence[str], base: TrainConfig) -> dict[str, Axis]:
 
 def _check_field(field: str, base: TrainConfig) -> None:
     """Refuse what is not among the fields that change what is learned, or is the seed or the length of a trial."""
-    known = [
-        name for name in what_is_learned(base) if not name.startswith("training.") and name not in _LENGTH
-    ]
+    known = [name for name in what_is_learned(base) if not name.startswith(("training.", *_LENGTH))]
     if field in known:
         return
     if field == "training.seed":
@@ -134,21 +140,18 @@ def _check_field(field: str, base: TrainConfig) -> None:
         raise ValueError(
             f"{field} does not change what is learned, so there is nothing to search; give --{field}"
         )
-    near = difflib.get_close_matches(field, known, n=3, cutoff=0.5)
-    raise ValueError(
-        f"--space {field}: no such field" + (f"; did you mean {' or '.join(near)}?" if near else "")
-    )
+    raise ValueError(f"--space {field}: no such field{did_you_mean(field, known)}")
 
 
 def _parse_axis(field: str, text: str) -> Axis:
     found = re.fullmatch(r"([a-z]+)\((.*)\)", text)
     if not found:
         raise ValueError(f"it is not understood; write {field}= and one of {KINDS}")
-    name = found[1]
-    kind = typing.get_type_hints(SECTIONS[field.partition(".")[0]])[field.partition(".")[2]]
-    parts = [
-        part.strip() for part in re.split(r",(?![^()]*\))", found[2]) if part.strip()
-    ]  # commas in no brackets
+    name, inside = found.groups()
+    section, _, option = field.partition(".")
+    kind = typing.get_type_hints(SECTIONS[section])[option]
+    # At commas in no brackets.
+    parts = [part.strip() for part in re.split(r",(?![^()]*\))", inside) if part.strip()]
     if name == "choice":
         values = tuple(parse_value(kind, part) for part in parts)
         if not values:

@@ -15,19 +15,15 @@ from lape_ray.search.record import Trial, by_point
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the space with all its trials, and the trials of the same point with join `basic`, if any."""
+    """One point of the space with all its trials, and the cell of the same point with join `basic`, if any."""
 
     plan: Plan
     trials: Sequence[Trial]
-    reference: Sequence[Trial]
+    reference: Cell | None = None
 
     @property
     def label(self) -> str:
         return self.trials[0].label
-
-    @property
-    def failed(self) -> int:
-        return sum(trial.state == "failed" for trial in self.trials)
 
     @property
     def epochs(self) -> int:
@@ -37,7 +33,9 @@ class Cell:
     @property
     def finals(self) -> dict[int, float]:
         """Seed -> the metric after the last epoch, of the trials that trained to the end."""
-        return _finals(self.plan, self.trials)
+        finished = [trial for trial in self.trials if trial.state == "finished"]
+        last = {trial.seed: trial.last(self.plan.metric) for trial in finished}
+        return {seed: value for seed, value in last.items() if value is not None}
 
     @property
     def reached(self) -> float | None:
@@ -53,12 +51,7 @@ class Cell:
     @cached_property
     def difference(self) -> Estimate | None:
         """Estimate the difference from the reference, over the seeds that both have; None: there is none."""
-        return _paired(self.finals, _finals(self.plan, self.reference))
-
-
-def _finals(plan: Plan, trials: Sequence[Trial]) -> dict[int, float]:
-    last = {trial.seed: trial.last(plan.metric) for trial in trials if trial.state == "finished"}
-    return {seed: value for seed, value in last.items() if value is not None}
+        return None if self.reference is None else _paired(self.finals, self.reference.finals)
 
 
 def _paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
@@ -67,26 +60,31 @@ def _paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate 
     return Estimate.of(pairs) if pairs else None
 
 
+def trials_of(found: Sequence[Cell]) -> list[Trial]:
+    """List the trials of all cells, by number."""
+    return sorted((trial for cell in found for trial in cell.trials), key=lambda trial: trial.number)
+
+
 def cells(plan: Plan, trials: Sequence[Trial]) -> list[Cell]:
     """All points, the best first: those that trained to the end, then those that came farthest."""
-    points = list(by_point(trials).values())
+    found = [Cell(plan, point) for point in by_point(trials)]
 
-    def reference(first: Mapping[str, object]) -> Sequence[Trial]:
+    def reference(first: Mapping[str, object]) -> Cell | None:
         basic = {**first, **{join: "basic" for join in ("model.join", "model.bias_join") if join in first}}
-        return () if basic == first else next((point for point in points if point[0].first == basic), ())
+        return next((one for one in found if one.trials[0].first == basic != first), None)
 
     def rank(cell: Cell) -> tuple[float, ...]:
         if cell.estimate is not None:
             return (0, 0, -plan.sign * cell.estimate.mean)
         return (1, -cell.epochs, math.inf if cell.reached is None else -plan.sign * cell.reached)
 
-    return sorted((Cell(plan, point, reference(point[0].first)) for point in points), key=rank)
+    return sorted((Cell(plan, one.trials, reference(one.trials[0].first)) for one in found), key=rank)
 
 
 def in_words(plan: Plan, found: Sequence[Cell]) -> list[str]:
     """Say what may be said of the differences, a sentence each; the first is about the best cell."""
     lines = _best_in_words(plan, found)
-    trials = [trial for cell in found for trial in cell.trials]
+    trials = trials_of(found)
     if stopped := sum(trial.state == "stopped" for trial in trials):
         lines.append(
             f"{stopped} of {len(trials)} trials were ended early, by {plan.schedule}; their values are not to be "
@@ -114,18 +112,16 @@ def _best_in_words(plan: Plan, found: Sequence[Cell]) -> list[str]:
     text = f"{best.label} came out best: {best.estimate.mean:.2f}{plan.unit} over {_seeds(best.estimate)}."
     if not others:
         return [text]
-    lead = _paired(best.finals, others[0].finals)
+    lead, second = _paired(best.finals, others[0].finals), others[0].label
     if lead is None or lead.interval is None:
-        return [f"{text} With one seed nothing says how much of its lead over {others[0].label} is noise."]
+        return [f"{text} With one seed nothing says how much of its lead over {second} is noise."]
     word = "larger than" if lead.clear else "not larger than"
-    return [
-        f"{text} Its lead over the next, {others[0].label}, is {word} the noise ({_interval(plan, lead)})."
-    ]
+    return [f"{text} Its lead over the next, {second}, is {word} the noise ({_interval(plan, lead)})."]
 
 
 def _verdict(plan: Plan, cell: Cell, difference: Estimate) -> str:
     """Put the cell's difference to `basic` in words."""
-    reference = cell.reference[0].label
+    reference = cell.reference.label if cell.reference else ""
     amount = f"{difference.mean:+.2f}{_points(plan)}"
     if difference.interval is None:
         return f"{cell.label}: {amount} against {reference}, from one seed; nothing says how much of that is noise."

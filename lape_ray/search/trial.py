@@ -14,12 +14,12 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lape_ray.cluster.connection import NAMESPACE
 from lape_ray.search.record import Trial
-from lape_ray.search.settings import EndedError, EndedTogetherError, InterruptedTrialError, Settings
-from lape_ray.search.trials import cause_of
+from lape_ray.search.settings import EndedError, EndedTogetherError, InterruptedTrialError, Settings, cause_of
 
 FAIL_TOGETHER_S = 1.0  # in which all workers of a trial meet the same error, where it is not of one alone
 CLOSE_S = 8.0  # of the ten that Tune gives an actor to end
@@ -60,9 +60,8 @@ class LapeTrial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Make ready for another trial, or for another part of one."""
         self._leave()
-        self._trial, self._heard, self._idle_s = Trial.of(new_config), new_config["done"], 0.0
+        self._trial, self._done, self._idle_s = Trial.of(new_config), new_config["done"], 0.0
         self._found: dict[str, Any] = {}
-        self._curve: list[dict[str, Any]] = []
         return True
 
     def step(self) -> dict[str, Any]:
@@ -70,35 +69,32 @@ class LapeTrial(tune.Trainable):
         self._idle_s = self._idle_s or time.monotonic() - self._left
         try:
             self._next_epoch()
-            complete = len(self._curve) >= self._settings.plan.epochs
+            complete = self._done >= self._settings.plan.epochs
             more: dict[str, Any] = {"complete": complete, "done": complete}
         except InterruptedTrialError:
             more = {"interrupted": True}
         except EndedError as error:
             more = {"failed": str(error), "done": True}
-        last: dict[str, Any] = self._curve[-1] if self._curve else {"epoch": 0, "metrics": {}}
-        found = {name: self._found[name] for name in ("checkpoint", "loaded") if self._found}
+        curve = self._found.get("curve", [])[: self._done]
+        last: dict[str, Any] = curve[-1] if curve else {"epoch": 0, "metrics": {}}
         self._left = time.monotonic()
-        return {
-            **last["metrics"], "epoch": last["epoch"], "curve": list(self._curve), **found, **more,
-            "first_idle_s": self._idle_s,
-        }  # fmt: skip
+        found = {name: self._found[name] for name in ("checkpoint", "loaded") if self._found}
+        told = {**found, "epoch": last["epoch"], "curve": curve, "first_idle_s": self._idle_s}
+        return {**last["metrics"], **told, **more}
 
     def _next_epoch(self) -> None:
-        """Add the next epoch to the curve, where there is one."""
-        if not self._found:
-            self._found = self._find()
-            self._curve = self._found["curve"][: self._heard]
-        done = len(self._curve)
-        if done < len(self._found["curve"]):
-            self._curve.append(self._found["curve"][done])
-        elif done < self._settings.plan.epochs:
+        """Go on to the next epoch of the curve, where there is one."""
+        self._found = self._found or self._find()
+        known = len(self._found["curve"])
+        self._done = min(self._done, known)
+        if self._done == known < self._settings.plan.epochs:
             self._train_epoch()
+        self._done = min(self._done + 1, len(self._found["curve"]))
 
     def cleanup(self) -> None:
         """End the workers; what they have not sent to MLflow yet has some seconds."""
         self._leave()
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(RayError):
             ray.get([worker.call.remote("close") for worker in self._workers], timeout=CLOSE_S)
         self._end_workers()
 
@@ -114,7 +110,6 @@ class LapeTrial(tune.Trainable):
             self._begun = True
             self._on(self._workers, "begin", self._trial, self._found["begin_with"])
         self._found |= self._on(self._workers, "epoch")
-        self._curve = list(self._found["curve"])
 
     def _on(self, workers: list[Any], method: str, *arguments: Any) -> Any:
         """Call a method on some workers at once; returns what the first of them does.
@@ -152,18 +147,13 @@ class LapeTrial(tune.Trainable):
         """Start a process for each rank in the trial's placement group; they meet while the leader goes on."""
         self._end_workers()
         settings, group = self._settings, ray.util.get_current_placement_group()
-        actor = ray.remote(WorkerProcess)
+        cpus, gpus = settings.need["CPU"], settings.need.get("GPU", 0)
+        environment = {"env_vars": settings.variables}
+        actor = ray.remote(num_cpus=cpus, num_gpus=gpus, runtime_env=environment)(WorkerProcess)
         for rank in range(settings.plan.workers):
-            self._workers.append(
-                actor.options(
-                    num_cpus=settings.need["CPU"],
-                    num_gpus=settings.need.get("GPU", 0),
-                    scheduling_strategy=PlacementGroupSchedulingStrategy(
-                        group, placement_group_bundle_index=rank
-                    ),
-                    runtime_env={"env_vars": settings.variables},
-                ).remote(settings, rank, self._supervisor)
-            )
+            place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            worker = actor.options(scheduling_strategy=place).remote(settings, rank, self._supervisor)
+            self._workers.append(worker)
         address = self._workers[0].call.remote("address")
         self._meeting = [worker.call.remote("meet", address) for worker in self._workers]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from lape_ray import storage, tracking
+from lape_ray.cluster.local import free_ports
 from lape_ray.cluster.supervisor import LeavingNode, StopRequest
 from lape_ray.search.checkpoints import History, TrialFolder, name_of
 from lape_ray.search.record import Epoch, Trial, best_epoch, trial_folder
@@ -46,20 +46,18 @@ class Worker:
             return getattr(self, method)(*arguments)
         except StoppedError as error:
             raise InterruptedTrialError(str(error)) from error
-        except DivergedError as error:
-            raise EndedTogetherError(f"DivergedError: {error}") from error
+        except (DivergedError, ValueError) as error:
+            ended = EndedTogetherError if isinstance(error, DivergedError) else EndedError
+            raise ended(f"{type(error).__name__}: {error}") from error
         except torch.OutOfMemoryError as error:
             first = str(error).splitlines()[0]
             fix = "lower --data.batch_size, or raise --optim.accumulate"
             raise EndedError(f"OutOfMemoryError: {first}; {fix}") from error
-        except ValueError as error:
-            raise EndedError(f"{type(error).__name__}: {error}") from error
 
     def address(self) -> str:
         """Return an address of this node on which nobody listens yet, for the process group to meet."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        (port,) = free_ports(1)
+        return f"{ray.util.get_node_ip_address()}:{port}"
 
     def meet(self, address: str) -> None:
         """Form the process group of the trial's workers, where there are several; it serves all trials to come."""
@@ -128,7 +126,6 @@ class TrialReporter:
         self._began_with: str | None = None
         self._lines: list[str] = []
         self._node = LeavingNode()
-        self._clock = time.monotonic()
 
     def _folder_of(self, number: int) -> TrialFolder:
         return TrialFolder(trial_folder(self._settings.folder, number))
@@ -158,10 +155,8 @@ class TrialReporter:
             )  # fmt: skip
         self._clock = time.monotonic()
         with contextlib.ExitStack() as stack:
-            folder = None
-            if begin_with is not None:
-                opened = self.folder.opened
-                folder = self._patiently(lambda: stack.enter_context(opened(begin_with)))
+            enter, opened = stack.enter_context, self.folder.opened
+            folder = self._patiently(lambda: enter(opened(begin_with))) if begin_with else None
             return Training.begin(self.config, device=device, reporter=self, resume_from=folder)
 
     def _patiently(self, work: Callable[[], T]) -> T:
@@ -171,11 +166,9 @@ class TrialReporter:
     def report(self) -> dict[str, Any]:
         """Return what the search hears of the trial: its curve, what it was cloned from, its best checkpoint."""
         best = self._best()
-        return {
-            "curve": [asdict(one) for one in self._history.epochs],
-            "checkpoint": self.folder.address(best) if best else "",
-            "loaded": [dict(one) for one in self._history.loaded],
-        }
+        checkpoint = self.folder.address(best) if best else ""
+        curve = [asdict(one) for one in self._history.epochs]
+        return {"curve": curve, "checkpoint": checkpoint, "loaded": list(map(dict, self._history.loaded))}
 
     def _best(self) -> str | None:
         """Return the name of the best epoch's checkpoint; of the newest, where none was evaluated."""

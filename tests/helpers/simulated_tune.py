@@ -14,8 +14,8 @@ from lape_ray.search.live import Display
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Trial
 from lape_ray.search.scheduler import Points, Rule
-from lape_ray.search.session import Session
 from lape_ray.search.settings import Settings
+from lape_ray.search.trials import Session
 
 Entry = tuple[dict[str, Any], list[list[int]]]
 """An epoch as a trial reports it, and the trial's lineage as it was trained."""

@@ -21,9 +21,9 @@ import ray
 
 from lape_ray.search.command import plan_of
 from lape_ray.search.record import trial_folder
-from lape_ray.search.session import opened
 from lape_ray.search.settings import Settings
 from lape_ray.search.trial import LapeTrial
+from lape_ray.search.trials import opened
 from lape_ray.search.tuner import run_tuner
 
 STORED = "stored.json"
@@ -50,18 +50,18 @@ class ToyTrial(LapeTrial):
 
     def _train_epoch(self) -> None:
         trial = self._trial
-        before = self._curve[-1]["metrics"]["val/acc1"] if self._curve else 30 + trial.number % 7 / 10
+        curve = self._found["curve"]
+        before = curve[-1]["metrics"]["val/acc1"] if curve else 30 + trial.number % 7 / 10
         gained = 6 - 2 * abs(math.log10(trial.values["optim.lr"]) + 3)
         time.sleep(float(os.environ.get("TOY_EPOCH_S", "0.05")))
-        entry = {"epoch": len(self._curve) + 1, "metrics": {"val/acc1": before + gained}, "seconds": 1.0}
+        entry = {"epoch": len(curve) + 1, "metrics": {"val/acc1": before + gained}, "seconds": 1.0}
         self._stored.append((entry, self._lineage))
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.with_suffix(".new").write_text(json.dumps(self._stored))
         self._file.with_suffix(".new").replace(self._file)
         with self._file.with_name("trained.txt").open("a") as file:
             file.write(f"{entry['epoch']} {os.getpid()}\n")
-        self._found["curve"].append(entry)
-        self._curve.append(entry)
+        curve.append(entry)
 
 
 class Kill:

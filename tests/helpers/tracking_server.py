@@ -19,16 +19,22 @@ from lape_ray.cluster.local import executable, free_ports
 class TrackingServer:
     """On a port of its own, over sqlite and a folder in `home`."""
 
-    def __init__(self, home: Path) -> None:
-        self.home, self.port = home, free_ports(1)[0]
+    def __init__(self, home: Path, host: str = "127.0.0.1") -> None:
+        self.home, self.host, self.port = home, host, free_ports(1)[0]
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def start(self) -> None:
-        command = [executable("mlflow"), "server", "--host=127.0.0.1", f"--port={self.port}", "--workers=1"]
+        command = [
+            executable("mlflow"),
+            "server",
+            f"--host={self.host}",
+            f"--port={self.port}",
+            "--workers=1",
+        ]
         command += [f"--backend-store-uri=sqlite:///{self.home}/tracking.db"]
         command += [f"--artifacts-destination={self.home}/artifacts"]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -53,9 +59,9 @@ class TrackingServer:
 
 
 @contextmanager
-def tracking_server(home: Path) -> Iterator[TrackingServer]:
+def tracking_server(home: Path, host: str = "127.0.0.1") -> Iterator[TrackingServer]:
     """One that is gone at the end."""
-    server = TrackingServer(home)
+    server = TrackingServer(home, host)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")

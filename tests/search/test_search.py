@@ -18,21 +18,23 @@ from helpers.simulated_tune import KilledError, Simulation, session_of
 from ray.tune.experiment import Trial as TuneTrial
 
 from lape_ray.cli import parse
+from lape_ray.cluster import resources
 from lape_ray.cluster.resources import compared, places
 from lape_ray.config import flatten, what_is_learned
 from lape_ray.recipes import TABLE1, command_line, recipe
 from lape_ray.report.statistics import Estimate
-from lape_ray.search import callbacks
+from lape_ray.search import tuner
 from lape_ray.search.cells import SPACES, build_space, check_point, labels
 from lape_ray.search.command import listing, plan_of
 from lape_ray.search.live import Display
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Epoch, Trial
 from lape_ray.search.report import cell_rows, markdown, trial_rows, write_csv, write_report
-from lape_ray.search.schedules import SCHEDULES, HyperBand
 from lape_ray.search.settings import worker_need
 from lape_ray.search.space import Choice, Range, parse_axes
 from lape_ray.search.statistics import cells, in_words
+from lape_ray.search.strategies import SCHEDULES, HyperBand
+from lape_ray.training.loop import StoppedError
 
 LR = "optim.lr=loguniform(1e-4,1e-2)"
 
@@ -64,7 +66,11 @@ def test_a_range_is_covered_evenly() -> None:
     whole = Range(2, 6, whole=True)
     assert Counter(whole.at(n / 1000) for n in range(1000)) == dict.fromkeys((2, 3, 4, 5, 6), 200)
     assert [log.moved(1e-3, 0.1), log.moved(1e-3, 0.9), log.moved(1e-2, 0.9)] == [8e-4, 1.2e-3, 1e-2]
+    for axis in (log, whole, Range(0, 0.8)):
+        values = [axis.at(n / 97) for n in range(98)]
+        assert [axis.at(axis.place(value)) for value in values] == values
     some = Choice(("a", "b", "c"))
+    assert [some.place(value) for value in some.values] == [0, 0.5, 1]
     assert [some.moved("b", 0.1), some.moved("b", 0.9), some.moved("c", 0.9)] == ["a", "c", "c"]
 
 
@@ -323,7 +329,7 @@ def test_pbt_replaces_the_worst_by_moved_copies_of_the_best() -> None:
     trials = simulate(plan, lanes=2)
     assert all(trial.state == "finished" for trial in trials)
     for epoch in (3, 6):
-        ranked = sorted(trials, key=lambda trial: -(trial.at(epoch, "val/acc1") or 0))
+        ranked = sorted(trials, key=lambda trial: -(trial.curve("val/acc1").get(epoch, 0)))
         clones = {t.number: c for t in trials for c in t.lineage if c.epoch == epoch}
         assert set(clones) == {trial.number for trial in ranked[-3:]}
         for clone in clones.values():
@@ -421,12 +427,39 @@ def test_the_request_to_end_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -
         def __bool__(self) -> bool:
             return False
 
-    monkeypatch.setattr(callbacks, "StopRequest", Request)
-    watch, trial = callbacks.Watch(session_of(small())), TuneTrial("LapeTrial", stub=True)
+    monkeypatch.setattr(tuner, "StopRequest", Request)
+    session = session_of(small())
+    watch, trial = tuner.Watch(session), TuneTrial("LapeTrial", config=session.next_trial(), stub=True)
     trial.set_status(TuneTrial.RUNNING)
     for _ in range(3):
         watch.on_step_end(trials=[trial])
     assert len(asked) == 1
+
+
+def test_without_machines_a_search_waits_and_ends_to_be_continued(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it does at once where it is asked to end."""
+
+    class Request:
+        asked = False
+
+        def __init__(self, supervisor: object) -> None:
+            pass
+
+        def __bool__(self) -> bool:
+            return self.asked
+
+    monkeypatch.setattr(resources, "_nodes", list)
+    monkeypatch.setattr(tuner, "StopRequest", Request)
+    watch = tuner.Watch(session_of(small(overrides={"run.wait_s": 1})))
+    with pytest.raises(tuner.ResourcesGoneError, match=r"has 0 CPU: lower .*; the same command continues"):
+        watch.on_step_end(trials=[])
+    assert "waiting up to 1 s for nodes: a trial needs 2 CPU, but" in capsys.readouterr().out
+    Request.asked = True
+    with pytest.raises(StoppedError):
+        watch.on_step_end(trials=[])
+    assert not capsys.readouterr().out
 
 
 # --- statistics and reports -----------------------------------------------------------------------------------
@@ -601,7 +634,7 @@ def test_the_table_on_a_terminal_and_lines_in_a_log(
         display = Display(plan, out)
         trials[14].state = "running"
         display.draw(trials)
-        display.reported(trials[14], trials, "go")
+        display.reported(trials[14], trials, "")
         trials[14].state = "finished"
         display.ended(trials[2], trials)
         display.ended(trials[14], trials)

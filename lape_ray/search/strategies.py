@@ -1,4 +1,6 @@
-"""Which trials go on: pure functions of the plan and the trials' records.
+"""Which point of the space is tried next, and which trials go on: functions of the plan and the trials' records.
+
+Nothing is remembered between two calls, so that a continued search asks the same questions as an undisturbed one.
 
 `after` is asked when a trial has reported an epoch, `settle` when some trials pause.
 ASHA decides at once by what is there; HyperBand and population-based training wait until all trials that are to be
@@ -7,18 +9,88 @@ compared have arrived, so that their outcome does not depend on which worker was
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
-from lape_ray.search.plan import Plan, Schedule
-from lape_ray.search.record import Clone, Trial
-from lape_ray.search.samplers import share
+from lape_ray.search.plan import Plan, Sample, Schedule
+from lape_ray.search.record import Clone, Trial, by_point
+from lape_ray.search.space import Axis, Choice, Space
 
+Point = dict[str, Any]
+Sampler = Callable[[Plan, int, Sequence[Trial]], Point]
+CELL = "cell"
 Decision = Literal["go", "pause", "stop"]
 Rungs = list[tuple[int, int]]
 """Of each rung of a bracket: how many trials come to it, and after which epoch."""
+
+
+def share(*key: object) -> float:
+    """Draw a number from [0, 1) that depends on nothing but its key."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little") / 2**56
+
+
+def _grid(plan: Plan, number: int, trials: Sequence[Trial]) -> Point:
+    return plan.space.points()[number]
+
+
+def _axes(space: Space) -> dict[str, Axis]:
+    """Return all that is chosen: the cell, as if it were an axis, and the axes."""
+    return {CELL: Choice(space.cells), **space.axes}
+
+
+def _random(plan: Plan, number: int, trials: Sequence[Trial]) -> Point:
+    seed = plan.base.training.seed
+    drawn: Point = {name: axis.at(share(seed, number, name)) for name, axis in _axes(plan.space).items()}
+    return {**drawn.pop(CELL), **drawn}
+
+
+def _tpe(plan: Plan, number: int, trials: Sequence[Trial]) -> Point:
+    """Tree-structured Parzen estimators (Bergstra et al., 2011) by Optuna, from all points that are known.
+
+    Points that still train count with what they have reached, so that concurrent trials spread. Optuna hears of choices
+    by their number, and of ranges by how far through them a value is.
+    """
+    import optuna  # takes a second to import, and only this strategy needs it
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    axes = _axes(plan.space)
+    distributions = {name: optuna.distributions.FloatDistribution(0, 1) for name in axes}
+    for name, axis in axes.items():
+        if isinstance(axis, Choice):
+            distributions[name] = optuna.distributions.CategoricalDistribution(range(len(axis.values)))
+    seed = int(share(plan.base.training.seed, number, "tpe") * 2**31)
+    startup = min(10, max(3, plan.points // 3))
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=startup)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for point in by_point(trials):
+        values = [value for trial in point if (value := trial.last(plan.metric)) is not None]
+        if values and point[0].point < number:
+            known = point[0].values
+            known[CELL] = next(cell for cell in plan.space.cells if cell.items() <= known.items())
+            parameters = {
+                name: axis.values.index(known[name]) if isinstance(axis, Choice) else axis.place(known[name])
+                for name, axis in axes.items()
+            }
+            value = plan.sign * statistics.fmean(values)
+            made = optuna.trial.create_trial(params=parameters, distributions=distributions, value=value)
+            study.add_trial(made)
+    found = study.ask(distributions).params
+    asked: Point = {
+        name: axis.values[found[name]] if isinstance(axis, Choice) else axis.at(found[name])
+        for name, axis in axes.items()
+    }
+    return {**asked.pop(CELL), **asked}
+
+
+SAMPLERS: dict[Sample, Sampler] = {"grid": _grid, "random": _random, "tpe": _tpe}
+
+
+# --- which trials go on ----------------------------------------------------------------------------------------------
 
 
 class Full:
@@ -46,7 +118,7 @@ class Full:
         """
 
         def score(trial: Trial) -> float:
-            value = trial.at(epoch, self.plan.metric)
+            value = trial.curve(self.plan.metric).get(epoch)
             return -math.inf if value is None or value != value else self.plan.sign * value
 
         return sorted(trials, key=lambda one: (-score(one), one.number))
@@ -68,7 +140,7 @@ class Asha(Full):
     def after(self, trial: Trial, trials: Sequence[Trial]) -> Decision:
         if not self.decides_at(trial.done):
             return "go"
-        here = [one for one in trials if one.at(trial.done, self.plan.metric) is not None or one is trial]
+        here = [one for one in trials if trial.done in one.curve(self.plan.metric) or one is trial]
         best = self._ranked(here, trial.done)[: max(1, len(here) // self.plan.eta)]
         return "go" if trial in best else "stop"
 
@@ -131,17 +203,14 @@ class PopulationBased(Full):
         return "pause" if trial.done % self.plan.grace == 0 else "go"
 
     def settle(self, trials: Sequence[Trial]) -> list[Trial]:
-        ready = []
+        ready, begun = [], len(trials) == self.plan.trials
         for one in trials:
-            if one.state == "paused" and self._all_arrived(trials, one.done):
+            arrived = begun and all(other.done >= one.done or other.state == "failed" for other in trials)
+            if one.state == "paused" and arrived:
                 if (clone := self._exploit(one, trials)) is not None and clone not in one.lineage:
                     one.lineage.append(clone)
                 ready.append(one)
         return ready
-
-    def _all_arrived(self, trials: Sequence[Trial], epoch: int) -> bool:
-        begun = len(trials) == self.plan.trials
-        return begun and all(one.done >= epoch or one.state == "failed" for one in trials)
 
     def _exploit(self, trial: Trial, trials: Sequence[Trial]) -> Clone | None:
         epoch, seed = trial.done, self.plan.base.training.seed
