@@ -27,7 +27,11 @@ def build_parser(prog: str | None = None) -> ConfigParser:
     add("--token", metavar="ROW,COLUMN", help="patch whose maps are drawn (default: the centre)")
     add("--images", type=Path, help="folder of images to measure the use of position (default: data.val)")
     add("--count", type=int, default=64, help="images of that measurement (default: %(default)s)")
-    add("--robustness", action="store_true", help="also accuracy at other sizes and shifts, on data.val")
+    add(
+        "--robustness",
+        action="store_true",
+        help="also accuracy at other sizes, parts, shifts and aspect ratios",
+    )
     add("--robustness-images", type=int, metavar="N", help="on N images, spread over data.val (default: all)")
     add("--ema", action="store_true", help="the moving average that the checkpoint holds")
     return parser

@@ -15,26 +15,34 @@ from lape_ray.config import ModelConfig
 from lape_ray.model.block import Block
 from lape_ray.model.ceit import CeiT, LayerAttention
 from lape_ray.model.network import Network
-from lape_ray.model.position import Layout, build_position, build_staged_position
+from lape_ray.model.position import Grid, Layout, build_position, build_staged_position
 from lape_ray.model.swin import PatchMerging, Swin, SwinStage, WindowBlock
 from lape_ray.model.variants import VariantSpec, resolve
 from lape_ray.model.vit import VisionTransformer
 
 
-def build_model(config: ModelConfig) -> Network:
+def build_model(config: ModelConfig, *, grid: Grid | None = None) -> Network:
     """Build a freshly initialised network; draws from torch's global generator, in an order that seeds rest on.
+
+    Args:
+        grid: rows and columns of tokens of images that are no squares; None: those of `image_size`.
 
     Raises:
         ValueError: the sizes or the position embeddings do not fit each other; says how to mend it.
     """
     spec = resolve(config)
-    return _build_vit(spec, config) if spec.depths is None else _build_swin(spec, config)
+    if grid is not None and spec.square_only:
+        raise ValueError(
+            f"{config.variant} takes square images only, into which it puts its tokens back; "
+            f"leave out the grid of {grid[0]} x {grid[1]} tokens"
+        )
+    return _build_vit(spec, config, grid) if spec.depths is None else _build_swin(spec, config)
 
 
-def _build_vit(spec: VariantSpec, config: ModelConfig) -> VisionTransformer:
+def _build_vit(spec: VariantSpec, config: ModelConfig, grid: Grid | None) -> VisionTransformer:
     width = spec.embed_dim
     patch_embed = _patch_embed(spec)
-    grid = patch_embed.grid
+    grid = grid or patch_embed.grid
     pool = None if spec.pool is None else spec.pool(embed_dim=width)
     tokens = [_prefix_token(width, spec.init_prefix_std) for _ in range(spec.num_prefix)]
     cls_token, dist_token, *_ = [*tokens, None, None]

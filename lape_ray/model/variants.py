@@ -50,6 +50,8 @@ class VariantSpec:
     init_position_std: float = 0.02
     position_on_patches: bool = False
     """Whether the prefix tokens have no row in the position table, and nothing is added to them."""
+    square_only: bool = False
+    """Whether it puts its tokens back into a square image, so that it takes no other grid."""
 
     @property
     def token_stride(self) -> int:
@@ -91,21 +93,21 @@ def _cct(depth: int, layers: int) -> VariantSpec:
 def _t2t(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float) -> VariantSpec:
     return VariantSpec(
         embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, patch_size=None,
-        tokenizer=t2t.TokensToToken, tokenizer_stride=t2t.STRIDE, qkv_bias=False, eps=1e-5,
+        tokenizer=t2t.TokensToToken, tokenizer_stride=t2t.STRIDE, qkv_bias=False, eps=1e-5, square_only=True,
     )  # fmt: skip
 
 
 def _ceit(embed_dim: int, num_heads: int) -> VariantSpec:
     return VariantSpec(
         embed_dim=embed_dim, depth=12, num_heads=num_heads, patch_size=None, tokenizer=ceit.ConvStem,
-        tokenizer_stride=ceit.STRIDE, block=ceit.LeFFBlock, layer_attention=True,
+        tokenizer_stride=ceit.STRIDE, block=ceit.LeFFBlock, layer_attention=True, square_only=True,
     )  # fmt: skip
 
 
 def _swin(embed_dim: int, depths: tuple[int, ...], num_heads: int) -> VariantSpec:
     return VariantSpec(
         embed_dim=embed_dim, depth=sum(depths), depths=depths, num_heads=num_heads, patch_size=4, window_size=7,
-        num_prefix=0, tokenizer=NormedPatchEmbed, eps=1e-5,
+        num_prefix=0, tokenizer=NormedPatchEmbed, eps=1e-5, square_only=True,
     )  # fmt: skip
 
 

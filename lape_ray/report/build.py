@@ -24,7 +24,9 @@ from lape_ray.report.robustness import Robustness, measure_robustness
 from lape_ray.storage import is_remote, join, written_folder
 from lape_ray.training.checkpoint import read_weights
 
-FIGURES = re.compile(r"(token|class_token|matrix|bias_\d+|rotation|strength|robustness)\.(png|svg)")
+FIGURES = re.compile(
+    r"(token|class_token|matrix|bias_\d+|rotation|strength|robustness)\.(png|svg)|robustness\.csv"
+)
 
 
 def build_position_report(
@@ -46,7 +48,7 @@ def build_position_report(
         token: "ROW,COLUMN" of the patch whose maps are drawn; None: the centre.
         images: a folder of images for the strength of position; None: `data.val` of each checkpoint.
         count: images of that measurement.
-        robustness: measure accuracy at other sizes and under shifts, too, which needs `data.val`.
+        robustness: measure accuracy at other sizes, parts, shifts and aspect ratios, too, which needs `data.val`.
         robustness_images: on so many of its images; None: on all.
 
     Returns the page and notes on what was left out or logged. Raises ValueError and OSError for bad input.

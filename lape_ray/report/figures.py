@@ -273,6 +273,14 @@ def _legends(figure: Figure, panels: Sequence[Axes], size: float) -> None:
     figure.set_figheight(figure.get_figheight() + room)
 
 
+def common_legend(figure: Figure, axis: Axes, size: float) -> None:
+    """Add one legend below the figure, its text in `size` points, for all its panels; `_write` makes room for it."""
+    handles, names = axis.get_legend_handles_labels()
+    names = [_wrap(name, 0.8 * figure.get_figwidth(), size) for name in names]
+    columns = 2 if max(map(len, names)) <= 60 else 1
+    figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, fontsize=size)
+
+
 def strength_figure(views: Sequence[PositionView]) -> Figure | None:
     """Draw two panels over layers: length of position over length of token, and the attention that position moves."""
     measured = [(one, one.strength) for one in views if one.strength is not None]

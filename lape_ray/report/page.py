@@ -29,7 +29,7 @@ pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; white-space: pre-wr
 
 
 WIDE_PT = 1200.0
-NUMBER = re.compile(r"[+-]?\d[\d,.]*|–")
+NUMBER = re.compile(r"[+-]?\d[\d,.]*|–|×")
 
 
 def _escape(text: object) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from lape_ray.report import figures
 from lape_ray.report.page import Page
 from lape_ray.report.position import PositionView
-from lape_ray.report.robustness import Robustness, robustness_figure, robustness_tables
+from lape_ray.report.robustness import Robustness
+from lape_ray.report.robustness_page import write_robustness
 
 HTML = "position_report.html"
 ROWS = "One row a network, or a stage of it; one column a layer."
@@ -32,7 +33,7 @@ def write_position_report(
 
     Args:
         token: (row, column) of the patch whose maps are drawn; None: the centre of each grid.
-        robustness: tables and a plot of accuracy where they were measured.
+        robustness: a figure, a table and a CSV file of accuracy where it was measured.
         notes: what the reader must know, such as a part that is left out and why.
 
     Raises:
@@ -65,7 +66,7 @@ def write_position_report(
     _maps(page, views, folder, token)
     _strength(page, views, folder)
     if robustness:
-        _robustness(page, robustness, folder)
+        write_robustness(page, robustness, folder)
     target = folder / HTML
     target.write_text(page.html())
     return target
@@ -125,17 +126,3 @@ def _strength(page: Page, views: Sequence[PositionView], folder: Path) -> None:
     depth = max(len(row) for row in rows) - 2
     header = ("network", "of patches", *(f"layer {layer + 1}" for layer in range(depth)))
     page.table(header, [(*row, *[""] * (depth + 2 - len(row))) for row in rows])
-
-
-def _robustness(page: Page, robustness: Sequence[Robustness], folder: Path) -> None:
-    page.heading("Robustness to resolution and to shifts")
-    page.text(
-        "Top-1 on validation images, delivered at other sizes to the same weights with the position embedding "
-        "resized (bicubic), and rolled cyclically down and to the right by the same number of pixels."
-    )
-    page.figure(
-        figures.save(robustness_figure(robustness), folder, "robustness"),
-        "Top-1 over image size and over shift.",
-    )
-    for header, rows in robustness_tables(robustness):
-        page.table(header, rows)

@@ -15,9 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from lape_ray.config import ModelConfig
+from lape_ray.model import resolve
 from lape_ray.report import figures, progress
 from lape_ray.report.position import PositionView, Strength
-from lape_ray.report.robustness import Robustness, robustness_figure
+from lape_ray.report.robustness import CROPS, RATIOS, SIZES_OF_224, Robustness, shifts_for
+from lape_ray.report.robustness_page import robustness_figure
 
 LONG = "relative2d-sincos2d-lape_shared-deit_tiny_distilled-seed-17"
 
@@ -49,7 +52,17 @@ def training(rows: int, depth: int) -> Figure:
 def robust(*labels: str) -> Figure:
     return robustness_figure(
         [
-            Robustness(label=label, trained_size=32, patch=8, sizes={24: 50, 32: 90}, shifts={0: 90, 4: 50})
+            Robustness(
+                label=label,
+                trained_size=224,
+                patch=16,
+                images=9,
+                sizes=dict.fromkeys(SIZES_OF_224, 50),
+                crops=dict.fromkeys(CROPS, 50),
+                shifts=dict.fromkeys(shifts_for(resolve(ModelConfig())), 90),
+                ratios={1: 50},
+                refused={("ratios", ratio): "squares only" for ratio in RATIOS if ratio != 1},
+            )
             for label in labels
         ]
     )
@@ -145,7 +158,8 @@ def test_no_text_lies_on_another(figure: Figure) -> None:
 
 
 def test_a_large_legend_stands_below_its_panel_and_a_small_one_inside() -> None:
-    for made, inside in ((robust("a", "b"), True), (robust(*(f"{LONG}-{i}" for i in range(9))), False)):
+    for names, inside in ((("a", "b"), True), ([f"{LONG}-{i}" for i in range(9)], False)):
+        made = figures.curves_figure([("x", "y", "z", [(name, [1, 2], [3, 4]) for name in names])] * 2)
         made.draw_without_rendering()
         for panel in made.axes:
             legend = panel.get_legend()

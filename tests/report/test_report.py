@@ -20,17 +20,12 @@ from helpers.photographs import write_photographs
 from PIL import Image
 from torch import Tensor, nn
 
-from lape_ray.config import DataConfig, ModelConfig, TrainConfig
-from lape_ray.data.batch import Batch
-from lape_ray.data.beton import write_beton
-from lape_ray.data.loader import build_loader
-from lape_ray.data.normalize import Normalize
-from lape_ray.data.sources import digits
+from lape_ray.config import ModelConfig
 from lape_ray.inference.checkpoints import resolve_checkpoints
 from lape_ray.inference.samples import evenly_spaced
-from lape_ray.model import VisionTransformer, build_model, resolve
+from lape_ray.model import VisionTransformer, build_model
 from lape_ray.model.position import LayerPosition
-from lape_ray.report import figures, progress, robustness
+from lape_ray.report import figures, progress
 from lape_ray.report.build import build_position_report, parse_token
 from lape_ray.report.page import Page
 from lape_ray.report.position import (
@@ -45,7 +40,6 @@ from lape_ray.report.position import (
     split_common_norm,
     views,
 )
-from lape_ray.report.robustness import Few, Robustness, Shifted, shifts_for, sizes_for
 from lape_ray.training.recompute import optimise_blocks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -292,93 +286,6 @@ def test_attention_weights_are_those_of_the_fused_kernel() -> None:
     )
 
 
-# --- robustness -----------------------------------------------------------------------------------------------
-
-
-def test_sizes_and_shifts_are_whole_tokens() -> None:
-    deit = resolve(ModelConfig())
-    assert sizes_for(deit) == [160, 192, 224, 256, 288, 320, 352, 384]
-    assert sizes_for(resolve(ModelConfig(variant="cct_7_3x1"))) == [22, 28, 32, 36, 42, 46, 50, 54]
-    assert shifts_for(deit) == [0, 16, 32, 48, 64, 80, 96, 112]
-    assert shifts_for(resolve(ModelConfig(variant="vit_lite_7_4"))) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
-
-
-class MemoryLoader:
-    """Images whose class is the place of their one bright patch."""
-
-    def __init__(self, size: int) -> None:
-        self.images = torch.zeros(16, 3, size, size, dtype=torch.uint8)
-        for i in range(16):
-            row, column = i // 4 * size // 4, i % 4 * size // 4
-            self.images[i, :, row : row + size // 4, column : column + size // 4] = 255
-
-    def epoch(self, epoch: int) -> Any:
-        yield Batch(self.images, torch.arange(16), np.arange(16))
-
-
-def place_network(join: str = "basic") -> VisionTransformer:
-    """Tells the bright patch's place by nothing but its position embedding."""
-    model = build_model(
-        ModelConfig(
-            embed_dim=32, depth=1, num_heads=1, image_size=16, patch_size=4, num_classes=16, join=join
-        )  # type: ignore[arg-type]
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        for norm in (model.norm, model.blocks[0].norm1, model.blocks[0].norm2):
-            norm.weight.fill_(1)
-        model.patch_embed.proj.weight[31] = 1.0  # channel 31: brightness
-        model.pos_embed[0, 1:, :16] = torch.eye(16)  # channels 0..15: place
-        block = model.blocks[0]
-        block.attn.qkv.bias[:32] = torch.eye(32)[31] * 100  # the query asks for brightness
-        block.attn.qkv.weight[32:64] = torch.eye(32)
-        block.attn.qkv.weight[64:] = torch.eye(32)
-        block.attn.proj.weight.copy_(torch.eye(32))
-        model.head.weight[:, :16] = torch.eye(16)
-    return model
-
-
-def test_a_shift_moves_every_image_and_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network that reads position only is right at no shift, and wrong at a shift of whole patches."""
-    loader = MemoryLoader(16)
-    images, labels, _ = next(iter(Shifted(loader=loader, pixels=4).epoch(0)))
-    assert labels.tolist() == list(range(16))
-    torch.testing.assert_close(images[0], loader.images[5])
-    torch.testing.assert_close(images[15], loader.images[0])
-    monkeypatch.setattr(
-        robustness, "evaluation_loader", lambda config, device, *, image_size: MemoryLoader(image_size)
-    )
-    config = TrainConfig(
-        model=ModelConfig(embed_dim=32, depth=1, num_heads=1, image_size=16, patch_size=4, num_classes=16),
-        data=DataConfig(mean=(0.5,) * 3, std=(0.5,) * 3),
-    )
-    said: list[str] = []
-    model = place_network()
-    assert model(Normalize(config.data)(loader.images)).argmax(1).tolist() == list(range(16))
-    result = robustness.measure_robustness(
-        "place", config, model.state_dict(), device=torch.device("cpu"), progress=said.append
-    )
-    assert result.sizes[16] == 100
-    assert set(result.sizes) == {12, 16, 20, 24, 28}
-    assert result.shifts[0] == 100
-    assert result.shifts[4] == result.shifts[8] == 0
-    assert said[0] == "place: 12 px (1 of 5 sizes)"
-
-
-def test_robustness_figure_and_table_hold_the_numbers() -> None:
-    a = Robustness(
-        label="a", trained_size=32, patch=8, sizes={24: 50.0, 32: 90.125}, shifts={0: 90.125, 4: 12.5}
-    )
-    b = Robustness(label="b", trained_size=32, patch=8, sizes={32: 80.0}, shifts={0: 80.0, 4: 70.0})
-    left, right = robustness.robustness_figure([a, b]).axes
-    assert [line.get_xydata().tolist() for line in left.lines] == [[[24, 50], [32, 90.125]], [[32, 80]]]
-    assert right.lines[1].get_xydata().tolist() == [[0, 80], [4, 70]]
-    (header, rows), _ = robustness.robustness_tables([a, b])
-    assert header == ("top-1, %", "24 px", "32 px")
-    assert rows == [("a", "50.00", "90.12"), ("b", "–", "80.00")]
-
-
 # --- figures and the page -------------------------------------------------------------------------------------
 
 
@@ -508,7 +415,7 @@ def test_the_report_of_official_checkpoints(official: Path) -> None:
         f"{official}/learnable-LaPE.pth@deit_tiny_lape",
     ]
     (official / "out").mkdir()
-    for name in ("position_report.html", "bias_7.png", "mine.txt"):
+    for name in ("position_report.html", "bias_7.png", "robustness.csv", "mine.txt"):
         (official / "out" / name).touch()
     options = ["--out", official / "out", "--images", official / "images", *REFERENCE]
     done = run_here("jobs/position_report.py", *specs, *options)
@@ -573,19 +480,6 @@ def test_robustness_needs_validation_images(official: Path) -> None:
         build_position_report(
             [f"{official}/learnable-basic.pth"], official / "out", overrides=REFERENCE_SIZES, robustness=True
         )
-
-
-def test_robustness_on_a_few_images(tmp_path: Path) -> None:
-    """Those are spread over the file, with their own labels."""
-    path = tmp_path / "digits.beton"
-    write_beton(digits("val"), path, workers=1)
-    loader = build_loader(DataConfig(val=str(path)), "val", image_size=8, batch_size=16)
-    every = list(loader.epoch(0))
-    images, labels = (torch.cat(parts) for parts in list(zip(*every, strict=True))[:2])
-    few = list(Few(loader=loader, count=40).epoch(0))
-    index = evenly_spaced(len(labels), 40)
-    torch.testing.assert_close(torch.cat([batch.images for batch in few]), images[index])
-    torch.testing.assert_close(torch.cat([batch.labels for batch in few]), labels[index])
 
 
 def test_a_wrong_spec_is_one_line(tmp_path: Path) -> None:

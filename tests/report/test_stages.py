@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ from helpers.networks import perturbed
 from PIL import Image
 from torch import Tensor, nn
 
-from lape_ray.config import DataConfig, ModelConfig, TrainConfig
-from lape_ray.data.beton import write_beton
-from lape_ray.data.sources import digits
-from lape_ray.model import Network, build_model, resolve
+from lape_ray.config import ModelConfig
+from lape_ray.model import Network
 from lape_ray.model.position import LayerPosition
 from lape_ray.model.swin import Swin
-from lape_ray.report import figures, progress, robustness
+from lape_ray.report import figures, progress
 from lape_ray.report.position import (
     PositionView,
     biases,
@@ -32,7 +29,6 @@ from lape_ray.report.position import (
     views,
 )
 from lape_ray.report.position_page import write_position_report
-from lape_ray.report.robustness import measure_robustness, sizes_for
 from lape_ray.training.recompute import optimise_blocks
 
 # Grids of 16, 8, 4 and 2 tokens: shifted windows in the first two stages, one whole window in the last two.
@@ -264,30 +260,6 @@ def test_a_training_is_followed_on_every_grid(tmp_path: Path) -> None:
     for fields in ({"bias": "relative2d"}, {"rotary": "axial"}):
         _, maps = progress.training_maps(seen(position="none", **fields))
         assert [one.shape for one in maps] == [(4, 4)] * 5 + [(2, 2)]
-
-
-def test_sizes_are_those_that_a_network_takes() -> None:
-    assert sizes_for(resolve(ModelConfig(variant="swin_tiny"))) == [224, 448]
-    assert sizes_for(resolve(ModelConfig(**SWIN))) == [32, 64]
-    assert sizes_for(resolve(ModelConfig(**{**SWIN, "window_size": 1}))) == [32, 48, 64]
-    for variant in ("t2t_vit_7", "ceit_small"):
-        assert sizes_for(resolve(ModelConfig(variant=variant)))[::7] == [160, 384]  # type: ignore[arg-type]
-    for model in (ModelConfig(**SWIN), ModelConfig(variant="ceit_tiny"), ModelConfig(variant="t2t_vit_7")):
-        with torch.device("meta"):
-            for size in sizes_for(resolve(model)):
-                build_model(dataclasses.replace(model, image_size=size))
-
-
-def test_robustness_of_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(robustness, "shifts_for", lambda spec: [0, 1])
-    path = tmp_path / "digits.beton"
-    write_beton(digits("val"), path, workers=1)
-    model = ModelConfig(**{**SWIN, "depths": (1, 1, 1, 1)}, join="lape", bias="relative2d")
-    config = TrainConfig(model=model, data=DataConfig(val=str(path), upscale=True, eval_crop=1.0))
-    weights = perturbed(model).state_dict()
-    found = measure_robustness("s", config, weights, device=torch.device("cpu"), images=8)
-    assert list(found.sizes) == [32, 64]
-    assert list(found.shifts) == [0, 1]
 
 
 def test_rows_that_are_alike_correlate_through_stages() -> None:
