@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import signal
 import subprocess
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.s3_server import Proxy, access, holding
+from PIL import Image
 
 from lape_ray import storage
 from lape_ray.config import DataConfig
@@ -22,6 +24,7 @@ from lape_ray.data.beton.blocks import SMALLEST_BLOCK, Blocks, block_bytes
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.remote import RemoteSet, local_split
 from lape_ray.data.sources import digits
+from lape_ray.data.sources.base import Source
 from lape_ray.data.streaming import arrivals, start
 from lape_ray.data.streaming.blocks import MAP, Layout, blocks_between, runs
 from lape_ray.data.streaming.download import DISK, PEER, S3, Download
@@ -30,6 +33,18 @@ from lape_ray.training.metrics import Waited
 
 SIDE, BATCH = 32, 16
 ADDRESS = "s3://b/data/d.beton"
+
+
+class Pixels(Source):
+    """Images from memory."""
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def encoded(self, index: int) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(self.items_N[index]).save(file, "PNG", compress_level=1)
+        return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +187,11 @@ def test_what_a_reader_needs_next_comes_first(server: Server) -> None:
         asked = []
         while claimed := one.next_wanted():
             asked.append(claimed)
+        one._asked[:] = False
+        (wanted,) = one._wants.values()
+        wanted._runs.append((400, 3))
+        one._asked[401] = True  # another thread was faster
+        assert [one.next_wanted() for _ in range(3)] == [(400, 1), (402, 1), None]
     first, last = reader.arrivals._first_N[index], reader.arrivals._last_N[index]  # type: ignore[attr-defined]
     batch_of = np.full(len(one.layout), -1)
     for batch in reversed(range(32)):
@@ -182,6 +202,31 @@ def test_what_a_reader_needs_next_comes_first(server: Server) -> None:
     assert order == sorted(order)
     assert len(order) == np.count_nonzero(batch_of >= 0), "those of 32 batches, each once"
     one.close()
+
+
+@pytest.mark.slow
+def test_steps_wait_for_the_first_batch_alone_where_the_network_is_faster(
+    server: Server, tmp_path: Path
+) -> None:
+    """Than the training, by half; images of 49 kB, as ImageNet's are."""
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 128, 128, 3), np.uint8)
+    path = tmp_path / "large" / "d.beton"
+    source = Pixels("noise", ("none",), np.zeros(len(pixels), np.int64), pixels)
+    write_beton(source, path, mode="raw", workers=1)
+    server.objects.update({f"data/{file.name}": file.read_bytes() for file in path.parent.iterdir()})
+    step_s = 0.4
+    server.proxy.rate = 1.5 * BATCH * pixels[0].size / step_s
+    times = []
+    with fetching(DataConfig(train=ADDRESS)):
+        batches = Waited(loader_of(ADDRESS).epoch(0))
+        for _ in batches:
+            times.append(batches.read())
+            time.sleep(step_s)
+    whole_s = path.stat().st_size / server.proxy.rate
+    print(f"waited: {times[0]:.2f} s, then {sum(times[1:]):.2f} s; all of it takes {whole_s:.1f} s")
+    assert len(times) == 32
+    assert times[0] < 0.3 * whole_s
+    assert sum(times[1:]) < 0.1 * len(times) * step_s
 
 
 def test_a_fetcher_that_is_killed_is_followed_by_one_that_trusts_nothing(server: Server, beton: Path) -> None:

@@ -28,6 +28,7 @@ PART_BYTES = 4 << 20
 """The bytes of which one node asks S3, and all others that node: many blocks."""
 FASTER_S, SLOWER_S = 0.1, 0.4
 """A request that takes less is followed by longer ones, and one that takes more by shorter."""
+TRIES = 2  # a connection, and not the object, may be what changed a bit
 S3, PEER, DISK = "from S3", "from other nodes", "from an earlier copy"
 
 
@@ -105,10 +106,8 @@ class Download:
         """
         (self.folder / ERROR).unlink(missing_ok=True)
         path, earlier = self.folder / MAP, self.folder / f"{MAP}.earlier"
-        for one in (
-            path,
-            earlier,
-        ):  # the second: of a process that was ended before it had looked at all of them
+        # The second is of a process that was ended before it had looked at all of them.
+        for one in (path, earlier):
             found = np.fromfile(one, np.uint8) if one.exists() else self.have
             if len(found) == len(self.have):
                 self._old |= found[1:] != 0
@@ -134,21 +133,22 @@ class Download:
         """
         source, blocks = self.objects[file], self.layout.files[file]
         parts = range(blocks.end, source.size, PART_BYTES)
-        tail = b"".join(read_range(source, start, min(start + PART_BYTES, source.size)) for start in parts)
-        self.came[S3] += len(tail)
-        digests = tail[: blocks.table - blocks.end]
-        if hashlib.sha256(digests).hexdigest() != blocks.sha256:
-            raise DownloadError(
-                f"{source.address} is damaged: the checksums of its blocks are; upload it again"
+        for _ in range(TRIES):
+            tail = b"".join(
+                read_range(source, start, min(start + PART_BYTES, source.size)) for start in parts
             )
-        os.pwrite(self._descriptors[file], tail, blocks.end)
-        return digests
+            self.came[S3] += len(tail)
+            digests = tail[: blocks.table - blocks.end]
+            if hashlib.sha256(digests).hexdigest() == blocks.sha256:
+                os.pwrite(self._descriptors[file], tail, blocks.end)
+                return digests
+        raise DownloadError(f"{source.address} is damaged: the checksums of its blocks are; upload it again")
 
     def _order_of_parts(self) -> list[tuple[int, int]]:
         """Order the parts (first, count of blocks) for a time when no reader needs any: those of this node first."""
         parts = []
         for file, blocks in enumerate(self.layout.files):
-            length, first = PART_BYTES // blocks.bytes, int(self.layout.first_F[file])
+            length, first = self._longest(file), int(self.layout.first_F[file])
             parts += [
                 (first + start, min(length, blocks.count - start)) for start in range(0, blocks.count, length)
             ]
@@ -178,7 +178,7 @@ class Download:
             os.fsync(descriptor)
         for name in place.wanted:
             (place.folder / name).unlink(missing_ok=True)
-            os.link(self.folder / name, place.folder / name)
+            os.link(self.folder / name, place.folder / name)  # who has found it here still opens it here
         place.mark_complete()
         self.have[0] = WHOLE
         self._whole_lock.close()
@@ -214,9 +214,13 @@ class Download:
         """Claim the blocks (first, count) that a reader needs next; None: none that is not on its way."""
         with self._lock:
             for wanted in sorted(self._wants.values(), key=lambda one: one.ahead):
-                found = wanted.next_runs(self._are_free, PART_BYTES // int(self.layout.bytes_F.max()))
+                found = wanted.next_runs(self._are_free, self._longest(0))
                 while found:
-                    if claimed := self._claim(*found.popleft()):
+                    first, count = found.popleft()
+                    if claimed := self._claim(first, count):
+                        rest = first + count - sum(claimed)  # a part of them may be on its way
+                        if rest:
+                            found.appendleft((sum(claimed), rest))
                         return claimed
             return None
 
@@ -248,7 +252,7 @@ class Download:
         return first, count
 
     def _longest(self, file: int) -> int:
-        return PART_BYTES // self.layout.files[file].bytes
+        return max(1, PART_BYTES // self.layout.files[file].bytes)
 
     def _part_of(self, block: int) -> tuple[int, int]:
         """Return the number of a block's part, by which the nodes share out what they ask S3 for.
@@ -287,8 +291,10 @@ class Download:
         part, left = self._part_of(first)
         old = self._old[first : first + min(count, left)]
         alike = int(np.argmin(old == old[0])) or len(old)
-        if old[0] and (done := self._bring_from_disk(first, alike)):
-            return done
+        if old[0]:
+            if done := self._bring_from_disk(first, alike):
+                return done
+            alike = 1
         _, start, end = self.layout.place(first, alike)
         if not self.peers.is_own(part):
             content = self.peers.ask(part, self.remote.place.folder.name, first, alike)
@@ -313,7 +319,7 @@ class Download:
     def _bring_from_s3(self, first: int, count: int) -> int:
         file, start, end = self.layout.place(first, count)
         source = self.objects[file]
-        for _ in range(2):  # a connection, and not the object, may be what changed a bit
+        for _ in range(TRIES):
             content = read_range(source, start, end)
             self.came[S3] += len(content)
             if self._verified(first, content):

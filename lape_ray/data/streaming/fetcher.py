@@ -46,8 +46,9 @@ class Fetcher:
         while not self._failed.is_set():
             for download in list(self._opened):
                 if not download.whole:
-                    download.look_for_wants()
-                    download.finish()
+                    with self._failing(download):
+                        download.look_for_wants()
+                        download.finish()
             if not opening.is_alive() and all(download.whole for download in self._opened):
                 return
             time.sleep(LOOK_S)
