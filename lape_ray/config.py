@@ -196,6 +196,9 @@ class DataConfig:
         "native: our decoder, Pillow's pixels; resident: that, once, to the device (squares of one size); "
         "ffcv: its decoder and area filter, starts slower; torchvision: slow, any source",
     )
+    stream: bool = execution_option(
+        True, "train while data come from S3 (native, resident); false: when they are here"
+    )
     interpolation: Interpolation = option(
         "bicubic", "filter of crops and of RandAugment's warps; random: per image"
     )

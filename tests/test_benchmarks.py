@@ -21,6 +21,7 @@ import torch
 import train_step
 from common import Column, Record, spread
 from helpers.installed import needs_ffcv
+from helpers.s3_server import access, gateway
 from loader import Job, Stored, WrongPixelsError, check_pixels, compare_pixels, draw_photograph, read_images
 from PIL import Image
 from torch import nn
@@ -30,6 +31,7 @@ from lape_ray.config import DataConfig, TrainConfig, replace_fields
 from lape_ray.data import native
 from lape_ray.data.augment import Augment, build_augment
 from lape_ray.model import build_model
+from lape_ray.storage import objects, s3
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -497,6 +499,20 @@ def test_smoke_of_the_loader(tmp_path: Path) -> None:
     rows = {row["name"]: row for row in record["sections"]["loaders"]}
     assert list(rows) == list(loader.CANDIDATES)
     assert all(row["cpu_ms"]["median"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_smoke_of_reading_from_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s3").mkdir()
+    with gateway(tmp_path / "s3") as server:
+        for name, value in access(server.port, tmp_path).items():
+            monkeypatch.setenv(name, value)
+        s3.client().create_bucket(Bucket="lape")
+        objects.put("s3://lape/large", os.urandom(3_000_000))
+        record = smoke("s3_read.py", "s3://lape/large", path=tmp_path / "x.json")
+    rows = {row["name"]: row for row in record["sections"]["s3_read"]}
+    assert list(rows) == ["lape_ray", "boto3", "boto3[crt]", "lape_ray again"]
+    assert all(row["images_per_second"]["median"] > 0 for row in rows.values() if "missing" not in row)
 
 
 @pytest.mark.slow

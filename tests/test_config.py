@@ -187,7 +187,8 @@ def test_run_and_tracking_never_change_what_is_learned() -> None:
     assert {name.partition(".")[0] for name in flatten(TrainConfig())} == {"recipe", *SECTIONS}
     others = [name for name in fields if name.partition(".")[0] in LEARNED]
     assert others == [
-        "data.train", "data.val", "data.eval_batch_size", "data.threads", "data.fused", "optim.accumulate",
+        "data.train", "data.val", "data.eval_batch_size", "data.threads", "data.stream", "data.fused",
+        "optim.accumulate",
     ]  # fmt: skip
     assert {"run", "tracking", "recipe"} == {name.partition(".")[0] for name in set(fields) - set(others)}
 

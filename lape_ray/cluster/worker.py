@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
+import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
@@ -18,7 +21,7 @@ from lape_ray.cluster.reporter import opened_reporter
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import ERRORS, RunEnd
 from lape_ray.config import TrainConfig
-from lape_ray.data.remote import stage_data
+from lape_ray.data.streaming.start import Fetcher, own_address, stage_data, streams
 from lape_ray.storage import LeaseLostError
 from lape_ray.training.checkpoint import DamagedError, verify
 from lape_ray.training.distributed import World
@@ -34,13 +37,13 @@ def train_run(run: Run, group: Group, device: torch.device) -> RunEnd:
     if end.kind != "done":
         return end
     with opened_attempt(run, group, times) as attempt:
-        with times.within(STAGING):
-            _stage(run.config, device)
         try:
-            with (
-                _newest_complete(run, listed, device, say) as (folder, listed),
-                opened_reporter(run, group, listed, World.current(device), attempt) as reporter,
-            ):
+            with contextlib.ExitStack() as stack:
+                with times.within(STAGING):
+                    stack.enter_context(_data_at_hand(run.config, group, device))
+                folder, listed = stack.enter_context(_newest_complete(run, listed, device, say))
+                world = World.current(device)
+                reporter = stack.enter_context(opened_reporter(run, group, listed, world, attempt))
                 reporter.line_of_size()
                 train(run.config, device=device, reporter=reporter, resume_from=folder, times=times)
         except tuple(ERRORS.values()) as error:
@@ -78,8 +81,36 @@ def _check_restart_allowed(
     return RunEnd(kind, reason), tuple(Listed(**one) for one in entries)
 
 
-def _stage(config: TrainConfig, device: torch.device) -> None:
-    """Fetch data that lies on S3 to this worker's node.
+@contextlib.contextmanager
+def _data_at_hand(config: TrainConfig, group: Group, device: torch.device) -> Iterator[None]:
+    """Make sure that data on S3 come to this worker's node, until the block ends, and wait until it can train.
+
+    One worker of each node starts the process that fetches. These processes pass to each other what they have.
+    """
+    say = tell if group.rank == 0 else _ignore
+    if not streams(config.data):
+        _stage(config, device, say)
+        yield
+        return
+    world = World.current(device)
+    nodes = world.gather(f"{os.uname().nodename}:{hashlib.sha256(bytes(storage.cache())).hexdigest()}")
+    leaders = [rank for rank, node in enumerate(nodes) if nodes.index(node) == rank]
+    token = group.broadcast(secrets.token_urlsafe(32))
+    with contextlib.ExitStack() as stack:
+        fetcher = None
+        if world.rank in leaders:
+            fetcher = Fetcher(config.data, own_address() if len(leaders) > 1 else None)
+            stack.callback(fetcher.close)
+        addresses = world.gather(fetcher.address if fetcher else "")
+        if fetcher:
+            peers = [addresses[rank] for rank in leaders]
+            fetcher.begin(peers if len(peers) > 1 else (), leaders.index(world.rank), token)
+        _stage(config, device, say)
+        yield
+
+
+def _stage(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> None:
+    """Wait until the data that lie on S3 are on this worker's node, or what a training begins with.
 
     Nodes are ready at different times, and some perhaps after hours. All ask each other now and then whether they are,
     so that no time limit of a collective runs out, and all end when one of them fails.
@@ -88,7 +119,7 @@ def _stage(config: TrainConfig, device: torch.device) -> None:
         return
     world, pause = World.current(device), 0.2
     pool = ThreadPoolExecutor(1, thread_name_prefix="stage")
-    ready = pool.submit(stage_data, config.data)
+    ready = pool.submit(stage_data, config.data, say)
     pool.shutdown(wait=False)
     while True:
         wait([ready], timeout=pause)

@@ -194,7 +194,7 @@ def build_loader(
     Raises:
         FileNotFoundError, ValueError: the file is missing, damaged, or holds fewer images than one step.
     """
-    path = local_split(split_path(data, split))
+    path = local_split(split_path(data, split), arriving=data.backend in ("native", "resident"))
     data = dataclasses.replace(data, train=path) if split == "train" else dataclasses.replace(data, val=path)
     info, device = read_split_info(data, split), torch.device(device)
     options = ReaderOptions(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from lape_ray import storage
-from lape_ray.config import DataConfig
 from lape_ray.data.beton.format import set_files, set_names
 from lape_ray.data.beton.manifest import Manifest, manifest_path
+from lape_ray.storage.copies import Place
 from lape_ray.values.program import program
 
 
@@ -54,24 +55,64 @@ def remote_manifest(address: str) -> Manifest:
     return Manifest.of_set([manifest for _, _, manifest in _objects(address)], address)
 
 
-def local_split(path: str) -> str:
+@dataclass(frozen=True)
+class RemoteSet:
+    """A .beton, or a set of shards, at an s3:// address.
+
+    Attributes:
+        files: (file, manifest object, manifest) of each file of the set
+        place: of its copy on this machine
+    """
+
+    address: str
+    files: tuple[tuple[storage.Object, storage.Object, Manifest], ...]
+    place: Place
+
+    @classmethod
+    def find(cls, address: str) -> RemoteSet:
+        """Find what lies at the address; see `remote_manifest` for what is raised."""
+        files = _objects(address)
+        objects, sha256 = _staged(files)
+        return cls(address, tuple(files), Place.of(objects, below=address.rpartition("/")[0], sha256=sha256))
+
+    @property
+    def name(self) -> str:
+        return self.address.rpartition("/")[2]
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether parts of it can be verified, and so used, before the rest of it is here."""
+        return all(manifest.blocks for _, _, manifest in self.files)
+
+    def copied(self) -> str:
+        """Return the path of its copy, fetched now if this machine has none."""
+        objects, sha256 = _staged(self.files)
+        return str(storage.stage(objects, below=self.address.rpartition("/")[0], sha256=sha256) / self.name)
+
+
+def _staged(
+    files: Iterable[tuple[storage.Object, storage.Object, Manifest]],
+) -> tuple[list[storage.Object], dict[str, str]]:
+    """Return the objects of a set, and the sha256 of those whose manifest says it."""
+    files = tuple(files)
+    objects = [item for file, manifest, _ in files for item in (file, manifest)]
+    return objects, {file.address: manifest.sha256 for file, _, manifest in files}
+
+
+def local_split(path: str, *, arriving: bool = False) -> str:
     """Return `path` itself, or the copy of the .beton at an s3:// address, fetched now if this machine has none.
 
     Its size and sha256 are those of the manifest. See `storage.stage` for what is raised.
+
+    Args:
+        arriving: whether the caller knows how to read a copy that is on its way (`data.streaming`).
     """
     if not storage.is_remote(path):
         return path
-    place, _, name = path.rpartition("/")
-    objects = _objects(path)
-    sha256 = {file.address: manifest.sha256 for file, _, manifest in objects}
-    wanted = [item for file, manifest, _ in objects for item in (file, manifest)]
-    return str(storage.stage(wanted, below=place, sha256=sha256) / name)
-
-
-def stage_data(data: DataConfig) -> None:
-    """Fetch the copies of both splits to this machine, before anyone waits for batches."""
-    for path in (data.train, data.val):
-        local_split(path)
+    found = RemoteSet.find(path)
+    if arriving and not found.place.is_complete() and (folder := found.place.arriving()):
+        return str(folder / found.name)
+    return found.copied()
 
 
 @contextlib.contextmanager

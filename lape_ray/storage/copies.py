@@ -3,6 +3,7 @@
 <cache>/<digest>/           one set of objects; the digest is of their names, sizes and checksums
 <cache>/<digest>/.complete  written last: the names and sizes of all files
 <cache>/<digest>/.lock      held by the process that fetches; the kernel lets go of it when that process ends
+<cache>/<digest>/.arriving/ what is used while it is fetched (`data.streaming`)
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lape_ray.storage.address import home, is_remote, safe_relative
@@ -26,6 +28,7 @@ from lape_ray.storage.transfer import download
 SPARE_BYTES = 1 << 30
 """The space that must stay free on the disk of the cache."""
 COMPLETE = ".complete"
+ARRIVING = ".arriving"
 
 
 def cache() -> Path:
@@ -99,37 +102,80 @@ def stage(objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | 
         ValueError: the name of an object is none for a file in that folder (`safe_relative`); nothing is fetched.
         OSError: the disk has too little space, or see `s3.call_with_retry`.
     """
-    sha256 = sha256 or {}
-    names = _names(objects, below)
-    facts = sorted((names[one.address], one.size, sha256.get(one.address) or one.etag) for one in objects)
-    folder = cache() / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    wanted = {name: size for name, size, _ in facts}
-    if _is_complete(folder, wanted):
+    place = Place.of(objects, below=below, sha256=sha256)
+    folder, names = place.folder, place.names
+    if place.is_complete():
         return folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"{folder} cannot be made: {error.strerror}; set LAPE_RAY_CACHE to a folder on a disk"
-        ) from error
-    with _held(folder / ".lock", f"{below}/{facts[0][0]}"):
-        if _is_complete(folder, wanted):  # another process was faster
+    place.make_folder()
+    with held(folder / ".lock", f"{below}/{min(names.values())}"):
+        if place.is_complete():  # another process was faster
             return folder
+        shutil.rmtree(folder / ARRIVING, ignore_errors=True)
         missing = [one for one in objects if _size(folder / names[one.address]) != one.size]
-        _require_space(folder, missing, names)
+        need = sum(one.size for one in missing)
+        for one in missing:  # what an interrupted fetch has taken already
+            target = folder / names[one.address]
+            need -= taken(target.parent / f".{target.name}.part")
+        require_space(folder, need)
         began, total = time.monotonic(), sum(one.size for one in missing)
         where = f"on {os.uname().nodename}"
         _tell(f"fetching {len(missing)} objects of {total / 1e9:.3g} GB from {below} to {folder} {where}")
         for one in missing:
             target = folder / names[one.address]
             target.parent.mkdir(parents=True, exist_ok=True)
-            download(one, target, sha256=sha256.get(one.address))
+            download(one, target, sha256=(sha256 or {}).get(one.address))
         seconds = time.monotonic() - began
         _tell(f"fetched {total / 1e9:.3g} GB in {seconds:.0f} s ({total / 1e6 / seconds:.0f} MB/s) {where}")
-        mark = folder / f"{COMPLETE}.{os.getpid()}"
-        mark.write_text(json.dumps(wanted))
-        mark.replace(folder / COMPLETE)
+        place.mark_complete()
     return folder
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a set of objects' copies on this machine.
+
+    Attributes:
+        folder: of this set alone, named by what the objects are
+        names: of each object's copy in the folder, by address
+        wanted: size of each copy, by name
+    """
+
+    folder: Path
+    names: Mapping[str, str]
+    wanted: Mapping[str, int]
+
+    @classmethod
+    def of(cls, objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | None = None) -> Place:
+        """Find the place; see `stage` for the arguments and the ValueError."""
+        names, known = _names(objects, below), sha256 or {}
+        facts = sorted((names[one.address], one.size, known.get(one.address) or one.etag) for one in objects)
+        folder = cache() / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        return cls(folder, names, {name: size for name, size, _ in facts})
+
+    def is_complete(self) -> bool:
+        try:
+            complete = json.loads((self.folder / COMPLETE).read_text()) == self.wanted
+        except (OSError, ValueError, RecursionError):  # whatever else it holds, all is fetched again
+            return False
+        return complete and all(_size(self.folder / name) == size for name, size in self.wanted.items())
+
+    def mark_complete(self) -> None:
+        mark = self.folder / f"{COMPLETE}.{os.getpid()}"
+        mark.write_text(json.dumps(self.wanted))
+        mark.replace(self.folder / COMPLETE)
+
+    def arriving(self) -> Path | None:
+        """Return the folder of a copy that a process of this machine fetches now, while others use what is there."""
+        folder = self.folder / ARRIVING
+        return folder if is_held(folder / ".lock") else None
+
+    def make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"{self.folder} cannot be made: {error.strerror}; set LAPE_RAY_CACHE to a folder on a disk"
+            ) from error
 
 
 def _names(objects: Sequence[Object], below: str) -> dict[str, str]:
@@ -151,14 +197,6 @@ def _names(objects: Sequence[Object], below: str) -> dict[str, str]:
     return names
 
 
-def _is_complete(folder: Path, wanted: Mapping[str, int]) -> bool:
-    try:
-        complete = json.loads((folder / COMPLETE).read_text()) == wanted
-    except (OSError, ValueError, RecursionError):  # whatever else it holds, all is fetched again
-        return False
-    return complete and all(_size(folder / name) == size for name, size in wanted.items())
-
-
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
@@ -167,7 +205,8 @@ def _size(file: Path) -> int:
 
 
 @contextlib.contextmanager
-def _held(lock: Path, what: str) -> Iterator[None]:
+def held(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock for the block, after every process of this machine that has it, or asked for it before."""
     with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,13 +216,30 @@ def _held(lock: Path, what: str) -> Iterator[None]:
         yield
 
 
-def _require_space(folder: Path, missing: Sequence[Object], names: Mapping[str, str]) -> None:
+def is_held(lock: Path) -> bool:
+    """Tell whether a process holds the lock."""
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def taken(file: Path) -> int:
+    """Return the bytes that a file takes on its disk; 0: it is none."""
+    try:
+        return file.stat().st_blocks * 512
+    except OSError:
+        return 0
+
+
+def require_space(folder: Path, need: int) -> None:
+    """Raise an OSError that says what to delete, where `need` bytes and some to spare are not free."""
     have = shutil.disk_usage(folder).free
-    need = sum(one.size for one in missing) + SPARE_BYTES
-    for one in missing:  # what an interrupted fetch has taken already
-        target = folder / names[one.address]
-        with contextlib.suppress(OSError):
-            need -= (target.parent / f".{target.name}.part").stat().st_blocks * 512
+    need += SPARE_BYTES
     if need > have:
         others = sorted(
             (path for path in folder.parent.iterdir() if path != folder and path.is_dir()), key=_last_use

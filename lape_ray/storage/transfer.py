@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -155,20 +155,36 @@ def _first_failure(futures: Iterable[Future[None]]) -> BaseException:
 
 
 def _fetch_part(source: Object, descriptor: int, number: int) -> None:
+    place = number * PART_BYTES
+    for chunk in _chunks(source, place, min(place + PART_BYTES, source.size)):
+        place += os.pwrite(descriptor, chunk, place)
+
+
+def _chunks(source: Object, start: int, end: int) -> Iterator[bytes]:
+    """Yield the object's bytes from `start` to `end`; ConnectionError where another number of them comes."""
     bucket, key = bucket_and_key(source.address)
-    start = number * PART_BYTES
-    end = min(start + PART_BYTES, source.size)
     # If-Match: were the object replaced meanwhile, its parts would be mixed with those of the old one.
     same = {"IfMatch": source.etag} if source.etag else {}
     answer = client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **same)
     if answer["ContentLength"] != end - start:
         raise ConnectionError(f"{answer['ContentLength']} bytes came instead of {end - start}")
-    place = start
+    come = 0
     with contextlib.closing(answer["Body"]) as body:
         for chunk in body.iter_chunks(1 << 20):
-            place += os.pwrite(descriptor, chunk, place)
-    if place != end:
-        raise ConnectionError(f"{place - start} bytes came instead of {end - start}")
+            come += len(chunk)
+            yield chunk
+    if come != end - start:
+        raise ConnectionError(f"{come} bytes came instead of {end - start}")
+
+
+def read_range(source: Object, start: int, end: int) -> bytes:
+    """Read the object's bytes from `start` to `end`, if it is still the one that was listed.
+
+    Raises:
+        OSError: see `s3.call_with_retry`.
+    """
+    doing = f"reading bytes {start} to {end}"
+    return call_with_retry(lambda: b"".join(_chunks(source, start, end)), source.address, doing)
 
 
 # --- up -------------------------------------------------------------------------------------------------------

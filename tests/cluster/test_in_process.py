@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.hub import Repo, stand_in
+from helpers.s3_server import Proxy, access, holding
 from helpers.service import alone
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from safetensors.torch import save
@@ -95,6 +96,29 @@ def test_a_command_trains_without_ray_and_hands_its_pages_over(home: Path) -> No
         file.path for kind in ("summary", "position_report") for file in client.list_artifacts(found[1], kind)
     }
     assert {"summary/summary.html", "position_report/position_report.html"} <= names
+
+
+def test_it_trains_while_its_data_come_from_s3(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The losses are those of local files."""
+    objects = {f"data/{file.name}": file.read_bytes() for file in home.glob("*.beton*")}
+    with holding(objects) as (url, _):
+        proxy = Proxy(int(url.rpartition(":")[2]))
+        proxy.rate = 3e5
+        for name, value in access(proxy.port, tmp_path).items():
+            monkeypatch.setenv(name, value)
+        remote = {f"data__{split}": f"s3://b/data/{split}.beton" for split in ("train", "val")}
+        result = fit(config(home, run__name="streams", run__log_steps=1, **remote))
+        proxy.close()
+    assert losses(home, result.mlflow_run_id) == alone(config(home, run__log_steps=1)).losses
+    size = sum(map(len, objects.values()))
+    assert proxy.received < 1.2 * size, "each byte came once; manifests are read several times"
+    said = capfd.readouterr().err
+    assert "from s3://b/data/train.beton while training goes on" in said
+    # The validation's images came while it read them: both copies are whole, and no process is left.
+    assert len(list((tmp_path / "cache").glob("*/.complete"))) == 2
+    assert not list((tmp_path / "cache").glob("*/.arriving"))
 
 
 def test_it_goes_on_where_it_stopped(home: Path) -> None:

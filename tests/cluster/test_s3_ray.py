@@ -54,7 +54,9 @@ def test_a_run_that_knows_no_folder(service: Service, capfd: pytest.CaptureFixtu
     options = {**remote, "run__num_workers": 2, "optim__epochs": 2}
     fit(service.config(**options, run__stop_after_epochs=1))
     first = "".join(capfd.readouterr())
-    assert len(re.findall(r"fetching 2 objects .* from s3://lape/data", first)) == 2, "once for each split"
+    assert len(re.findall(r"fetching .* from s3://lape/data/\w+\.beton while", first)) == 2, (
+        "once for each split"
+    )
     result = fit(service.config(**options))
     second = "".join(capfd.readouterr())
     assert "continuing after epoch 1 of 2" in second

@@ -19,6 +19,7 @@ from PIL import Image
 
 from lape_ray.data.beton import Manifest, check_beton, manifest_path, read_contents, write_beton
 from lape_ray.data.beton import format as layout
+from lape_ray.data.beton.blocks import hash_blocks
 from lape_ray.data.native import crc32c
 from lape_ray.data.sources import ImageFolder, digits, image_folder, open_source, select
 
@@ -362,6 +363,13 @@ def test_check_finds_bad_contents(copy: Path) -> None:
     check_beton(copy)
     with pytest.raises(ValueError, match="sha256 is not its manifest's"):
         check_beton(copy, deep=True, workers=1)
+    copy.write_bytes(whole)
+    manifest = Manifest.load(copy)
+    assert manifest.blocks
+    wrong = dataclasses.replace(manifest.blocks, sha256=64 * "0")
+    dataclasses.replace(manifest, blocks=wrong).save(copy)
+    with pytest.raises(ValueError, match="its blocks do not agree with their checksums"):
+        check_beton(copy, deep=True, workers=1)
 
 
 def test_deep_check_decodes(folder: Path, tmp_path: Path) -> None:
@@ -377,9 +385,15 @@ def test_deep_check_decodes(folder: Path, tmp_path: Path) -> None:
         if checksum:
             image = path.read_bytes()[start : start + size]
             overwrite(path, start + size, crc32c(image).to_bytes(4, "little"))
+        blocks = Manifest.load(path).blocks
+        assert blocks
+        with path.open("rb") as file:
+            digests, _ = hash_blocks(file, blocks.end, blocks.bytes)
+        overwrite(path, blocks.end, digests)
         hashes = {
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "tables_sha256": layout.tables_sha256(*layout.read_tables(path)),
+            "blocks": dataclasses.replace(blocks, sha256=hashlib.sha256(digests).hexdigest()),
         }
         dataclasses.replace(Manifest.load(path), **hashes).save(path)
         check_beton(path, deep=True, workers=1)

@@ -24,6 +24,19 @@ from lape_ray.cluster.local import executable, free_ports
 KEY, SECRET = "testuser", "testpassword"
 
 
+def access(port: int, home: Path) -> dict[str, str]:
+    """Variables by which a process finds the S3 of that port, and no profile; its copies lie in `home`."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "HOME": str(home),
+        "LAPE_RAY_CACHE": str(home / "cache"),
+    }
+
+
 class Gateway:
     """An S3 server over a folder; it keeps its port when it is started again."""
 
@@ -83,12 +96,17 @@ def gateway(folder: Path) -> Iterator[Gateway]:
 
 
 class Proxy:
-    """Passes bytes on to a server's port; counts those that come back, and holds them up after `limit`."""
+    """Passes bytes on to a server's port; counts those that come back, and holds them up after `limit`.
+
+    `rate`: bytes that pass in a second, all connections together; None: as fast as they come.
+    """
 
     def __init__(self, port: int) -> None:
         self.target = port
         self.received = 0
         self.limit: int | None = None
+        self.rate: float | None = None
+        self._free_at, self._lock = 0.0, threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -108,10 +126,18 @@ class Proxy:
                     while self.limit is not None and self.received > self.limit:
                         time.sleep(0.01)
                     self.received += len(data)
+                    self._hold_up(len(data))
                 sink.sendall(data)
         for one in (source, sink):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+    def _hold_up(self, size: int) -> None:
+        if self.rate is not None:
+            with self._lock:
+                self._free_at = max(self._free_at, time.monotonic()) + size / self.rate
+                until = self._free_at
+            time.sleep(max(0.0, until - time.monotonic()))
 
     def close(self) -> None:
         self._listener.close()
@@ -222,6 +248,7 @@ def holding(objects: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
             path, _, query = self.path.partition("?")

@@ -1,6 +1,7 @@
 """Images as .beton files, FFCV's file format, each with a manifest.
 
 format    the layout, and how one file or a set of shards is read
+blocks    checksums of a file's blocks, by which its parts are verified
 manifest  the description of a file: its contents and how it was made
 encode    one image as it is stored
 journal   a file that outlives the process which writes it

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lape_ray.data.beton.blocks import hash_blocks
 from lape_ray.data.beton.format import CHECKSUM_BYTES, RAW, lengths, read_tables, set_files, tables_sha256
 from lape_ray.data.beton.manifest import Manifest
 from lape_ray.data.native import crc32c
@@ -71,6 +72,13 @@ def _check_images(
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != manifest.sha256:
             raise ValueError(f"{path} is damaged: its sha256 is not its manifest's; copy or write it again")
+        if blocks := manifest.blocks:
+            digests, _ = hash_blocks(file, blocks.end, blocks.bytes)
+            stored = file.read(len(digests))
+            if digests != stored or hashlib.sha256(digests).hexdigest() != blocks.sha256:
+                raise ValueError(
+                    f"{path} is damaged: its blocks do not agree with their checksums; write it again"
+                )
     parts = [slice(start, start + PART_SAMPLES) for start in range(0, len(records_N), PART_SAMPLES)]
     tasks = ((path, part.start, records_N["image"][part], lengths_N[part]) for part in parts)
     with processes(workers) as mapper:

@@ -2,8 +2,8 @@
 
 A .beton holds, in order: a header; a description of each field; a record for each sample (`RECORD`); the
 images' bytes, none across the boundary of a page; a table (`ALLOCATION`) of where each image's bytes are.
-Behind each image that this package writes lie 4 bytes more, the CRC-32C of its bytes, little endian; FFCV
-does not look there.
+Behind each image that this package writes lie 4 bytes more, the CRC-32C of its bytes, little endian, and behind
+the last image the checksums of `blocks`; FFCV does not look there.
 
 Shape suffix: N samples.
 """

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lape_ray.data.beton.blocks import Blocks
 from lape_ray.values.program import program
 from lape_ray.values.typed import Count, Sha256, from_json, typed
 
@@ -40,6 +41,7 @@ class Manifest:
         skipped: [name, reason] of each sample that could not be stored
         left_out: what lay in the source and was not read, and how much of it; of a set, of the whole
         made: source, options, library versions and time
+        blocks: their checksums, which lie in the file; None: it has none, or it is a set of files
     """
 
     version: int
@@ -56,6 +58,7 @@ class Manifest:
     skipped: tuple[tuple[str, str], ...]
     left_out: dict[str, Count]
     made: dict[str, Any]
+    blocks: Blocks | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
@@ -76,7 +79,11 @@ class Manifest:
         values = from_json(dict[str, Any], text, file, REPAIR)
         if values.get("version") != MANIFEST_VERSION:
             raise ValueError(f"{file} is not a manifest of version {MANIFEST_VERSION}; {REPAIR}")
-        values.setdefault("left_out", {})  # files of before it was counted
+        values = {
+            "left_out": {},
+            "blocks": None,
+            **values,
+        }  # files of before it was counted, or blocks hashed
         try:
             manifest: Manifest = typed(cls, values)
         except ValueError as error:
@@ -86,6 +93,8 @@ class Manifest:
                 f"{file} is not a manifest: it has {len(manifest.classes)} classes, and counts the images of "
                 f"{len(manifest.class_counts)}; {REPAIR}"
             )
+        if manifest.blocks and manifest.blocks.table > manifest.bytes:
+            raise ValueError(f"{file} is not a manifest: its blocks lie outside the file; {REPAIR}")
         return manifest
 
     @classmethod

@@ -26,6 +26,7 @@ import PIL
 from PIL import Image
 
 import lape_ray
+from lape_ray.data.beton.blocks import DIGEST_BYTES, Blocks, block_bytes, hash_blocks
 from lape_ray.data.beton.encode import Encoded, Encoding, Mode, Rejected, encode
 from lape_ray.data.beton.format import (
     ALLOCATION,
@@ -328,16 +329,22 @@ class _File:
         records_N["label"] = source.labels_N[stored_N["index"]]
         allocations_N["sample_id"] = np.arange(count)
         allocations_N["ptr"], allocations_N["size"] = stored_N["image"]["data_ptr"], stored_N["size"]
-        self.data.seek(self.end)
+        size = block_bytes(self.end)
+        table = self.end + DIGEST_BYTES * -(-self.end // size)
+        self.data.seek(table)
         self.data.write(allocations_N.tobytes())
         self.data.truncate()  # an interrupted writer may have come further
         self.data.seek(0)
-        header = np.array([(FORMAT_VERSION, len(FIELDS), PAGE_BYTES, count, self.end)], HEADER)
+        header = np.array([(FORMAT_VERSION, len(FIELDS), PAGE_BYTES, count, table)], HEADER)
         self.data.write(header.tobytes() + FIELDS.tobytes() + records_N.tobytes())
+        digests, whole = hash_blocks(self.data, self.end, size)
+        self.data.seek(self.end)
+        self.data.write(digests)
         self.journal.commit()  # a full disk may show only now, and the old pair is still whole
-        return self._manifest(
-            stored_N, records_N, allocations_N, source, _made(source, encoding, fingerprint)
-        )
+        whole.update(digests + allocations_N.tobytes())
+        blocks = Blocks(bytes=size, end=self.end, sha256=hashlib.sha256(digests).hexdigest())
+        made = _made(source, encoding, fingerprint)
+        return self._manifest(stored_N, records_N, allocations_N, source, made, blocks, whole.hexdigest())
 
     def _manifest(
         self,
@@ -346,10 +353,11 @@ class _File:
         allocations_N: np.ndarray,
         source: Source,
         made: dict[str, Any],
+        blocks: Blocks,
+        sha256: str,
     ) -> Manifest:
         """Describe the file, which is complete."""
         images_N = records_N["image"]
-        self.data.seek(0)
         return Manifest(
             version=MANIFEST_VERSION,
             num_samples=len(records_N),
@@ -357,14 +365,15 @@ class _File:
             class_counts=tuple(np.bincount(records_N["label"], minlength=len(source.classes)).tolist()),
             width=(int(images_N["width"].min()), int(images_N["width"].max())),
             height=(int(images_N["height"].min()), int(images_N["height"].max())),
-            bytes=self.end + allocations_N.nbytes,
-            sha256=hashlib.file_digest(self.data, "sha256").hexdigest(),
+            bytes=blocks.table + allocations_N.nbytes,
+            sha256=sha256,
             tables_sha256=tables_sha256(records_N, allocations_N),
             stored=dict(sorted(Counter(KINDS[kind] for kind in stored_N["kind"]).items())),
             odd=dict(sorted(self.odd.items())),
             skipped=tuple(self.skipped),
             left_out=source.left_out,
             made=made,
+            blocks=blocks,
         )
 
 

@@ -5,10 +5,11 @@ Shape suffixes: N samples of a pass, B of a batch, S the side of a crop in pixel
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from lape_ray.data.readers.buffers import Buffers
 from lape_ray.data.readers.reader import CenterCrop, RandomCrop, ReaderOptions, TrainCrop
 from lape_ray.data.readers.simple import draw_squares, shift_reflected
 from lape_ray.data.sampler import sample_index
+from lape_ray.data.streaming.arrivals import Arrivals
 from lape_ray.values.program import program
 
 
@@ -44,6 +46,7 @@ class NativeReader:
         self.files = [file.open("rb", buffering=0) for file in self.contents.files]
         self.descriptors = np.array([file.fileno() for file in self.files], np.int32)
         self.states = [_state(descriptor) for descriptor in self.descriptors]
+        self.arrivals = Arrivals.of(path, self.contents)
         self.decoder = Decoder(options.threads)
         self.buffers = Buffers()
 
@@ -54,15 +57,34 @@ class NativeReader:
         index_N, side = sample_index(keys_N), self.image_size
         parts = (slice(start, start + self.batch_size) for start in range(0, len(index_N), self.batch_size))
         pool = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(pool.shutdown, cancel_futures=True)
+            wait = stack.enter_context(
+                self._arriving(index_N)
+            )  # ends first, and with it the waiting for images
             yield from read_ahead(
-                pool.submit(self._decode, index_N[part], epoch_index_N[part], epoch, side).result
+                pool.submit(self._decode, index_N[part], epoch_index_N[part], epoch, side, wait).result
                 for part in parts
             )
-        finally:
-            pool.shutdown(cancel_futures=True)
 
-    def _decode(self, index_B: np.ndarray, epoch_index_B: np.ndarray, epoch: int, side: int) -> np.ndarray:
+    @contextlib.contextmanager
+    def _arriving(self, index_N: np.ndarray) -> Iterator[Callable[[np.ndarray], None]]:
+        """Say in which order images are read, where they are on their way; yields what waits for those of a batch."""
+        if self.arrivals is None:
+            yield lambda index_B: None
+            return
+        with self.arrivals.wanted(index_N, self.batch_size) as wait:
+            yield wait
+
+    def _decode(
+        self,
+        index_B: np.ndarray,
+        epoch_index_B: np.ndarray,
+        epoch: int,
+        side: int,
+        wait: Callable[[np.ndarray], None],
+    ) -> np.ndarray:
+        wait(index_B)
         crop, contents = self.options.crop, self.contents
         images_B = contents.images_N[index_B]
         shape = (len(index_B), side, side, 3)
@@ -104,8 +126,13 @@ class NativeReader:
     def _refuse_changes(self, files: np.ndarray) -> None:
         """Refuse files that were changed.
 
-        Checksums find changed bytes, but not whole images that changed places.
+        Checksums find changed bytes, but not whole images that changed places. While a file is on its way it changes
+        all the time.
         """
+        if self.arrivals is not None:
+            if self.arrivals.whole:
+                self.states, self.arrivals = [_state(one) for one in self.descriptors], None
+            return
         for file in files:
             if _state(self.descriptors[file]) != self.states[file]:
                 raise ValueError(
