@@ -69,13 +69,12 @@ def ours(source: Object, target: Path) -> None:
 
 def classic(source: Object, target: Path) -> None:
     """Read with boto3's threads."""
-    from boto3.s3.transfer import TransferConfig
+    from s3transfer.manager import TransferConfig, TransferManager
 
     bucket, key = bucket_and_key(source.address)
-    config = TransferConfig(
-        preferred_transfer_client="classic", max_concurrency=THREADS, multipart_chunksize=PART_BYTES
-    )
-    client().download_file(bucket, key, str(target), Config=config)
+    config = TransferConfig(max_request_concurrency=THREADS, multipart_chunksize=PART_BYTES)
+    with TransferManager(client(), config) as manager:
+        manager.download(bucket, key, str(target)).result()
 
 
 def crt(source: Object, target: Path) -> None:

@@ -16,7 +16,7 @@
     split      `SplitInfo`: what is known of a split before an image is read
     center     the square that evaluation sees, by Pillow
     remote     .beton files on S3, and their copies on this machine
-    streaming/ training while such a copy is still on its way
+    streaming/  training while such a copy is still on its way
     normalize  pixels as the network reads them
 
 Nothing is imported here: sources and beton need no torch, mixup needs no ffcv, and ffcv (seconds to import)

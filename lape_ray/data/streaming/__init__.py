@@ -10,10 +10,9 @@
 
 Each block is verified by a sha256 that the manifest vouches for (`beton.blocks`) before it is marked in the map. The
 folder of a set that arrives, `.arriving` in the place of its copy (`storage.copies`), holds
-
-    NAME.beton, NAME.beton.json   as they will be, but with holes
-    have        the map: a byte for the state of the whole, then one for each block
-    wants-*     what one reader needs: its place in its order, then the order itself
-    error       why nothing more will come, while the process that failed still lives
-    .lock       held by the process that fetches
+- `NAME.beton` and `NAME.beton.json` as they will be, but with holes;
+- `have`, the map: a byte for the state of the whole, then one for each block;
+- `wants-*`, what one reader needs: its place in its order, then the order itself;
+- `error`, why nothing more will come, while the process that failed still lives;
+- `.lock`, held by the process that fetches.
 """
