@@ -80,9 +80,9 @@ class Attention(nn.Module):
         """Compute queries, keys and values of all heads, and behind them what further channels are made of."""
         if position.channels is None:
             return self.qkv(h_BND)
-        weight_XD = position.channels.weight_XD
-        bias = None if self.qkv.bias is None else F.pad(self.qkv.bias, (0, len(weight_XD)))
-        return F.linear(h_BND, torch.cat((self.qkv.weight, weight_XD)), bias)
+        rows_XD = position.channels.rows()
+        bias = None if self.qkv.bias is None else F.pad(self.qkv.bias, (0, len(rows_XD)))
+        return F.linear(h_BND, torch.cat((self.qkv.weight, rows_XD)), bias)
 
     def heads(self, made_BNM: Tensor, position: LayerPosition) -> Heads:
         """Split what `project` made into the heads' queries, keys and values; compute what is added to their logits.
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         if position.rotation is not None:
             q, k = rotate(q, position.rotation), rotate(k, position.rotation)
         if position.channels is not None:
-            q, k = position.channels.extend(q, k, *self.parts(further_BNM, 2))
+            q, k = position.channels.extend(q, k, *self.parts(further_BNM, 1))
         return q, k, v, logits
 
     def parts(self, made_BNM: Tensor, count: int) -> list[Tensor]:

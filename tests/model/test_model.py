@@ -505,11 +505,11 @@ def test_pape_needs_no_resizing_and_weighs_the_same_offsets_alike() -> None:
     small, large = (build_model(tiny(position="none", bias="pape", image_size=size)) for size in (16, 32))
     assert load_weights(large, small.state_dict()) == []
     near, far = (network.layer_positions()[0].channels for network in (small, large))
-    a, b, zero = torch.randn(2, 1, 50), torch.randn(2, 1, 50), torch.zeros(2, 1, 1)
+    made, zero = torch.randn(2, 1, 52), torch.zeros(2, 1, 1)
 
     def logits(channels: Channels, tokens: int) -> Tensor:
-        parts = (part.expand(-1, tokens, -1) for part in (zero, zero, a, b))
-        q, k = channels.extend(*parts)  # the same a and b for each query
+        parts = (part.expand(-1, tokens, -1) for part in (zero, zero, made))
+        q, k = channels.extend(*parts)  # the same a and beta for each query
         found = (q @ k.mT)[:, 1:, 1:]
         return found - found.diagonal(dim1=1, dim2=2)[..., None]  # without what is the same for all keys
 

@@ -61,13 +61,18 @@ class Parabolas(nn.Module):
         centre_2 = torch.tensor([layout.grid[1] + 1.0, layout.grid[0] + 1.0]) / 2
         self.register_buffer("place_N2", place_N2 - centre_2, persistent=False)
 
-    def extend(self, q_NE: Tensor, k_NE: Tensor, a_NC: Tensor, b_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Append 8 channels to queries and keys (..., H, N, E), from the (..., H, N, C) that `weight_XD` makes."""
+    def rows(self) -> Tensor:
+        """Give the (H (C + 2), D) that make a and beta of what attention reads; beta's are the sum over all b."""
+        a_HCD, b_HCD = self.weight_XD.unflatten(0, (2, *self.direction_HC2.shape[:2])).unbind(0)
+        return torch.cat((a_HCD, self.direction_HC2.mT @ b_HCD), dim=1).flatten(0, 1)
+
+    def extend(self, q_NE: Tensor, k_NE: Tensor, made_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Append 8 channels to queries and keys (..., H, N, E), from the (..., H, N, C + 2) that `rows` make."""
         exact = (
             self.direction_HC2.dtype
         )  # and not autocast's: what is summed over 50 parabolas is rounded once
         with torch.autocast(q_NE.device.type, enabled=False):
-            query_N5 = self._query(a_NC.to(exact), b_NC.to(exact))
+            query_N5 = self._query(*made_NC.to(exact).tensor_split((self.parabolas,), dim=-1))
         x_N, y_N = self.get_buffer("place_N2").unbind(-1)
         key_N5 = torch.stack((x_N**2, x_N * y_N, y_N**2, x_N, y_N), dim=-1).expand(*k_NE.shape[:-1], -1)
         q, k = (
@@ -76,12 +81,12 @@ class Parabolas(nn.Module):
         )
         return q, k
 
-    def _query(self, a_NC: Tensor, b_NC: Tensor) -> Tensor:
+    def _query(self, a_NC: Tensor, beta_N2: Tensor) -> Tensor:
         """Compute a query's factors of the key's x^2, x y, y^2, x and y, (..., H, N, 5)."""
         (x_N, y_N), (x_HC, y_HC) = self.get_buffer("place_N2").unbind(-1), self.direction_HC2.unbind(-1)
         square_HC3 = torch.stack((x_HC**2, 2 * x_HC * y_HC, y_HC**2), dim=-1)
         xx_N, xy_N, yy_N = (F.softplus(a_NC) @ square_HC3).unbind(-1)  # A, with A_12 + A_21 as one
-        beta_x_N, beta_y_N = (b_NC @ self.direction_HC2).unbind(-1)
+        beta_x_N, beta_y_N = beta_N2.unbind(-1)
         to_x_N = 2 * xx_N * x_N + xy_N * y_N - beta_x_N
         to_y_N = 2 * yy_N * y_N + xy_N * x_N - beta_y_N
         return torch.stack((-xx_N, -xy_N, -yy_N, to_x_N, to_y_N), dim=-1)

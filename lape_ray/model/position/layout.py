@@ -46,11 +46,11 @@ class Layout(NamedTuple):
 class Channels(Protocol):
     """What appends channels to queries and keys."""
 
-    weight_XD: Tensor
-    """Makes two numbers for each parabola and head of what attention reads."""
+    def rows(self) -> Tensor:
+        """Give the weight (H C, D) by which C numbers for each head are made of what attention reads."""
 
-    def extend(self, q_NE: Tensor, k_NE: Tensor, a_NC: Tensor, b_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """Append them, from these numbers."""
+    def extend(self, q_NE: Tensor, k_NE: Tensor, made_NC: Tensor) -> tuple[Tensor, Tensor]:
+        """Append channels, from these numbers (..., H, N, C)."""
 
 
 class LayerPosition(NamedTuple):
