@@ -158,7 +158,7 @@ def test_another_set_is_refused_by_file_and_name(tmp_path: Path, network: torch.
     assert str(raised.value).startswith(
         f"{other} has other classes than {mine}: 1 of its 4 classes, such as 'owl', are not among the 4 of the "
         "checkpoint, such as 'hen'; write the .beton from class folders of the checkpoint's names, or with "
-        "jobs/write_beton.py --class-names FILE, lines 'FOLDER NAME'"
+        "python jobs/write_beton.py --class-names FILE, lines 'FOLDER NAME'"
     )
     (tmp_path / "names.txt").write_text("hen hen\njay jay\nkite kite\nowl wren\n")  # the advice
     source = named(image_folder(tmp_path / "x"), str(tmp_path / "names.txt"))
