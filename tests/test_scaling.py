@@ -16,7 +16,7 @@ import scaling
 import torch
 import torch.distributed as dist
 from limited_network import why_not
-from scaling_check import LIMIT, Setup, build, check, step_times
+from scaling_check import LIMIT, Setup, build, check, predict, step_times
 from scaling_model import (
     MIB,
     all_reduce_s,
@@ -164,11 +164,23 @@ def test_blocks_of_the_check_sleep_in_both_passes(one_thread: None) -> None:
     assert len(found) == 2 and min(found) >= 0.5
 
 
+def test_the_formula_is_still_the_one_that_was_held_against_trainings() -> None:
+    """Another formula needs another run of `scaling.py --check`."""
+    record = json.loads((scaling.RESULTS / "scaling_2026-11-29_cpu.json").read_text())
+    rows = record["sections"]["check"]
+    assert [row["name"] for row in rows] == [f"{workers} workers" for workers in scaling.WORKERS]
+    for workers, row in zip(scaling.WORKERS, rows, strict=True):
+        for name, value in predict(row, workers, backward_s=scaling.SIZE["backward_s"]).items():
+            assert row[name] == pytest.approx(value)
+        assert row["over"] == pytest.approx(row["step_s"]["median"] / row["predicted_s"])
+        assert row["over"] == pytest.approx(1, abs=LIMIT)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_step_over_a_limited_network_takes_what_the_formula_says() -> None:
     if reason := why_not():
         pytest.skip(reason)
-    row = check(Setup(4, bytes_per_s=8e6, depth=6, forward_s=1.5, backward_s=6, steps=3))
+    row = check(Setup(4, **scaling.SIZE, steps=3))
     assert row["exposed_s"] > 0.3 * row["all_reduce_s"]  # so that it counts
     assert row["over"] == pytest.approx(1, abs=LIMIT)
