@@ -98,11 +98,14 @@ def _require(ok: bool, message: str) -> None:
 
 
 def _check_choices(config: Any) -> None:
-    """Refuse a value outside its Literal, and list the values that it has; None where that stands beside it."""
+    """Refuse a value outside its Literal, and list the values that it has, but for what else stands beside it."""
     for name, kind in typing.get_type_hints(type(config)).items():
         value, kinds = getattr(config, name), typing.get_args(kind)
         literal = next((each for each in (kind, *kinds) if typing.get_origin(each) is Literal), None)
-        if literal is not None and not (value is None and type(None) in kinds):
+        beside = (value is None and type(None) in kinds) or (
+            float in kinds and isinstance(value, float | int)
+        )
+        if literal is not None and not beside:
             known = typing.get_args(literal)
             _require(value in known, f"{name}={value!r} is not known; choose one of {', '.join(known)}")
 
@@ -118,7 +121,7 @@ def _check_range(config: Any, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(
-            value is None or low <= value <= high,
+            value in (None, "auto") or low <= value <= high,
             f"{name}={value} is out of range; it must be from {low:g} to {high:g}",
         )
 
@@ -378,8 +381,10 @@ class RunConfig:
     checkpoint_steps: int | None = option(
         None, "optimizer steps between two checkpoints within an epoch; none: by checkpoint_minutes alone"
     )
-    checkpoint_minutes: float = option(
-        15, "minutes after which the next log step saves a checkpoint, if no epoch has ended; 0: off"
+    checkpoint_minutes: float | Literal["auto"] = option(
+        15,
+        "minutes after which the next log step saves a checkpoint, if no epoch has ended; 0: off; "
+        "auto: from what checkpoints cost and how often the run failed",
     )
     keep_checkpoints: int = option(2, "checkpoints to keep: the best by val/acc1, and always the newest")
     max_failures: int = option(
@@ -455,6 +460,11 @@ class TrainConfig:
             f"run.cuda_graph takes one worker and one micro-batch, not run.num_workers={self.run.num_workers} x "
             f"optim.accumulate={self.optim.accumulate}",
         )
+
+    @property
+    def last_epoch(self) -> int:
+        """The epoch after which this submission ends: the schedule's last, or `run.stop_after_epochs`."""
+        return min(self.optim.total_epochs, self.run.stop_after_epochs or self.optim.total_epochs)
 
     @property
     def micro_batches(self) -> int:
@@ -577,6 +587,8 @@ def parse_value(kind: Any, text: str) -> Any:
             return None
         if Span in args and ":" in text:
             return Span.parse(text)
+        if any(text in typing.get_args(a) for a in args if typing.get_origin(a) is Literal):
+            return text
         return parse_value(next(a for a in args if a is not type(None)), text)
     if origin is Literal:
         _require(text in args, f"{text!r} is not one of {', '.join(args)}")

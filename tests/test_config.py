@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ from lape_ray.config import (
     dump,
     flatten,
     from_dict,
+    parse_value,
     replace_fields,
     to_dict,
+    type_name,
     what_is_learned,
 )
 from lape_ray.recipes import RECIPES, TABLE1, recipe
@@ -65,6 +68,18 @@ def test_lape_recipes_differ_from_basic_in_the_join_alone() -> None:
         if "_lape" in name:
             lape, basic = recipe(name), recipe(name.replace("_lape", "_basic"))
             assert differences(basic, lape) == ["model.join: 'basic' -> 'lape'"]
+
+
+def test_the_interval_of_checkpoints_is_minutes_or_auto() -> None:
+    kind = typing.get_type_hints(RunConfig)["checkpoint_minutes"]
+    for text, value in (("auto", "auto"), ("2.5", 2.5), ("0", 0)):
+        assert parse_value(kind, text) == value
+        config = replace_fields(recipe("smoke"), {"run.checkpoint_minutes": value})
+        assert from_dict(TrainConfig, to_dict(config)) == config
+    assert type_name(kind) == "float|auto"
+    for wrong in ("soon", -1):
+        with pytest.raises(ValueError, match=r"checkpoint_minutes=.*(choose one of auto|must be from 0)"):
+            replace_fields(recipe("smoke"), {"run.checkpoint_minutes": wrong})
 
 
 def test_swins_rows_differ_in_position_alone() -> None:

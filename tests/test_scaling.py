@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -22,11 +22,11 @@ from scaling_model import (
     all_reduce_s,
     best_interval_s,
     buckets,
-    checkpoint_stall_s,
     exposed_s,
     failure_share,
     latency_s,
     step_s,
+    stored_every_s,
 )
 
 from lape_ray.cluster.group import Alone
@@ -112,27 +112,19 @@ class OpenWriter:
         return self.begun[-1]
 
 
-def test_a_checkpoint_stops_the_training_for_its_copy_and_for_the_one_before() -> None:
+def test_the_training_waits_for_no_checkpoint_before() -> None:
     """What the formula says of the loop's reporter."""
-    assert checkpoint_stall_s(copy_s=0.1, store_s=2, interval_s=5) == 0.1
-    assert checkpoint_stall_s(copy_s=0.1, store_s=2, interval_s=0.5) == 1.6
-    config = SimpleNamespace(
-        run=SimpleNamespace(num_workers=1), tracking=SimpleNamespace(position_report_epochs=None)
-    )
+    assert (stored_every_s(store_s=2, interval_s=5), stored_every_s(store_s=2, interval_s=0.5)) == (5, 2)
+    tracking, settings = SimpleNamespace(position_report_epochs=None), SimpleNamespace(num_workers=1)
+    config = SimpleNamespace(run=settings, tracking=tracking, last_epoch=9)
     run, writer = cast(Any, SimpleNamespace(config=config)), OpenWriter()
     reporter = RunReporter(run, Alone(Event()), World(0, 1, CPU), writer=cast(Any, writer))
-
-    def end_of_epoch(number: int) -> None:
-        reporter.epoch({"epoch": number}, step=number, snapshot=lambda: cast(Any, None))
-
-    end_of_epoch(1)
-    assert not writer.begun[0].done()
-    with ThreadPoolExecutor(1) as thread:
-        second = thread.submit(end_of_epoch, 2)
-        assert not wait([second], timeout=0.3).done
-        assert len(writer.begun) == 1
-        writer.begun[0].set_result(("checkpoint-epoch-000001", 1.0))
-        second.result(timeout=60)
+    for number in range(1, 4):  # returns, while the first is being stored
+        metrics = {"epoch": number, "val/acc1": number}
+        reporter.epoch(metrics, step=number, snapshot=lambda: cast(Any, object()))
+    assert len(writer.begun) == 1
+    writer.begun[0].set_result(("checkpoint-epoch-000001", 1.0))
+    reporter.checkpoint_stored()
     assert len(writer.begun) == 2
 
 

@@ -20,6 +20,7 @@ resources        what a training takes of the cluster, and whether there is room
 local            a Ray of this machine, for the demo and the tests
 demo             the steps behind `lape-ray demo`
 prometheus       the gauges of a run
+journal          what the time of a run goes into, as its processes write it down
 run_record       `run.json`: a run's config, its MLflow run, and whether it is finished
 checkpoint_list  the checkpoints of a run that count, and what may be deleted
 """

@@ -14,7 +14,7 @@ from ray.train import FailureConfig, LoggingConfig, ScalingConfig
 
 from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import read_list
-from lape_ray.cluster.failure_count import FailureCount
+from lape_ray.cluster.failure_count import FailureCount, GroupsEnd
 from lape_ray.cluster.ray_worker import run_worker
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import RunEnd, WorkersFailedError
@@ -110,7 +110,7 @@ def _trainer(run: Run, supervisor: Any) -> ray.train.torch.TorchTrainer:
             name=run.name,
             storage_path=run.root,
             failure_config=FailureConfig(max_failures=-1),  # the supervisor counts
-            callbacks=[FailureCount(supervisor)],
+            callbacks=[FailureCount(supervisor), GroupsEnd(supervisor)],
             worker_runtime_env={"env_vars": variables()},
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

@@ -7,11 +7,25 @@ import warnings
 from typing import Any
 
 from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from lape_ray.cluster.supervisor import MEMORY
 
 LEAVE_GROUP_S = 5
 """The time that workers have to leave their process group after a failure; Ray Train's default is half a minute."""
+
+
+class GroupsEnd(WorkerGroupCallback):
+    """Tell the supervisor when the processes of a group of workers are gone, by a private interface of Ray Train."""
+
+    def __init__(self, supervisor: Any) -> None:
+        self.supervisor = supervisor
+
+    def after_worker_group_shutdown(self, worker_group_context: object) -> None:
+        self.supervisor.torn_down.remote()
+
+    def after_worker_group_abort(self, worker_group_context: object) -> None:
+        self.supervisor.torn_down.remote()
 
 
 class FailureCount(UserCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from threading import Event
 from typing import Protocol, TypeVar
@@ -18,14 +19,18 @@ class Group(Protocol):
     def may_start(self, newest: str | None) -> str:
         """Tell, on rank 0, from which checkpoint the workers start; returns why they should not, or nothing."""
 
+    def moments(self) -> Mapping[str, float]:
+        """Return moments in seconds since 1970 by the driver's clock, on rank 0: `now`, and those that are known.
+
+        They are when this process was `created`, and when the failure of the workers before was noticed (`failed`) and
+        they were gone (`torn_down`).
+        """
+
     def broadcast(self, value: T) -> T:
         """Return rank 0's value, which consists of plain types."""
 
     def barrier(self) -> None:
         """Wait for all workers, as long as it takes."""
-
-    def heard(self, metrics: Mapping[str, float]) -> None:
-        """Tell that a checkpoint with these metrics was stored."""
 
     def show(self, metrics: Mapping[str, float]) -> None:
         """Set this worker's gauges."""
@@ -52,13 +57,13 @@ class Alone:
     def may_start(self, newest: str | None) -> str:
         return ""
 
+    def moments(self) -> Mapping[str, float]:
+        return {"now": time.time()}
+
     def broadcast(self, value: T) -> T:
         return value
 
     def barrier(self) -> None:
-        pass
-
-    def heard(self, metrics: Mapping[str, float]) -> None:
         pass
 
     def show(self, metrics: Mapping[str, float]) -> None:

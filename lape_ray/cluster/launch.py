@@ -18,6 +18,7 @@ from typing import Protocol
 from lape_ray import storage, tracking
 from lape_ray.cli import typed_command
 from lape_ray.cluster.checkpoint_list import best, read_list, recover
+from lape_ray.cluster.journal import read_journal, written_command
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, Record, earlier_run, write_run
 from lape_ray.cluster.worker import tell
@@ -44,11 +45,14 @@ class FitResult:
     tracking_uri: str
     tracked: bool
     """True where MLflow has all of it."""
+    time: str
+    """What its wall time went into, in one line."""
 
     def summary(self) -> str:
         scores = "  ".join(f"{key} {value:.2f}" for key, value in self.metrics.items() if "acc" in key)
         return (
             f"run {self.name} finished: {scores}\n"
+            f"{self.time}\n"
             f"best checkpoint: {self.checkpoint}\n"
             f"MLflow run {self.mlflow_run_id}: {tracking.run_page(self.tracking_uri, self.mlflow_run_id)}"
             + (
@@ -73,8 +77,11 @@ class Place(Protocol):
         """Make the pages of a trained run. A failure is a warning, and not the run's."""
 
 
-def fit(config: TrainConfig) -> FitResult:
+def fit(config: TrainConfig, *, began: float | None = None) -> FitResult:
     """Train `config` to its end, or continue the unfinished run of the same name.
+
+    Args:
+        began: when the command did, in seconds since 1970, from which its wall time counts; None: now.
 
     Raises:
         ValueError, OSError: bad input, before any worker starts.
@@ -85,6 +92,7 @@ def fit(config: TrainConfig) -> FitResult:
         LeaseHeldError: another driver is at work on this run.
         LeaseLostError: another driver took the run over while this one could not be seen.
     """
+    began = time.time() if began is None else began
     name = config.run.name or f"{_what_it_is(config)}-{time.strftime('%Y%m%d-%H%M%S')}"
     config, root = prepared(replace_fields(config, {"run.name": name}))
     uri, folder = tracking.tracking_uri(config), storage.join(root, name)
@@ -94,6 +102,7 @@ def fit(config: TrainConfig) -> FitResult:
     earlier_run(config, folder, inputs)  # a name that cannot be used is refused before anything waits
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(leased(folder, f"run {name}"))
+        alive = stack.enter_context(written_command(folder, lease.token, began))
         earlier = earlier_run(config, folder, inputs)
         meanwhile = stack.enter_context(ThreadPoolExecutor(1))
         reachable = None
@@ -118,6 +127,7 @@ def fit(config: TrainConfig) -> FitResult:
             inputs=inputs,
         )
         write_run(run, finished=False)
+        alive()
         tell(f"run {name}  storage {folder}\nMLflow run {run.mlflow_run_id}: {tracking.ui_command(uri)}")
         return _train_and_conclude(run, lease, place)
 
@@ -140,7 +150,8 @@ def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:
         before = read_list(run.folder)
         place.train(run, lease)
         lease.check()
-        chosen = best(recover(run.folder, log.warning))
+        listed = recover(run.folder, log.warning)
+        chosen = best(listed)
         if chosen is None:
             raise RuntimeError("the training ended without a checkpoint")
         checkpoint = storage.join(run.folder, chosen.name)
@@ -153,6 +164,8 @@ def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:
                 and tracking.log_model(uri, run_id, files, metrics, _facts(meta, checkpoint))
             )
             end.tracked = tracked
+        division = read_journal(run.folder).division(now=time.time())
+        tracking.log_values(uri, run_id, division.metrics(), step=listed[-1].steps_done)
         if run.config.tracking.pages and tracked:
             place.make_pages(run, checkpoint)
     lease.check()
@@ -165,6 +178,7 @@ def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:
         mlflow_run_id=run_id,
         tracking_uri=uri,
         tracked=tracked,
+        time=str(read_journal(run.folder).division(now=time.time())),
     )
 
 

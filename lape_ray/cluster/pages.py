@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from lape_ray import storage, tracking
@@ -26,6 +27,7 @@ def make_pages(config: TrainConfig, uri: str, run_id: str, checkpoint: str) -> N
     """Draw the pages of a run from the checkpoint at that address, and put them into MLflow."""
     import torch  # only here, as are the figures: a process that hands this over needs neither
 
+    from lape_ray.cluster.journal import read_journal
     from lape_ray.report.build import checkpoint_report
     from lape_ray.report.summary import METRICS, write_run_summary
 
@@ -37,7 +39,8 @@ def make_pages(config: TrainConfig, uri: str, run_id: str, checkpoint: str) -> N
             if checkpoint_report(files, config, facts.name, drawn):
                 tracking.log_files(uri, run_id, drawn, "position_report")
         finally:  # one page does not wait for the other to succeed
-            summary = write_run_summary(config, files, facts, Path(folder, "summary"))
+            division = read_journal(checkpoint.rpartition("/")[0]).division(now=time.time())
+            summary = write_run_summary(config, files, facts, Path(folder, "summary"), time=division)
             tracking.log_files(uri, run_id, summary.parent, "summary")
 
 

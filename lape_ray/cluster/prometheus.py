@@ -25,7 +25,10 @@ GAUGES = {
         "lape_checkpoint_seconds",
         "duration of the last checkpoint, written, uploaded and committed",
     ),
+    "goodput": ("lape_goodput_percent", "share of the run's wall time that went into steps that count"),
 }
+TIME = "time/"
+"""The beginning of the names of what each part of the run's wall time took so far, in seconds (`report.goodput`)."""
 
 
 class RunGauges:
@@ -37,8 +40,16 @@ class RunGauges:
             key: Gauge(name, description=about, tag_keys=("run", "rank"))
             for key, (name, about) in GAUGES.items()
         }
+        self._time = Gauge(
+            "lape_time_seconds",
+            description="wall time of the run so far, divided into parts",
+            tag_keys=("run", "rank", "part"),
+        )
 
     def show(self, metrics: Mapping[str, float]) -> None:
         """Set the gauges of those metrics that have one."""
         for key in metrics.keys() & self._gauges.keys():
             self._gauges[key].set(float(metrics[key]), tags=self._tags)
+        for key, seconds in metrics.items():
+            if key.startswith(TIME):
+                self._time.set(float(seconds), tags={**self._tags, "part": key.removeprefix(TIME)})

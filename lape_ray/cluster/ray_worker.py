@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, TypeVar
 
+import psutil
 import ray
 import ray.train
 import ray.train.collective
@@ -35,7 +37,8 @@ def run_worker(payload: dict[str, Any]) -> RunEnd:
 class RayGroup:
     """The workers of a run on Ray, as one of them sees the others; see `group.Group`.
 
-    Ray Train hears of metrics only: a restart begins with the newest checkpoint of the run's own list.
+    Ray Train hears of no checkpoint and no metric: `ray.train.report` waits until its controller looks, which is once a
+    second or two. A restart begins with the newest checkpoint of the run's own list.
     """
 
     def __init__(self, run: Run, supervisor: Any) -> None:
@@ -49,6 +52,13 @@ class RayGroup:
         reason: str = ray.get(self._supervisor.started.remote(newest))
         return reason
 
+    def moments(self) -> Mapping[str, float]:
+        asked = time.time()
+        told: dict[str, float] = ray.get(self._supervisor.moments.remote())
+        ahead = told["now"] - (asked + time.time()) / 2  # of this machine's clock
+        now = time.time() + ahead
+        return {**told, "now": now, "created": now - _age()}
+
     def broadcast(self, value: T) -> T:
         # Plain values: the actor of Ray Train that hands them on would import torch for ours, which takes 0.5 GB.
         told: T = ray.train.collective.broadcast_from_rank_zero(value)
@@ -56,9 +66,6 @@ class RayGroup:
 
     def barrier(self) -> None:
         ray.train.collective.barrier()  # a collective of the training has less patience
-
-    def heard(self, metrics: Mapping[str, float]) -> None:
-        ray.train.report(dict(metrics))
 
     def show(self, metrics: Mapping[str, float]) -> None:
         self._gauges.show(metrics)
@@ -72,6 +79,15 @@ class RayGroup:
 
     def node_leaving(self) -> bool:
         return self._node.poll()
+
+
+def _age() -> float:
+    """Return the seconds since this process was made."""
+    process = psutil.Process()
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return time.time() - process.create_time()
+    # psutil adds to a moment since the boot the moment of the boot, in whole seconds
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (process.create_time() - psutil.boot_time())
 
 
 def _quiet_ray_train() -> None:

@@ -37,6 +37,7 @@ class Supervisor:
         self._checkpoint: str | None = None
         self._failures: list[str] = []
         self._hopeless = ""
+        self._moments: dict[str, float] = {}
 
     async def stop(self) -> None:
         """Ask the workers to end after a checkpoint."""
@@ -49,11 +50,21 @@ class Supervisor:
     async def failed(self, reason: str) -> None:
         """Note that workers failed."""
         self._failures.append(reason)
+        self._moments.setdefault("failed", time.time())
         if MEMORY in reason:
             self._hopeless = (
                 f"a step does not fit into the device's memory: raise --optim.accumulate or --run.num_workers, which "
                 f"share a step's images out and change nothing that is learned, and submit again ({reason})"
             )
+
+    async def torn_down(self) -> None:
+        """Note that the processes of a group of workers are gone."""
+        self._moments["torn_down"] = time.time()
+
+    async def moments(self) -> dict[str, float]:
+        """Return `now`, and what was noted since the last call, in seconds since 1970."""
+        noted, self._moments = self._moments, {}
+        return {"now": time.time(), **noted}
 
     async def started(self, checkpoint: str | None) -> str:
         """Note that workers start from `checkpoint`; returns why they should not, or nothing."""

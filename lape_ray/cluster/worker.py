@@ -13,6 +13,7 @@ import torch
 from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import Listed, recover, write_list
 from lape_ray.cluster.group import Group
+from lape_ray.cluster.journal import opened_attempt
 from lape_ray.cluster.reporter import opened_reporter
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import ERRORS, RunEnd
@@ -22,25 +23,29 @@ from lape_ray.storage import LeaseLostError
 from lape_ray.training.checkpoint import DamagedError, verify
 from lape_ray.training.distributed import World
 from lape_ray.training.loop import train
+from lape_ray.training.times import STAGING, Times
 
 
 def train_run(run: Run, group: Group, device: torch.device) -> RunEnd:
     """Train, on every worker. What ends a run for good is returned: as an error, Ray Train would repeat it."""
+    times = Times()
     say = tell if group.rank == 0 else _ignore
     end, listed = _check_restart_allowed(run, group, say)
     if end.kind != "done":
         return end
-    _stage(run.config, device)
-    try:
-        with (
-            _newest_complete(run, listed, device, say) as (folder, listed),
-            opened_reporter(run, group, listed, World.current(device)) as reporter,
-        ):
-            reporter.line_of_size()
-            train(run.config, device=device, reporter=reporter, resume_from=folder)
-    except tuple(ERRORS.values()) as error:
-        return RunEnd.of(error)
-    return end
+    with opened_attempt(run, group, times) as attempt:
+        with times.within(STAGING):
+            _stage(run.config, device)
+        try:
+            with (
+                _newest_complete(run, listed, device, say) as (folder, listed),
+                opened_reporter(run, group, listed, World.current(device), attempt) as reporter,
+            ):
+                reporter.line_of_size()
+                train(run.config, device=device, reporter=reporter, resume_from=folder, times=times)
+        except tuple(ERRORS.values()) as error:
+            return RunEnd.of(error)
+        return end
 
 
 def tell(text: str) -> None:

@@ -5,6 +5,7 @@ The same command continues a run that was interrupted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from lape_ray.cli import ConfigParser, parse, recipe_parser
@@ -17,7 +18,8 @@ def build_parser(prog: str | None = None) -> ConfigParser:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Train what the command line says."""
+    began = time.time()
     config = parse(argv, description=__doc__, prog=prog)
     from lape_ray.cluster.launch import fit  # after parsing, so that --help needs no torch and no ray
 
-    print(fit(config).summary())
+    print(fit(config, began=began).summary())

@@ -2,6 +2,7 @@
 
 build          the steps behind jobs/position_report.py
 figures        figures, by matplotlib without a display
+goodput        the wall time of a run, divided
 outcome        the outcome of a finished run, in numbers
 page           one HTML page that needs nothing else
 position       the position embedding as attention sees it, in numbers

@@ -22,7 +22,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 from torch import Tensor
 
+from lape_ray.report.goodput import PARTS, Division
 from lape_ray.report.position import PositionView
+from lape_ray.training.metrics import duration
+from lape_ray.training.times import STEPS
 
 CELL_IN = 1.25  # side of a small map, in inches
 MAP_DPI = 120  # of PNGs and of the maps inside SVGs
@@ -311,6 +314,30 @@ def curves_figure(
             axis.plot(xs, ys, "o-" if len(xs) < 60 else "-", markersize=3, linewidth=1.5, label=name)
     _legends(figure, [axis for axis in axes if len(axis.lines) > 1], 8)
     return figure
+
+
+def time_figure(division: Division) -> Figure:
+    """Draw a bar for each part of a run's wall time that it has, with its share and length."""
+    parts = [(PARTS[part], seconds) for part, seconds in division.seconds.items() if seconds > 0]
+    figure = Figure(figsize=(9, 0.9 + 0.3 * len(parts)), layout="constrained")
+    axis = figure.subplots()
+    shares = [100 * seconds / division.wall_s for _, seconds in parts]
+    colors = ["#1a7f37" if name == PARTS[STEPS] else "#8c959f" for name, _ in parts]
+    bars = axis.barh([name for name, _ in parts], shares, color=colors)
+    texts = [f"{share:.1f} %  {_brief(seconds)}" for share, (_, seconds) in zip(shares, parts, strict=True)]
+    axis.bar_label(bars, texts, fontsize=8, padding=4)
+    axis.set_xlim(0, 118)  # with room for the text behind the longest bar
+    axis.set_xticks(range(0, 101, 20))
+    axis.invert_yaxis()
+    axis.set_title(f"{duration(division.wall_s)} of wall time", fontsize=10)
+    axis.set_xlabel("share of the wall time, %", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _brief(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
 def confusion_figure(counts_CC: np.ndarray, images_C: np.ndarray, names: Sequence[str]) -> Figure:

@@ -22,6 +22,7 @@ from lape_ray.inference.evaluate import choose_device, evaluation_loader
 from lape_ray.inference.predict import load_network
 from lape_ray.inference.samples import evenly_spaced, images_at
 from lape_ray.report import figures, outcome
+from lape_ray.report.goodput import Division
 from lape_ray.report.outcome import ClassScore, Predictions, by_epoch
 from lape_ray.report.page import Page
 from lape_ray.tracking import RunFacts
@@ -54,9 +55,13 @@ class Results:
     """The kind of device that a worker computes on: GPU or CPU."""
     per_worker: int
     """Units of a worker."""
+    time: Division
+    """What the run's wall time went into."""
 
 
-def write_run_summary(config: TrainConfig, checkpoint: Path, run: RunFacts, folder: Path) -> Path:
+def write_run_summary(
+    config: TrainConfig, checkpoint: Path, run: RunFacts, folder: Path, *, time: Division
+) -> Path:
     """Evaluate the checkpoint on `data.val` and write the page and its figures into `folder`; returns the page.
 
     Raises ValueError and OSError where the validation data or the checkpoint cannot be read.
@@ -76,6 +81,7 @@ def write_run_summary(config: TrainConfig, checkpoint: Path, run: RunFacts, fold
         samples=list(zip(chosen.tolist(), images_at(config, chosen), strict=True)),
         unit="GPU" if device.type == "cuda" else "CPU",
         per_worker=1 if device.type == "cuda" else config.run.cpus_per_worker,
+        time=time,
     )
     return write_page(results, folder)
 
@@ -101,6 +107,12 @@ def write_page(results: Results, folder: Path) -> Path:
     page.facts(_headline(results))
     page.heading("Curves")
     page.figure(figures.save(_curves(results), folder, "curves"), "By epoch.")
+    if results.time.wall_s > 0:
+        page.heading("Wall time")
+        page.figure(
+            figures.save(figures.time_figure(results.time), folder, "time"),
+            "From the first submission to this page, over all restarts; docs/operations.md defines the parts.",
+        )
     page.heading("Worst classes")
     _classes(page, results, folder)
     page.heading("Sample predictions")
@@ -129,6 +141,8 @@ def _headline(results: Results) -> list[tuple[str, str]]:
     ]
     if epochs := history.get("epoch"):
         cards.append(("epochs, the best one", f"{epochs[-1][1]:.0f}, {results.epoch}"))
+    if results.time.wall_s > 0:
+        cards.append(("goodput: steps that count", f"{results.time.metrics()['goodput']:.1f} % of the time"))
     if speeds:
         cards.append(("training speed", f"{sum(speeds) / len(speeds):,.0f} images/s"))
         hours = outcome.worker_hours(history, config.data.batch_size, config.run.workers.high)

@@ -228,6 +228,9 @@ class TrialReporter:
     def _check_lease(self) -> None:
         storage.check_lease(self._settings.folder, self._settings.lease)
 
+    def checkpoint_stored(self) -> None:
+        """Do nothing: no flag tells of one."""
+
     def wait_until_saved(self) -> None:
         """Do nothing: every checkpoint is stored before the training continues."""
 

@@ -14,7 +14,9 @@ muon           Muon, for the matrices of the blocks
 lamb           LAMB, the optimizer of DeiT III
 loss           the losses with soft targets, and distillation from a teacher
 metrics        exact counts of an evaluation, speed and waiting
+times          the time of a training process, divided
 checkpoint     the checkpoint of a run, written and read, and weights of any origin, read
+host_copies    copies of the state to host memory, made while the training goes on
 weight_files   files of other code, opened without running anything, down to the state dict
 classes        classes of data and of a checkpoint, matched by name
 preprocessing  what weights of other code say of their images

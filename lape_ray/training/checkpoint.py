@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lape_ray.config import TrainConfig, config_hash, from_dict, to_dict, what_is_learned
 from lape_ray.storage import local, safe_relative
+from lape_ray.training.host_copies import HostCopies
 from lape_ray.training.weight_files import RESTORE, DamagedError, read_weight_file
 from lape_ray.values.typed import Count, from_json, typed
 
@@ -159,18 +160,23 @@ def _size_and_hash(file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A copy of the state in host memory, which stays as it is while the training continues."""
+    """A copy of the state in host memory, which stays as it is while the training continues.
+
+    It is whole once `wait` has returned.
+    """
 
     model: Mapping[str, Tensor]
     ema: Mapping[str, Tensor] | None
     optimizer: Mapping[str, Any]
     metadata: Metadata
+    wait: Callable[[], None] = lambda: None
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint into an existing, empty folder; `storage.publish` brings it to the disk.
 
         meta.json comes last, so that it marks a complete one.
         """
+        self.wait()
         save_file(dict(self.model), folder / "model.safetensors")
         if self.ema is not None:
             save_file(dict(self.ema), folder / "ema.safetensors")
@@ -179,25 +185,21 @@ class Snapshot:
 
 
 def snapshot(
-    *, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer, metadata: Metadata
+    *,
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: torch.optim.Optimizer,
+    metadata: Metadata,
+    copies: HostCopies | None = None,
 ) -> Snapshot:
-    """Copy the state; takes as long as the copies to host memory, waiting for the device included."""
-    return Snapshot(
-        model=_on_host(model.state_dict()),
-        ema=None if ema is None else _on_host(ema.state_dict()),
-        optimizer=_on_host(optimizer.state_dict()),
-        metadata=metadata,
-    )
-
-
-def _on_host(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-    if isinstance(value, Mapping):
-        return {key: _on_host(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_on_host(item) for item in value]
-    return value
+    """Copy the state: at once, or as `copies` do it, on a GPU while the training goes on."""
+    state = {
+        "model": model.state_dict(),
+        "ema": None if ema is None else ema.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    copied, wait = (copies or HostCopies(torch.device("cpu"), model)).copy(state)
+    return Snapshot(**copied, metadata=metadata, wait=wait)
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

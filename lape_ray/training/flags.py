@@ -22,7 +22,9 @@ class Flags(enum.Flag):
     STOP = enum.auto()
     """The run is to end after a checkpoint."""
     SAVED = enum.auto()
-    """The last checkpoint has been stored, or could not be."""
+    """The last checkpoint has been stored."""
+    UNSAVED = enum.auto()
+    """The last checkpoint could not be stored."""
 
 
 class RankFlags:

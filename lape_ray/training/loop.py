@@ -22,6 +22,7 @@ from lape_ray.training.metrics import EvalCounts, LogWindow, Waited, duration
 from lape_ray.training.optim import lr_at
 from lape_ray.training.state import TrainState, build_state
 from lape_ray.training.step import optimizer_step
+from lape_ray.training.times import CHECKPOINT, EVALUATION, FIRST_STEP, IDLE, STEPS, Times
 
 NOTHING_DONE = EpochProgress()
 
@@ -49,13 +50,17 @@ class Reporter(Protocol):
         """Report a log step. `metrics` are means over all workers; those that end in `_s` are this worker's seconds."""
 
     def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
-        """Begin to store the checkpoint of an epoch's end, after the one before.
+        """Begin to store the checkpoint of an epoch's end, or leave it out where the one before is not stored yet.
 
-        `snapshot` copies the state as it is now, and must be called before this returns.
+        The last one of the training is always stored. `snapshot` copies the state as it is now, and must be called
+        before this returns.
         """
 
     def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
         """Begin to store a checkpoint that is due within an epoch. Nothing was evaluated, and nothing waits."""
+
+    def checkpoint_stored(self) -> None:
+        """Take note, on all ranks, that the checkpoint is stored which rank 0 raised `Flags.SAVED` for."""
 
     def wait_until_saved(self) -> None:
         """Wait until the last checkpoint is stored, so that a restart begins there; do nothing without one."""
@@ -71,26 +76,37 @@ class Reporter(Protocol):
 
 
 def train(
-    config: TrainConfig, *, device: torch.device, reporter: Reporter, resume_from: Path | None = None
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    reporter: Reporter,
+    resume_from: Path | None = None,
+    times: Times | None = None,
 ) -> dict[str, float]:
     """Train to the end of the schedule, or to `run.stop_after_epochs`; returns the last epoch's metrics.
 
     `resume_from` is a checkpoint folder of this run: training continues after the epochs it has done, and the
-    losses are those of a run that was never interrupted.
+    losses are those of a run that was never interrupted. `times` learns what the time goes into.
 
     Raises:
         DivergedError: the loss is no finite number.
         StoppedError: the reporter's flags asked for the end.
     """
     training = Training.begin(config, device=device, reporter=reporter, resume_from=resume_from)
+    training.state.times = times = times or training.state.times
+    times.enter(FIRST_STEP)
     try:
         while training.epochs_done < training.last_epoch:
             metrics = training.epoch()
-            reporter.epoch(metrics, step=training.steps_done, snapshot=training.snapshot)
+            with times.within(CHECKPOINT):
+                reporter.epoch(metrics, step=training.steps_done, snapshot=training.snapshot)
     except EndedError:
+        times.enter(IDLE)
         training.close()  # a process that trains again would keep the group
         raise
-    reporter.wait_until_saved()
+    with times.within(CHECKPOINT):
+        reporter.wait_until_saved()
+    times.enter(IDLE)
     training.close()
     return training.metrics
 
@@ -145,8 +161,7 @@ class Training:
     @property
     def last_epoch(self) -> int:
         """The number of epochs to train, those included that are done."""
-        total = self.state.config.optim.total_epochs
-        return min(total, self.state.config.run.stop_after_epochs or total)
+        return self.state.config.last_epoch
 
     @property
     def steps_done(self) -> int:
@@ -166,7 +181,8 @@ class Training:
         self.epochs_done, self.progress = self.epochs_done + 1, NOTHING_DONE
         self.metrics = {"epoch": float(self.epochs_done), **trained}
         if self.epochs_done % self.state.config.run.eval_epochs == 0 or self.epochs_done == self.last_epoch:
-            self.metrics |= _validate(self.state)
+            with self.state.times.within(EVALUATION):
+                self.metrics |= _validate(self.state)
             self.reporter.line(_epoch_line(self.state, self.metrics))
         return self.metrics
 
@@ -187,7 +203,7 @@ class Training:
             world_size=self.state.world.size,
             classes=self.state.classes,
         )
-        return checkpoint.snapshot(**self.state.saved_parts, metadata=metadata)
+        return checkpoint.snapshot(**self.state.saved_parts, metadata=metadata, copies=self.state.copies)
 
     def close(self) -> None:
         """Give back the process group that a process which trains again would keep."""
@@ -219,11 +235,12 @@ def train_epoch(
     shown = time.monotonic()
     first_batch = start.step * len(state.micro_batches)
     with contextlib.closing(state.train_loader.epoch(epoch, start=first_batch)) as ready:
-        batches = Waited(ready)
+        batches = Waited(ready, state.times, state.world.device)
         for step in range(start.step, steps):
             lr = _lr(state, epoch, step)
             window.add(optimizer_step(state, batches, epoch=epoch, step=step, lr=lr))
             if step == start.step:  # it may take longer: it compiles
+                state.times.enter(STEPS)
                 state.world.set_timeout(config.run.timeout_s)
             flags = reporter.poll_flags()
             if (step + 1) % config.run.log_steps == 0 or step + 1 == steps:
@@ -261,9 +278,12 @@ class _Saving:
     clock: float = field(default_factory=time.monotonic)
 
     def due_by_clock(self) -> Flags:
-        """Ask for a checkpoint where the last one is old, or where a machine is about to go."""
+        """Ask for a checkpoint where the last one is old, or where a machine is about to go.
+
+        With the interval `auto` the reporter asks.
+        """
         minutes = self.state.config.run.checkpoint_minutes
-        late = minutes > 0 and time.monotonic() - self.clock > 60 * minutes
+        late = minutes != "auto" and minutes > 0 and time.monotonic() - self.clock > 60 * minutes
         return Flags.SAVE if self.reporter.node_leaving() or late else Flags.NONE
 
     def act(self, flags: Flags, step: int) -> None:
@@ -271,15 +291,20 @@ class _Saving:
         every, steps = self.state.config.run.checkpoint_steps, self.state.steps_per_epoch
         stop = Flags.STOP in flags
         due = Flags.SAVE in flags or (every is not None and (step + 1) % every == 0)
-        if Flags.SAVED in flags or stop:
-            self.reporter.wait_until_saved()
+        with self.state.times.within(CHECKPOINT):
+            if Flags.UNSAVED in flags or stop:
+                self.reporter.wait_until_saved()
+            elif Flags.SAVED in flags:
+                self.reporter.checkpoint_stored()
         if stop or (due and step + 1 < steps):
             done = self.window.progress(step)
             _refuse_divergence(done.loss + done.window_loss, self.epoch, step)
-            self.save(done)
+            with self.state.times.within(CHECKPOINT):
+                self.save(done)
             self.clock = time.monotonic()
         if stop:
-            self.reporter.wait_until_saved()
+            with self.state.times.within(CHECKPOINT):
+                self.reporter.wait_until_saved()
             raise StoppedError(
                 f"stopped after epoch {self.epoch} and step {step + 1} of {steps}, with a checkpoint"
             )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lape_ray.training.checkpoint import EpochProgress
 from lape_ray.training.distributed import World
+from lape_ray.training.times import DATA, Times
 
 T = TypeVar("T")
 
@@ -130,18 +131,31 @@ class LogWindow:
 
 
 class Waited(Iterator[T]):
-    """The items of another iterator, and how long they were waited for."""
+    """The items of another iterator, and how long they were waited for.
 
-    def __init__(self, items: Iterator[T]) -> None:
-        self._items = items
+    A GPU that still has work when an item comes has waited for nothing.
+
+    Args:
+        times: of this process, in which the waiting is a part.
+        device: the device that the items are for.
+    """
+
+    def __init__(self, items: Iterator[T], times: Times, device: torch.device) -> None:
+        self._items, self._times = items, times
+        self._work = torch.cuda.Event() if device.type == "cuda" else None
         self._seconds = 0.0
 
     def __next__(self) -> T:
         began = time.perf_counter()
+        if self._work is not None:
+            self._work.record()
         try:
             return next(self._items)
         finally:
-            self._seconds += time.perf_counter() - began
+            waited = time.perf_counter() - began
+            if self._work is None or self._work.query():
+                self._seconds += waited
+                self._times.move(waited, DATA)
 
     def read(self) -> float:
         """Return the seconds that were waited since the last call."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -27,11 +27,13 @@ from lape_ray.training.cuda_graph import CudaRecorder, StepGraph
 from lape_ray.training.distributed import World
 from lape_ray.training.flags import RankFlags
 from lape_ray.training.head_only import HeadOnly
+from lape_ray.training.host_copies import HostCopies
 from lape_ray.training.loss import check_loss, load_teacher
 from lape_ray.training.optim import Ema, build_optimizer
 from lape_ray.training.parallelize import compiled, data_parallel, missing_compiler
 from lape_ray.training.recompute import optimise_blocks
 from lape_ray.training.statistics import RunningStatistics
+from lape_ray.training.times import Times
 
 
 @dataclass(kw_only=True)
@@ -54,12 +56,16 @@ class TrainState:
     teacher: nn.Module | None
     statistics: RunningStatistics
     autocast: Callable[[], AbstractContextManager[None]]
+    copies: HostCopies
+    """Makes the checkpoints' copies of the state."""
     graph: StepGraph | None = None
     """Runs the whole step, where `run.cuda_graph` asks for it."""
     classes: tuple[str, ...] | None = None
     """Name of each label, where the loaders are those of the config's data."""
     notes: tuple[str, ...] = ()
     """Notes for people on how this state was built."""
+    times: Times = field(default_factory=Times)
+    """What this process spends its time on."""
 
     @property
     def saved_parts(self) -> dict[str, Any]:
@@ -125,6 +131,7 @@ def build_state(
             network, world, micro_batches=config.micro_batches, own=len(own_micro_batches(config, world))
         ),
         autocast=autocast_for(config, device),
+        copies=HostCopies(device, network),
         graph=StepGraph(CudaRecorder()) if graph else None,
         classes=classes,
         notes=tuple(filter(None, (note, slower))),

@@ -37,6 +37,8 @@ def optimizer_step(
     Returns:
         Their loss, a scalar on the device, which may be overwritten by the next step.
     """
+    if state.graph is not None or state.copies.forward_changes:
+        state.copies.fence()
     set_lr(state.optimizer, lr)
     if state.graph is not None:
         (micro,) = state.micro_batches
@@ -82,7 +84,11 @@ def _gradients(state: TrainState, images_BCHW: Tensor, targets_BK: Tensor) -> Te
 
 
 def _update(state: TrainState) -> None:
-    """Update the weights from the gradients, the statistics from the micro-batches, and the moving average of both."""
+    """Update the weights from the gradients, the statistics from the micro-batches, and the moving average of both.
+
+    A checkpoint's copies of them may still be on their way until here.
+    """
+    state.copies.fence()
     clip_norm = state.config.optim.clip_norm
     if clip_norm is not None:
         nn.utils.clip_grad_norm_(state.network.parameters(), clip_norm)

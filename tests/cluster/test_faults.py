@@ -22,6 +22,7 @@ from helpers.tracking_server import history, tracking_server
 from safetensors.torch import load_file
 
 from lape_ray.cluster.controller import WorkersFailedError
+from lape_ray.cluster.journal import read_journal
 from lape_ray.cluster.launch import fit
 from lape_ray.cluster.run_end import StorageError
 from lape_ray.config import replace_fields
@@ -38,7 +39,8 @@ def undisturbed(service: Service) -> list[float]:
 
 def no_litter(service: Service, name: str) -> None:
     """As many checkpoints as are kept, and nothing half written."""
-    found = [path.name for path in (service.home / "runs" / name).iterdir() if path.is_dir()]
+    run = service.home / "runs" / name
+    found = [path.name for path in run.iterdir() if path.is_dir() and path.name != "journal"]
     assert all(each.startswith("checkpoint-") for each in found)
     assert len(found) <= 3
 
@@ -58,6 +60,13 @@ def test_a_killed_worker(
     assert service.losses(service.run(result.mlflow_run_id)) == undisturbed
     assert re.search(r"continuing after epoch \d+ of 20", output), output
     no_litter(service, "killed")
+    journal = read_journal(str(service.home / "runs/killed"))
+    division = journal.division()
+    lost = division.seconds
+    for part in ("detect", "tear_down", "import", "load", "first_step_again"):
+        assert lost[part] > 0, lost
+    trained = max(one.until for one in journal.attempts)
+    assert lost["idle"] < division.until - trained + 0.1, "nothing but the end of the command"
     note_cost(service, result.mlflow_run_id, "worker SIGKILL", strike.at, output)
 
 
@@ -198,11 +207,16 @@ def test_a_killed_driver(service: Service, undisturbed: list[float]) -> None:
     again = time.time()
     second = job(service, "driverless")
     output, _ = second.communicate(timeout=600)
+    ended = time.time()
     assert second.returncode == 0, output
     assert "run driverless exists and is not finished: continuing it" in output
     assert service.losses(service.run_of(output)) == undisturbed
     assert service.run_of(output).info.status == "FINISHED"
     no_litter(service, "driverless")
+    division = read_journal(str(service.home / "runs/driverless")).division()
+    assert division.wall_s == pytest.approx(ended - division.began, rel=0.03), "the rest is Python's end"
+    for part in ("idle", "start", "load"):
+        assert division.seconds[part] > 0, division.seconds
     note_cost(
         service,
         service.run_of(output).info.run_id,

@@ -20,6 +20,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from safetensors.torch import save
 
 from lape_ray import storage
+from lape_ray.cluster.journal import read_journal
 from lape_ray.cluster.launch import fit
 from lape_ray.cluster.pages import main
 from lape_ray.config import TrainConfig, replace_fields
@@ -27,6 +28,7 @@ from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import digits
 from lape_ray.model import build_model
 from lape_ray.recipes import recipe
+from lape_ray.report.goodput import GROUPS
 from lape_ray.training.checkpoint import read_metadata, weights_sha256
 from lape_ray.training.loop import DivergedError
 
@@ -98,8 +100,20 @@ def test_a_command_trains_without_ray_and_hands_its_pages_over(home: Path) -> No
 def test_it_goes_on_where_it_stopped(home: Path) -> None:
     changes = {"run__name": "parts", "optim__epochs": 3}
     first = fit(config(home, **changes, run__stop_after_epochs=1))
+    paused = time.time()
+    time.sleep(1)
+    resumed = time.time()
     second = fit(config(home, **changes))
+    ended = time.time()
     assert second.mlflow_run_id == first.mlflow_run_id
+    division = read_journal(str(home / "runs/parts")).division()
+    assert division.wall_s == pytest.approx(ended - division.began, rel=0.01)
+    assert division.seconds["idle"] >= resumed - paused
+    assert division.seconds["load"] > 0
+    assert division.seconds["again"] + division.seconds["detect"] < 0.01 * division.wall_s
+    logged = mlflow.MlflowClient(second.tracking_uri).get_run(second.mlflow_run_id).data.metrics
+    assert sum(logged[name] for name in GROUPS) == pytest.approx(100)
+    assert f"\n{second.time}\n" in second.summary()
     whole = fit(config(home, **{**changes, "run__name": "whole"}))
     assert losses(home, second.mlflow_run_id) == losses(home, whole.mlflow_run_id)
     found = [
@@ -126,6 +140,34 @@ def test_sigterm_leaves_a_checkpoint_and_the_command_goes_on(home: Path) -> None
     assert client.get_run(record["mlflow_run_id"]).info.status == "KILLED"
     steps = json.loads((home / "runs/stopped/checkpoints.json").read_text())["checkpoints"][-1]["steps_done"]
     assert len(losses(home, record["mlflow_run_id"])) == steps
+
+
+def test_what_a_killed_command_lost_is_known(home: Path) -> None:
+    """SIGKILL after epochs that its checkpoint holds; the next command tells what it cost."""
+    words = command(home, "--run.name=shot", "--optim.epochs=400", "--tracking.pages=false")
+    began = time.time()
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("epoch   4/400"):
+                break
+        process.kill()
+        process.communicate(timeout=120)
+    killed = time.time()
+    time.sleep(2)
+    again = subprocess.run(
+        [*words, "--run.stop_after_epochs=8"], capture_output=True, text=True, timeout=200, check=True
+    )
+    ended = time.time()
+    division = read_journal(str(home / "runs/shot")).division()
+    lost = division.seconds
+    assert sum(lost.values()) == pytest.approx(division.wall_s)
+    assert began < division.began < killed
+    assert division.until == pytest.approx(ended, abs=10)
+    assert lost["idle"] >= 2
+    assert lost["start"] > 0
+    assert lost["steps"] > 0
+    assert re.search(r"^goodput [\d.]+ % of 0:\d\d:\d\d \(.*init [\d.]+ %.*\)$", again.stdout, re.M)
 
 
 def test_a_loss_that_diverges_fails_the_run(home: Path) -> None:

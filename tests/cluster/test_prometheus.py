@@ -6,9 +6,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from lape_ray.cluster import prometheus
 from lape_ray.training.metrics import Waited
+from lape_ray.training.times import Times
 
 
 def test_waiting_is_counted_once() -> None:
@@ -17,12 +19,38 @@ def test_waiting_is_counted_once() -> None:
             time.sleep(0.02)
             yield number
 
-    waited = Waited(slow())
+    times = Times()
+    waited = Waited(slow(), times, torch.device("cpu"))
     assert list(waited) == [0, 1, 2]
     seconds = waited.read()
+    assert times.read()["data"] == pytest.approx(seconds)
     assert 0.06 <= seconds < 0.5
     time.sleep(0.02)
     assert waited.read() == 0.0, "the caller's own time is not waiting"
+
+
+def test_a_gpu_that_is_busy_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = iter([False, True, True])
+
+    class Event:
+        def record(self) -> None: ...
+
+        def query(self) -> bool:
+            return next(done)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def slow() -> Iterator[int]:
+        time.sleep(0.1)
+        yield 0
+        time.sleep(0.02)
+        yield 1
+
+    times = Times()
+    waited = Waited(slow(), times, torch.device("cuda"))
+    assert list(waited) == [0, 1]
+    assert 0.02 <= waited.read() < 0.1
+    assert 0.02 <= times.read()["data"] < 0.1
 
 
 def test_each_metric_of_the_loop_has_its_gauge(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +67,11 @@ def test_each_metric_of_the_loop_has_its_gauge(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(prometheus, "Gauge", Gauge)
     mine = prometheus.RunGauges("some-run", 3)
-    mine.show({"train/loss": 2, "train/data_wait_s": 0.25, "val/acc5": 99.0})
+    mine.show({"train/loss": 2, "train/data_wait_s": 0.25, "val/acc5": 99.0, "time/idle": 7})
     tags = {"run": "some-run", "rank": "3"}
-    assert shown == {"lape_loss": (2.0, tags), "lape_data_wait_seconds": (0.25, tags)}
+    assert shown == {
+        "lape_loss": (2.0, tags),
+        "lape_data_wait_seconds": (0.25, tags),
+        "lape_time_seconds": (7.0, {**tags, "part": "idle"}),
+    }
     assert all(name.startswith("lape_") for name, _ in prometheus.GAUGES.values())

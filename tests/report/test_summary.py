@@ -16,6 +16,7 @@ from lape_ray.data.sources import digits, select
 from lape_ray.inference.evaluate import evaluate_checkpoint
 from lape_ray.inference.samples import images_at, validation_images
 from lape_ray.report import figures, outcome
+from lape_ray.report.goodput import Attempt, Command, divide
 from lape_ray.report.outcome import ClassScore, Predictions
 from lape_ray.report.summary import Results, _chosen, _curves, write_page, write_run_summary
 from lape_ray.tracking import RunFacts, git_commit, source_tags
@@ -35,6 +36,9 @@ TAGS = {
     "join": "lape",
     "mlflow.note.content": "hidden",
 }
+TIME = divide(
+    [Command(began=0, until=100)], [Attempt(began=15, first=0, seconds={"loading": 5, "steps": 75})]
+)
 RUN = RunFacts(name="run & name", status="FINISHED", tags=TAGS, history=HISTORY)
 PREDICTIONS = Predictions(
     labels_N=np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 2]),
@@ -84,7 +88,7 @@ def test_losses_of_two_kinds_have_two_scales() -> None:
 def results(config: TrainConfig) -> Results:
     picture = torch.zeros(3, 8, 8, dtype=torch.uint8)
     return Results(config=config, run=RUN, predictions=PREDICTIONS, classes=("ape", "bee", "cat", "dog"),
-                   epoch=2, samples=[(0, picture), (8, picture)], unit="GPU", per_worker=1)  # fmt: skip
+                   epoch=2, samples=[(0, picture), (8, picture)], unit="GPU", per_worker=1, time=TIME)  # fmt: skip
 
 
 def test_the_page_holds_what_a_reader_needs(tmp_path: Path) -> None:
@@ -98,6 +102,7 @@ def test_the_page_holds_what_a_reader_needs(tmp_path: Path) -> None:
     assert "run &amp; name" in text
     assert "top-1 of the best checkpoint<b>60.00 %</b>" in text
     assert "training speed<b>233 images/s</b>" in text
+    assert "goodput: steps that count<b>75.0 % of the time</b>" in text
     assert "epochs, the best one<b>3, 2</b>" in text
     hours = outcome.worker_hours(HISTORY, 64, 2)
     assert f"GPU-hours of training<b>{hours:.3g} on 2 GPU</b>" in text
@@ -111,7 +116,7 @@ def test_the_page_holds_what_a_reader_needs(tmp_path: Path) -> None:
     assert "hidden" not in text
     assert not re.search(r"""(src|href)=["'](?!data:)""", text)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "summary.html", "curves.png", "curves.svg", "confusion.png", "confusion.svg",
+        "summary.html", "curves.png", "curves.svg", "confusion.png", "confusion.svg", "time.png", "time.svg",
     }  # fmt: skip
 
 
@@ -119,6 +124,13 @@ def test_the_page_of_an_elastic_run(tmp_path: Path) -> None:
     config = TrainConfig(data=DataConfig(batch_size=64), run=RunConfig(num_workers=Span(1, 2)))
     text = write_page(results(config), tmp_path).read_text()
     assert re.search(r"GPU-hours of training<b>[\d.]+ on 1 to 2 GPU</b>", text)
+
+
+def test_the_figure_of_time_has_a_bar_for_each_part_that_took_some() -> None:
+    (axis,) = figures.time_figure(TIME).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["steps that count", "init", "idle"]
+    assert [bar.get_width() for bar in axis.patches] == [75, 20, 5]
+    assert {"75.0 %  0:01:15", "20.0 %  20.0 s"} <= {text.get_text() for text in axis.texts}
 
 
 def test_the_confusion_figure_shows_shares_of_all_images() -> None:
@@ -153,6 +165,8 @@ class Keep:
         snapshot().save(self.folder)
 
     def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: object) -> None: ...
+
+    def checkpoint_stored(self) -> None: ...
 
     def wait_until_saved(self) -> None: ...
 
@@ -189,11 +203,12 @@ def test_a_real_run_ends_in_a_page_that_agrees_with_evaluation(
     trained: tuple[TrainConfig, Path, RunFacts], tmp_path: Path
 ) -> None:
     config, checkpoint, run = trained
-    text = write_run_summary(config, checkpoint, run, tmp_path).read_text()
+    text = write_run_summary(config, checkpoint, run, tmp_path, time=divide([], [])).read_text()
     expected = evaluate_checkpoint(str(checkpoint), config)["acc1"]
     assert f"top-1 of the best checkpoint<b>{expected:.2f} %</b>" in text
     assert "CPU-hours of training" in text
     assert "validation images<b>160</b>" in text
+    assert "goodput" not in text, "nothing is known of the time"
 
 
 def test_images_are_read_at_their_places(trained: tuple[TrainConfig, Path, RunFacts]) -> None:

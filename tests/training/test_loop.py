@@ -113,6 +113,8 @@ class Recorder:
         folder.mkdir(parents=True)
         snapshot().save(folder)
 
+    def checkpoint_stored(self) -> None: ...
+
     def wait_until_saved(self) -> None: ...
 
     def node_leaving(self) -> bool:
