@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,27 +46,35 @@ def why_not() -> str | None:
 def limited_network(members: int, *, bytes_per_s: float) -> Iterator[list[str]]:
     """Make a bridge with `members` namespaces, which send at most `bytes_per_s` each; yields their names.
 
+    It waits while another process of this machine has such a network.
+
     Raises:
         CannotRunError: the system refuses; with the command and its words.
     """
     names, bridge = [f"{PREFIX}{number}" for number in range(members)], f"{PREFIX}bridge"
-    _delete_all()  # what a killed run left
-    try:
-        _run(f"ip netns add {bridge}")
-        _run(f"ip -n {bridge} link add bridge0 type bridge")
-        _run(f"ip -n {bridge} link set bridge0 up")
-        for number, name in enumerate(names):
-            _run(f"ip netns add {name}")
-            _run(f"ip -n {bridge} link add port{number} type veth peer name {DEVICE} netns {name}")
-            _run(f"ip -n {bridge} link set port{number} master bridge0 up")
-            _run(f"ip -n {name} addr add {address(number)}/24 dev {DEVICE}")
-            _run(f"ip -n {name} link set {DEVICE} up")
-            _run(f"ip -n {name} link set lo up")
-            limit = f"tbf rate {8 * bytes_per_s:.0f}bit burst 64kb latency 400ms"
-            _run(f"tc -n {name} qdisc add dev {DEVICE} root {limit}")
-        yield names
-    finally:
-        _delete_all()
+    with Path(tempfile.gettempdir(), f"{PREFIX}lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _delete_all()  # what a killed run left
+        try:
+            _join(names, bridge, bytes_per_s)
+            yield names
+        finally:
+            _delete_all()
+
+
+def _join(names: list[str], bridge: str, bytes_per_s: float) -> None:
+    _run(f"ip netns add {bridge}")
+    _run(f"ip -n {bridge} link add bridge0 type bridge")
+    _run(f"ip -n {bridge} link set bridge0 up")
+    for number, name in enumerate(names):
+        _run(f"ip netns add {name}")
+        _run(f"ip -n {bridge} link add port{number} type veth peer name {DEVICE} netns {name}")
+        _run(f"ip -n {bridge} link set port{number} master bridge0 up")
+        _run(f"ip -n {name} addr add {address(number)}/24 dev {DEVICE}")
+        _run(f"ip -n {name} link set {DEVICE} up")
+        _run(f"ip -n {name} link set lo up")
+        limit = f"tbf rate {8 * bytes_per_s:.0f}bit burst 64kb latency 400ms"
+        _run(f"tc -n {name} qdisc add dev {DEVICE} root {limit}")
 
 
 def address(member: int) -> str:

@@ -167,28 +167,26 @@ def check(setup: Setup) -> Row:
     with limited_network(setup.workers, bytes_per_s=setup.bytes_per_s) as names:
         bytes_per_s = measured_link(names, payload_bytes=int(2 * setup.bytes_per_s))
         rows = run_workers(setup, names)
-    compute_s = spread([max(times) for times in zip(*(row["alone"] for row in rows), strict=True)])
     measured_s = spread(rows[0]["together"])
-    sizes = buckets(rows[0]["gradient_bytes"])
-    latency_s = spread(rows[0]["latencies"])["median"]
-    transfers = [
-        all_reduce_s(size, setup.workers, bytes_per_s=bytes_per_s, latency_s=latency_s) for size in sizes
-    ]
-    exposed = exposed_s(sizes, transfers, backward_s=setup.backward_s)
-    predicted = step_s(compute_s["median"], exposed)
-    return {
+    row = {
         "name": f"{setup.workers} workers",
         "bytes_per_s": bytes_per_s,
-        "latency_s": latency_s,
+        "latency_s": spread(rows[0]["latencies"])["median"],
         "gradient_bytes": rows[0]["gradient_bytes"],
-        "compute_s": compute_s,
-        "all_reduce_s": sum(transfers),
-        "exposed_s": exposed,
-        "predicted_s": predicted,
-        "step_s": measured_s,
-        "over": measured_s["median"] / predicted,
-        "load_average": os.getloadavg()[0],
+        "compute_s": spread([max(times) for times in zip(*(row["alone"] for row in rows), strict=True)]),
     }
+    row |= predict(row, setup.workers, backward_s=setup.backward_s)
+    over = measured_s["median"] / row["predicted_s"]
+    return {**row, "step_s": measured_s, "over": over, "load_average": os.getloadavg()[0]}
+
+
+def predict(row: Row, workers: int, *, backward_s: float) -> Row:
+    """Predict the time of a step from what was measured apart."""
+    sizes, speed, latency_s = buckets(row["gradient_bytes"]), row["bytes_per_s"], row["latency_s"]
+    transfers = [all_reduce_s(size, workers, bytes_per_s=speed, latency_s=latency_s) for size in sizes]
+    exposed = exposed_s(sizes, transfers, backward_s=backward_s)
+    predicted = step_s(row["compute_s"]["median"], exposed)
+    return {"all_reduce_s": sum(transfers), "exposed_s": exposed, "predicted_s": predicted}
 
 
 def run_workers(setup: Setup, names: list[str]) -> list[Row]:

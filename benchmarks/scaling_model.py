@@ -83,12 +83,13 @@ def step_s(compute_s: float, exposed_s: float, data_s: float = 0.0) -> float:
     return max(compute_s + exposed_s, data_s)
 
 
-def checkpoint_stall_s(copy_s: float, store_s: float, interval_s: float) -> float:
-    """Return how long a checkpoint at the end of each interval stops the training.
+def stored_every_s(store_s: float, interval_s: float) -> float:
+    """Return the time between two stored checkpoints, of which one is due at the end of each interval.
 
-    It stops for the copy to host memory. A thread stores it, and the next interval's end waits for that.
+    A thread stores one at a time, and the training does not wait for it. Of what is due meanwhile the newest is stored
+    next, where the accuracy grows, and the rest is left out.
     """
-    return copy_s + max(0.0, store_s - interval_s)
+    return max(store_s, interval_s)
 
 
 def best_interval_s(stall_s: float, mtbf_s: float) -> float:
