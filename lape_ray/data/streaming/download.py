@@ -157,7 +157,8 @@ class Download:
     def _fetch_records(self) -> None:
         """Bring in the records, without which no file can be opened."""
         for file, (_, _, manifest) in enumerate(self.remote.files):
-            stop = RECORDS_START + manifest.num_samples * RECORD.itemsize
+            # A manifest that says too many is refused by whoever opens the file.
+            stop = min(RECORDS_START + manifest.num_samples * RECORD.itemsize, self.layout.files[file].end)
             one, zero = np.array([file]), np.array([0])
             spans = self.layout.span(one, zero, np.array([stop]))
             blocks = blocks_between(*spans)
