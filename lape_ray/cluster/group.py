@@ -19,13 +19,10 @@ class Group(Protocol):
         """Tell, on rank 0, from which checkpoint the workers start; returns why they should not, or nothing."""
 
     def broadcast(self, value: T) -> T:
-        """Return rank 0's value, which consists of plain types."""
+        """Return rank 0's value, which consists of JSON's types; of a tuple the others get a list."""
 
     def barrier(self) -> None:
         """Wait for all workers, as long as it takes."""
-
-    def heard(self, metrics: Mapping[str, float]) -> None:
-        """Tell that a checkpoint with these metrics was stored."""
 
     def show(self, metrics: Mapping[str, float]) -> None:
         """Set this worker's gauges."""
@@ -56,9 +53,6 @@ class Alone:
         return value
 
     def barrier(self) -> None:
-        pass
-
-    def heard(self, metrics: Mapping[str, float]) -> None:
         pass
 
     def show(self, metrics: Mapping[str, float]) -> None:

@@ -27,12 +27,10 @@ class _Saving:
     """A checkpoint on its way to storage.
 
     Attributes:
-        metrics: those of its epoch
         where: its place in the training, in words for people
         saved: on rank 0 the name of its folder and the seconds that it took; the other ranks have none
     """
 
-    metrics: dict[str, float]
     where: str
     saved: Future[tuple[str, float]] | None
 
@@ -66,7 +64,7 @@ class RunReporter:
         self.wait_until_saved()
         number = round(metrics["epoch"])
         entry = Listed(name=f"checkpoint-epoch-{number:06}", steps_done=step, score=metrics.get("val/acc1"))
-        self._save(metrics, entry, f"after epoch {number}", snapshot)
+        self._save(entry, f"after epoch {number}", snapshot)
         every = self.run.config.tracking.position_report_epochs
         if every is not None and number % every == 0:
             self._position_report(range(every, number + 1, every))
@@ -76,7 +74,7 @@ class RunReporter:
         if self.saving is not None:
             self.line(f"no checkpoint {where}: the one {self.saving.where} is not stored yet")
             return
-        self._save(metrics, Listed(name=f"checkpoint-step-{step:09}", steps_done=step), where, snapshot)
+        self._save(Listed(name=f"checkpoint-step-{step:09}", steps_done=step), where, snapshot)
 
     def wait_until_saved(self) -> None:
         """Wait for the checkpoint that is being stored, on all ranks; a restart begins with it.
@@ -105,7 +103,6 @@ class RunReporter:
                 f"the checkpoint {saving.where} could not be stored: {reason}; free space or choose another "
                 "--run.storage. Submitted again, the run continues from the checkpoint before"
             )
-        self.group.heard(saving.metrics)
 
     def node_leaving(self) -> bool:
         return self.group.node_leaving()
@@ -138,11 +135,9 @@ class RunReporter:
         """Return the number of workers, where that changes."""
         return {} if isinstance(self.run.config.run.num_workers, int) else {"train/workers": self.group.size}
 
-    def _save(
-        self, metrics: dict[str, float], entry: Listed, where: str, snapshot: Callable[[], Snapshot]
-    ) -> None:
+    def _save(self, entry: Listed, where: str, snapshot: Callable[[], Snapshot]) -> None:
         saved = self.writer.begin(entry, snapshot()) if self.writer is not None else None
-        self.saving = _Saving(metrics, where, saved)
+        self.saving = _Saving(where, saved)
 
     def _position_report(self, epochs: range) -> None:
         """Draw the report on rank 0, in the loop's thread: its random draws must not meet those of a training step."""
@@ -192,7 +187,7 @@ def opened_reporter(run: Run, group: Group, listed: Sequence[Listed], world: Wor
     except tuple(ERRORS.values()):
         raise
     except BaseException:
-        patience_s = 1  # what is not sent is in the run's folder, or is trained again
+        patience_s = 0  # what is not sent is in the run's folder, or is trained again
         raise
     finally:
         if reporter.writer is not None:

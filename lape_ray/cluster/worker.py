@@ -22,6 +22,7 @@ from lape_ray.storage import LeaseLostError
 from lape_ray.training.checkpoint import DamagedError, verify
 from lape_ray.training.distributed import World
 from lape_ray.training.loop import train
+from lape_ray.training.rehearsal import rehearse
 
 
 def train_run(run: Run, group: Group, device: torch.device) -> RunEnd:
@@ -41,6 +42,13 @@ def train_run(run: Run, group: Group, device: torch.device) -> RunEnd:
     except tuple(ERRORS.values()) as error:
         return RunEnd.of(error)
     return end
+
+
+def make_ready(config: TrainConfig, device: torch.device) -> None:
+    """Prepare to take another worker's place at any time; what goes wrong here is told where it counts."""
+    with contextlib.suppress(OSError, ValueError):
+        stage_data(config.data)
+        rehearse(config, device)
 
 
 def tell(text: str) -> None:

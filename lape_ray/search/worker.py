@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import socket
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from lape_ray.search.checkpoints import History, TrialFolder, name_of
 from lape_ray.search.record import Epoch, Trial, best_epoch, trial_folder
 from lape_ray.search.settings import EndedError, EndedTogetherError, InterruptedTrialError, Settings
 from lape_ray.training.checkpoint import Snapshot
+from lape_ray.training.distributed import forget_training
 from lape_ray.training.flags import Flags
 from lape_ray.training.loop import DivergedError, StoppedError, Training
 
@@ -97,13 +96,7 @@ class Worker:
         if self._reporter is not None:
             self._closing.submit(self._reporter.close)
         self._training = self._reporter = None
-        # After eight networks of one process torch would compile no more; where nothing was compiled, asking for it
-        # would import the compiler.
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget_training(self._device)
 
     def close(self) -> None:
         """Wait until MLflow has everything."""

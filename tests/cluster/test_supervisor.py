@@ -15,11 +15,12 @@ from lape_ray.cluster.supervisor import Supervisor
 
 def told(*errors: Exception) -> str:
     """What the supervisor hears of workers that failed with `errors`."""
-    heard: list[str] = []
-    supervisor = SimpleNamespace(failed=SimpleNamespace(remote=heard.append))
+    heard: list[tuple[str, tuple[int, ...]]] = []
+    supervisor = SimpleNamespace(failed=SimpleNamespace(remote=lambda *told: heard.append(told)))
     FailureCount(supervisor).after_exception(None, dict(enumerate(errors)))
-    assert len(heard) == 1
-    return heard[0]
+    ((reason, ranks),) = heard
+    assert ranks == tuple(range(len(errors)))
+    return reason
 
 
 def test_failures_are_counted_between_checkpoints() -> None:
