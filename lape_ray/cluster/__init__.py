@@ -12,6 +12,7 @@ group            the workers as one of them sees the others
 signals          SIGTERM and Ctrl-C as requests to end after a checkpoint
 pages            a trained run's pages in MLflow
 reporter         what the loop reports, carried to storage, the tracker, Prometheus and the log
+compile_cache    compiled code of a run, stored with it for machines that have none
 checkpoint_writer  checkpoints on their way from rank 0's memory to storage
 rendezvous       the supervisor of a run, by which its workers meet
 supervisor       the actor that carries stop requests and counts failures

@@ -51,7 +51,7 @@ def run_worker(payload: dict[str, Any]) -> RunEnd:
     run, supervisor, reason = payload["run"], payload["supervisor"], ""
     device = ray.train.torch.get_device()
     if run.config.run.standby_workers:
-        make_ready(run.config, device)
+        make_ready(run, device)
     while True:
         place, store = _meet(supervisor, run.config.run, reason)
         if place is None:

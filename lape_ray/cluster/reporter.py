@@ -163,23 +163,36 @@ def _stored(saving: _Saving) -> bool:
 
 
 @contextlib.contextmanager
-def opened_reporter(run: Run, group: Group, listed: Sequence[Listed], world: World) -> Iterator[RunReporter]:
+def opened_reporter(
+    run: Run,
+    group: Group,
+    listed: Sequence[Listed],
+    world: World,
+    *,
+    store_compiled: Callable[[], None],
+) -> Iterator[RunReporter]:
     """Open this worker's reporter, and close its tracker and writer at the end.
 
     Args:
         listed: the run's checkpoints so far, oldest first.
+        store_compiled: stores what was compiled; it is called before each checkpoint.
     """
     reporter = RunReporter(run, group, world)
     if group.rank == 0:
-        reporter.tracker = tracking.open_tracker(
+        reporter.tracker = tracker = tracking.open_tracker(
             run.config.tracking,
             run.tracking_uri,
             run.mlflow_run_id,
             run.folder,
             check=run.check_lease,
         )
+
+        def before_publishing() -> None:
+            tracker.save_unsent()
+            store_compiled()
+
         reporter.writer = CheckpointWriter(
-            run, listed, before_publishing=reporter.tracker.save_unsent, tell=reporter.line
+            run, listed, before_publishing=before_publishing, tell=reporter.line
         )
     patience_s = 60.0
     try:

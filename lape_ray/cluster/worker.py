@@ -12,6 +12,7 @@ import torch
 
 from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import Listed, recover, write_list
+from lape_ray.cluster.compile_cache import compile_cache
 from lape_ray.cluster.group import Group
 from lape_ray.cluster.reporter import opened_reporter
 from lape_ray.cluster.run import Run
@@ -33,9 +34,11 @@ def train_run(run: Run, group: Group, device: torch.device) -> RunEnd:
         return end
     _stage(run.config, device)
     try:
+        world = World.current(device)
         with (
             _newest_complete(run, listed, device, say) as (folder, listed),
-            opened_reporter(run, group, listed, World.current(device)) as reporter,
+            compile_cache(run, device) as store_compiled,
+            opened_reporter(run, group, listed, world, store_compiled=store_compiled) as reporter,
         ):
             reporter.line_of_size()
             train(run.config, device=device, reporter=reporter, resume_from=folder)
@@ -44,11 +47,11 @@ def train_run(run: Run, group: Group, device: torch.device) -> RunEnd:
     return end
 
 
-def make_ready(config: TrainConfig, device: torch.device) -> None:
+def make_ready(run: Run, device: torch.device) -> None:
     """Prepare to take another worker's place at any time; what goes wrong here is told where it counts."""
-    with contextlib.suppress(OSError, ValueError):
-        stage_data(config.data)
-        rehearse(config, device)
+    with contextlib.suppress(OSError, ValueError), compile_cache(run, device):
+        stage_data(run.config.data)
+        rehearse(run.config, device)
 
 
 def tell(text: str) -> None:
