@@ -40,6 +40,8 @@ def train_to_the_end(run: Run, lease: Lease, supervisor: Any) -> None:
                 end: RunEnd = until_stopped(_trainer(run, supervisor).fit, supervisor).return_value
                 return end.check()
             except CONTROLLER_FAILED as error:
+                if (fields := _ended(supervisor)) is not None:
+                    return RunEnd(*fields).check()
                 reason = _reason(error)
                 print(f"warning: Ray Train's controller failed, starting it again: {reason}", flush=True)
                 time.sleep(PAUSE_S)
@@ -86,6 +88,15 @@ def _wait_for_storage(root: str, outage_s: float) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(2)
+
+
+def _ended(supervisor: Any) -> tuple[str, str] | None:
+    """Ask the supervisor how the run ended; None: it has not, or there is no answer."""
+    try:
+        fields: tuple[str, str] | None = ray.get(supervisor.ended.remote(), timeout=30)
+    except ray.exceptions.RayError:
+        return None
+    return fields
 
 
 def _lives(actor: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import ray
 from ray.train import UserCallback
 
 from lape_ray.cluster.supervisor import MEMORY
@@ -27,4 +28,5 @@ class FailureCount(UserCallback):
         ]
         # Where one worker ran out of memory, the others say that it went away.
         reason = next((reason for reason in reasons if MEMORY in reason), reasons[0])
-        self.supervisor.failed.remote(reason, tuple(worker_exceptions))
+        controller = ray.get_runtime_context().current_actor
+        self.supervisor.failed.remote(reason, tuple(worker_exceptions), controller)

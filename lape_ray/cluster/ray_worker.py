@@ -55,7 +55,7 @@ def run_worker(payload: dict[str, Any]) -> RunEnd:
     while True:
         place, store = _meet(supervisor, run.config.run, reason)
         if place is None:
-            return RunEnd(*ray.get(supervisor.end.remote()))
+            return RunEnd(*ray.get(supervisor.ended.remote()))
         broken = threading.Event()
         try:
             with _joined(place, store, run.config.run, device, supervisor, broken):

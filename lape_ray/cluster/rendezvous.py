@@ -17,6 +17,8 @@ from lape_ray.cluster.supervisor import Supervisor
 
 LEAVE_S = 10.0
 """The time that a survivor has to come back, before its process is ended like that of a worker that hangs."""
+END_S = 10.0
+"""The time that Ray Train's controller has to see that the run has ended: it may wait for a node that was lost."""
 ANSWER_S = 2.0  # for which a worker that waits is asked whether it lives
 
 
@@ -64,6 +66,7 @@ class RunSupervisor(Supervisor):
         self._number = 0
         self._broken = asyncio.Event()
         self._end: tuple[str, str] | None = None
+        self._controller: Any = None
         self._forming = asyncio.Lock()
 
     async def meet(self, member: Member, size: int, reason: str = "") -> Place | None:
@@ -86,8 +89,9 @@ class RunSupervisor(Supervisor):
             await self._broken.wait()
         return self._end is None
 
-    async def failed(self, reason: str, ranks: tuple[int, ...] = ()) -> None:
+    async def failed(self, reason: str, ranks: tuple[int, ...] = (), controller: Any = None) -> None:
         """Note that workers failed, and break their group. The loss of one that stood by is no failure of the run."""
+        self._controller = controller
         if any(one.rank in ranks for one in self._members):
             self._break(reason)
             await self._form()
@@ -95,17 +99,30 @@ class RunSupervisor(Supervisor):
             self._failures.pop()  # survivors know only that a connection is gone
             await super().failed(reason)
 
+    async def stop(self) -> None:
+        """Ask the workers to end after a checkpoint; where none train, because one was lost, they have theirs."""
+        await super().stop()
+        if self._number and not self._members:
+            await self.finish(
+                "stopped", "stopped while a lost worker was waited for; there is a checkpoint before it"
+            )
+
     async def finish(self, kind: str, reason: str) -> None:
         """End the run: those that stand by are let go."""
-        self._end = self._end or (kind, reason)
+        if self._end is None:
+            self._end = kind, reason
+            asyncio.get_running_loop().call_later(END_S, self._end_controller)
         self._members = []
         self._broken.set()
         self._release()
 
-    async def end(self) -> tuple[str, str]:
-        """Return how the run ended: the fields of a `RunEnd`."""
-        assert self._end is not None
+    async def ended(self) -> tuple[str, str] | None:
+        """Return how the run ended, the fields of a `RunEnd`; None: it has not."""
         return self._end
+
+    def _end_controller(self) -> None:
+        if self._controller is not None:
+            ray.kill(self._controller)
 
     def _break(self, reason: str) -> None:
         members, self._members = self._members, []

@@ -133,7 +133,32 @@ def test_the_end_of_the_run_lets_those_go_that_stand_by_or_come_later() -> None:
         assert await standby is None
         assert await workers.arrive(2) is None
         assert not await broken
-        assert await workers.supervisor.end() == ("stopped", "after epoch 2")
+        assert await workers.supervisor.ended() == ("stopped", "after epoch 2")
+
+    run(story())
+
+
+def test_a_controller_that_waits_for_a_lost_node_does_not_keep_the_run_from_ending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor does a run that waits for one keep its driver from stopping."""
+    killed: list[object] = []
+    monkeypatch.setattr(rendezvous, "END_S", 0.05)
+    monkeypatch.setattr(ray, "kill", killed.append)
+
+    async def story() -> None:
+        workers = Workers(size=2, ranks=2)
+        await places(*(workers.arrive(rank) for rank in range(2)))
+        workers.die(1)
+        await workers.supervisor.failed("the node died", (1,), "controller")
+        survivor = workers.arrive(0, "Connection closed by peer")
+        assert await places(survivor) == [None]
+        await workers.supervisor.stop()
+        assert await survivor is None
+        ended = await workers.supervisor.ended()
+        assert ended is not None and ended[0] == "stopped"
+        await asyncio.sleep(0.1)
+        assert killed == ["controller"]
 
     run(story())
 
