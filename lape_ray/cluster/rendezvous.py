@@ -59,9 +59,7 @@ class RunSupervisor(Supervisor):
         self._size = 0
         self._waiting: dict[int, tuple[Member, asyncio.Future[Place | None]]] = {}
         self._members: list[Member] = []  # of the group that trains
-        self._absent: dict[
-            str, int
-        ] = {}  # processes that did not come back yet, and the group that they were of
+        self._absent: dict[str, int] = {}  # of a process that did not come back yet: the group it was of
         self._lost: set[int] = set()  # ranks of the last group that was broken
         self._number = 0
         self._broken = asyncio.Event()
@@ -97,7 +95,7 @@ class RunSupervisor(Supervisor):
             await self._form()
         elif self._lost & set(ranks) and self._failures:
             self._failures.pop()  # survivors know only that a connection is gone
-            await super().failed(reason)
+            self._count(reason)
 
     async def stop(self) -> None:
         """Ask the workers to end after a checkpoint; where none train, because one was lost, they have theirs."""
@@ -128,7 +126,7 @@ class RunSupervisor(Supervisor):
         members, self._members = self._members, []
         self._lost = {one.rank for one in members}
         self._absent |= {one.id: self._number for one in members}
-        self._failures.append(reason)
+        self._count(reason)
         self._broken.set()
         asyncio.get_running_loop().call_later(LEAVE_S, self._end_absent, members, self._number)
 

@@ -107,6 +107,22 @@ def test_a_worker_that_died_while_it_waited_is_given_no_place() -> None:
     run(story())
 
 
+@pytest.mark.parametrize("survivor_first", [False, True])
+def test_a_step_that_does_not_fit_ends_the_run(survivor_first: bool) -> None:
+    """Whoever tells first that the group is broken."""
+
+    async def story() -> None:
+        workers = Workers(size=2, ranks=2)
+        await places(*(workers.arrive(rank) for rank in range(2)))
+        if survivor_first:
+            workers.arrive(0, "Connection closed by peer")
+            await asyncio.sleep(0.01)
+        await workers.supervisor.failed("torch.OutOfMemoryError: CUDA out of memory", (1,))
+        assert "does not fit" in await workers.supervisor.started("a")
+
+    run(story())
+
+
 def test_one_that_does_not_come_back_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """It hangs; the others came back in time."""
     killed: list[Actor] = []
