@@ -370,6 +370,11 @@ class RunConfig:
         "training processes, one for each GPU; LOW:HIGH: as many of these as the cluster has at the time; "
         "0: train in this process, without Ray",
     )
+    standby_workers: int = option(
+        0,
+        "workers that stand by, with all that a worker takes of its node: one replaces a lost one in seconds; not "
+        "with LOW:HIGH",
+    )
     device: Device = option("auto", "where workers compute; auto: gpu if the cluster has any")
     cpus_per_worker: int = option(
         1, "CPUs that Ray reserves for a worker: its loader and, on CPU, its arithmetic"
@@ -413,11 +418,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         _check_addresses(self)
         _check_choices(self)
-        _check_range(self, 0, 2**31, "max_failures", "wait_s", "outage_s")
+        _check_range(self, 0, 2**31, "max_failures", "wait_s", "outage_s", "standby_workers")
         low, high = self.workers
         _require(
             1 <= low <= high,
             f"num_workers={self.num_workers} must be from 1 up, and LOW at most HIGH; or 0, which is without Ray",
+        )
+        _require(
+            self.standby_workers == 0 or (low == high and not self.in_process),
+            f"standby_workers={self.standby_workers} needs num_workers to be one number from 1 up, not "
+            f"{self.num_workers}",
         )
         _check_range(self, 1, 10**6, "cpus_per_worker", "log_steps", "eval_epochs", "keep_checkpoints",
                      "timeout_s", "start_timeout_s", "stop_after_epochs", "checkpoint_steps")  # fmt: skip

@@ -7,12 +7,14 @@ controller       Ray Train's controller of a run: built, supervised, started aga
 run              `Run`: what the driver decided about a run, as it travels to the workers
 run_end          the ways in which workers end a run for good
 worker           a worker: may it start, where does it continue, how does it end
-ray_worker       a worker of Ray Train, and what it knows of the others
+ray_worker       a worker of Ray Train, which trains in one group of workers after another
 group            the workers as one of them sees the others
 signals          SIGTERM and Ctrl-C as requests to end after a checkpoint
 pages            a trained run's pages in MLflow
-reporter         what the loop reports, carried to Ray Train, the tracker, Prometheus and the log
+reporter         what the loop reports, carried to storage, the tracker, Prometheus and the log
+compile_cache    compiled code of a run, stored with it for machines that have none
 checkpoint_writer  checkpoints on their way from rank 0's memory to storage
+rendezvous       the supervisor of a run, by which its workers meet
 supervisor       the actor that carries stop requests and counts failures
 failure_count    what Ray Train's controller tells it of failures
 connection       a connection to Ray, and work spread over its nodes

@@ -70,8 +70,8 @@ class CheckpointWriter:
         return entry.name, time.monotonic() - began
 
     def close(self) -> None:
-        """Begin nothing more; what is being stored is stored."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Begin nothing more, and wait for what is being stored: this process may go on to train again."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 def _unused(name: str, used: set[str]) -> str:

@@ -27,9 +27,11 @@ GONE_S = 20.0  # within which Ray ends what belonged to a driver that was killed
 SHARED_BYTES_OF_A_GPU = 64 * 2**20
 """About what NCCL takes of a node's shared memory for each GPU, with its default buffers and some room."""
 
-# The controller polls workers at this interval; a checkpoint counts only once it has been polled.
 _ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # at which the controller polls workers, and hears of lost ones
+    # After which it asks again for how many workers there is room: an elastic run first asks for a lost node's CPUs.
+    # Workers have more time to start: this is for their reservation alone.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with the patch every printed line appears twice in the job's log
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page of training runs
     # Workers look for themselves (`supervisor.LeavingNode`); its actor costs a process and logs an error at its start.

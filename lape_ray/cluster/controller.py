@@ -16,9 +16,10 @@ from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import read_list
 from lape_ray.cluster.failure_count import FailureCount, GroupsEnd
 from lape_ray.cluster.ray_worker import run_worker
+from lape_ray.cluster.rendezvous import RunSupervisor
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import RunEnd, WorkersFailedError
-from lape_ray.cluster.supervisor import Supervisor, supervised, until_stopped
+from lape_ray.cluster.supervisor import supervised, until_stopped
 from lape_ray.storage import Lease
 from lape_ray.values.redaction import shared_variables
 
@@ -39,6 +40,8 @@ def train_to_the_end(run: Run, lease: Lease, supervisor: Any) -> None:
                 end: RunEnd = until_stopped(_trainer(run, supervisor).fit, supervisor).return_value
                 return end.check()
             except CONTROLLER_FAILED as error:
+                if (fields := _ended(supervisor)) is not None:
+                    return RunEnd(*fields).check()
                 reason = _reason(error)
                 print(f"warning: Ray Train's controller failed, starting it again: {reason}", flush=True)
                 time.sleep(PAUSE_S)
@@ -50,7 +53,9 @@ def train_to_the_end(run: Run, lease: Lease, supervisor: Any) -> None:
                     ) from error
                 if not _lives(supervisor):
                     ray.kill(supervisor)  # which frees its name, whatever is left of it
-                    supervisor = stack.enter_context(supervised(Supervisor, run.folder, limits.max_failures))
+                    supervisor = stack.enter_context(
+                        supervised(RunSupervisor, run.folder, limits.max_failures)
+                    )
 
 
 class _Failures:
@@ -85,12 +90,54 @@ def _wait_for_storage(root: str, outage_s: float) -> None:
             time.sleep(2)
 
 
+def _ended(supervisor: Any) -> tuple[str, str] | None:
+    """Ask the supervisor how the run ended; None: it has not, or there is no answer."""
+    try:
+        fields: tuple[str, str] | None = ray.get(supervisor.ended.remote(), timeout=30)
+    except ray.exceptions.RayError:
+        return None
+    return fields
+
+
 def _lives(actor: Any) -> bool:
     try:
         ray.get(actor.__ray_ready__.remote(), timeout=30)
     except ray.exceptions.RayError:  # dead, ended for want of memory, or no answer
         return False
     return True
+
+
+class _RunBackend(ray.train.backend.Backend):
+    """Ray Train starts processes only: workers form process groups among themselves."""
+
+    share_cuda_visible_devices = True
+
+
+class _SingleBackend(_RunBackend):
+    """Ray Train replaces a worker that is lost, and leaves the others alone."""
+
+    has_replica_groups = True
+
+
+class WholeGroup(ray.train.torch.TorchConfig):
+    """Workers that Ray Train starts again together, as it must where their number changes."""
+
+    @property
+    def backend_cls(self) -> type[_RunBackend]:
+        return _RunBackend
+
+
+class SingleWorkers(WholeGroup):
+    """Workers of which each is started again alone.
+
+    Each is what Ray Train calls a replica group, made for torchft. That library is not used: in it, survivors go on
+    without the lost worker's share of the batch, and the newcomer takes its weights from them, so that the losses would
+    not be those of an undisturbed run.
+    """
+
+    @property
+    def backend_cls(self) -> type[_RunBackend]:
+        return _SingleBackend
 
 
 def _trainer(run: Run, supervisor: Any) -> ray.train.torch.TorchTrainer:
@@ -100,9 +147,9 @@ def _trainer(run: Run, supervisor: Any) -> ray.train.torch.TorchTrainer:
     return ray.train.torch.TorchTrainer(
         run_worker,
         train_loop_config={"run": run, "supervisor": supervisor},
-        torch_config=ray.train.torch.TorchConfig(timeout_s=limits.start_timeout_s),
+        torch_config=WholeGroup() if low < high else SingleWorkers(),
         scaling_config=ScalingConfig(
-            num_workers=low if low == high else (low, high),
+            num_workers=(low, high) if low < high else low + limits.standby_workers,
             use_gpu=run.use_gpu,
             resources_per_worker=resources,
         ),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Any
 
+import ray
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from lape_ray.cluster.supervisor import MEMORY
-
-LEAVE_GROUP_S = 5
-"""The time that workers have to leave their process group after a failure; Ray Train's default is half a minute."""
 
 
 class GroupsEnd(WorkerGroupCallback):
@@ -40,10 +37,10 @@ class FailureCount(UserCallback):
         warnings.filterwarnings("ignore", message=".*exclude_resources. is deprecated")
 
     def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        # A worker that hangs never leaves. Ray Train hands this variable on to no controller, but asks for it there.
-        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", str(LEAVE_GROUP_S))
         reasons = [
             (str(error).strip() or repr(error)).splitlines()[-1] for error in worker_exceptions.values()
         ]
         # Where one worker ran out of memory, the others say that it went away.
-        self.supervisor.failed.remote(next((reason for reason in reasons if MEMORY in reason), reasons[0]))
+        reason = next((reason for reason in reasons if MEMORY in reason), reasons[0])
+        controller = ray.get_runtime_context().current_actor
+        self.supervisor.failed.remote(reason, tuple(worker_exceptions), controller)

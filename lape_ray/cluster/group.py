@@ -27,7 +27,7 @@ class Group(Protocol):
         """
 
     def broadcast(self, value: T) -> T:
-        """Return rank 0's value, which consists of plain types."""
+        """Return rank 0's value, which consists of JSON's types; of a tuple the others get a list."""
 
     def barrier(self) -> None:
         """Wait for all workers, as long as it takes."""

@@ -14,9 +14,10 @@ from lape_ray import tracking
 from lape_ray.cluster.connection import connected, refuse_little_shared_memory
 from lape_ray.cluster.controller import train_to_the_end, variables
 from lape_ray.cluster.pages import hand_over, make_pages
+from lape_ray.cluster.rendezvous import RunSupervisor
 from lape_ray.cluster.resources import wait_for_room
 from lape_ray.cluster.run import Run
-from lape_ray.cluster.supervisor import Supervisor, supervised
+from lape_ray.cluster.supervisor import supervised
 from lape_ray.cluster.worker import tell
 from lape_ray.config import TrainConfig
 from lape_ray.storage import Lease
@@ -71,7 +72,7 @@ def on_ray(config: TrainConfig, folder: str, uri: str) -> Iterator[OnRay]:
         use_gpu = uses_gpu(config)
         _wait_for_workers(config, use_gpu)
         refuse_local_store(uri)
-        with supervised(Supervisor, folder, config.run.max_failures) as supervisor:
+        with supervised(RunSupervisor, folder, config.run.max_failures) as supervisor:
             if use_gpu and config.run.workers.high > 1:
                 refuse_little_shared_memory()
             yield OnRay(use_gpu, supervisor, own)
@@ -88,7 +89,8 @@ def _wait_for_workers(config: TrainConfig, use_gpu: bool) -> None:
     """Wait until the cluster could hold the workers that the run needs at least; a ValueError where it cannot."""
     run = config.run
     need = {"CPU": run.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    wait_for_room("the run", need, run.workers.low, wait_s=run.wait_s, tell=tell)
+    workers = run.workers.low + run.standby_workers
+    wait_for_room("the run", need, workers, wait_s=run.wait_s, tell=tell)
 
 
 def refuse_local_store(uri: str) -> None:

@@ -247,13 +247,20 @@ def _stored(saving: _Saving) -> bool:
 
 @contextlib.contextmanager
 def opened_reporter(
-    run: Run, group: Group, listed: Sequence[Listed], world: World, attempt: AttemptWriter | None
+    run: Run,
+    group: Group,
+    listed: Sequence[Listed],
+    world: World,
+    attempt: AttemptWriter | None,
+    *,
+    store_compiled: Callable[[], None],
 ) -> Iterator[RunReporter]:
     """Open this worker's reporter, and close its tracker and writer at the end.
 
     Args:
         listed: the run's checkpoints so far, oldest first.
         attempt: rank 0's file of what its time goes into.
+        store_compiled: stores what was compiled; it is called before each checkpoint.
     """
     best = max((one.score for one in listed if one.score is not None), default=-math.inf)
     reporter = RunReporter(run, group, world, attempt=attempt, best=best)
@@ -266,8 +273,13 @@ def opened_reporter(
             run.folder,
             check=run.check_lease,
         )
+
+        def before_publishing() -> None:
+            reporter.before_publishing()
+            store_compiled()
+
         reporter.writer = CheckpointWriter(
-            run, listed, before_publishing=reporter.before_publishing, tell=reporter.line
+            run, listed, before_publishing=before_publishing, tell=reporter.line
         )
     patience_s = 60.0
     try:
@@ -275,7 +287,7 @@ def opened_reporter(
     except tuple(ERRORS.values()):
         raise
     except BaseException:
-        patience_s = 1  # what is not sent is in the run's folder, or is trained again
+        patience_s = 0  # what is not sent is in the run's folder, or is trained again
         raise
     finally:
         if reporter.writer is not None:

@@ -49,6 +49,9 @@ class Supervisor:
 
     async def failed(self, reason: str) -> None:
         """Note that workers failed."""
+        self._count(reason)
+
+    def _count(self, reason: str) -> None:
         self._failures.append(reason)
         self._moments.setdefault("failed", time.time())
         if MEMORY in reason:
@@ -91,7 +94,7 @@ def supervised(cls: type[Supervisor], folder: str, *arguments: Any) -> Iterator[
     )
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    supervisor = only_actor(cls, folder, *arguments, max_concurrency=1000, scheduling_strategy=here)
+    supervisor = only_actor(cls, folder, *arguments, max_concurrency=10_000, scheduling_strategy=here)
     try:
         yield supervisor
     finally:

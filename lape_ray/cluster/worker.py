@@ -15,6 +15,7 @@ import torch
 
 from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import Listed, recover, write_list
+from lape_ray.cluster.compile_cache import compile_cache
 from lape_ray.cluster.group import Group
 from lape_ray.cluster.journal import opened_attempt
 from lape_ray.cluster.reporter import opened_reporter
@@ -26,6 +27,7 @@ from lape_ray.storage import LeaseLostError
 from lape_ray.training.checkpoint import DamagedError, verify
 from lape_ray.training.distributed import World
 from lape_ray.training.loop import train
+from lape_ray.training.rehearsal import rehearse
 from lape_ray.training.times import STAGING, Times
 
 
@@ -42,13 +44,23 @@ def train_run(run: Run, group: Group, device: torch.device) -> RunEnd:
                 with times.within(STAGING):
                     stack.enter_context(_data_at_hand(run.config, group, device))
                 folder, listed = stack.enter_context(_newest_complete(run, listed, device, say))
+                store_compiled = stack.enter_context(compile_cache(run, device))
                 world = World.current(device)
-                reporter = stack.enter_context(opened_reporter(run, group, listed, world, attempt))
+                reporter = stack.enter_context(
+                    opened_reporter(run, group, listed, world, attempt, store_compiled=store_compiled)
+                )
                 reporter.line_of_size()
                 train(run.config, device=device, reporter=reporter, resume_from=folder, times=times)
         except tuple(ERRORS.values()) as error:
             return RunEnd.of(error)
         return end
+
+
+def make_ready(run: Run, device: torch.device) -> None:
+    """Prepare to take another worker's place at any time; what goes wrong here is told where it counts."""
+    with contextlib.suppress(OSError, ValueError), compile_cache(run, device):
+        stage_data(run.config.data, _ignore)
+        rehearse(run.config, device)
 
 
 def tell(text: str) -> None:

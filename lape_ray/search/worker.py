@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +15,14 @@ import torch
 import torch.distributed as dist
 
 from lape_ray import storage, tracking
+from lape_ray.cluster.interface import meet_at
 from lape_ray.cluster.local import free_ports
 from lape_ray.cluster.supervisor import LeavingNode, StopRequest
 from lape_ray.search.checkpoints import History, TrialFolder, name_of
 from lape_ray.search.record import Epoch, Trial, best_epoch, trial_folder
 from lape_ray.search.settings import EndedError, EndedTogetherError, InterruptedTrialError, Settings
 from lape_ray.training.checkpoint import Snapshot
+from lape_ray.training.distributed import forget_training
 from lape_ray.training.flags import Flags
 from lape_ray.training.loop import DivergedError, StoppedError, Training
 
@@ -62,6 +62,7 @@ class Worker:
     def meet(self, address: str) -> None:
         """Form the process group of the trial's workers, where there are several; it serves all trials to come."""
         if self._settings.plan.workers > 1:
+            meet_at(ray.util.get_node_ip_address())
             dist.init_process_group(
                 "nccl" if self._device.type == "cuda" else "gloo", init_method=f"tcp://{address}",
                 rank=self._rank, world_size=self._settings.plan.workers,
@@ -95,13 +96,7 @@ class Worker:
         if self._reporter is not None:
             self._closing.submit(self._reporter.close)
         self._training = self._reporter = None
-        # After eight networks of one process torch would compile no more; where nothing was compiled, asking for it
-        # would import the compiler.
-        if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        forget_training(self._device)
 
     def close(self) -> None:
         """Wait until MLflow has everything."""

@@ -50,6 +50,9 @@ class Sender:
     """
 
     RETRY_S = 5.0
+    IN_FLIGHT_S = (
+        5.0  # for which a batch on its way is waited for, so that the next worker does not send it too
+    )
     BATCH = 1000  # the most metrics that MLflow's REST API takes at once
 
     def __init__(self, service: Service, folder: str, check: Callable[[], None] = lambda: None) -> None:
@@ -105,6 +108,7 @@ class Sender:
         self._wake.set()
         self._thread.join(timeout_s)
         self._give_up.set()
+        self._thread.join(self.IN_FLIGHT_S)
         self._keep_the_rest()
 
     def send_now(self) -> bool:

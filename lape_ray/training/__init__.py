@@ -2,6 +2,7 @@
 
 loop           `train`: epochs, evaluation and checkpoints
 step           an optimizer step, from the loader's images to new weights
+rehearsal      a step that nobody keeps, on a worker that stands by
 state          `build_state`: network, optimizer, loaders and the process group of a worker
 distributed    this process among the workers of a run
 cuda_graph     an optimizer step as one CUDA graph

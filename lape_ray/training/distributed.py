@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -54,3 +56,14 @@ class World:
                 getattr(dist.distributed_c10d, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
             )
             set_timeout(timedelta(seconds=seconds), None)
+
+
+def forget_training(device: torch.device) -> None:
+    """Give back what the next training of this process would inherit."""
+    # After eight networks of one process torch would compile no more; where nothing was compiled, asking for it would
+    # import the compiler.
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

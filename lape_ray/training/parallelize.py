@@ -24,17 +24,20 @@ def compiled(network: nn.Module, asked: Compile, device: torch.device) -> tuple[
     Raises:
         ValueError: compilation was asked for by name, and no compiler is installed.
     """
-    mode = asked
-    if mode == "auto":
-        mode = "default" if device.type == "cuda" else "off"
-    if mode == "off":
+    if not compiles(asked, device):
         return network, ""
+    mode = "default" if asked == "auto" else asked
     if missing := missing_compiler(device):
         if asked != "auto":
             raise ValueError(f"run.compile={asked} needs {missing}; install it, or set --run.compile off")
         return network, f"not compiled, and slower for it: {missing} is missing"
     fast = cast(nn.Module, torch.compile(network, mode=mode, dynamic=False))
     return fast, f"compiled ({mode}): the first step takes longer"
+
+
+def compiles(asked: Compile, device: torch.device) -> bool:
+    """Tell whether `run.compile` asks for compilation on `device`."""
+    return asked != "off" and not (asked == "auto" and device.type == "cpu")
 
 
 def missing_compiler(device: torch.device) -> str | None:

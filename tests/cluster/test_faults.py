@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -15,7 +16,18 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from helpers.faults import LONG, Strike, contest, job, note_cost, stored, whole, workers
+from helpers.faults import (
+    LONG,
+    Strike,
+    busy,
+    contest,
+    job,
+    note_cost,
+    seconds_to_import,
+    stored,
+    whole,
+    workers,
+)
 from helpers.networks import FAMILIES
 from helpers.service import Service, alone, weights_alone
 from helpers.tracking_server import history, tracking_server
@@ -68,6 +80,62 @@ def test_a_killed_worker(
     trained = max(one.until for one in journal.attempts)
     assert lost["idle"] < division.until - trained + 0.1, "nothing but the end of the command"
     note_cost(service, result.mlflow_run_id, "worker SIGKILL", strike.at, output)
+
+
+@slow
+def test_a_standby_takes_a_killed_workers_place(service: Service, capfd: pytest.CaptureFixture[str]) -> None:
+    """SIGKILL twice; what Ray Train starts in the first one's place stands by for the second."""
+    folder, fields = service.home / "runs/standby", {**LONG, "optim__epochs": 80}
+    struck: list[tuple[float, int]] = []
+
+    def strike() -> None:
+        while len(workers(service)) < 2 or len(trains := busy(service)) != 1:
+            pass
+        struck.append((time.time(), trains[0].pid))
+        trains[0].kill()
+
+    with Strike(stored(folder, 28), strike).armed(), Strike(stored(folder, 128), strike).armed():
+        result = fit(service.config(run__name="standby", run__standby_workers=1, **fields))
+    output = capfd.readouterr().out
+    assert service.losses(service.run(result.mlflow_run_id)) == alone(service.config(**fields)).losses
+    assert len(re.findall(r"continuing after epoch \d+ of 80", output)) == 2, output
+    no_litter(service, "standby")
+    for (at, pid), (until, other) in zip(struck, [*struck[1:], (math.inf, 0)], strict=True):
+        assert pid != other
+        pause = note_cost(service, result.mlflow_run_id, "worker SIGKILL, one stands by", at, output, until)
+        assert pause is not None and pause < 4
+
+
+@slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_survivors_keep_their_processes(
+    service: Service, victim: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL of one of two, also of the one that stores and prints; the other trains on in its process."""
+    name = f"survivor-{victim}"
+    folder, fields = service.home / "runs" / name, {**LONG, "run__num_workers": 2}
+    before: list[int] = []
+    after: list[int] = []
+
+    def strike() -> None:
+        processes = workers(service)
+        before.extend(process.pid for process in processes)
+        processes[victim].kill()
+
+    def look() -> None:
+        after.extend(process.pid for process in workers(service))
+
+    with Strike(stored(folder, 28), strike).armed() as first, Strike(stored(folder, 70), look).armed():
+        result = fit(service.config(run__name=name, **fields))
+    output = capfd.readouterr().out
+    assert len(before) == len(after) == 2
+    assert set(before) & set(after) == {before[1 - victim]}
+    assert service.losses(service.run(result.mlflow_run_id)) == pytest.approx(
+        alone(service.config(**fields)).losses, rel=1e-4
+    )
+    no_litter(service, name)
+    pause = note_cost(service, result.mlflow_run_id, "worker SIGKILL, two workers", first.at, output)
+    assert pause is not None and pause < max(8.0, 2 * seconds_to_import())
 
 
 @slow

@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 
-from lape_ray.cluster import connection
+from lape_ray.cluster import connection, failure_count
 from lape_ray.cluster.failure_count import FailureCount
 from lape_ray.cluster.supervisor import Supervisor
 
 
-def told(*errors: Exception) -> str:
+def told(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> str:
     """What the supervisor hears of workers that failed with `errors`."""
-    heard: list[str] = []
-    supervisor = SimpleNamespace(failed=SimpleNamespace(remote=heard.append))
+    heard: list[tuple[str, tuple[int, ...], str]] = []
+    context = SimpleNamespace(current_actor="controller")
+    monkeypatch.setattr(failure_count.ray, "get_runtime_context", lambda: context)
+    supervisor = SimpleNamespace(failed=SimpleNamespace(remote=lambda *told: heard.append(told)))
     FailureCount(supervisor).after_exception(None, dict(enumerate(errors)))
-    assert len(heard) == 1
-    return heard[0]
+    ((reason, ranks, controller),) = heard
+    assert (ranks, controller) == (tuple(range(len(errors))), "controller")
+    return reason
 
 
 def test_failures_are_counted_between_checkpoints() -> None:
@@ -35,9 +38,10 @@ def test_failures_are_counted_between_checkpoints() -> None:
     assert answers[4].startswith("workers failed 2 times without a new checkpoint (run.max_failures=1)")
 
 
-def test_what_would_not_fit_again_is_not_tried_again() -> None:
+def test_what_would_not_fit_again_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's error of one worker counts, whatever the others say who lost it."""
     reason = told(
+        monkeypatch,
         RuntimeError("Connection closed by peer"),
         RuntimeError("Traceback ...\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -149,6 +150,13 @@ def workers(service: Service) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
+def busy(service: Service) -> list[psutil.Process]:
+    """Those of the training processes that do not stand by."""
+    before = {process: sum(process.cpu_times()[:2]) for process in workers(service)}
+    time.sleep(0.5)
+    return [process for process, seconds in before.items() if sum(process.cpu_times()[:2]) > seconds + 0.05]
+
+
 def add_row(fault: str, recovery_s: float | None, steps_repeated: int | None) -> None:
     """Add what a fault cost to the table at $LAPE_RAY_FAULT_TABLE, if there is one."""
     row = {"fault": fault, "recovery_s": recovery_s, "steps_repeated": steps_repeated}
@@ -170,13 +178,27 @@ def longest_pause(points: Sequence[tuple[int, float]], struck: float) -> tuple[f
     return (found[0] or None, found[1])
 
 
-def note_cost(service: Service, run_id: str, fault: str, struck: float, output: str = "") -> None:
-    """Note for how long a run came no further, and how many steps it computed again, as its output tells."""
+def note_cost(
+    service: Service, run_id: str, fault: str, struck: float, output: str = "", until: float = math.inf
+) -> float | None:
+    """Note for how long a run came no further, and how many steps it computed again, as its output tells.
+
+    Returns those seconds. `until` is when something else happens.
+    """
     history = mlflow.MlflowClient(service.uri).get_metric_history(run_id, "train/loss")
-    pause, before = longest_pause([(point.step, point.timestamp / 1000) for point in history], struck)
+    points = [(point.step, point.timestamp / 1000) for point in history if point.timestamp / 1000 < until]
+    pause, before = longest_pause(points, struck)
     resumed = re.findall(r"continuing after epoch (\d+) of \d+(?: and step (\d+) of (\d+))?", output)
     repeated = None
     if resumed:
         epoch, step, _ = resumed[-1]
         repeated = max(0, before - (5 * int(epoch) + int(step or 0)))
     add_row(fault, None if pause is None else round(pause, 1), repeated)
+    return pause
+
+
+def seconds_to_import() -> float:
+    """How long this machine takes now for a process that imports what a worker needs, on a quiet one about 4 s."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import ray.train.torch, torch._dynamo, mlflow"], check=True)
+    return time.monotonic() - began

@@ -14,8 +14,10 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
+import psutil
 import ray
 from ray.cluster_utils import Cluster
 
@@ -46,17 +48,18 @@ def config_of(scenario: str, home: Path) -> TrainConfig:
         "run.name": scenario,
         "run.storage": str(home / "runs"),
         "run.num_workers": Span(1, 2) if scenario == "elastic" else 2,
+        "run.standby_workers": int(scenario == "standby"),
         "run.max_failures": 0 if scenario == "drain" else 3,
         "tracking.pages": scenario == "elastic",
     }
-    if scenario == "drain":
-        fields["optim.epochs"] = 400
+    if scenario in ("drain", "another", "standby"):
+        fields["optim.epochs"] = 400 if scenario == "drain" else 24
     return replace_fields(recipe("smoke"), fields)
 
 
 def main(scenario: str, home: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(3 if scenario in ("another", "standby") else 2)]
     ray.init(address=cluster.address)
     with tracking_server(home) as server:
         config = replace_fields(config_of(scenario, home), {"tracking.uri": server.uri})
@@ -76,6 +79,9 @@ def main(scenario: str, home: Path) -> None:
             reached = stored(home / "runs" / scenario, 28)
             while not reached() and thread.is_alive():
                 time.sleep(0.02)
+            lost = nodes[1]
+            while scenario in ("another", "standby") and not trains(lost):
+                lost = nodes[1] if lost is nodes[2] else nodes[2]
             struck = time.time()
             if scenario == "drain":
                 cluster.add_node(num_cpus=1)
@@ -83,7 +89,7 @@ def main(scenario: str, home: Path) -> None:
                 time.sleep(12)
                 cluster.remove_node(nodes[1])
             else:
-                cluster.remove_node(nodes[1], allow_graceful=False)
+                cluster.remove_node(lost, allow_graceful=False)
                 if scenario == "replaced":
                     cluster.add_node(num_cpus=1)
             thread.join(600)
@@ -112,6 +118,17 @@ def main(scenario: str, home: Path) -> None:
         )
     ray.shutdown()
     cluster.shutdown()
+
+
+def trains(node: Any) -> bool:
+    """Whether a worker of the node takes time of a CPU, and does not stand by."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    workers = [
+        each for each in raylet.children(recursive=True) if "RayTrainWorker" in " ".join(each.cmdline())
+    ]
+    before = [sum(each.cpu_times()[:2]) for each in workers]
+    time.sleep(0.5)
+    return any(sum(each.cpu_times()[:2]) > then + 0.05 for each, then in zip(workers, before, strict=True))
 
 
 def drain(address: str, node_id: str) -> None:

@@ -421,7 +421,9 @@ def test_a_missing_bucket_and_a_missing_object(bucket: str) -> None:
         storage.read_text("s3://no-such-bucket/x")
     with pytest.raises(FileNotFoundError, match="/x does not exist at http"):
         storage.read_text(f"{bucket}/x")
-    with pytest.raises(FileNotFoundError, match=r"x\.beton is missing; write it with python jobs/write_beton\.py"):
+    with pytest.raises(
+        FileNotFoundError, match=r"x\.beton is missing; write it with python jobs/write_beton\.py"
+    ):
         read_split_info(DataConfig(train=f"{bucket}/x.beton"), "train")
 
 

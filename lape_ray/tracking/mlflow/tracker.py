@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,12 +60,16 @@ class MlflowTracker:
 
     def close(self, timeout_s: float = 60) -> None:
         """Wait until everything is stored, and keep the rest in the run's folder."""
-        with never_raise("MLflow: watching the system"):
-            monitor = None if self._monitor is None else self._monitor.result(timeout=timeout_s)
-            if monitor is not None:
-                monitor.finish()
+        wait([self._watching.submit(self._end_watch)], timeout=timeout_s)
         self._watching.shutdown(wait=False)
         self._sender.close(timeout_s)
+
+    def _end_watch(self) -> None:
+        """Stop to watch the system, in the thread that began to."""
+        with never_raise("MLflow: watching the system"):
+            monitor = None if self._monitor is None else self._monitor.result()
+            if monitor is not None:
+                monitor.finish()
 
 
 def send_unsent(folder: str, uri: str, run_id: str) -> bool:

@@ -1,0 +1,173 @@
+"""The supervisor of a run: also the place where its workers meet, at the start and wherever one of them was lost.
+
+All workers that live wait here. As soon as there are as many as the run needs, they form a group and train, and those
+that are left over stand by. Where a worker is lost, its group is broken: survivors come back, and the next group is
+formed of them and of what stands by, or of the worker that Ray Train starts in the lost one's place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from lape_ray.cluster.supervisor import Supervisor
+
+LEAVE_S = 10.0
+"""The time that a survivor has to come back, before its process is ended like that of a worker that hangs."""
+END_S = 10.0
+"""The time that Ray Train's controller has to see that the run has ended: it may wait for a node that was lost."""
+ANSWER_S = 2.0  # for which a worker that waits is asked whether it lives
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker that waits.
+
+    Attributes:
+        rank: Ray Train's, by which its controller speaks of it
+        actor: the handle of its process, and its id
+        address: host and port of a store that it serves, for a group in which it is the first
+    """
+
+    rank: int
+    actor: Any
+    id: str
+    address: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A worker's place in a group, of which `number` says which one it is since the run's start.
+
+    `address` is that of the store of its rank 0.
+    """
+
+    number: int
+    rank: int
+    size: int
+    address: tuple[str, int]
+
+
+class RunSupervisor(Supervisor):
+    """The supervisor of a run, by which its workers meet."""
+
+    def __init__(self, max_failures: int) -> None:
+        super().__init__(max_failures)
+        self._size = 0
+        self._waiting: dict[int, tuple[Member, asyncio.Future[Place | None]]] = {}
+        self._members: list[Member] = []  # of the group that trains
+        self._absent: dict[str, int] = {}  # of a process that did not come back yet: the group it was of
+        self._lost: set[int] = set()  # ranks of the last group that was broken
+        self._number = 0
+        self._broken = asyncio.Event()
+        self._end: tuple[str, str] | None = None
+        self._controller: Any = None
+        self._forming = asyncio.Lock()
+
+    async def meet(self, member: Member, size: int, reason: str = "") -> Place | None:
+        """Wait for a place in a group of `size`; None: the run has ended.
+
+        `reason` says why a survivor left its group.
+        """
+        if any(member.rank == one.rank for one in self._members):
+            self._break(reason or "a worker was started again")
+        self._absent.pop(member.id, None)
+        self._size = size
+        place = asyncio.get_running_loop().create_future()
+        self._waiting[member.rank] = member, place
+        await self._form()
+        return await place
+
+    async def until_broken(self, number: int) -> bool:
+        """Wait until a group is broken; returns false where the run has ended instead."""
+        if number == self._number:
+            await self._broken.wait()
+        return self._end is None
+
+    async def failed(self, reason: str, ranks: tuple[int, ...] = (), controller: Any = None) -> None:
+        """Note that workers failed, and break their group. The loss of one that stood by is no failure of the run."""
+        self._controller = controller
+        if any(one.rank in ranks for one in self._members):
+            self._break(reason)
+            await self._form()
+        elif self._lost & set(ranks) and self._failures:
+            self._failures.pop()  # survivors know only that a connection is gone
+            self._count(reason)
+
+    async def stop(self) -> None:
+        """Ask the workers to end after a checkpoint; where none train, because one was lost, they have theirs."""
+        await super().stop()
+        if self._number and not self._members:
+            await self.finish(
+                "stopped", "stopped while a lost worker was waited for; there is a checkpoint before it"
+            )
+
+    async def finish(self, kind: str, reason: str) -> None:
+        """End the run: those that stand by are let go."""
+        if self._end is None:
+            self._end = kind, reason
+            asyncio.get_running_loop().call_later(END_S, self._end_controller)
+        self._members = []
+        self._broken.set()
+        self._release()
+
+    async def ended(self) -> tuple[str, str] | None:
+        """Return how the run ended, the fields of a `RunEnd`; None: it has not."""
+        return self._end
+
+    def _end_controller(self) -> None:
+        if self._controller is not None:
+            ray.kill(self._controller)
+
+    def _break(self, reason: str) -> None:
+        members, self._members = self._members, []
+        self._lost = {one.rank for one in members}
+        self._absent |= {one.id: self._number for one in members}
+        self._count(reason)
+        self._broken.set()
+        asyncio.get_running_loop().call_later(LEAVE_S, self._end_absent, members, self._number)
+
+    def _end_absent(self, members: list[Member], number: int) -> None:
+        """End the processes of those that did not come back from group `number`."""
+        for member in members:
+            if self._end is None and self._absent.get(member.id) == number:
+                del self._absent[member.id]
+                ray.kill(member.actor)
+
+    def _release(self) -> None:
+        for _, place in self._waiting.values():
+            if not place.done():
+                place.set_result(None)
+        self._waiting.clear()
+
+    async def _form(self) -> None:
+        """Form a group, where none trains and enough workers wait."""
+        async with self._forming:
+            if self._end is not None:
+                self._release()
+            if self._members or len(self._waiting) < self._size:
+                return
+            waiting = dict(self._waiting)
+            lives = await asyncio.gather(*(_lives(member.actor) for member, _ in waiting.values()))
+            for rank, alive in zip(waiting, lives, strict=True):
+                if not alive and self._waiting.get(rank) == waiting[rank]:
+                    del self._waiting[rank]
+            if len(self._waiting) < self._size:
+                return
+            chosen = [self._waiting.pop(rank) for rank in sorted(self._waiting)[: self._size]]
+            self._members = [member for member, _ in chosen]
+            self._number, self._broken = self._number + 1, asyncio.Event()
+            address = chosen[0][0].address
+            for rank, (_, place) in enumerate(chosen):
+                place.set_result(Place(self._number, rank, self._size, address))
+
+
+async def _lives(actor: Any) -> bool:
+    try:
+        await asyncio.wait_for(actor.get_metadata.remote(), ANSWER_S)
+    except (TimeoutError, ray.exceptions.RayError):
+        return False
+    return True
