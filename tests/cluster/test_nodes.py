@@ -30,6 +30,9 @@ def run(scenario: str, home: Path) -> dict[str, Any]:
             if not name.startswith(("RAY_ADDRESS", "RAY_AUTH"))
         },
         "RAY_AUTH_MODE": "disabled",
+        "RAY_health_check_period_ms": "1000",  # as docs/fault_tolerance.md says
+        "RAY_health_check_timeout_ms": "3000",
+        "RAY_health_check_failure_threshold": "3",
         "RAY_memory_monitor_refresh_ms": "0",  # what else runs on this machine may take its memory
         "LAPE_RAY_HOME": str(home),
         "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT / "benchmarks"))),
