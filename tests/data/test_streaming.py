@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.s3_server import Proxy, access, holding
 from PIL import Image
 
@@ -30,8 +31,10 @@ from lape_ray.data.streaming.blocks import MAP, Layout, blocks_between, runs
 from lape_ray.data.streaming.download import DISK, PEER, S3, Download
 from lape_ray.data.streaming.peers import Peers, serve
 from lape_ray.training.metrics import Waited
+from lape_ray.training.times import Times
 
 SIDE, BATCH = 32, 16
+CPU = torch.device("cpu")
 ADDRESS = "s3://b/data/d.beton"
 
 
@@ -134,7 +137,7 @@ def test_batches_are_those_of_the_file_while_it_is_on_its_way(server: Server, be
         loader = loader_of(ADDRESS)
         assert not list(storage.cache().glob("*/.complete"))
         batches = loader_of(ADDRESS, seed=4).epoch(0)  # another reader of the same copy
-        waited = Waited(batches)
+        waited = Waited(batches, Times(), CPU)
         next(waited)
         assert waited.read() > 0.05, "what training tells as train/data_wait_s"
         server.proxy.rate = None
@@ -218,7 +221,7 @@ def test_steps_wait_for_the_first_batch_alone_where_the_network_is_faster(
     server.proxy.rate = 1.5 * BATCH * pixels[0].size / step_s
     times = []
     with fetching(DataConfig(train=ADDRESS)):
-        batches = Waited(loader_of(ADDRESS).epoch(0))
+        batches = Waited(loader_of(ADDRESS).epoch(0), Times(), CPU)
         for _ in batches:
             times.append(batches.read())
             time.sleep(step_s)

@@ -185,7 +185,7 @@ def test_the_listing_shows_every_point() -> None:
     text = listing(
         plan_of(space="positions", recipe="demo", overrides={"model.bias": "none", "model.rotary": "none"})
     )
-    assert "14 points x 1 seeds of 25 epochs, points by grid" in text
+    assert "15 points x 1 seeds of 25 epochs, points by grid" in text
     assert "  no position\n" in text
     assert "  learnable lape_shared\n" in text
 
