@@ -75,8 +75,9 @@ def test_a_killed_worker(
     journal = read_journal(str(service.home / "runs/killed"))
     division = journal.division()
     lost = division.seconds
-    for part in ("detect", "tear_down", "import", "load", "first_step_again"):
-        assert lost[part] > 0, lost
+    # Ray Train may start the new process before the failure is told, and then nothing is left for "start".
+    for part in ("detect", "import", "load", "first_step_again"):
+        assert lost[part] > 0, (part, lost)
     trained = max(one.until for one in journal.attempts)
     assert lost["idle"] < division.until - trained + 0.1, "nothing but the end of the command"
     note_cost(service, result.mlflow_run_id, "worker SIGKILL", strike.at, output)

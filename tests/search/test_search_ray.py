@@ -79,6 +79,10 @@ def processes(service: Service, name: str = "WorkerProcess|LapeTrial") -> list[p
     return found
 
 
+OF_RAY = {"JobSupervisor", "_AutoscalingCoordinatorActor", "TrainStateActor"}
+"""Actors that Ray keeps by itself: for a submitted job, and after the first run of Ray Train on a cluster."""
+
+
 def assert_nothing_is_left(service: Service) -> None:
     """No process, no actor, no placement group, and every CPU is free again."""
     wait_for(lambda: not processes(service), "the end of the workers")
@@ -86,7 +90,7 @@ def assert_nothing_is_left(service: Service) -> None:
     groups = ray.util.placement_group_table().values()
     assert {group["state"] for group in groups} <= {"REMOVED"}
     alive = list_actors(service.cluster.dashboard, filters=[("state", "!=", "DEAD")])
-    assert not [actor for actor in alive if actor.class_name != "JobSupervisor"]
+    assert not {actor.class_name for actor in alive} - OF_RAY
 
 
 def stored(service: Service, name: str) -> list[int]:
