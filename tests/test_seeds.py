@@ -80,6 +80,7 @@ def test_the_table_pairs_seeds() -> None:
     assert "Top-1 on the split test after the last of 300 epochs" in text
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_record_that_was_cut_off_is_completed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -8,7 +8,7 @@ import pytest
 
 from lape_ray.cluster import local
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.cluster]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.cluster, pytest.mark.slow]
 
 
 def test_a_port_that_is_taken_meanwhile_is_another_try(monkeypatch: pytest.MonkeyPatch) -> None:
