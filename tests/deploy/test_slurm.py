@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_the_batch_script_trains_on_two_nodes(nodes: None, tmp_path: Path) -> No
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "LAPE_RAY_HOME": str(tmp_path / "home")}
-    path = f"{programs}:{ROOT / '.venv/bin'}:{os.environ['PATH']}"
+    path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     with tracking_server(tmp_path, HOST) as server:
         done = subprocess.run(
             ["bash", "-c", batch_script(server.uri, tmp_path)], cwd=ROOT, capture_output=True, text=True,
