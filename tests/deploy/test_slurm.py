@@ -48,6 +48,9 @@ def ip(words: str) -> None:
 def nodes() -> Iterator[None]:
     """Two network namespaces on a bridge, on which this host has an address too."""
     with contextlib.ExitStack() as stack:
+        for left in (f"link del {BRIDGE}", *(f"netns del {node}" for node in NODES)):
+            with contextlib.suppress(subprocess.CalledProcessError):  # none of a test that was killed
+                ip(left)
         ip(f"link add {BRIDGE} type bridge")
         stack.callback(ip, f"link del {BRIDGE}")
         ip(f"addr add {HOST}/24 dev {BRIDGE}")
