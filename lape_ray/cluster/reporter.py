@@ -68,6 +68,7 @@ class RunReporter:
     best: float = -math.inf
     saving: _Saving | None = None
     waiting: _Waiting | None = None
+    left_out: bool = False
     begun: float = field(default_factory=time.monotonic)
 
     # --- what the loop calls --------------------------------------------------------------------------------------
@@ -199,7 +200,12 @@ class RunReporter:
         if entry.score is not None and entry.score > self.best:
             self.best = entry.score
         elif self.saving is not None:
-            self.line(f"no checkpoint {where}: the one {self.saving.where} is not stored yet")
+            if not self.left_out:
+                self.left_out = True
+                self.line(
+                    f"no checkpoint {where}: the one {self.saving.where} is not stored yet, and the training waits for "
+                    "none (said once)"
+                )
             return
         self.waiting = _Waiting(entry, where, snapshot() if self.writer is not None else None)
         if self.saving is None:
