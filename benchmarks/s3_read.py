@@ -41,7 +41,7 @@ MB = 1_000_000
 
 
 class Job(NamedTuple):
-    """What one process reads, and how."""
+    """Say what one process reads, and how."""
 
     reader: str
     source: Object

@@ -46,7 +46,7 @@ TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Setup:
-    """What the workers of one training do.
+    """Say what the workers of one training do.
 
     Attributes:
         depth: blocks of the network

@@ -480,7 +480,7 @@ class TrainConfig:
 
     @property
     def last_epoch(self) -> int:
-        """The epoch after which this submission ends: the schedule's last, or `run.stop_after_epochs`."""
+        """Return the epoch after which this submission ends: the schedule's last, or `run.stop_after_epochs`."""
         return min(self.optim.total_epochs, self.run.stop_after_epochs or self.optim.total_epochs)
 
     @property

@@ -1,4 +1,4 @@
-"""What torch.compile and Triton have made for a run, kept with its checkpoints: a fresh machine compiles nothing.
+"""Keep what torch.compile and Triton have made for a run with its checkpoints: a fresh machine compiles nothing.
 
 These files are code. So the archive's sha256 is a tag of the MLflow run, and an archive that does not have it is not
 opened: whoever can write to the storage alone cannot run code on the workers.

@@ -26,7 +26,7 @@ HISTORY = "history.json"
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What lies beside the weights of every checkpoint of a trial: all epochs up to it, and what it was cloned from.
+    """Record what lies beside the weights of a checkpoint of a trial: all epochs up to it, and what it was cloned from.
 
     Attributes:
         lineage: of the weights of the checkpoint that holds it

@@ -1,4 +1,4 @@
-"""What is known of a search and of its trials. Knows no Ray and no torch."""
+"""Record what is known of a search and of its trials. Knows no Ray and no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FACTS = ("number", "point", "seed", "label", "run_id")
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """What an epoch of a trial came to.
+    """Record what an epoch of a trial came to.
 
     Attributes:
         seconds: from the report before it, or from the trial's start

@@ -38,7 +38,7 @@ REPORT = "report"
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a finished search leaves behind.
+    """Hold what a finished search leaves behind.
 
     Attributes:
         cells: the best first

@@ -1,4 +1,4 @@
-"""What the driver of a search and the processes of its trials tell each other. Imports no torch."""
+"""Carry what the driver of a search and the processes of its trials tell each other. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lape_ray.search.plan import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all trials of a search share while one driver is at work on it.
+    """Hold what all trials of a search share while one driver is at work on it.
 
     Attributes:
         folder: address of the search's folder
@@ -37,7 +37,7 @@ class Settings:
 
 
 class SearchSupervisor(Supervisor):
-    """What a search's driver and its trials share: the wish to end it, and its settings."""
+    """Hold what a search's driver and its trials share: the wish to end it, and its settings."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(max_failures=0)

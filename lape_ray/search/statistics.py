@@ -1,4 +1,4 @@
-"""What the trials of a search say: mean, spread and paired differences over seeds, and whether these are noise."""
+"""Say what the trials of a search come to: mean, spread, paired differences over seeds, and whether these are noise."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cell:
 
     @property
     def epochs(self) -> int:
-        """The most that any of its trials came to."""
+        """Return the most that any of its trials came to."""
         return max(trial.done for trial in self.trials)
 
     @property

@@ -1,4 +1,4 @@
-"""What a person types to run a part of this package."""
+"""Name what a person types to run a part of this package."""
 
 from __future__ import annotations
 

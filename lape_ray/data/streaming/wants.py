@@ -1,4 +1,4 @@
-"""What the readers of a machine need next of one set, as the process that fetches sees it."""
+"""Read what a machine's readers need next of one set, for the process that fetches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Wanted:
 
     @property
     def ahead(self) -> int:
-        """The batches that were asked for, ahead of the reader."""
+        """Count the batches that were asked for, ahead of the reader."""
         return self._asked - int(self._place[0])
 
     @property

@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
 
 class Channels(Protocol):
-    """What appends channels to queries and keys."""
+    """Append channels to queries and keys."""
 
     def rows(self) -> Tensor:
         """Give the weight (H C, D) by which C numbers for each head are made of what attention reads."""
