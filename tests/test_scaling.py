@@ -15,6 +15,7 @@ import pytest
 import scaling
 import torch
 import torch.distributed as dist
+from helpers import threads
 from limited_network import why_not
 from scaling_check import LIMIT, Setup, build, check, predict, step_times
 from scaling_model import (
@@ -41,10 +42,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """A team of threads waits for each other at length where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one_thread():
+        yield
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:

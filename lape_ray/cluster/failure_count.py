@@ -21,8 +21,7 @@ class GroupsEnd(WorkerGroupCallback):
     def after_worker_group_shutdown(self, worker_group_context: object) -> None:
         self.supervisor.torn_down.remote()
 
-    def after_worker_group_abort(self, worker_group_context: object) -> None:
-        self.supervisor.torn_down.remote()
+    after_worker_group_abort = after_worker_group_shutdown
 
 
 class FailureCount(UserCallback):

@@ -15,6 +15,8 @@ class Group(Protocol):
 
     rank: int
     size: int
+    address: str
+    """This node's IP, at which the other nodes of the run reach it."""
 
     def may_start(self, newest: str | None) -> str:
         """Tell, on rank 0, from which checkpoint the workers start; returns why they should not, or nothing."""
@@ -49,7 +51,7 @@ class Alone:
         stop: is set to end the run after a checkpoint.
     """
 
-    rank, size = 0, 1
+    rank, size, address = 0, 1, "127.0.0.1"
 
     def __init__(self, stop: Event) -> None:
         self._stop = stop

@@ -1,10 +1,14 @@
-"""The network interface by which the workers of several nodes find each other."""
+"""Form a process group by the network interface at which the workers of other nodes reach this one."""
 
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from typing import Any
 
 import psutil
+import torch
+import torch.distributed as dist
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
 
@@ -21,3 +25,21 @@ def meet_at(address: str) -> None:
         if any(one.address == address for one in addresses):
             os.environ[VARIABLE] = name
             return
+
+
+def join_workers(
+    device: torch.device, *, rank: int, size: int, own_address: str, timeout_s: float, **place: Any
+) -> None:
+    """Form the process group of `size` workers that compute on `device`, where there are several.
+
+    Args:
+        own_address: this node's IP.
+        place: where they find each other, torch.distributed's `store` or `init_method`.
+    """
+    if size == 1:
+        return
+    meet_at(own_address)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), **place
+    )

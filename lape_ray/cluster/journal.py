@@ -21,7 +21,7 @@ from lape_ray import storage
 from lape_ray.cluster.group import Group
 from lape_ray.cluster.run import Run
 from lape_ray.report.goodput import Attempt, Command, Division, checkpoint_interval_s, divide
-from lape_ray.training.times import CHECKPOINT, Times
+from lape_ray.training.times import CHECKPOINT, STEPS, Times
 
 log = logging.getLogger(__name__)
 FOLDER = "journal"
@@ -34,7 +34,7 @@ WAY_OUT = "delete it, and the division of the run's time leaves out what it tell
 
 @dataclass(frozen=True)
 class Journal:
-    """What is written so far."""
+    """Hold what is written so far."""
 
     commands: tuple[Command, ...]
     attempts: tuple[Attempt, ...]
@@ -131,9 +131,7 @@ class AttemptWriter:
         marks = [one for one in self._attempt.marks if one[0] < steps_done]
         if len(marks) >= MARKS:
             marks = marks[: MARKS // 2 : 2] + marks[MARKS // 2 :]
-        self._attempt = replace(
-            self._attempt, seconds=seconds, marks=(*marks, (steps_done, seconds["steps"]))
-        )
+        self._attempt = replace(self._attempt, seconds=seconds, marks=(*marks, (steps_done, seconds[STEPS])))
         self.step_done()
         if self._seen - self._written < WRITE_S or not self._writing.done():
             return None

@@ -164,8 +164,9 @@ def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:
                 and tracking.log_model(uri, run_id, files, metrics, _facts(meta, checkpoint))
             )
             end.tracked = tracked
-        division = read_journal(run.folder).division(now=time.time())
-        tracking.log_values(uri, run_id, division.metrics(), step=listed[-1].steps_done)
+        journal = read_journal(run.folder)
+        of_time = journal.division(now=time.time()).metrics()
+        tracking.log_values(uri, run_id, of_time, step=listed[-1].steps_done)
         if run.config.tracking.pages and tracked:
             place.make_pages(run, checkpoint)
     lease.check()
@@ -178,7 +179,7 @@ def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:
         mlflow_run_id=run_id,
         tracking_uri=uri,
         tracked=tracked,
-        time=str(read_journal(run.folder).division(now=time.time())),
+        time=str(journal.division(now=time.time())),
     )
 
 

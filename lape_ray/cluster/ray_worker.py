@@ -24,7 +24,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from lape_ray.cluster.interface import meet_at
+from lape_ray.cluster.interface import join_workers
 from lape_ray.cluster.prometheus import RunGauges
 from lape_ray.cluster.rendezvous import LEAVE_S, Member, Place
 from lape_ray.cluster.run import Run
@@ -76,7 +76,6 @@ def _meet(supervisor: Any, run: RunConfig, reason: str) -> tuple[Place | None, d
     """Wait for a place in a group; returns the store through which that group's workers find each other."""
     context, runtime = ray.train.get_context(), ray.get_runtime_context()
     own = ray.util.get_node_ip_address()
-    meet_at(own)
     server = dist.TCPStore(own, 0, is_master=True, wait_for_workers=False)
     member = Member(
         context.get_world_rank(), runtime.current_actor, runtime.get_actor_id(), (own, server.port)
@@ -107,14 +106,11 @@ def _joined(
     threading.Thread(target=_watch, args=(place, supervisor, broken, left), daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    os.environ["MASTER_ADDR"] = place.address[0]  # by which a worker finds out its own address for the others
     try:
-        if place.size > 1:
-            dist.init_process_group(
-                "nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore("group", store), rank=place.rank, world_size=place.size,
-                timeout=timedelta(seconds=run.start_timeout_s),
-            )  # fmt: skip
+        join_workers(
+            device, rank=place.rank, size=place.size, own_address=ray.util.get_node_ip_address(),
+            timeout_s=run.start_timeout_s, store=dist.PrefixStore("group", store),
+        )  # fmt: skip
         yield
     finally:
         left.set()
@@ -148,7 +144,7 @@ class RayGroup:
     def __init__(
         self, run: Run, place: Place, store: dist.Store, broken: threading.Event, supervisor: Any
     ) -> None:
-        self.rank, self.size = place.rank, place.size
+        self.rank, self.size, self.address = place.rank, place.size, ray.util.get_node_ip_address()
         self._run, self._store, self._broken, self._supervisor = run, store, broken, supervisor
         self._exchanges = 0
         self._stop = StopRequest(supervisor) if self.rank == 0 else None

@@ -158,13 +158,6 @@ class RunReporter:
 
     # --- what it does of it ---------------------------------------------------------------------------------------
 
-    def before_publishing(self) -> None:
-        """Store what belongs to the steps before a checkpoint; the writer's thread calls it."""
-        if self.tracker is not None:
-            self.tracker.save_unsent()
-        if self.attempt is not None:
-            self.attempt.save()
-
     def line_of_size(self) -> None:
         """Say how an elastic run shares out its batch."""
         config = self.run.config
@@ -272,7 +265,7 @@ def opened_reporter(
     reporter = RunReporter(run, group, world, attempt=attempt, best=best)
     if attempt is not None:
         attempt.continue_after(listed[-1].steps_done if listed else 0)
-        reporter.tracker = tracking.open_tracker(
+        reporter.tracker = tracker = tracking.open_tracker(
             run.config.tracking,
             run.tracking_uri,
             run.mlflow_run_id,
@@ -281,7 +274,8 @@ def opened_reporter(
         )
 
         def before_publishing() -> None:
-            reporter.before_publishing()
+            tracker.save_unsent()
+            attempt.save()
             store_compiled()
 
         reporter.writer = CheckpointWriter(

@@ -22,7 +22,7 @@ from lape_ray.cluster.reporter import opened_reporter
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import ERRORS, RunEnd
 from lape_ray.config import TrainConfig
-from lape_ray.data.streaming.start import Fetcher, own_address, stage_data, streams
+from lape_ray.data.streaming.start import Fetcher, stage_data, streams
 from lape_ray.storage import LeaseLostError
 from lape_ray.training.checkpoint import DamagedError, verify
 from lape_ray.training.distributed import World
@@ -111,7 +111,7 @@ def _data_at_hand(config: TrainConfig, group: Group, device: torch.device) -> It
     with contextlib.ExitStack() as stack:
         fetcher = None
         if world.rank in leaders:
-            fetcher = Fetcher(config.data, own_address() if len(leaders) > 1 else None)
+            fetcher = Fetcher(config.data, group.address if len(leaders) > 1 else None)
             stack.callback(fetcher.close)
         addresses = world.gather(fetcher.address if fetcher else "")
         if fetcher:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,7 @@ class RemoteSet:
 
     @property
     def can_stream(self) -> bool:
-        """Whether parts of it can be verified, and so used, before the rest of it is here."""
+        """Tell whether parts of it can be verified, and so used, before the rest of it is here."""
         return all(manifest.blocks for _, _, manifest in self.files)
 
     def copied(self) -> str:
@@ -91,10 +91,9 @@ class RemoteSet:
 
 
 def _staged(
-    files: Iterable[tuple[storage.Object, storage.Object, Manifest]],
+    files: Sequence[tuple[storage.Object, storage.Object, Manifest]],
 ) -> tuple[list[storage.Object], dict[str, str]]:
     """Return the objects of a set, and the sha256 of those whose manifest says it."""
-    files = tuple(files)
     objects = [item for file, manifest, _ in files for item in (file, manifest)]
     return objects, {file.address: manifest.sha256 for file, _, manifest in files}
 

@@ -22,6 +22,7 @@ from lape_ray.training.loop import StoppedError
 from lape_ray.values.environment import environment
 
 PATIENCE_S = 120.0  # for a step and a checkpoint of every trial that trains, once the search is asked to end
+LOOK_S = 1.0  # between two looks at whether there is room, while no trial trains
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the search shows itself
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # and keeps its curves
@@ -117,7 +118,7 @@ class Watch(tune.Callback):
         self.session = session
         self._interrupted: set[str] = set()
         self._stop: StopRequest | None = None
-        self._asked = 0.0
+        self._asked = self._looked = 0.0
 
     def on_trial_start(self, *, trial: TuneTrial, **info: Any) -> None:
         """Reopen the run of a trial that an earlier driver closed."""
@@ -162,8 +163,9 @@ class Watch(tune.Callback):
         running = {trial.trial_id for trial in trials if trial.status == TuneTrial.RUNNING}
         if self._stop is None:
             self._stop = StopRequest(self.session.supervisor)
-        if not running:
+        if not running and time.monotonic() > self._looked + LOOK_S:
             self._wait_for_nodes(self._stop)
+            self._looked = time.monotonic()
         if self._stop:
             self._asked = self._asked or time.monotonic()
             if running <= self._interrupted or time.monotonic() > self._asked + PATIENCE_S:

@@ -7,15 +7,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import ray
 import torch
-import torch.distributed as dist
 
 from lape_ray import storage, tracking
-from lape_ray.cluster.interface import meet_at
+from lape_ray.cluster.interface import join_workers
 from lape_ray.cluster.local import free_ports
 from lape_ray.cluster.supervisor import LeavingNode, StopRequest
 from lape_ray.search.checkpoints import History, TrialFolder, name_of
@@ -61,13 +59,11 @@ class Worker:
 
     def meet(self, address: str) -> None:
         """Form the process group of the trial's workers, where there are several; it serves all trials to come."""
-        if self._settings.plan.workers > 1:
-            meet_at(ray.util.get_node_ip_address())
-            dist.init_process_group(
-                "nccl" if self._device.type == "cuda" else "gloo", init_method=f"tcp://{address}",
-                rank=self._rank, world_size=self._settings.plan.workers,
-                timeout=timedelta(seconds=self._settings.plan.base.run.start_timeout_s),
-            )  # fmt: skip
+        plan, own_address = self._settings.plan, ray.util.get_node_ip_address()
+        join_workers(
+            self._device, rank=self._rank, size=plan.workers, own_address=own_address,
+            timeout_s=plan.base.run.start_timeout_s, init_method=f"tcp://{address}",
+        )  # fmt: skip
 
     def find(self, trial: Trial) -> dict[str, Any]:
         """Find, on rank 0, the curve so far and the checkpoint to begin with, which may have to be cloned."""

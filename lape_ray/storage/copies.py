@@ -29,6 +29,7 @@ SPARE_BYTES = 1 << 30
 """The space that must stay free on the disk of the cache."""
 COMPLETE = ".complete"
 ARRIVING = ".arriving"
+LOCK = ".lock"
 
 
 def cache() -> Path:
@@ -76,7 +77,7 @@ def opened(address: str) -> Iterator[Path]:
         return
     while True:
         path = local(address)
-        with (path.parent / ".lock").open("a") as lock:
+        with (path.parent / LOCK).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH)
             if not path.exists():  # the last that had it open took it away just now
                 continue
@@ -107,7 +108,7 @@ def stage(objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | 
     if place.is_complete():
         return folder
     place.make_folder()
-    with held(folder / ".lock", f"{below}/{min(names.values())}"):
+    with held(folder / LOCK, f"{below}/{min(names.values())}"):
         if place.is_complete():  # another process was faster
             return folder
         shutil.rmtree(folder / ARRIVING, ignore_errors=True)
@@ -167,7 +168,7 @@ class Place:
     def arriving(self) -> Path | None:
         """Return the folder of a copy that a process of this machine fetches now, while others use what is there."""
         folder = self.folder / ARRIVING
-        return folder if is_held(folder / ".lock") else None
+        return folder if is_held(folder / LOCK) else None
 
     def make_folder(self) -> None:
         try:

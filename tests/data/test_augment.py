@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from helpers import threads
 from helpers.photographs import cut
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scipy import stats
@@ -67,10 +68,8 @@ EVERYTHING = "everything"  # more than a config can ask for: turns of the hue to
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads.one_thread():
+        yield
 
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:

@@ -11,5 +11,6 @@ nodes                a run on a cluster of several nodes; a process for cluster/
 photographs          image folders and parquet files, cut out of three photographs
 s3_server            JuiceFS's S3 gateway, a slow proxy and a server that refuses
 service              the whole service: a cluster, a home, tiny data
+threads              arithmetic in one thread
 tracking_server      an MLflow server that can be stopped and started
 """

@@ -17,6 +17,7 @@ import ray
 import torch
 from seeds import Recorder
 
+from helpers.threads import one_thread
 from lape_ray.cluster.local import LocalCluster, executable, local_cluster
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.data.beton import write_beton
@@ -79,30 +80,19 @@ class Service:
 def alone(config: TrainConfig, resume_from: Path | None = None) -> Recorder:
     """What a config learns in this process, without Ray: what a run must learn too, whatever befalls it."""
     reporter = Recorder()
-    with _one_thread():
+    with one_thread():
         train(config, device=torch.device("cpu"), reporter=reporter, resume_from=resume_from)
     return reporter
 
 
 def weights_alone(config: TrainConfig) -> dict[str, torch.Tensor]:
     """The weights and statistics that `alone` ends with."""
-    with _one_thread():
+    with one_thread():
         training = Training.begin(config, device=torch.device("cpu"), reporter=Recorder())
         while training.epochs_done < training.last_epoch:
             training.epoch()
         training.close()
     return training.state.network.state_dict()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """As a worker has it: sums of several threads have other last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

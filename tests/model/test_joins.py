@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import threads
 from helpers.families import JOINS_OF
 from helpers.networks import POSITIONS, THIN_CELLS, check_cell, count, paired, perturbed
 from torch import Tensor
@@ -62,10 +63,8 @@ UNREAD: dict[str, str | tuple[str, ...]] = {
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Networks are so small that threads would wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one_thread():
+        yield
 
 
 def normal(w: Tensor, eps: float) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import threads
 from helpers.networks import FAMILIES
 from seeds import Recorder
 from torch import Tensor, nn
@@ -24,10 +25,8 @@ from lape_ray.training.host_copies import HostCopies
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with threads.one_thread():
+        yield
 
 
 class LateCopies(HostCopies):

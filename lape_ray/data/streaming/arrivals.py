@@ -1,4 +1,4 @@
-"""What a reader asks before it touches bytes of a file that is still on its way, and where it says what it needs next.
+"""Tell a reader which bytes of a file on its way are there, and let it say which it needs next.
 
 Shape suffixes: N images of a pass, B of a batch.
 """
@@ -19,10 +19,10 @@ import numpy as np
 
 from lape_ray.data.beton.format import CHECKSUM_BYTES, Contents
 from lape_ray.data.streaming.blocks import FETCHING, MAP, WHOLE, Layout, blocks_between
-from lape_ray.storage.copies import ARRIVING, is_held
+from lape_ray.storage.copies import ARRIVING, LOCK, is_held
 from lape_ray.storage.s3 import RETRY_TIMEOUT_S
 
-ERROR, LOCK, WANTS = "error", ".lock", "wants-"
+ERROR, WANTS = "error", "wants-"
 GIVE_UP_S = 300.0
 """The time without a single new block after which a reader no longer waits; a request to S3 is retried for less."""
 GONE_S = 20.0
@@ -51,7 +51,7 @@ class Arrivals:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is missing, and nothing will be written any more."""
+        """Tell whether nothing is missing, and nothing will be written any more."""
         return bool(self._have[0] == WHOLE)
 
     @contextlib.contextmanager

@@ -17,11 +17,11 @@ import numpy as np
 from lape_ray.data.beton.blocks import DIGEST_BYTES, SMALLEST_BLOCK, Blocks
 from lape_ray.data.beton.format import RECORD, RECORDS_START
 from lape_ray.data.remote import RemoteSet
-from lape_ray.data.streaming.arrivals import ERROR, LOCK
+from lape_ray.data.streaming.arrivals import ERROR, POLL_S
 from lape_ray.data.streaming.blocks import FETCHING, MAP, READY, WHOLE, Layout, blocks_between, runs
 from lape_ray.data.streaming.peers import Peers
 from lape_ray.data.streaming.wants import Wanted, look_for
-from lape_ray.storage.copies import ARRIVING, held, require_space, taken
+from lape_ray.storage.copies import ARRIVING, LOCK, held, require_space, taken
 from lape_ray.storage.transfer import DownloadError, read_range
 
 PART_BYTES = 4 << 20
@@ -70,7 +70,7 @@ class Download:
         """
         place = self.remote.place
         place.make_folder()
-        self._whole_lock.enter_context(held(place.folder / ".lock", self.remote.address))
+        self._whole_lock.enter_context(held(place.folder / LOCK, self.remote.address))
         if place.is_complete():
             self._open_complete()
             return
@@ -163,12 +163,7 @@ class Download:
             spans = self.layout.span(one, zero, np.array([stop]))
             blocks = blocks_between(*spans)
             while not self.have[1 + blocks].all():
-                with self._lock:
-                    claimed = self._claim(int(blocks[0]), len(blocks))
-                if claimed:
-                    self.bring(*claimed)
-                else:  # another node has asked for them
-                    time.sleep(0.002)
+                self._bring_or_wait(int(blocks[0]), len(blocks))
 
     def finish(self) -> None:
         """Make a whole copy of the set, which every later run uses, if nothing is missing any more."""
@@ -280,6 +275,15 @@ class Download:
         if swept:
             self._adapt(size, time.monotonic() - began)
 
+    def _bring_or_wait(self, first: int, count: int) -> None:
+        """Bring in some of these blocks, or wait a moment for those that are all on their way."""
+        with self._lock:
+            claimed = self._claim(first, count)
+        if claimed:
+            self.bring(*claimed)
+        else:
+            time.sleep(POLL_S)
+
     def _adapt(self, size: int, seconds: float) -> None:
         """Ask for so much at once that a reader which needs other blocks waits for no more than a moment."""
         if seconds < FASTER_S:
@@ -363,11 +367,6 @@ class Download:
         while not self.have[1 + first : 1 + first + count].all():
             if not own or time.monotonic() > deadline:
                 return None
-            with self._lock:
-                claimed = self._claim(first, count)
-            if claimed:
-                self.bring(*claimed)
-            else:
-                time.sleep(0.002)
+            self._bring_or_wait(first, count)
         file, start, end = self.layout.place(first, count)
         return os.pread(self._descriptors[file], end - start, start)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -43,15 +42,6 @@ def stage_data(data: DataConfig, say: Callable[[str], None]) -> None:
         elif not found.place.is_complete():
             found.place.make_folder()
             wait_until_ready(found.place.folder / ARRIVING, found.place.is_complete)
-
-
-def own_address() -> str:
-    """Return this node's address as the other nodes of torch.distributed see it."""
-    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    family, _, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing, and finds the way there
-        return str(probe.getsockname()[0])
 
 
 class Fetcher:
