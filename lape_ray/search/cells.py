@@ -100,6 +100,20 @@ def paper_table2(base: TrainConfig) -> Space:
     return _cells(itertools.product(_TABLE2, ("basic", "lape")), ("model.variant", "model.join"))
 
 
+def lape_beside(base: TrainConfig) -> Space:
+    """Cross the joins basic and lape of the recipe's own table with every rotary embedding and every bias beside it.
+
+    The first two cells have the table alone; a bias has the join basic. Whether LaPE still helps beside newer
+    embeddings is read from these pairs.
+    """
+    beside = [
+        *(("none", rotary) for rotary in embeddings.ROTARIES),
+        *((bias, "none") for bias in (*embeddings.BIASES, *embeddings.CONTENT_BIASES) if bias != "none"),
+    ]
+    rows = [(join, bias, "basic", rotary) for bias, rotary in beside for join in ("basic", "lape")]
+    return _cells(rows, ["model.join", "model.bias", "model.bias_join", "model.rotary"])
+
+
 def joins(base: TrainConfig) -> Space:
     """List every join of the recipe's own position embedding, but none that lacks a part of LaPE."""
     found = embeddings.valid_joins(base.model.position, _whole_joins(base.model))
@@ -127,7 +141,7 @@ def free(base: TrainConfig) -> Space:
     return Space()
 
 
-_NAMED = (positions, paper_table1, paper_table2, paper_table7, paper_table8, joins, recipe, free)
+_NAMED = (positions, lape_beside, paper_table1, paper_table2, paper_table7, paper_table8, joins, recipe, free)
 SPACES: dict[str, Callable[[TrainConfig], Space]] = {function.__name__: function for function in _NAMED}
 
 

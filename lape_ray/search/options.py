@@ -5,8 +5,8 @@ from __future__ import annotations
 from lape_ray.cli import ConfigParser
 
 SPACES = (
-    "positions, paper_table1, paper_table2, paper_table7, paper_table8, joins, recipe, or free (nothing but "
-    "--space)"
+    "positions, lape_beside, paper_table1, paper_table2, paper_table7, paper_table8, joins, recipe, or free (nothing "
+    "but --space)"
 )
 
 

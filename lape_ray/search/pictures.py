@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from lape_ray.config import write_value
 from lape_ray.report.figures import curve_axes, shortened
+from lape_ray.report.statistics import Estimate
 from lape_ray.search.plan import Plan
 from lape_ray.search.space import Axis, Choice, Range
 from lape_ray.search.statistics import Cell
@@ -23,30 +24,64 @@ MAP = matplotlib.colormaps["viridis"]
 
 def cells_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
     """Every trial that trained to the end as a dot, by cell, with mean and interval; None where there is none."""
-    shown = [(cell, cell.estimate) for cell in found if cell.estimate is not None][:MOST_CELLS]
+    shown = [(cell, cell.estimate) for cell in found if cell.estimate is not None]
     if not shown:
         return None
     compared = any(cell.difference is not None for cell, _ in shown)
-    figure = Figure(figsize=(9.5, 1.1 + 0.32 * len(shown)), layout="constrained")
-    axis = figure.subplots()
-    for row, (cell, estimate) in enumerate(shown):
-        color = "C1" if compared and cell.difference is None else "C0"
-        values = list(cell.finals.values())
-        axis.plot(values, [row] * len(values), "o", color=color, ms=4, alpha=0.55)
-        half = None if estimate.interval is None else estimate.mean - estimate.interval[0]
-        axis.errorbar(estimate.mean, row, xerr=half, fmt="D", color=color, ms=6, mec="black")
-    # Few seeds have intervals far wider than what was seen; the picture keeps to the dots, and the bars leave it.
-    dots = [value for cell, _ in shown for value in cell.finals.values()]
-    margin = 0.35 * max(max(dots) - min(dots), 1e-3)
-    highest = 100.0 if "acc" in plan.metric else math.inf
-    axis.set_xlim(max(min(dots) - margin, 0.0), min(max(dots) + margin, highest))
-    axis.set_yticks(range(len(shown)), [shortened(cell.label) for cell, _ in shown], fontsize=8)
-    axis.invert_yaxis()
+    rows = [
+        _Row(cell.label, list(cell.finals.values()), estimate, compared and cell.difference is None)
+        for cell, estimate in shown
+    ]
+    figure = _rows_figure(rows, "Orange: join basic." if compared else "")
+    axis = figure.axes[0]
+    low, high = axis.get_xlim()
+    axis.set_xlim(max(low, 0.0), min(high, 100.0 if "acc" in plan.metric else math.inf))
     axis.set_xlabel(f"{plan.metric}{plan.unit} after the last epoch", fontsize=9)
+    return figure
+
+
+def differences_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
+    """Draw each cell's difference from the same cell with join `basic`, seed by seed; None for fewer than two."""
+    rows = [
+        _Row(cell.label, list(cell.paired.values()), cell.difference, cell.difference.clear)
+        for cell in found
+        if cell.difference is not None
+    ]
+    if len(rows) < 2:
+        return None
+    figure = _rows_figure(rows, "Orange: larger than the noise.")
+    axis = figure.axes[0]
+    axis.axvline(0, color="0.4", lw=1, zorder=0)
+    axis.set_xlabel(f"difference in {plan.metric}{plan.unit} from the same cell with join basic", fontsize=9)
+    return figure
+
+
+class _Row(NamedTuple):
+    label: str
+    values: list[float]
+    estimate: Estimate
+    orange: bool
+
+
+def _rows_figure(rows: Sequence[_Row], legend: str) -> Figure:
+    """Draw a row for each cell: a dot for each seed, and a diamond with its interval for their mean."""
+    rows = rows[:MOST_CELLS]
+    figure = Figure(figsize=(9.5, 1.1 + 0.32 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    for height, row in enumerate(rows):
+        color = "C1" if row.orange else "C0"
+        axis.plot(row.values, [height] * len(row.values), "o", color=color, ms=4, alpha=0.55)
+        half = None if row.estimate.interval is None else row.estimate.mean - row.estimate.interval[0]
+        axis.errorbar(row.estimate.mean, height, xerr=half, fmt="D", color=color, ms=6, mec="black")
+    # Few seeds have intervals far wider than what was seen; the picture keeps to the dots, and the bars leave it.
+    dots = [value for row in rows for value in row.values]
+    margin = 0.35 * max(max(dots) - min(dots), 1e-3)
+    axis.set_xlim(min(dots) - margin, max(dots) + margin)
+    axis.set_yticks(range(len(rows)), [shortened(row.label) for row in rows], fontsize=8)
+    axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
     axis.tick_params(labelsize=8)
-    orange = " Orange: join basic." if compared else ""
-    figure.suptitle(f"Dots: seeds. Diamonds: means, with 95 % interval.{orange}", fontsize=9)
+    figure.suptitle(f"Dots: seeds. Diamonds: means, with 95 % interval. {legend}".strip(), fontsize=9)
     return figure
 
 

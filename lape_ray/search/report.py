@@ -11,7 +11,14 @@ from lape_ray.config import write_value
 from lape_ray.report.figures import save
 from lape_ray.report.page import Page
 from lape_ray.report.statistics import Estimate
-from lape_ray.search.pictures import MOST_CELLS, MOST_CURVES, cells_figure, curves_figure, parallel_figure
+from lape_ray.search.pictures import (
+    MOST_CELLS,
+    MOST_CURVES,
+    cells_figure,
+    curves_figure,
+    differences_figure,
+    parallel_figure,
+)
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Trial, best_epoch
 from lape_ray.search.statistics import Cell, in_words, trials_of
@@ -89,6 +96,7 @@ def _figures(page: Page, plan: Plan, found: Sequence[Cell], folder: Path) -> Non
     best = f"the best {MOST_CURVES} cells in colour"
     for name, draw, caption in (
         ("cells", cells_figure, f"By cell, the best first{limited}."),
+        ("differences", differences_figure, "Each cell against the same with join basic, seed by seed."),
         ("curves", curves_figure, f"Learning curves: thick, the mean of a cell's seeds; {best}."),
         ("parallel", parallel_figure,
          "Each line is a trial: its settings, and on the right what it last came to; yellow is best."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,16 +49,20 @@ class Cell:
         """Estimate the metric after the last epoch, over the trials that trained to the end; None: none did."""
         return Estimate.of(list(self.finals.values())) if self.finals else None
 
+    @property
+    def paired(self) -> dict[int, float]:
+        """Seed -> the difference from the reference, of the seeds that both have."""
+        return {} if self.reference is None else _paired(self.finals, self.reference.finals)
+
     @cached_property
     def difference(self) -> Estimate | None:
-        """Estimate the difference from the reference, over the seeds that both have; None: there is none."""
-        return None if self.reference is None else _paired(self.finals, self.reference.finals)
+        """Estimate the difference from the reference; None: there is none."""
+        return Estimate.of(list(self.paired.values())) if self.paired else None
 
 
-def _paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+def _paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
     """Subtract theirs from ours, seed by seed."""
-    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return Estimate.of(pairs) if pairs else None
+    return {seed: value - theirs[seed] for seed, value in ours.items() if seed in theirs}
 
 
 def trials_of(found: Sequence[Cell]) -> list[Trial]:
@@ -91,6 +96,7 @@ def in_words(plan: Plan, found: Sequence[Cell]) -> list[str]:
             "ranked among those that trained to the end."
         )
     compared = [(cell, cell.difference) for cell in found if cell.difference is not None]
+    lines += _together(plan, [cell for cell, _ in compared])
     lines += [_verdict(plan, cell, difference) for cell, difference in compared]
     intervals = sum(difference.interval is not None for _, difference in compared)
     if len(plan.seeds) == 2 and intervals:
@@ -112,11 +118,45 @@ def _best_in_words(plan: Plan, found: Sequence[Cell]) -> list[str]:
     text = f"{best.label} came out best: {best.estimate.mean:.2f}{plan.unit} over {_seeds(best.estimate)}."
     if not others:
         return [text]
-    lead, second = _paired(best.finals, others[0].finals), others[0].label
+    leads, second = list(_paired(best.finals, others[0].finals).values()), others[0].label
+    lead = Estimate.of(leads) if leads else None
     if lead is None or lead.interval is None:
         return [f"{text} With one seed nothing says how much of its lead over {second} is noise."]
     word = "larger than" if lead.clear else "not larger than"
     return [f"{text} Its lead over the next, {second}, is {word} the noise ({_interval(plan, lead)})."]
+
+
+def _together(plan: Plan, compared: Sequence[Cell]) -> list[str]:
+    """Say what each join does on average, where several cells have it: differences are averaged within a seed first.
+
+    Cells of one seed share its order of images and its first weights, so that they are no independent repetitions.
+    """
+    lines, groups = [], defaultdict[str, list[Cell]](list)
+    for cell in compared:
+        groups[_joins_in_words(cell)].append(cell)
+    for joins, alike in groups.items():
+        seeds = sorted(set.intersection(*(set(cell.paired) for cell in alike)))
+        if len(alike) < 2 or not seeds:
+            continue
+        mean = Estimate.of([statistics.fmean(cell.paired[seed] for cell in alike) for seed in seeds])
+        better = sum(plan.sign * cell.difference.mean > 0 for cell in alike if cell.difference)
+        amount = f"{mean.mean:+.2f}{_points(plan)}"
+        noise = ""
+        if mean.interval is not None:
+            word = "more" if mean.clear else "not more"
+            noise = f" ({_interval(plan, mean)}, {_seeds(mean)}), {word} than the noise"
+        lines.append(
+            f"{joins} against basic, over all {len(alike)} cells that have both: {amount} on average{noise}; better in "
+            f"{better} of {len(alike)}."
+        )
+    return lines
+
+
+def _joins_in_words(cell: Cell) -> str:
+    """Name the joins of a cell that are not `basic`."""
+    names = {"model.join": "join", "model.bias_join": "bias_join"}
+    values = {words: cell.trials[0].first.get(field, "basic") for field, words in names.items()}
+    return ", ".join(f"{words} {value}" for words, value in values.items() if value != "basic")
 
 
 def _verdict(plan: Plan, cell: Cell, difference: Estimate) -> str:

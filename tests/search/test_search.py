@@ -27,6 +27,7 @@ from lape_ray.search import tuner
 from lape_ray.search.cells import SPACES, build_space, check_point, labels
 from lape_ray.search.command import listing, plan_of
 from lape_ray.search.live import Display
+from lape_ray.search.pictures import differences_figure
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Epoch, Trial
 from lape_ray.search.report import cell_rows, markdown, trial_rows, write_csv, write_report
@@ -115,6 +116,26 @@ def test_named_spaces_hold_what_they_say() -> None:
     fixed = build_space("positions", base, {}, ("model.bias", "model.rotary"))
     assert len(fixed.cells) == 15  # 1 without position, 1 of peg, 5 of learnable, 4 of each fixed table
     assert {cell["model.bias"] for cell in fixed.cells} == {"none"}
+
+
+def test_lape_stands_beside_each_other_embedding_in_pairs() -> None:
+    space = build_space("lape_beside", recipe("cvt_7_4_lape"), {})
+    assert labels(space.points()) == [
+        f"{join}{beside}"
+        for beside in ("", " rotary=axial", " rotary=mixed", " rotary=spiral", " relative2d", " alibi2d", " log_cpb",
+                       " lookhere", " pape", " irpe_k")
+        for join in ("basic", "lape")
+    ]  # fmt: skip
+    plan = plan_of(
+        space="lape_beside",
+        recipe="cvt_7_4_lape",
+        axes=[],
+        overrides={"optim.epochs": 20, "training.seed": 0},
+    )
+    names = labels(space.points())
+    for cell in cells(plan, finished(plan, {name: [50.0] for name in names})):
+        wanted = cell.label.replace("lape", "basic", 1) if cell.label.startswith("lape") else None
+        assert (cell.reference and cell.reference.label) == wanted
 
 
 def test_the_papers_table_1_trains_each_row_as_its_recipe() -> None:
@@ -529,6 +550,31 @@ def test_differences_are_paired_by_seed_and_said_in_words(result: tuple[Plan, li
     assert words[5].startswith("4 differences were looked at: where there is none at all, about 0.2")
 
 
+def test_a_join_of_several_cells_is_judged_over_all_of_them() -> None:
+    plan = plan_of(
+        space="free", recipe="demo", seeds=3,
+        axes=["model.rotary=choice(none,axial)", "model.join=choice(basic,lape)"],
+    )  # fmt: skip
+    scores = {
+        "basic": [80.0, 82.0, 81.0], "lape": [82.0, 84.0, 83.0],
+        "rotary=axial basic": [85.0, 85.0, 85.0], "rotary=axial lape": [84.0, 86.0, 85.0],
+    }  # fmt: skip
+    found = cells(plan, finished(plan, scores))
+    words = in_words(plan, found)
+    mean = Estimate.of([(2 - 1) / 2, (2 + 1) / 2, (2 + 0) / 2])  # by seed, over the two pairs
+    low, high = mean.interval or (0.0, 0.0)
+    assert words[1] == (
+        f"join lape against basic, over all 2 cells that have both: +1.00 points on average (95% interval {low:+.2f} "
+        f"to {high:+.2f} points, 3 seeds), not more than the noise; better in 1 of 2."
+    )
+    assert not any("over all" in line for line in in_words(plan, found[:1]))
+    figure = differences_figure(plan, found)
+    assert figure is not None
+    drawn = sorted(tuple(line.get_xdata()) for line in figure.axes[0].lines if len(line.get_xdata()) == 3)
+    assert drawn == [(-1.0, 1.0, 0.0), (2.0, 2.0, 2.0)]
+    assert differences_figure(plan, found[:1]) is None
+
+
 def test_one_seed_says_nothing_of_noise() -> None:
     plan = plan_of(space="joins", recipe="demo", overrides={"optim.epochs": 3})
     words = in_words(plan, cells(plan, finished(plan, JOINS)))
@@ -610,6 +656,7 @@ def test_the_page_stands_alone_and_shows_failures(result: tuple[Plan, list[Trial
     names = {path.name for path in page.parent.iterdir()}
     assert names == {
         "search.html", "table.md", "cells.csv", "trials.csv", "cells.svg", "cells.png", "curves.svg", "curves.png",
+        "differences.svg", "differences.png",
     }  # fmt: skip
 
 
