@@ -173,6 +173,14 @@ class ModelConfig:
         _check_range(self, 0, 100, "layer_scale")
 
 
+class ImageSize(NamedTuple):
+    """The side of the images in pixels, from epoch `first` on and before epoch `end`."""
+
+    side: int
+    first: int
+    end: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The images, and what is done to them before the model reads them."""
@@ -211,6 +219,11 @@ class DataConfig:
     )
     erase_prob: float = option(0.0, "probability of random erasing with normal noise")
     upscale: bool = option(False, "accept data whose images are all smaller than the model's")
+    image_size_schedule: str | None = option(
+        None,
+        "sides of the images in pixels by epochs, such as 128:0-200,224:200-300; position embeddings are resized where "
+        "one follows another, and the last is the model's",
+    )
     mixup: float = option(0.0, "alpha of mixup; 0 is off")
     cutmix: float = option(0.0, "alpha of cutmix; 0 is off")
     mix_prob: float = option(1.0, "probability that a batch is mixed at all")
@@ -248,6 +261,27 @@ class DataConfig:
             f"mean={self.mean} must be from 0 to 1 for every channel",
         )
         _require(min(self.std) > 0, f"std={self.std} must be above 0 for every channel")
+        _ = self.image_sizes
+
+    @property
+    def image_sizes(self) -> tuple[ImageSize, ...]:
+        """Return the phases of `image_size_schedule`, one after the other from epoch 0 on; none without one."""
+        text = self.image_size_schedule
+        if text is None:
+            return ()
+        found = [re.fullmatch(r"(\d+):(\d+)-(\d+)", part.strip()) for part in text.split(",")]
+        phases = tuple(ImageSize(*map(int, match.groups())) for match in found if match)
+        ends = (0, *(phase.end for phase in phases))
+        _require(
+            all(found)
+            and all(
+                phase.side > 0 and before == phase.first < phase.end
+                for before, phase in zip(ends, phases, strict=False)
+            ),
+            f"image_size_schedule={text!r} is not understood; write SIDE:FIRST-END for each phase, from epoch 0 on and "
+            "each from where the one before ends, such as 128:0-200,224:200-300",
+        )
+        return phases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -477,6 +511,21 @@ class TrainConfig:
             f"run.cuda_graph takes one worker and one micro-batch, not run.num_workers={self.run.num_workers} x "
             f"optim.accumulate={self.optim.accumulate}",
         )
+
+        sizes = self.data.image_sizes
+        _require(
+            not sizes or sizes[-1].end == self.optim.epochs,
+            f"data.image_size_schedule={self.data.image_size_schedule} does not end with optim.epochs="
+            f"{self.optim.epochs}; change one of them (a cool-down keeps the last size)",
+        )
+
+    def at_epoch(self, epoch: int) -> TrainConfig:
+        """Return the config with the model's image size in epoch `epoch`, counted from 0."""
+        sizes = self.data.image_sizes
+        if not sizes:
+            return self
+        side = next((phase.side for phase in sizes if epoch < phase.end), sizes[-1].side)
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, image_size=side))
 
     @property
     def last_epoch(self) -> int:

@@ -86,9 +86,11 @@ class Loader:
         """Return the batches of an epoch on this rank. Evaluation: ranks may differ by one; the last batch is short."""
         return self._length
 
-    def epoch(
-        self, epoch: int, *, start: int = 0, image_size: int | None = None
-    ) -> Generator[Batch, None, None]:
+    def resize(self, image_size: int) -> None:
+        """Deliver images of `image_size` x `image_size` pixels from the next epoch on."""
+        self.reader.image_size = image_size
+
+    def epoch(self, epoch: int, *, start: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of one epoch: images uint8 (B, 3, H, W), channels last in memory, and what belongs to them.
 
         They are the caller's to keep. What goes wrong in the loader's thread is raised here, and the thread
@@ -96,12 +98,10 @@ class Loader:
 
         Args:
             start: batches to leave out at the beginning; those that follow are what they would have been.
-            image_size: side of this epoch's images in pixels, and of those that follow; None: as before.
         """
         keys_N, epoch_index_N = self.part(epoch)
         if not 0 <= start <= len(self):
             raise ValueError(f"start={start} must be from 0 to the {len(self)} batches of an epoch")
-        self.reader.image_size = image_size or self.reader.image_size
         rest = slice(start * self.reader.batch_size, None)
         keys_N, epoch_index_N = keys_N[rest], epoch_index_N[rest]
         if len(keys_N) == 0:  # nothing is left, or the ranks are more than the images

@@ -14,13 +14,14 @@ from torch import nn
 
 from lape_ray.config import TrainConfig
 from lape_ray.data.batch import Batches
+from lape_ray.model import resolve
 from lape_ray.training import checkpoint
 from lape_ray.training.checkpoint import EpochProgress, Metadata, Snapshot
 from lape_ray.training.flags import Flags
 from lape_ray.training.initial import load_initial
 from lape_ray.training.metrics import EvalCounts, LogWindow, Waited, duration
 from lape_ray.training.optim import lr_at
-from lape_ray.training.state import TrainState, build_state
+from lape_ray.training.state import TrainState, build_state, resize_state
 from lape_ray.training.step import optimizer_step
 from lape_ray.training.times import CHECKPOINT, EVALUATION, FIRST_STEP, IDLE, STEPS, Times
 
@@ -137,7 +138,8 @@ class Training:
             DamagedError: the checkpoint is torn or changed.
             ValueError: it is of another config, or the config asks for what the device does not have.
         """
-        training = cls(build_state(config, device), reporter)
+        epoch = 0 if resume_from is None else _epoch_of(resume_from)
+        training = cls(build_state(config, device, epoch=epoch), reporter)
         for note in training.state.notes:
             reporter.line(note)
         if resume_from is not None:
@@ -175,16 +177,35 @@ class Training:
             DivergedError: the loss is no finite number; what is saved never has such a loss behind it.
             StoppedError: the run is to end, and its state was saved.
         """
+        self._resize()
         trained = train_epoch(
             self.state, self.epochs_done, self.reporter, start=self.progress, save=self._save
         )
         self.epochs_done, self.progress = self.epochs_done + 1, NOTHING_DONE
         self.metrics = {"epoch": float(self.epochs_done), **trained}
+        if self.state.config.data.image_sizes:
+            self.metrics["train/image_size"] = float(self._side(self.epochs_done - 1))
         if self.epochs_done % self.state.config.run.eval_epochs == 0 or self.epochs_done == self.last_epoch:
             with self.state.times.within(EVALUATION):
                 self.metrics |= _validate(self.state)
             self.reporter.line(_epoch_line(self.state, self.metrics))
         return self.metrics
+
+    def _resize(self) -> None:
+        """Go on with images of another size where `data.image_size_schedule` says so."""
+        side = self._side(self.epochs_done)
+        if self.progress.step or side == self._side(max(0, self.epochs_done - 1)):
+            return
+        self.state.times.enter(FIRST_STEP)
+        # The first step compiles again.
+        self.state.world.set_timeout(self.state.config.run.start_timeout_s)
+        self.state, notes = resize_state(self.state, self.epochs_done)
+        self.reporter.line(
+            "; ".join([f"epoch {self.epochs_done + 1}: images of {side} px from here on", *notes])
+        )
+
+    def _side(self, epoch: int) -> int:
+        return resolve(self.state.config.at_epoch(epoch).model).image_size
 
     def _save(self, progress: EpochProgress) -> None:
         """Hand out a checkpoint within the epoch."""
@@ -208,6 +229,12 @@ class Training:
     def close(self) -> None:
         """Give back the process group that a process which trains again would keep."""
         self.state.flags.close()
+
+
+def _epoch_of(folder: Path) -> int:
+    """Return the epoch, from 0, that the weights of a checkpoint were last trained in."""
+    metadata = checkpoint.read_metadata(folder)
+    return metadata.epochs_done - (metadata.epochs_done > 0 and metadata.progress.step == 0)
 
 
 def train_epoch(

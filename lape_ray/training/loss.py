@@ -85,7 +85,7 @@ def load_teacher(
     source: str,
     *,
     num_classes: int,
-    image_size: int,
+    image_sizes: Sequence[int],
     classes: Sequence[str] | None = None,
     data: DataConfig | None = None,
 ) -> nn.Module:
@@ -94,6 +94,7 @@ def load_teacher(
     Args:
         source: `torchvision:NAME:WEIGHTS_FILE` (DeiT's own teacher is regnet_y_16gf), a checkpoint folder of ours, or
             a file with timm's config.json next to it.
+        image_sizes: sides of the student's images in pixels.
         classes: names of the student's (K); None: they have none.
         data: how the student's images are normalised; None: as the teacher's.
 
@@ -103,10 +104,12 @@ def load_teacher(
     foreign = source.startswith("torchvision:")
     teacher = _torchvision_teacher(source, num_classes) if foreign else _own_teacher(source, data)
     teacher = teacher.eval().requires_grad_(False)
-    try:
-        outputs = teacher(torch.zeros(1, 3, image_size, image_size)).shape[-1]
-    except RuntimeError as error:
-        raise ValueError(f"teacher {source!r} cannot read images of {image_size} px: {error}") from None
+    outputs = 0
+    for side in dict.fromkeys(image_sizes):
+        try:
+            outputs = teacher(torch.zeros(1, 3, side, side)).shape[-1]
+        except RuntimeError as error:
+            raise ValueError(f"teacher {source!r} cannot read images of {side} px: {error}") from None
     if outputs != num_classes:
         raise ValueError(f"teacher {source!r} has {outputs} classes, the student {num_classes}")
     known = None if foreign or classes is None else checkpoint_classes(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Literal
 
@@ -12,9 +13,11 @@ from lape_ray.config import TrainConfig, flatten, replace_fields
 from lape_ray.data.installed import check_backend
 from lape_ray.data.split import SplitInfo, read_split_info
 from lape_ray.model import build_model, resolve
+from lape_ray.model.convert import load_weights
 from lape_ray.training.classes import checkpoint_classes, match_classes
 from lape_ray.training.initial import load_initial
 from lape_ray.training.loss import check_loss, load_teacher, split_teacher
+from lape_ray.training.state import image_sizes
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +47,24 @@ def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
         model = build_model(config.model)
     check_backend(config.data.backend)
     check_loss(config)
+    check_sizes(config)
     check_data(config)
     check_other_weights(config)
     storage.check_writable(storage_root)
     check_space(config, storage_root, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def check_sizes(config: TrainConfig) -> None:
+    """Check that the network takes each size of `data.image_size_schedule`, and the weights of the size before."""
+    sides, weights = image_sizes(config), None
+    for side in sides if len(sides) > 1 else ():
+        try:
+            network = build_model(dataclasses.replace(config.model, image_size=side))
+            if weights is not None:
+                load_weights(network, weights)
+        except ValueError as error:
+            raise ValueError(f"data.image_size_schedule, {side} px: {error}") from None
+        weights = network.state_dict()
 
 
 def check_other_weights(config: TrainConfig) -> None:
@@ -65,8 +82,13 @@ def check_other_weights(config: TrainConfig) -> None:
         load_initial(build_model(config.model), config.training.init_from, config.data, train.classes)
     if source is not None:
         spec = resolve(config.model)
-        sizes = {"num_classes": spec.num_classes, "image_size": spec.image_size}
-        load_teacher(source, **sizes, classes=train.classes, data=config.data)
+        load_teacher(
+            source,
+            num_classes=spec.num_classes,
+            image_sizes=image_sizes(config),
+            classes=train.classes,
+            data=config.data,
+        )
         known = None if source.startswith("torchvision:") else checkpoint_classes(source)
         _, note = match_classes(train.classes, known, of=f"the teacher {source}", path=train.path)
         if note:
@@ -135,8 +157,9 @@ def _check_fits(config: TrainConfig, info: SplitInfo, *, subset: bool = False) -
     for what, count in info.source.left_out.items() if info.source else ():
         log.warning("%s: %s x %s is left out", info.path, f"{count:,}", what)
     largest = info.largest_side
-    if largest is not None and largest < spec.image_size and not config.data.upscale:
+    side = max(spec.image_size, *(phase.side for phase in config.data.image_sizes), 0)
+    if largest is not None and largest < side and not config.data.upscale:
         raise ValueError(
-            f"{info.path} has images of at most {largest} px, but the model reads {spec.image_size}: "
+            f"{info.path} has images of at most {largest} px, but the model reads {side}: "
             f"set --model.image_size {largest}, or --data.upscale true to enlarge them"
         )

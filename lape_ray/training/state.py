@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from lape_ray.config import TrainConfig
-from lape_ray.data.augment import build_augment
+from lape_ray.data.augment import Augment, build_augment
 from lape_ray.data.batch import Batches, TrainBatches
 from lape_ray.data.loader import Loader, build_loader
 from lape_ray.data.mixup import Mixer
 from lape_ray.data.processes import usable_cpus
 from lape_ray.data.ready import Augmented, Normalized
 from lape_ray.model import Network, build_model, resolve
+from lape_ray.model.convert import load_weights
 from lape_ray.training.cuda_graph import CudaRecorder, StepGraph
 from lape_ray.training.distributed import World
 from lape_ray.training.flags import RankFlags
@@ -84,11 +85,16 @@ class TrainState:
 
 
 def build_state(
-    config: TrainConfig, device: torch.device, *, loaders: tuple[TrainBatches, Batches] | None = None
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    epoch: int = 0,
+    loaders: tuple[TrainBatches, Batches] | None = None,
 ) -> TrainState:
-    """Build the state of a fresh run on this worker; `loaders` stand in for those of the config's data.
+    """Build the state of a fresh run on this worker, for images of the size that they have in `epoch`.
 
-    They are those of training and validation, and yield uint8 images.
+    `loaders` stand in for those of the config's data: they are those of training and validation, and yield uint8
+    images of that size.
 
     Raises:
         ValueError: the config asks for what the device does not have.
@@ -102,40 +108,86 @@ def build_state(
         torch.cuda.set_device(device)  # streams and graphs are those of the current one
     check_loss(config)
     world = World.current(device)
-    network, model, note = _build_networks(config, world)
+    sized = config.at_epoch(epoch)
+    network, model, note = _build_networks(sized, world)
     fused, slower = _fused(config, device)
     classes = None
     if loaders is None:
-        loaders = _build_loader(config, "train", world), _build_loader(config, "val", world)
+        loaders = _build_loader(sized, "train", world), _build_loader(sized, "val", world)
         classes = loaders[0].info.classes
-    augment = build_augment(config.data, image_size=spec.image_size, seed=config.training.seed, fused=fused)
     return TrainState(
         config=config,
         world=world,
         flags=RankFlags(config.run.timeout_s),
-        network=network,
-        model=model,
-        ema=Ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
-        optimizer=build_optimizer(
+        train_loader=Augmented(loaders[0], _build_augment(sized, fused)),
+        val_loader=Normalized(loaders[1], config.data, device),
+        mixer=Mixer(config.data, num_classes=spec.num_classes, label_smoothing=config.optim.label_smoothing),
+        teacher=_build_teacher(config, device, classes),
+        autocast=autocast_for(config, device),
+        classes=classes,
+        notes=tuple(filter(None, (note, slower))),
+        **_around(network, model, sized, world),
+    )
+
+
+def resize_state(state: TrainState, epoch: int) -> tuple[TrainState, list[str]]:
+    """Make the state of a run go on with images of the size that they have in `epoch`; returns lines for people too.
+
+    The weights are the same, but for those whose size depends on the resolution, which are resized as those of a
+    checkpoint are. The optimizer goes on, and begins anew for these.
+    """
+    sized = state.config.at_epoch(epoch)
+    network, model, _ = _build_networks(sized, state.world)
+    notes = load_weights(network, state.network.state_dict())
+    parts = _around(network, model, sized, state.world)
+    if state.ema is not None:
+        load_weights(parts["ema"].model, state.ema.model.state_dict())
+    _continue_optimizer(parts["optimizer"], state.optimizer)
+    loader, side = state.train_loader.loader, resolve(sized.model).image_size
+    for one in (loader, state.val_loader.loader):
+        if not isinstance(one, Loader):
+            raise ValueError(f"{type(one).__name__} cannot change the size of its images")
+        one.resize(side)
+    augment = _build_augment(sized, state.train_loader.augment.fused)
+    return replace(state, train_loader=Augmented(loader, augment), **parts), notes
+
+
+def _around(network: Network, model: nn.Module, config: TrainConfig, world: World) -> dict[str, Any]:
+    """Make the parts of a state that hold a network's tensors."""
+    graph = config.run.cuda_graph
+    return {
+        "network": network,
+        "model": model,
+        "ema": Ema(network, config.optim.ema_decay) if config.optim.ema_decay else None,
+        "optimizer": build_optimizer(
             network,
             config.optim,
             exempt=network.position_parameters(),
             layer_of=network.layer_of,
-            lr=torch.zeros((), device=device) if graph else None,
+            lr=torch.zeros((), device=world.device) if graph else None,
         ),
-        train_loader=Augmented(loaders[0], augment),
-        val_loader=Normalized(loaders[1], config.data, device),
-        mixer=Mixer(config.data, num_classes=spec.num_classes, label_smoothing=config.optim.label_smoothing),
-        teacher=_build_teacher(config, device, classes),
-        statistics=RunningStatistics(
+        "statistics": RunningStatistics(
             network, world, micro_batches=config.micro_batches, own=len(own_micro_batches(config, world))
         ),
-        autocast=autocast_for(config, device),
-        copies=HostCopies(device, network),
-        graph=StepGraph(CudaRecorder()) if graph else None,
-        classes=classes,
-        notes=tuple(filter(None, (note, slower))),
-    )
+        "copies": HostCopies(world.device, network),
+        "graph": StepGraph(CudaRecorder()) if graph else None,
+    }
+
+
+def _continue_optimizer(optimizer: torch.optim.Optimizer, before: torch.optim.Optimizer) -> None:
+    """Take over what the optimizer `before` knows of each parameter that has the same shape there."""
+    shapes = [
+        [parameter.shape for group in one.param_groups for parameter in group["params"]]
+        for one in (before, optimizer)
+    ]
+    state = before.state_dict()
+    kept = {index: known for index, known in state["state"].items() if shapes[0][index] == shapes[1][index]}
+    optimizer.load_state_dict({**state, "state": kept})
+
+
+def _build_augment(config: TrainConfig, fused: bool) -> Augment:
+    side = resolve(config.model).image_size
+    return build_augment(config.data, image_size=side, seed=config.training.seed, fused=fused)
 
 
 def own_micro_batches(config: TrainConfig, world: World) -> range:
@@ -181,11 +233,27 @@ def _build_teacher(
     teacher = load_teacher(
         config.optim.teacher,
         num_classes=spec.num_classes,
-        image_size=spec.image_size,
+        image_sizes=image_sizes(config),
         classes=classes,
         data=config.data,
     )
     return teacher.to(device)
+
+
+def image_sizes(config: TrainConfig) -> tuple[int, ...]:
+    """List the sides of the images that the training reads, in pixels, in their order.
+
+    Raises:
+        ValueError: the schedule does not end with the model's size.
+    """
+    side = resolve(config.model).image_size
+    sizes = tuple(phase.side for phase in config.data.image_sizes) or (side,)
+    if sizes[-1] != side:
+        raise ValueError(
+            f"data.image_size_schedule={config.data.image_size_schedule} ends with {sizes[-1]} px, but the model reads "
+            f"{side}: set --model.image_size {sizes[-1]}, or end with {side}"
+        )
+    return sizes
 
 
 def _fused(config: TrainConfig, device: torch.device) -> tuple[bool, str]:

@@ -213,7 +213,7 @@ def test_a_teacher_answers_in_the_order_of_the_students_classes(
     tmp_path: Path, network: torch.nn.Module
 ) -> None:
     mine = ours(tmp_path / "c", network)
-    sizes = {"num_classes": 4, "image_size": 16}
+    sizes = {"num_classes": 4, "image_sizes": (16,)}
     teacher = load_teacher(mine, **sizes, classes=BIRDS[::-1], data=DataConfig())
     torch.testing.assert_close(logits(teacher), logits(network).flip(1))
     torch.testing.assert_close(logits(load_teacher(mine, **sizes, classes=BIRDS)), logits(network))

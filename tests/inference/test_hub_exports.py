@@ -192,7 +192,7 @@ def test_an_upload_comes_back(hub: Hub, tmp_path: Path, monkeypatch: pytest.Monk
         torch.testing.assert_close(again.model(seen), expected)
         torch.testing.assert_close(theirs(first.model.normalize(seen)), expected, atol=1e-4, rtol=0)
         teacher = load_teacher(
-            address, num_classes=3, image_size=32, classes=("owl", "jay", "wren"), data=DataConfig()
+            address, num_classes=3, image_sizes=(32,), classes=("owl", "jay", "wren"), data=DataConfig()
         )
         torch.testing.assert_close(
             teacher(first.model.normalize(seen)), expected[:, [1, 0, 2]], atol=1e-4, rtol=0

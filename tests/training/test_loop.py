@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.networks import FAMILIES
+from helpers.recorder import KilledError, Recorder
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,8 +31,6 @@ from lape_ray.training import checkpoint
 from lape_ray.training import loop as train_module
 from lape_ray.training import state as state_module
 from lape_ray.training import step as step_module
-from lape_ray.training.checkpoint import Snapshot
-from lape_ray.training.flags import Flags
 
 CPU = torch.device("cpu")
 Workers = Callable[..., dict[str, Any]]
@@ -76,56 +75,6 @@ def memory_loader(data: object, split: str, **kwargs: Any) -> MemoryLoader:
     for name in ("image_size", "device", "threads"):
         kwargs.pop(name)
     return MemoryLoader(split, **kwargs)
-
-
-class KilledError(Exception):
-    pass
-
-
-class Recorder:
-    """A reporter that keeps everything; checkpoints go to `folder` if there is one."""
-
-    def __init__(
-        self,
-        folder: Path | None = None,
-        stop_at: int | None = None,
-        leaves: bool = False,
-        told_at: int | None = None,
-    ) -> None:
-        self.folder, self.losses, self.epochs, self.lines = folder, [], [], []  # type: ignore[var-annotated]
-        self.stop_at, self.leaves, self.told_at, self.asked = stop_at, leaves, told_at, 0
-
-    def step(self, metrics: dict[str, float], *, step: int) -> None:
-        self.losses.append(metrics["train/loss"])
-
-    def epoch(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
-        self.epochs.append({k: v for k, v in metrics.items() if "per_s" not in k})
-        if self.folder is not None:
-            self._keep(self.folder / f"{metrics['epoch']:.0f}", snapshot)
-
-    def checkpoint(self, metrics: dict[str, float], *, step: int, snapshot: Callable[[], Snapshot]) -> None:
-        if self.folder is not None:
-            self._keep(self.folder / f"step-{step}", snapshot)
-        if step == self.stop_at:
-            raise KilledError
-
-    def _keep(self, folder: Path, snapshot: Callable[[], Snapshot]) -> None:
-        folder.mkdir(parents=True)
-        snapshot().save(folder)
-
-    def checkpoint_stored(self) -> None: ...
-
-    def wait_until_saved(self) -> None: ...
-
-    def node_leaving(self) -> bool:
-        return self.leaves
-
-    def poll_flags(self) -> Flags:
-        self.asked += 1
-        return Flags.STOP if self.asked == self.told_at else Flags.NONE
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture(autouse=True)

@@ -143,15 +143,15 @@ def test_torchvision_teacher(tmp_path) -> None:  # type: ignore[no-untyped-def]
 
     file = tmp_path / "teacher.pth"
     torch.save(torchvision.models.get_model("regnet_y_400mf", num_classes=5).state_dict(), file)
-    teacher = load_teacher(f"torchvision:regnet_y_400mf:{file}", num_classes=5, image_size=32)
+    teacher = load_teacher(f"torchvision:regnet_y_400mf:{file}", num_classes=5, image_sizes=(32,))
     assert teacher(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
     assert not any(p.requires_grad for p in teacher.parameters())
     with pytest.raises(ValueError, match="torchvision has no model 'regnet'"):
-        load_teacher(f"torchvision:regnet:{file}", num_classes=5, image_size=32)
+        load_teacher(f"torchvision:regnet:{file}", num_classes=5, image_sizes=(32,))
     with pytest.raises(ValueError, match="weights are not those of"):
-        load_teacher(f"torchvision:regnet_y_400mf:{file}", num_classes=6, image_size=32)
+        load_teacher(f"torchvision:regnet_y_400mf:{file}", num_classes=6, image_sizes=(32,))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist"):
-        load_teacher("torchvision:regnet_y_400mf:/nowhere.pth", num_classes=5, image_size=32)
+        load_teacher("torchvision:regnet_y_400mf:/nowhere.pth", num_classes=5, image_sizes=(32,))
 
 
 def test_durations_read_well() -> None:

@@ -159,7 +159,7 @@ def test_whoever_trains_or_evaluates_has_optimised_blocks(tmp_path: Path) -> Non
     networks = [
         (state.network, 32),
         (state.ema.model, 32),
-        (load_teacher(str(tmp_path / "teacher"), num_classes=10, image_size=32), 32),
+        (load_teacher(str(tmp_path / "teacher"), num_classes=10, image_sizes=(32,)), 32),
         (load_network(str(tmp_path / "weights.safetensors"), config), 16),
     ]
     for network, side in networks:
