@@ -37,9 +37,8 @@ MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
 RUN, BUCKET = "soak", "s3://lape/runs"
 EPOCH_STEPS = 20
 INTERVAL_STEPS = 10  # between two checkpoints
-EPOCHS = round(
-    0.8 * 60 * MINUTES / (EPOCH_STEPS * device.STEP_S)
-)  # 0.8: the share of the time that is left for steps
+SHARE = 0.8  # of the time that is left for steps
+EPOCHS = round(SHARE * 60 * MINUTES / (EPOCH_STEPS * device.STEP_S))
 FIELDS: dict[str, object] = {
     "optim__epochs": EPOCHS,
     "data__batch_size": 8,
@@ -52,12 +51,11 @@ FIELDS: dict[str, object] = {
     "run__progress_s": 10,
     "run__max_failures": 20,
 }
-
-
 LIMITS = {
     "processes": 2, "bytes": 150e6, "descriptors": 10, "session": 10, "shared memory": 2, "temporary": 5, "cache": 10,
     "checkpoints": 1,
 }  # fmt: skip
+"""Of growth: what Ray's own processes take for the jobs that they know, and what is on its way at a moment."""
 
 
 @pytest.fixture(scope="module")

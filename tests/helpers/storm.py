@@ -122,37 +122,37 @@ class Storm:
         return max(1.0, sum(fmean(found[kind]) for kind in INTERRUPTING if found.get(kind)) / len(KINDS))
 
     def strike(self, kind: str) -> None:
-        at = time.time()
-        hit = self._kill_server(kind) if kind in OUTAGES else self._kill_process(kind)
+        kill = self._outage(kind) if kind in OUTAGES else self._death(kind)
+        at, hit = time.time(), kill is not None
+        if kill is not None:
+            try:
+                kill()
+            except psutil.NoSuchProcess:
+                hit = False
         self.kills.append(Kill(kind, at, hit))
         print(f"killed: {self.kills[-1]}", flush=True)
 
-    def _kill_process(self, kind: str) -> bool:
-        try:
-            found = self._victims(kind)
-            if found:
-                random.choice(found).kill()
-        except psutil.NoSuchProcess:
-            return False
-        return bool(found)
-
-    def _victims(self, kind: str) -> list[psutil.Process]:
+    def _death(self, kind: str) -> Callable[[], object] | None:
+        """Choose a process of a kind; rather a worker that trains than one that stands by or waits."""
         if kind == "worker":
             alive, trains = workers(self.service), device.training(self.folder)
-            return [one for one in alive if one.pid in trains] or alive
-        return [one for one in family(self.service) if is_kind(command(one), kind)]
+            found = [one for one in alive if one.pid in trains] or alive
+        else:
+            found = [one for one in family(self.service) if is_kind(command(one), kind)]
+        return random.choice(found).kill if found else None
 
-    def _kill_server(self, kind: str) -> bool:
+    def _outage(self, kind: str) -> Callable[[], object] | None:
         server = self.s3 if kind == "s3" else self.mlflow
         if server.process is None or any(one.is_alive() and one.name == kind for one in self._restarts):
-            return False
-        server.kill()
-        restart = threading.Thread(
-            target=self._restart, args=(server, random.uniform(*OUTAGE_S)), name=kind
-        )
-        restart.start()
+            return None
+        restart = threading.Thread(target=self._restart, args=(server, random.uniform(*OUTAGE_S)), name=kind)
         self._restarts = [*(one for one in self._restarts if one.is_alive()), restart]
-        return True
+
+        def kill() -> None:
+            server.kill()
+            restart.start()
+
+        return kill
 
     @staticmethod
     def _restart(server: Gateway | TrackingServer, after_s: float) -> None:
@@ -195,7 +195,7 @@ class Watch:
 
     def run(self) -> None:
         while not self.storm.over.wait(3):
-            with contextlib.suppress(psutil.Error):  # it went away while it was looked at
+            with contextlib.suppress(psutil.Error, OSError):  # what went away while it was looked at
                 if self.storm.well():
                     self.samples.append(self._look())
 
@@ -216,6 +216,7 @@ class Watch:
         Memory and descriptors are those of the processes that lived all the time.
         """
         third = len(self.samples) // 3
+        assert third > 3, "too short to see anything grow"
         early, late = self.samples[:third], self.samples[-third:]
         lasting = set.intersection(*(set(one.bytes) for one in self.samples))
 
