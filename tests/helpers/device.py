@@ -48,17 +48,17 @@ def install() -> None:
 
 def _slow_down(loop: Any) -> None:
     compute, file = loop.optimizer_step, Path(os.environ[FOLDER], str(os.getpid()))
-    training = None
+    latest = None  # the training that made the last step
 
     def step(state: object, *words: Any, **options: Any) -> Any:
-        nonlocal training
+        nonlocal latest
         began = time.monotonic()
         loss = compute(state, *words, **options)
         time.sleep(max(0.0, began + STEP_S - time.monotonic()))
-        if state is training:
+        if state is latest:
             os.utime(file)
         else:
-            training = state
+            latest = state
             with file.open("a") as opened:
                 opened.write(f"{time.time()}\n")
         return loss
