@@ -20,7 +20,7 @@ FIND_PYTHON := for python in python3 python3.14 python3.13 python3.12 python3.11
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-tune test test-slow test-faults test-images test-arm wheel test-wheel audit stack stack-demo stack-open stack-down check format lock clean
+.PHONY: help setup demo demo-tune test test-slow test-faults test-soak test-images test-arm wheel test-wheel audit stack stack-demo stack-open stack-down check format lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -61,7 +61,10 @@ test-faults: setup ## the tests that kill workers, drivers, servers and nodes
 	$(PYTHON) -m pytest -m faults
 
 test-slow: setup ## the slow tests
-	$(PYTHON) -m pytest -m "slow and not wheel"
+	$(PYTHON) -m pytest -m "slow and not wheel and not soak"
+
+test-soak: setup ## kills again and again, for SOAK_MINUTES (30): goodput, losses, growth; SOAK_REPORT=FILE keeps them
+	$(PYTHON) -m pytest -s -m soak
 
 test-arm: setup ## the decoder's kernels for ARM, in an emulator
 	@for package in g++-aarch64-linux-gnu qemu-user; do dpkg -s $$package >/dev/null 2>&1 || missing="$$missing $$package"; done; \

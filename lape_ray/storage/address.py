@@ -11,7 +11,7 @@ from lape_ray.values.redaction import refuse_secret
 
 LONGEST_NAME = 240  # bytes of one part of a path: most file systems take 255, and .NAME.parts is longer
 # What `copies` and `transfer` write next to copies.
-OURS = re.compile(r"\.lock|\.complete(\..*)?|\.arriving|\..*\.parts?", re.DOTALL)
+OURS = re.compile(r"\.lock|\.passing|\.complete(\..*)?|\.arriving|\..*\.parts?", re.DOTALL)
 
 
 def home() -> Path:

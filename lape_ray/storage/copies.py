@@ -4,6 +4,7 @@
 <cache>/<digest>/.complete  written last: the names and sizes of all files
 <cache>/<digest>/.lock      held by the process that fetches; the kernel lets go of it when that process ends
 <cache>/<digest>/.arriving/ what is used while it is fetched (`data.streaming`)
+<cache>/<digest>/.passing   the set is deleted by the last process that has it open; these hold .lock together
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TextIO
 
 from lape_ray.storage.address import home, is_remote, safe_relative
 from lape_ray.storage.hub import fetch, is_hub
@@ -30,6 +32,7 @@ SPARE_BYTES = 1 << 30
 COMPLETE = ".complete"
 ARRIVING = ".arriving"
 LOCK = ".lock"
+PASSING = ".passing"
 
 
 def cache() -> Path:
@@ -49,6 +52,10 @@ def local(address: str | Path) -> Path:
         FileNotFoundError: nothing exists at the address.
         ValueError, OSError: see `s3.call_with_retry`, `stage` and `hub.fetch`.
     """
+    return _local(address, passing=False)
+
+
+def _local(address: str | Path, *, passing: bool) -> Path:
     if is_hub(address):
         return fetch(str(address))
     if not is_remote(address):
@@ -61,7 +68,8 @@ def local(address: str | Path) -> Path:
     ]
     if not objects:
         raise FileNotFoundError(f"{address} does not exist")
-    return stage(objects, below=address.rpartition("/")[0]) / address.rpartition("/")[2]
+    below, _, name = address.rpartition("/")
+    return stage(objects, below=below, passing=passing) / name
 
 
 @contextlib.contextmanager
@@ -75,28 +83,55 @@ def opened(address: str) -> Iterator[Path]:
     if not is_remote(address) or is_hub(address):
         yield local(address)
         return
-    while True:
-        path = local(address)
-        with (path.parent / LOCK).open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if not path.exists():  # the last that had it open took it away just now
-                continue
-            try:
-                yield path
-            finally:
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path.parent)
-            return
+    while (found := _held_copy(address)) is None:
+        pass
+    path, lock = found
+    with lock:
+        _delete_abandoned()
+        try:
+            yield path
+        finally:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent)
 
 
-def stage(objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | None = None) -> Path:
+def _held_copy(address: str) -> tuple[Path, TextIO] | None:
+    """Fetch what an address means and hold it, by its lock; None: another process took it away just now."""
+    path = _local(address, passing=True)
+    try:
+        lock = (path.parent / LOCK).open("a")
+    except FileNotFoundError:
+        return None
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    if path.exists():
+        return path, lock
+    lock.close()
+    return None
+
+
+def _delete_abandoned() -> None:
+    """Delete the copies whose last process was killed before it could."""
+    for mark in cache().glob(f"*/{PASSING}"):
+        with contextlib.suppress(OSError), (mark.parent / LOCK).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(mark.parent)
+
+
+def stage(
+    objects: Sequence[Object],
+    *,
+    below: str,
+    sha256: Mapping[str, str] | None = None,
+    passing: bool = False,
+) -> Path:
     """Make a folder with copies of the objects, under their names below the address `below`.
 
     The first process fetches them; others wait for it. One that died leaves what it had for the next.
 
     Args:
         sha256: of objects, by address; what is fetched is compared with it. Others by what was stored with them.
+        passing: the last process that has the copies open deletes them.
 
     Raises:
         DownloadError: an object is not what it should be.
@@ -111,6 +146,8 @@ def stage(objects: Sequence[Object], *, below: str, sha256: Mapping[str, str] | 
     with held(folder / LOCK, f"{below}/{min(names.values())}"):
         if place.is_complete():  # another process was faster
             return folder
+        if passing:
+            (folder / PASSING).touch()
         shutil.rmtree(folder / ARRIVING, ignore_errors=True)
         missing = [one for one in objects if _size(folder / names[one.address]) != one.size]
         need = sum(one.size for one in missing)

@@ -88,7 +88,7 @@ def test_storage_that_is_away_for_a_while(
     options = {**LONG, "run__storage": "s3://lape/runs"}
 
     def away() -> None:
-        server.stop()
+        server.kill()
         time.sleep(15)
         server.start()
 

@@ -2,6 +2,7 @@
 
 browser              headless Chromium
 commands             jobs and benchmarks as commands, within the process
+device               steps that take time and no CPU
 faults               faults at a chosen moment, and the table of what they cost
 layouts              small data sets in folders, parquet files and tars, as people have them
 interpreted_augment  the fused kernels in Triton's interpreter; a process for data/test_fused_augment.py
@@ -11,6 +12,7 @@ nodes                a run on a cluster of several nodes; a process for cluster/
 photographs          image folders and parquet files, cut out of three photographs
 s3_server            JuiceFS's S3 gateway, a slow proxy and a server that refuses
 service              the whole service: a cluster, a home, tiny data
+storm                kills by a Poisson process, and what of a cluster grows meanwhile
 threads              arithmetic in one thread
 tracking_server      an MLflow server that can be stopped and started
 """

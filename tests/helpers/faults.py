@@ -141,13 +141,21 @@ def contest(service: Service, name: str, began: Callable[[], bool], *words: str,
     return output
 
 
+def family(service: Service) -> list[psutil.Process]:
+    """The processes of the cluster."""
+    return psutil.Process(service.cluster.pid).children(recursive=True)
+
+
+def command(process: psutil.Process) -> list[str]:
+    """Its command line; nothing where it has gone away."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
 def workers(service: Service) -> list[psutil.Process]:
     """The training processes of the cluster, in the order in which they started."""
-    found = [
-        process
-        for process in psutil.Process(service.cluster.pid).children(recursive=True)
-        if "RayTrainWorker" in " ".join(process.cmdline())
-    ]
+    found = [one for one in family(service) if "RayTrainWorker" in " ".join(command(one))]
     return sorted(found, key=lambda process: process.create_time())
 
 

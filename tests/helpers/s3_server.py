@@ -78,7 +78,7 @@ class Gateway:
             time.sleep(0.1)
         raise TimeoutError(self.log.read_text()[-2000:])
 
-    def stop(self) -> None:
+    def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -92,7 +92,7 @@ def gateway(folder: Path) -> Iterator[Gateway]:
         server.start()
         yield server
     finally:
-        server.stop()
+        server.kill()
 
 
 class Proxy:

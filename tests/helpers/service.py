@@ -7,9 +7,11 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import mlflow
 import pytest
@@ -51,13 +53,18 @@ class Service:
 
     def submit_job(self, *words: str) -> subprocess.CompletedProcess[str]:
         """`ray job submit` from a laptop."""
+        return subprocess.run(**self.submission(*words), capture_output=True)
+
+    def submission(
+        self, *words: str, variables: Mapping[str, str] = MappingProxyType({}), **runtime: str
+    ) -> dict[str, Any]:
+        """What `subprocess` needs for that: of the job, `variables` and what else its runtime environment has."""
         # Five steps end before MLflow's first sample of the system, which it takes every ten seconds.
-        variables = {"LAPE_RAY_HOME": str(self.home), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}
-        runtime = json.dumps({"env_vars": variables})
+        own = {"LAPE_RAY_HOME": str(self.home), "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.5"}
+        made = json.dumps({**runtime, "env_vars": {**own, **variables}})
         command = [executable("ray"), "job", "submit", f"--address={self.cluster.dashboard}"]
-        command += [f"--working-dir={ROOT}", f"--runtime-env-json={runtime}", "--", "python", *words]
-        environment = {**os.environ, **self.cluster.environment}
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+        command += [f"--working-dir={ROOT}", f"--runtime-env-json={made}", "--", "python", *words]
+        return {"args": command, "text": True, "env": {**os.environ, **self.cluster.environment}}
 
     def data(self) -> list[str]:
         return [f"--data.{split}={self.home / f'{split}.beton'}" for split in ("train", "val")]

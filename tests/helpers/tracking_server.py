@@ -42,7 +42,7 @@ class TrackingServer:
         self.process = subprocess.Popen(
             command, stdout=log, stderr=log, env=environment, start_new_session=True
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             try:
                 mlflow.MlflowClient(self.uri).search_experiments(max_results=1)

@@ -75,7 +75,7 @@ def test_a_search_waits_for_storage_that_is_away(remote: Service, server: Gatewa
     def away() -> None:
         while not all(storage.folders(f"s3://searches/outage/trial-000{number}") for number in (0, 1)):
             time.sleep(0.2)
-        server.stop()
+        server.kill()
         struck.set()
         time.sleep(away_s)
         server.start()

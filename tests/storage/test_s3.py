@@ -270,6 +270,29 @@ def test_a_set_of_shards(bucket: str, tmp_path: Path) -> None:
         read_split_info(DataConfig(val=address), "val")
 
 
+def test_the_copy_of_a_process_that_was_killed_is_deleted(bucket: str) -> None:
+    """By the next one that opens something; what is open, or was to stay, stays."""
+    for name in ("torn", "open", "data"):
+        objects.put(f"{bucket}/{name}/a", name.encode())
+    process = in_process(
+        "import os; from lape_ray import storage\n"
+        f"with storage.opened('{bucket}/torn'):\n"
+        "    os.kill(os.getpid(), 9)"
+    )
+    assert process.wait() == -signal.SIGKILL, process.communicate()
+    data = storage.local(f"{bucket}/data")
+
+    def texts() -> set[str]:
+        return {path.read_text() for path in storage.cache().glob("*/*/a")}
+
+    assert texts() == {"torn", "data"}
+    with storage.opened(f"{bucket}/open") as first, storage.opened(f"{bucket}/open") as second:
+        assert first == second
+        assert texts() == {"open", "data"}
+    assert texts() == {"data"}
+    assert [path.name for path in storage.cache().iterdir()] == [data.parent.name]
+
+
 def test_a_full_disk_is_said_before_anything_is_fetched(
     bucket: str, beton: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,6 +319,7 @@ HOSTILE_KEYS = {
     "ckpt/.complete": "has the part '.complete', which is one of the cache's own files",
     "ckpt/.complete.7": "one of the cache's own files",
     "ckpt/sub/.lock": "one of the cache's own files",
+    "ckpt/.passing": "one of the cache's own files",
     "ckpt/.meta.json.part": "one of the cache's own files",
     "ckpt/.meta.json.parts": "one of the cache's own files",
     "ckpt/meta.json/x": "is an object, and there are objects below it",
@@ -372,7 +396,7 @@ def test_a_server_that_restarts_amid_an_upload(bucket: str, tmp_path: Path) -> N
         thread = threading.Thread(target=upload)
         thread.start()
         assert stored.wait(60)
-        server.stop()
+        server.kill()
         time.sleep(1)
         server.start()
         thread.join(120)
