@@ -258,7 +258,7 @@ _PLAIN = re.compile(rb"(?:[0-7]{7}[\0 ]){3}([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{
 _NO_DEVICE = (bytes(17), b"0000000\0" * 2 + b"\0")  # numbers of a device, and then no first part of the name
 
 
-class _Header(tarfile.TarInfo):
+class Header(tarfile.TarInfo):
     """Read what is needed of a plain file's header, for which `tarfile` takes five times as long."""
 
     @classmethod
@@ -280,7 +280,7 @@ _TAR_ERRORS = (tarfile.TarError, ValueError, RecursionError, OverflowError, EOFE
 
 def _opened(path: str, file: BinaryIO) -> tarfile.TarFile:
     try:
-        return tarfile.open(fileobj=file, mode="r:", tarinfo=_Header)
+        return tarfile.open(fileobj=file, mode="r:", tarinfo=Header)
     except _TAR_ERRORS as error:
         raise _damaged(path, error) from error
 
