@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -104,26 +105,31 @@ def test_the_bytes_of_a_file_stay_what_they_were(tmp_path: Path) -> None:
 def test_small_images_are_encoded_several_parts_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That changes neither the file nor where an interrupted writer goes on, and large images stay few."""
-    source, sizes = digits("train"), list[int]()
+    """That changes neither the file nor where an interrupted writer goes on, and larger images are encoded by parts."""
+    source, path = digits("train"), tmp_path / "x.beton"
 
-    def mapper(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
-        for task in tasks:
-            sizes.append(len(task[0]))
-            yield function(task)
-            if len(sizes) == 18:
-                raise CutOffError
+    def write(stop: int = -1) -> list[int]:
+        sizes: list[int] = []
 
-    with pytest.raises(CutOffError):
-        write_beton(source, tmp_path / "x.beton", mapper=mapper)
-    together = write_beton(source, tmp_path / "x.beton", mapper=mapper)
-    assert sum(sizes) == len(source)
-    assert (sizes[0], max(sizes)) == (PART_SAMPLES, 4 * PART_SAMPLES)
-    monkeypatch.setattr(writer, "TASK_BYTES", 32 * 64)
-    sizes.clear()
-    apart = write_beton(source, tmp_path / "y.beton", mapper=mapper)
-    assert max(sizes) == PART_SAMPLES
-    assert apart.sha256 == together.sha256
+        def mapper(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+            for task in tasks:
+                sizes.append(len(task[0]))
+                yield function(task)
+                if len(sizes) == stop:
+                    raise CutOffError
+
+        with contextlib.suppress(CutOffError):
+            write_beton(source, path, mapper=mapper)
+        return sizes
+
+    begun, ended = write(stop=18), write()
+    assert begun == [PART_SAMPLES] * 16 + [2 * PART_SAMPLES] * 2
+    assert max(ended) == 2 * PART_SAMPLES
+    assert sum(begun + ended) == len(source)
+    together = Manifest.load(path)
+    monkeypatch.setattr(writer, "TASK_BYTES", 2000)  # less than a part has
+    assert max(write()) == PART_SAMPLES
+    assert Manifest.load(path).sha256 == together.sha256
 
 
 def test_bytes_after_the_journals_last_line_do_not_count(

@@ -51,8 +51,10 @@ from lape_ray.data.sources import Source
 from lape_ray.values.typed import Count, typed
 
 PART_SAMPLES = 32  # samples of a part, which is an entry of the journal
-TASK_PARTS = 32  # the most that a process encodes at a time
-TASK_BYTES = 1 << 20  # about so many at most, where a part has less
+TASK_PARTS = (
+    8  # the most that a process encodes at a time; with more of them it waits for the caller's reading
+)
+TASK_BYTES = 1 << 18  # about so many at most, where a part has less
 KINDS = ("original_jpeg", "jpeg", "raw")
 
 # A stored sample as the journal keeps it; `index` is the source's.
