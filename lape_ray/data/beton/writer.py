@@ -304,7 +304,8 @@ class _File:
 
     def __init__(self, journal: Journal, samples: int) -> None:
         self.journal, self.data = journal, journal.data
-        self.samples, self.end = samples, RECORDS_START + samples * RECORD.itemsize
+        self.samples, self.begin = samples, RECORDS_START + samples * RECORD.itemsize
+        self.end = self.begin
         self.parts: list[np.ndarray] = []
         self.skipped: list[tuple[str, str]] = []
         self.odd: Counter[str] = Counter()
@@ -340,7 +341,7 @@ class _File:
     def parts_at_a_time(self) -> int:
         """Choose how many parts make a task: one at first, then as many as are small together."""
         done = len(self.parts)
-        return max(1, min(done // 8, TASK_PARTS, TASK_BYTES * done // self.end))
+        return max(1, min(done // 8, TASK_PARTS, TASK_BYTES * done // (self.end - self.begin + 1)))
 
     def append(self, part: Packed) -> None:
         stored_N, data = part.stored_N, memoryview(part.data)
