@@ -17,11 +17,13 @@ import resource
 import statistics
 import sys
 import tarfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 SHARD_IMAGES = 1280
@@ -69,9 +71,31 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def peak(whose: int = resource.RUSAGE_SELF) -> int:
-    """Return the most memory that this process, or the largest of its children, has had."""
-    return 1024 * resource.getrusage(whose).ru_maxrss
+def peak(pid: int | str = "self") -> int:
+    """Return the most memory that a process has had since its program began (rusage would begin with its parent's)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+@contextlib.contextmanager
+def watched_children() -> Iterator[dict[int, int]]:
+    """Yield what fills with the peak of each child's memory, by its number."""
+    peaks: dict[int, int] = {}
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            for child in psutil.Process().children():
+                with contextlib.suppress(OSError, IndexError):  # it has ended
+                    peaks[child.pid] = peak(child.pid)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def write(folder: str, path: str) -> dict[str, float]:
@@ -79,13 +103,13 @@ def write(folder: str, path: str) -> dict[str, float]:
     from lape_ray.data.beton.convert import convert
 
     before, wall = cpu_seconds(), time.perf_counter()
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar
+    with contextlib.redirect_stderr(io.StringIO()), watched_children() as peaks:  # without the bar
         convert(folder, path, workers=2)
     return {
         "write": cpu_seconds() - before,
         "write_wall": time.perf_counter() - wall,
         "writer_bytes": peak(),
-        "encoder_bytes": peak(resource.RUSAGE_CHILDREN),
+        "encoder_bytes": max(peaks.values()),
     }
 
 
