@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -29,6 +30,7 @@ from lape_ray.data.beton import (
     set_files,
     shard_path,
     write_beton,
+    writer,
 )
 from lape_ray.data.beton.journal import open_journal
 from lape_ray.data.beton.writer import PART_SAMPLES
@@ -84,6 +86,50 @@ def test_an_interrupted_writer_goes_on(source: Source, undisturbed: Manifest, tm
     assert manifest.stored == undisturbed.stored
     assert hidden(tmp_path) == []
     assert check_beton(path, deep=True, workers=1) == manifest
+
+
+def test_the_bytes_of_a_file_stay_what_they_were(tmp_path: Path) -> None:
+    """Files of earlier versions and of later ones are the same; large images leave gaps at the ends of pages."""
+    rng = np.random.default_rng(0)
+    for i in range(80):
+        shape = (1 + i, 2 + i % 7, 3) if i % 17 else (1000, 1000 + 4 * i, 3)
+        file = tmp_path / "images" / f"class{i % 3}" / f"{i:03}.ppm"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(file)
+    source = open_source(str(tmp_path / "images"))
+    manifest = write_beton(source, tmp_path / "x.beton", mode="raw", workers=1)
+    assert manifest.sha256 == "3ae85d2193e4217f8bace118659cf747736896550efc75435b110deb92b7a11c"
+    assert manifest.tables_sha256 == "bddb6eb4c130d673d099f9651404f7df472c4e0951086b460e6fdb8ff9f7c20d"
+
+
+def test_small_images_are_encoded_several_parts_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That changes neither the file nor where an interrupted writer goes on, and larger images are encoded by parts."""
+    source, path = digits("train"), tmp_path / "x.beton"
+
+    def write(stop: int = -1) -> list[int]:
+        sizes: list[int] = []
+
+        def mapper(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+            for task in tasks:
+                sizes.append(len(task[0]))
+                yield function(task)
+                if len(sizes) == stop:
+                    raise CutOffError
+
+        with contextlib.suppress(CutOffError):
+            write_beton(source, path, mapper=mapper)
+        return sizes
+
+    begun, ended = write(stop=18), write()
+    assert begun == [PART_SAMPLES] * 16 + [2 * PART_SAMPLES] * 2
+    assert max(ended) == 2 * PART_SAMPLES
+    assert sum(begun + ended) == len(source)
+    together = Manifest.load(path)
+    monkeypatch.setattr(writer, "TASK_BYTES", 2000)  # less than a part has
+    assert max(write()) == PART_SAMPLES
+    assert Manifest.load(path).sha256 == together.sha256
 
 
 def test_bytes_after_the_journals_last_line_do_not_count(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from lape_ray.data.sources import image_folder, open_source, tar_shards
 from lape_ray.data.sources.find import expand_ranges
+from lape_ray.data.sources.tar import Header
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 
@@ -140,6 +141,56 @@ def test_every_format_of_tar(tmp_path: Path, format: int) -> None:
     assert source.encoded(0) == source.encoded(1) == PNG
     assert source.name(0).endswith("y" * 60 + ".png")
     assert source.name(1).endswith("member é.PNG")
+
+
+def headers() -> dict[str, bytes]:
+    """Headers of files of 1,234 bytes as programs write them, and some that are wrong."""
+    info = tarfile.TarInfo("folder/a.png")
+    info.size, info.mode, info.uname = 1234, 0o644, "me"
+    plain = info.tobuf(tarfile.USTAR_FORMAT)
+
+    def changed(at: int, data: bytes) -> bytes:
+        """Put data into the header, and its checksum in order."""
+        changed = plain[:at] + data + plain[at + len(data) :]
+        total = sum(changed) - sum(changed[148:156]) + 8 * 32
+        return changed[:148] + b"%06o\0 " % total + changed[156:]
+
+    return {
+        "plain": plain,
+        "GNU": info.tobuf(tarfile.GNU_FORMAT),
+        "a name of 100 bytes": changed(0, b"n" * 100),
+        "a name that is not UTF-8": changed(0, b"\xff.png\0"),
+        "a name in two parts": changed(345, b"above"),
+        "numbers that end with blanks": changed(100, b"000644 \0000000 \0000000 \0"),
+        "a size of 8 GB": changed(124, b"\x80" + (1 << 33).to_bytes(11, "big")),
+        "no type": changed(156, b"\0"),
+        "a folder without a type": changed(0, b"folder/\0\0\0\0\0")[:156] + changed(156, b"\0")[156:],
+        "a link": changed(156, b"2"),
+        "a device": changed(329, b"0000001\0"),
+        "a wrong size": changed(124, b"0000000123x"),
+        "a wrong device": changed(329, b"x"),
+        "a wrong checksum": plain[:148] + b"000000\0 " + plain[156:],
+        "zeros": bytes(512),
+        "half of one": plain[:256],
+    }
+
+
+@pytest.mark.parametrize("kind", headers())
+def test_a_header_is_read_as_tarfile_reads_it(kind: str) -> None:
+    def read(info: type[tarfile.TarInfo]) -> tuple[object, ...]:
+        try:
+            found = info.frombuf(headers()[kind], "utf-8", "surrogateescape")
+        except tarfile.TarError as error:
+            return type(error), str(error)
+        return found.name, found.size, found.type
+
+    assert read(Header) == read(tarfile.TarInfo)
+
+
+def test_a_plain_header_is_not_read_by_tarfile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(tarfile.TarInfo, "frombuf")
+    for kind in ("plain", "GNU", "a name of 100 bytes"):
+        assert Header.frombuf(headers()[kind], "utf-8", "surrogateescape").size == 1234
 
 
 def test_other_fields_are_left_alone_and_cls_comes_first(tmp_path: Path) -> None:

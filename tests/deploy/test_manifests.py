@@ -377,6 +377,39 @@ def test_a_training_can_be_begun_again() -> None:
         assert words[words.index("--run.storage") + 1].startswith("s3://")
 
 
+HEALTH_CHECK = re.compile(r'(RAY_health_check_\w+)(?:=|"?: ")(\d+)')
+HEALTH_CHECKED = (
+    "k8s/base/settings.yaml",
+    "docker/compose.yaml",
+    "docs/quick_start.md",
+    "docs/fault_tolerance.md",
+    "tests/cluster/test_nodes.py",  # which measures what they are for
+)
+
+
+def test_health_checks_are_the_same_everywhere() -> None:
+    found = {path: set(HEALTH_CHECK.findall((ROOT / path).read_text())) for path in HEALTH_CHECKED}
+    first = found[HEALTH_CHECKED[0]]
+    assert len(first) == 3
+    assert found == dict.fromkeys(HEALTH_CHECKED, first)
+
+
+@pytest.mark.parametrize("folder", JOB_FOLDERS)
+def test_every_head_has_the_health_checks(folder: str) -> None:
+    """They are in the settings of `base`, from which it has its variables."""
+    (settings,) = (
+        one["data"]
+        for one in render(K8S / "base")
+        if (one["kind"], one["metadata"]["name"]) == ("ConfigMap", "lape-ray")
+    )
+    assert sum(name.startswith("RAY_health_check_") for name in settings) == 3
+    for one in ray_objects(render(K8S / folder)):
+        cluster = one["spec"].get("rayClusterSpec", one["spec"])
+        (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+        assert {"configMapRef": {"name": "lape-ray"}} in head["envFrom"]
+        assert not any(env["name"].startswith("RAY_health_check_") for env in head.get("env", ()))
+
+
 def test_versions_are_those_of_the_lock(resources: list[Resource]) -> None:
     for one in ray_objects(resources):
         spec = one["spec"].get("rayClusterSpec", one["spec"])

@@ -50,13 +50,6 @@ class Encoded(NamedTuple):
     unusual: str | None
 
 
-class Rejected(NamedTuple):
-    """One sample that cannot be stored."""
-
-    name: str
-    reason: str
-
-
 def encode(source: Source, index: int, encoding: Encoding, position: int) -> Encoded:
     """Sample `index` of `source` as it is stored at `position` of the file; ValueError if it cannot be."""
     encoded, name = source.encoded(index), source.name(index)

@@ -160,11 +160,13 @@ def lengths(file: Path, records_N: np.ndarray, allocations_N: np.ndarray) -> np.
         ValueError: an image lies outside the table or the file, or has no pixels.
     """
     pointers_N = records_N["image"]["data_ptr"]
-    order = np.argsort(allocations_N["ptr"])
-    found = order[np.searchsorted(allocations_N["ptr"], pointers_N, sorter=order).clip(max=len(order) - 1)]
-    if not np.array_equal(allocations_N["ptr"][found], pointers_N):
-        raise ValueError(f"{file} is damaged: images lie outside its allocation table; write it again")
-    sizes_N = allocations_N["size"][found]
+    if not np.array_equal(allocations_N["ptr"], pointers_N):  # in the order of the records, as we write it
+        order = np.argsort(allocations_N["ptr"])
+        found = np.searchsorted(allocations_N["ptr"], pointers_N, sorter=order).clip(max=len(order) - 1)
+        allocations_N = allocations_N[order[found]]
+        if not np.array_equal(allocations_N["ptr"], pointers_N):
+            raise ValueError(f"{file} is damaged: images lie outside its allocation table; write it again")
+    sizes_N = allocations_N["size"]
     images_N, size = records_N["image"], file.stat().st_size
     bad_N = (pointers_N > size) | (sizes_N > size) | (np.minimum(images_N["width"], images_N["height"]) == 0)
     if bad_N.any():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,34 +24,41 @@ def repeated_images(path: str | Path, name: Callable[[int], str]) -> str | None:
         name: names an image by its index, for the first that is repeated.
     """
     contents = read_contents(path)
-    _, group_N, counts = np.unique(contents.lengths_N, return_inverse=True, return_counts=True)
+    lengths_N, labels_N = contents.lengths_N, contents.labels_N
     descriptors = [os.open(file, os.O_RDONLY) for file in contents.files]
+    repeated, differ, example = 0, 0, None
     try:
 
         def read(index: int, skip: int, size: int) -> bytes:
             place = int(contents.images_N["data_ptr"][index]) + skip
             return os.pread(descriptors[contents.file_N[index]], size, place)
 
-        alike: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
-        for index in np.flatnonzero(counts[group_N] > 1).tolist():
-            length = int(contents.lengths_N[index])
-            alike[length, read(index, length, CHECKSUM_BYTES)].append(index)
-        pairs = []
-        for (length, _), indices in alike.items():
-            first: dict[bytes, int] = {}
-            for index in indices if len(indices) > 1 else ():
-                one = first.setdefault(hashlib.sha256(read(index, 0, length)).digest(), index)
-                if one != index:
-                    pairs.append((one, index))
+        candidates_N = np.flatnonzero(_occurrences(lengths_N) > 1)
+        checksums = (
+            int.from_bytes(read(index, lengths_N[index], CHECKSUM_BYTES), "little")
+            for index in map(int, candidates_N)
+        )
+        keys_N = np.fromiter(checksums, np.int64, len(candidates_N)) | lengths_N[candidates_N] << 32
+        first: dict[bytes, int] = {}
+        for index in map(int, candidates_N[_occurrences(keys_N) > 1]):
+            one = first.setdefault(hashlib.sha256(read(index, 0, lengths_N[index])).digest(), index)
+            if one != index:
+                repeated += 1
+                differ += int(labels_N[one] != labels_N[index])
+                example = example or (one, index)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
-    if not pairs:
+    if example is None:
         return None
-    one, other = min(pairs, key=lambda pair: pair[1])
-    labels_N = contents.labels_N
-    differ = sum(labels_N[one] != labels_N[other] for one, other in pairs)
+    one, other = example
     return (
-        f"{len(pairs):,} x an image that is stored already ({differ:,} with another label), such as {name(other)}, "
+        f"{repeated:,} x an image that is stored already ({differ:,} with another label), such as {name(other)}, "
         f"which is {name(one)}"
     )
+
+
+def _occurrences(values_N: np.ndarray) -> np.ndarray:
+    """Count how often each value (N,) occurs; returns it for each (N,)."""
+    _, group_N, counts = np.unique(values_N, return_inverse=True, return_counts=True)
+    return counts[group_N]

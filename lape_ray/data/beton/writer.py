@@ -16,10 +16,10 @@ import itertools
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -27,7 +27,7 @@ from PIL import Image
 
 import lape_ray
 from lape_ray.data.beton.blocks import DIGEST_BYTES, Blocks, block_bytes, hash_blocks
-from lape_ray.data.beton.encode import Encoded, Encoding, Mode, Rejected, encode
+from lape_ray.data.beton.encode import Encoding, Mode, encode
 from lape_ray.data.beton.format import (
     ALLOCATION,
     CHECKSUM_BYTES,
@@ -50,7 +50,11 @@ from lape_ray.data.processes import Mapper, processes
 from lape_ray.data.sources import Source
 from lape_ray.values.typed import Count, typed
 
-PART_SAMPLES = 32  # samples that a process encodes at a time, and an entry of the journal
+PART_SAMPLES = 32  # samples of a part, which is an entry of the journal
+TASK_PARTS = (
+    8  # the most that a process encodes at a time; with more of them it waits for the caller's reading
+)
+TASK_BYTES = 1 << 18  # about so many at most, where a part has less
 KINDS = ("original_jpeg", "jpeg", "raw")
 
 # A stored sample as the journal keeps it; `index` is the source's.
@@ -206,18 +210,15 @@ def _write_file(
         file = _File(journal, len(source))
         if file.skipped and on_error == "stop":  # by an earlier call
             raise ValueError(file.skipped[0][1])
-        done = PART_SAMPLES * len(journal.earlier)
+        done = min(PART_SAMPLES * len(journal.earlier), len(source))
         if done:
-            progress(min(done, len(source)))
-        starts = range(done, len(source), PART_SAMPLES)
-        tasks = ((source.take(slice(start, start + PART_SAMPLES)), encoding, start) for start in starts)
-        for start, part in zip(starts, mapper(encode_part, tasks), strict=True):
-            if on_error == "stop":
-                for sample in part:
-                    if isinstance(sample, Rejected):
-                        raise ValueError(sample.reason)
-            file.append(part, start)
-            progress(start + len(part))
+            progress(done)
+        for part in itertools.chain.from_iterable(mapper(encode_parts, _tasks(source, encoding, file))):
+            if part.skipped and on_error == "stop":
+                raise ValueError(part.skipped[0][1])
+            file.append(part)
+            done += len(part.stored_N) + len(part.skipped)
+            progress(done)
         manifest = file.close(source, encoding, fingerprint)
         # The file comes after its manifest: a writer that is killed in between finds all parts written, and the old
         # file, which its new neighbour does not describe, is refused by every reader until then.
@@ -226,16 +227,58 @@ def _write_file(
     return manifest
 
 
-def encode_part(task: tuple[Source, Encoding, int]) -> list[Encoded | Rejected]:
-    """Encode the samples of a small source that starts at the given place of the whole one."""
+def _tasks(source: Source, encoding: Encoding, file: _File) -> Iterator[tuple[Source, Encoding, int]]:
+    """Yield the parts that are missing, several at a time once it is known that their images are small.
+
+    A task costs time of the caller's, and while a process waits for its next one it does nothing.
+    """
+    start = PART_SAMPLES * len(file.parts)
+    while start < len(source):
+        stop = start + PART_SAMPLES * file.parts_at_a_time()
+        yield source.take(slice(start, stop)), encoding, start
+        start = stop
+
+
+class Packed(NamedTuple):
+    """The samples of a part as they go into the file.
+
+    Attributes:
+        stored_N: dtype STORED, without the images' places
+        data: the images in their order, each with its checksum behind it
+        skipped, odd: as the manifest's
+    """
+
+    stored_N: np.ndarray
+    data: bytes
+    skipped: tuple[tuple[str, str], ...]
+    odd: dict[str, int]
+
+
+def encode_parts(task: tuple[Source, Encoding, int]) -> list[Packed]:
+    """Encode the samples of a small source, by parts; it starts at the given place of the whole one."""
     source, encoding, start = task
-    results: list[Encoded | Rejected] = []
-    for index in range(len(source)):
+    indices = range(len(source))
+    return [
+        _encode_part(source, encoding, start, indices[first : first + PART_SAMPLES])
+        for first in indices[::PART_SAMPLES]
+    ]
+
+
+def _encode_part(source: Source, encoding: Encoding, start: int, part: range) -> Packed:
+    """Encode the samples `part` of a small source, so that not one of them is an object in what is sent back."""
+    stored, data, skipped, odd = [], [], [], Counter[str]()
+    for index in part:
         try:
-            results.append(encode(source, index, encoding, start + index))
+            sample = encode(source, index, encoding, start + index)
         except ValueError as error:
-            results.append(Rejected(source.name(index), str(error)))
-    return results
+            skipped.append((source.name(index), str(error)))
+            continue
+        data += [sample.data, struct.pack("<I", crc32c(sample.data))]
+        image = (RAW if sample.kind == "raw" else JPEG, sample.width, sample.height, 0)
+        stored.append((start + index, KINDS.index(sample.kind), image, len(sample.data)))
+        if sample.unusual:
+            odd[sample.unusual] += 1
+    return Packed(np.array(stored, STORED), b"".join(data), tuple(skipped), dict(odd))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +304,8 @@ class _File:
 
     def __init__(self, journal: Journal, samples: int) -> None:
         self.journal, self.data = journal, journal.data
-        self.samples, self.end = samples, RECORDS_START + samples * RECORD.itemsize
+        self.samples, self.begin = samples, RECORDS_START + samples * RECORD.itemsize
+        self.end = self.begin
         self.parts: list[np.ndarray] = []
         self.skipped: list[tuple[str, str]] = []
         self.odd: Counter[str] = Counter()
@@ -294,25 +338,30 @@ class _File:
         self.skipped += part.skipped
         self.odd.update(part.odd)
 
-    def append(self, part: list[Encoded | Rejected], start: int) -> None:
-        stored, skipped, odd = np.zeros(len(part), STORED), [], Counter[str]()
-        count = 0
-        for index, sample in enumerate(part, start):
-            if isinstance(sample, Rejected):
-                skipped.append((sample.name, sample.reason))
+    def parts_at_a_time(self) -> int:
+        """Choose how many parts make a task: one at first, then as many as are small together."""
+        done = len(self.parts)
+        return max(1, min(done // 8, TASK_PARTS, TASK_BYTES * done // (self.end - self.begin + 1)))
+
+    def append(self, part: Packed) -> None:
+        stored_N, data = part.stored_N, memoryview(part.data)
+        ends_N = np.cumsum(stored_N["size"].astype(np.int64) + CHECKSUM_BYTES)
+        first, begin = 0, 0  # of what is not written yet: the image, and its place in `data`
+        while first < len(stored_N):
+            room = PAGE_BYTES - self.end % PAGE_BYTES
+            last = int(np.searchsorted(ends_N, begin + room, "right"))
+            if last == first:  # no image crosses the boundary of a page
+                self.end += room
                 continue
-            size = len(sample.data)
-            if self.end % PAGE_BYTES + size + CHECKSUM_BYTES > PAGE_BYTES:
-                self.end += -self.end % PAGE_BYTES
+            end = int(ends_N[last - 1])
             self.data.seek(self.end)
-            self.data.write(sample.data + struct.pack("<I", crc32c(sample.data)))
-            image = (RAW if sample.kind == "raw" else JPEG, sample.width, sample.height, self.end)
-            stored[count] = (index, KINDS.index(sample.kind), image, size)
-            self.end += size + CHECKSUM_BYTES
-            odd.update([sample.unusual] if sample.unusual else [])
-            count += 1
-        encoded = base64.b64encode(stored[:count].tobytes()).decode()
-        entry = _Part(stored=encoded, skipped=tuple(skipped), odd=dict(odd))
+            self.data.write(data[begin:end])
+            starts_N = ends_N[first:last] - CHECKSUM_BYTES - stored_N["size"][first:last]
+            stored_N["image"]["data_ptr"][first:last] = self.end - begin + starts_N
+            self.end += end - begin
+            first, begin = last, end
+        encoded = base64.b64encode(stored_N.tobytes()).decode()
+        entry = _Part(stored=encoded, skipped=part.skipped, odd=part.odd)
         self._take(entry)
         self.journal.add(dataclasses.asdict(entry))
 
@@ -368,13 +417,19 @@ class _File:
             bytes=blocks.table + allocations_N.nbytes,
             sha256=sha256,
             tables_sha256=tables_sha256(records_N, allocations_N),
-            stored=dict(sorted(Counter(KINDS[kind] for kind in stored_N["kind"]).items())),
+            stored=_kinds(stored_N["kind"]),
             odd=dict(sorted(self.odd.items())),
             skipped=tuple(self.skipped),
             left_out=source.left_out,
             made=made,
             blocks=blocks,
         )
+
+
+def _kinds(kind_N: np.ndarray) -> dict[str, int]:
+    """Count the images (N,) that are stored in each way."""
+    counts = np.bincount(kind_N, minlength=len(KINDS)).tolist()
+    return {kind: count for kind, count in sorted(zip(KINDS, counts, strict=True)) if count}
 
 
 def _made(source: Source, encoding: Encoding, fingerprint: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 
@@ -40,14 +40,14 @@ class TarShards(Shards):
         return f"{self.files[item['shard']]} member {item['member'].decode(errors='replace')}"
 
     def encoded(self, index: int) -> bytes:
-        item = self.items_N[index]
+        shard, offset, size, _ = self.items_N[index].item()
         try:
-            with Path(self.files[item["shard"]]).open("rb") as file:
-                file.seek(int(item["offset"]))
-                data = file.read(int(item["size"]))
+            with open(self.files[shard], "rb") as file:  # noqa: PTH123  # which takes less time than Path.open
+                file.seek(offset)
+                data = file.read(size)
         except OSError as error:
             raise ValueError(f"{self.name(index)} cannot be read: {error.strerror}") from error
-        if len(data) < item["size"]:
+        if len(data) < size:
             raise ValueError(f"{self.name(index)} ends early: the file was cut after its index was made")
         return data
 
@@ -253,13 +253,34 @@ def _members(path: str, file: BinaryIO) -> Iterator[_Member]:
         )
 
 
+# Mode, owner, size, time and checksum of a plain file, as all programs write them, up to the type.
+_PLAIN = re.compile(rb"(?:[0-7]{7}[\0 ]){3}([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6})[\0 ]{2}0")
+_NO_DEVICE = (bytes(17), b"0000000\0" * 2 + b"\0")  # numbers of a device, and then no first part of the name
+
+
+class Header(tarfile.TarInfo):
+    """Read what is needed of a plain file's header, for which `tarfile` takes five times as long."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Read a header; all that is not plain is read by `tarfile`."""
+        match = _PLAIN.match(buf, 100)
+        if not match or len(buf) != tarfile.BLOCKSIZE or buf[329:346] not in _NO_DEVICE:
+            return super().frombuf(buf, encoding, errors)
+        if int(match[2], 8) != sum(buf) - sum(buf[148:156]) + 8 * ord(" "):
+            return super().frombuf(buf, encoding, errors)
+        header = cls(buf[:100].partition(b"\0")[0].decode(encoding, errors))
+        header.size = int(match[1], 8)
+        return header
+
+
 # What tarfile raises for headers that make no sense.
 _TAR_ERRORS = (tarfile.TarError, ValueError, RecursionError, OverflowError, EOFError)
 
 
 def _opened(path: str, file: BinaryIO) -> tarfile.TarFile:
     try:
-        return tarfile.open(fileobj=file, mode="r:")
+        return tarfile.open(fileobj=file, mode="r:", tarinfo=Header)
     except _TAR_ERRORS as error:
         raise _damaged(path, error) from error
 
