@@ -14,23 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lape_ray.config import ModelConfig
+from lape_ray.model import position
 from lape_ray.model.block import Block
 from lape_ray.model.network import Network, Stage
-from lape_ray.model.position import (
-    ABSOLUTES,
-    BIAS_JOINS,
-    BIASES,
-    CONDITIONALS,
-    CONTENT_BIASES,
-    JOINS,
-    PREFIX_JOINS,
-    ROTARIES,
-    STAGED_JOINS,
-    LayerPosition,
-)
+from lape_ray.model.position import JOINS, PREFIX_JOINS, STAGED_JOINS, LayerPosition
 from lape_ray.model.position.absolute import AbsoluteKind
 from lape_ray.model.position.content import ContentBias
 from lape_ray.model.position.join import Join
@@ -39,18 +29,16 @@ from lape_ray.model.position.rotary import Rotary
 from lape_ray.values.plugin import Plugin, TrustedPlugin, refusal
 
 DOCS = "docs/positions.md says what it must be"
-_TABLES: dict[str, dict[str, Any]] = {
-    "ABSOLUTES": ABSOLUTES, "CONDITIONALS": CONDITIONALS, "JOINS": JOINS, "BIASES": BIASES,
-    "BIAS_JOINS": BIAS_JOINS, "CONTENT_BIASES": CONTENT_BIASES, "ROTARIES": ROTARIES,
-}  # fmt: skip
-_KINDS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+_KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "ABSOLUTES": (AbsoluteKind, ()),
     "CONDITIONALS": (nn.Module, ("forward",)),
     "JOINS": (Join, ("forward",)),
     "BIASES": (Bias, ("forward",)),
+    "BIAS_JOINS": (Callable, ()),
     "CONTENT_BIASES": (ContentBias, ("field", "layer")),
     "ROTARIES": (Rotary, ("frequencies",)),
 }
-"""The class that those of a dict extend, and what it leaves open."""
+"""What the dicts hold: objects of a kind; or classes that extend it, with what it leaves open."""
 _loaded: dict[str, Plugin] = {}
 """The plugins that this process has run, by sha256."""
 
@@ -67,7 +55,7 @@ def load(plugin: Plugin | None) -> None:
         raise ValueError(refusal(plugin))
     for table, names in plugin.tables.items():
         for name, line in names.items():
-            if name in _TABLES[table]:
+            if name in getattr(position, table):
                 raise ValueError(
                     f"{plugin.name}, line {line}: {name} is that of another text already, which this process has run "
                     f"({', '.join(map(str, _loaded.values()))}); give it another name, or start one command for each"
@@ -76,10 +64,10 @@ def load(plugin: Plugin | None) -> None:
     for table in plugin.tables:
         _check_entries(plugin, table, getattr(module, table))
     for table in plugin.tables:
-        _TABLES[table].update(getattr(module, table))
-    for name in plugin.names("join"):
-        STAGED_JOINS.update({name: JOINS[name]} if JOINS[name].staged else {})
-        PREFIX_JOINS.update({} if JOINS[name].pooled else {name: JOINS[name]})
+        getattr(position, table).update(getattr(module, table))
+    own = {name: JOINS[name] for name in plugin.names("join")}
+    STAGED_JOINS.update({name: join for name, join in own.items() if join.staged})
+    PREFIX_JOINS.update({name: join for name, join in own.items() if not join.pooled})
     _loaded[plugin.sha256] = plugin
 
 
@@ -90,36 +78,24 @@ def _run(plugin: Plugin) -> types.ModuleType:
         module.__package__ = plugin.name.rpartition(".")[0]
     linecache.cache[plugin.name] = (len(plugin.text), None, plugin.text.splitlines(True), plugin.name)
     sys.modules[module.__name__] = module
-    try:
-        with told(plugin):
-            exec(compile(plugin.text, plugin.name, "exec"), module.__dict__)
-    except BaseException:
-        del sys.modules[module.__name__]
-        raise
+    with told(plugin):
+        exec(compile(plugin.text, plugin.name, "exec"), module.__dict__)
     return module
 
 
 def _check_entries(plugin: Plugin, table: str, entries: Any) -> None:
     """Refuse what is not of the kind that a dict holds."""
-    names = plugin.tables[table]
+    names, (kind, parts) = plugin.tables[table], _KINDS[table]
     if not isinstance(entries, dict) or entries.keys() != names.keys():
         raise ValueError(f"{plugin.name}: {table} is not the dict that is written there; leave it as it is")
     for name, line in names.items():
         entry, place = entries[name], f"{plugin.name}, line {line}: {table}[{name!r}]"
-        if table not in _KINDS:
-            right, kind = (
-                (isinstance(entry, AbsoluteKind), "an AbsoluteKind")
-                if table == "ABSOLUTES"
-                else (callable(entry), "a function")
-            )
-            if not right:
-                raise ValueError(f"{place} is {entry!r} and not {kind}; {DOCS}")
-            continue
-        base, open_parts = _KINDS[table]
-        if not (isinstance(entry, type) and issubclass(entry, base)):
-            raise ValueError(f"{place} is {entry!r} and no class that extends {base.__name__}; {DOCS}")
-        for part in open_parts:
-            if getattr(entry, part, None) is getattr(base, part, None):
+        extends = isinstance(entry, type) and issubclass(entry, kind) if parts else isinstance(entry, kind)
+        if not extends:
+            what = f"a class that extends {kind.__name__}" if parts else f"of the kind {kind.__name__}"
+            raise ValueError(f"{place} is {entry!r} and not {what}; {DOCS}")
+        for part in parts:
+            if getattr(entry, part, None) is getattr(kind, part, None):
                 raise ValueError(f"{place}: the class {entry.__name__} lacks {part!r}; {DOCS}")
 
 
@@ -133,16 +109,18 @@ def told(plugin: Plugin, passing: type[Exception] | tuple[()] = ()) -> Iterator[
     try:
         yield
     except Exception as error:
-        lines = [
-            line
-            for frame, line in traceback.walk_tb(error.__traceback__)
-            if frame.f_code.co_filename == plugin.name
-        ]
+        calls = traceback.walk_tb(error.__traceback__)
+        lines = [line for frame, line in calls if frame.f_code.co_filename == plugin.name]
         if not lines and isinstance(error, passing):
             raise
         place = f"{plugin.name}, line {lines[-1]}" if lines else plugin.name
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         raise ValueError(f"{place}: {kind}{error}; {DOCS}") from error
+
+
+def dry_device(config: ModelConfig) -> str:
+    """Return the device to build a network on that is only checked: a plugin may read values, which "meta" lacks."""
+    return "meta" if config.plugin is None else "cpu"
 
 
 def build_checked(plugin: Plugin, build: Callable[[], Network]) -> Network:
@@ -151,63 +129,45 @@ def build_checked(plugin: Plugin, build: Callable[[], Network]) -> Network:
     with told(plugin, ValueError):
         network = build()
     with told(plugin), torch.no_grad():
-        _check_network(network)
+        layers = network.layer_positions()
+        blocks = [(stage, block) for stage in network.stages() for block in stage.blocks]
+        if len(layers) != len(blocks):
+            raise ValueError(f"it gives {len(layers)} LayerPositions to {len(blocks)} layers")
+        for number, (layer, (stage, block)) in enumerate(zip(layers, blocks, strict=True)):
+            for what, found, expected in _shapes(network, layer, stage, block):
+                if tuple(found) != expected:  # broadcasting could hide it
+                    raise ValueError(f"layer {number}: {what} is {tuple(found)}, not {expected}")
     return network
 
 
-def _check_network(network: Network) -> None:
-    layers, number = network.layer_positions(), 0
-    for stage in network.stages():
-        for block in stage.blocks:
-            assert isinstance(block, Block)
-            if number == len(layers):
-                raise ValueError(f"there are {number} LayerPositions for more layers")
-            _check_layer(layers[number], f"layer {number}", network, stage, block)
-            number += 1
-    if number < len(layers):
-        raise ValueError(f"there are {len(layers)} LayerPositions for {number} layers")
-    join = getattr(network, "join", None)
-    if join is not None and network.pos_embed is not None:
-        w_1ND, rows = join.behind(network.pos_embed), layers[0]
-        expected = (1, network.pos_embed.shape[1], network.pos_embed.shape[2])
-        if w_1ND is not None and tuple(w_1ND.shape) != expected:
-            raise ValueError(f"behind() gives {tuple(w_1ND.shape)}, not {expected} as {rows._fields[0]} has")
-
-
-def _check_layer(layer: LayerPosition, place: str, network: Network, stage: Stage, block: Block) -> None:
-    """Compare the shapes of what a block receives with what it needs, which broadcasting could hide."""
-    prefix, heads = network.num_prefix, block.attn.num_heads
-    tokens, seen = (prefix + rows * columns for rows, columns in (stage.grid, stage.window))
-    width = block.norm1.normalized_shape[0]
-    like = next(network.parameters())
-    x_1ND, q_1HVE = like.new_zeros(1, tokens, width), like.new_zeros(1, heads, seen, width // heads)
+def _shapes(
+    network: Network, layer: LayerPosition, stage: Stage, block: nn.Module
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Yield what a block receives, its shape, and the one that it must have."""
+    assert isinstance(block, Block)
+    heads, head_dim, width = block.attn.num_heads, block.attn.head_dim, len(block.norm1.weight)
+    tokens, seen = (network.num_prefix + rows * columns for rows, columns in (stage.grid, stage.window))
+    x_1ND, q_1HVE = torch.zeros(1, tokens, width), torch.zeros(1, heads, seen, head_dim)
     logits_1HVV = (1, heads, seen, seen)
-    found: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("residual_1ND", layer.residual_1ND, (1, tokens, width)),
-        ("attention_1ND", layer.attention_1ND, (1, tokens, width)),
-        ("logits_1HNN", layer.logits_1HNN, logits_1HVV),
-    ]
-    if layer.conditional is not None:
-        found.append(("what conditional gives", layer.conditional(x_1ND), (1, tokens, width)))
-    if layer.contextual is not None:
-        found.append(("what contextual gives", layer.contextual(q_1HVE), logits_1HVV))
-    if layer.channels is not None:
-        made = layer.channels.rows() @ x_1ND[0, 0]
-        q, k = layer.channels.extend(q_1HVE, q_1HVE, made.view(1, heads, 1, -1).expand(-1, -1, seen, -1))
-        found.append(("the keys that channels give", k, tuple(q.shape)))
+    for name in ("residual_1ND", "attention_1ND"):
+        if (part := getattr(layer, name)) is not None:
+            yield name, part.shape, (1, tokens, width)
+    if layer.logits_1HNN is not None:
+        yield "logits_1HNN", layer.logits_1HNN.shape, logits_1HVV
     for part in layer.rotation or ():
-        half = (seen, width // heads // 2)
-        found.append(
-            ("a part of rotation", part, (part.shape[0] if part.shape[0] in (1, heads) else heads, *half))
+        yield (
+            "rotation",
+            part.shape,
+            (part.shape[0] if len(part) in (1, heads) else heads, seen, head_dim // 2),
         )
-    for what, tensor, expected in found:
-        if tensor is not None and tuple(tensor.shape) != expected:
-            raise ValueError(f"{place}: {what} is {tuple(tensor.shape)}, not {expected}")
-
-
-def dry_device(config: ModelConfig) -> str:
-    """Return the device on which a network is built to be checked: without memory, but for a plugin's code.
-
-    That may read values of tensors, which "meta" has not.
-    """
-    return "meta" if config.plugin is None else "cpu"
+    if layer.conditional is not None:
+        yield "what conditional makes", layer.conditional(x_1ND).shape, (1, tokens, width)
+    if layer.contextual is not None:
+        yield "what contextual makes", layer.contextual(q_1HVE).shape, logits_1HVV
+    if layer.channels is not None:
+        made = (x_1ND[:, :1] @ layer.channels.rows().T).unflatten(-1, (heads, -1)).transpose(1, 2)
+        q, k = layer.channels.extend(q_1HVE, q_1HVE, made.expand(-1, -1, seen, -1))
+        yield "keys with channels", k.shape, (1, heads, seen, q.shape[-1])
+    join = getattr(network, "join", None)
+    if join is not None and (w_1ND := join.behind(network.pos_embed)) is not None:
+        yield "what behind() makes", w_1ND.shape, (1, tokens, width)
