@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
-from lape_ray.model import plugin, position
 from lape_ray.values.plugin import TrustedPlugin
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "my_positions.py"
@@ -115,18 +113,17 @@ ROTARIES = {"slow": Slow}
 '''
 
 
-@contextlib.contextmanager
-def apart() -> Iterator[None]:
-    """Forget at the end of the block what plugins have added in it."""
-    tables = [getattr(position, name) for name in (*plugin._KINDS, "STAGED_JOINS", "PREFIX_JOINS")]
-    tables.append(plugin._loaded)
-    before = [dict(table) for table in tables]
-    try:
-        yield
-    finally:
-        for table, entries in zip(tables, before, strict=True):
-            table.clear()
-            table.update(entries)
+def forget() -> None:
+    """Take back what plugins have added in this process, as if they had never been run."""
+    module = sys.modules.get("lape_ray.model.plugin")  # torch is not imported for this
+    if module is None:
+        return
+    for plugin in module._loaded.values():
+        for table, names in plugin.tables.items():
+            for added in (table, "STAGED_JOINS", "PREFIX_JOINS") if table == "JOINS" else (table,):
+                for name in names:
+                    getattr(module.position, added).pop(name, None)
+    module._loaded.clear()
 
 
 def written(folder: Path, text: str, name: str = "mine.py") -> TrustedPlugin:

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.commands import Done, run_here
 from helpers.hub import TOKEN, stand_in
-from helpers.plugins import EXAMPLE, apart
+from helpers.plugins import EXAMPLE, forget
 
 from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import digits
@@ -41,12 +40,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAPE_RAY_HOME", str(home))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(home)
-    with apart():
-        yield
 
 
 def train(name: str, *words: str, plugin: str = "mine.py") -> Done:
@@ -58,7 +55,7 @@ def train(name: str, *words: str, plugin: str = "mine.py") -> Done:
 @pytest.fixture(scope="module")
 def trained(home: Path) -> Path:
     """The checkpoint of a run that stopped after its first of two epochs, and was resumed."""
-    with apart(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAPE_RAY_HOME", str(home))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.chdir(home)
@@ -150,9 +147,9 @@ def test_every_use_of_a_checkpoint_has_the_rule(
 
 def test_a_served_model_is_code_and_runs_its_own(trained: Path, tmp_path: Path) -> None:
     """MLflow runs what an artifact holds, this package among it, and says so."""
-    with apart():
-        predictor, _ = open_predictor(str(trained), {"model.plugin": TRUST})
-        write_pyfunc(predictor, tmp_path)
+    predictor, _ = open_predictor(str(trained), {"model.plugin": TRUST})
+    write_pyfunc(predictor, tmp_path)
+    forget()
     served = _load_pyfunc(str(tmp_path)).predictor.config.model
     assert (served.join, served.bias) == ("gated", "decay")
 

@@ -7,13 +7,12 @@ import itertools
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.plugins import EVERYTHING, EXAMPLE, apart, written
+from helpers.plugins import EVERYTHING, EXAMPLE, written
 
 from lape_ray.cli import parse
 from lape_ray.config import ModelConfig, TrainConfig, config_hash, dump, from_dict, replace_fields, to_dict
@@ -44,12 +43,6 @@ CELLS: list[dict[str, str]] = [
     {"position": "pointwise", "bias": "keyed", "rotary": "slow"},
     {"position": "learnable", "join": "late", "bias": "alibi2d", "bias_join": "scaled", "rotary": "slow"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def _apart() -> Iterator[None]:
-    with apart():
-        yield
 
 
 def model(plugin: Plugin | None, **values: Any) -> ModelConfig:
