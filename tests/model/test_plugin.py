@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import pickle
 import re
 import subprocess
 import sys
@@ -210,6 +212,20 @@ def test_a_stored_text_is_run_by_trust_alone(tmp_path: Path) -> None:
     trace.unlink()
     build_model(model(stored, join="mine"))
     assert not trace.exists(), "it is run once in a process, and that it may be run again is known"
+
+
+def test_another_process_needs_no_file(tmp_path: Path) -> None:
+    """What Ray sends to workers and trials is the config, which holds the text and that it is trusted."""
+    sent = pickle.dumps(model(TrustedPlugin.read(str(EXAMPLE)), join="gated", bias="decay"))
+    code = (
+        "import pickle, sys\nfrom lape_ray.model import build_model\n"
+        "print(*build_model(pickle.load(sys.stdin.buffer)).state_dict())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=sent, capture_output=True, cwd=tmp_path, env=environment
+    )
+    assert {b"join.gate_L", b"bias.table.slope_LH"} < {*done.stdout.split()}, done.stderr
 
 
 def test_another_text_with_the_same_names_is_refused(tmp_path: Path) -> None:
