@@ -6,7 +6,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
-import difflib
+import itertools
 import logging
 import os
 import shlex
@@ -17,8 +17,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lape_ray.config import SECTIONS, TrainConfig, dump, parse_value, replace_fields, type_name
+from lape_ray.config import (
+    NAMES,
+    SECTIONS,
+    TrainConfig,
+    did_you_mean,
+    dump,
+    parse_value,
+    replace_fields,
+    type_name,
+)
 from lape_ray.recipes import RECIPES, recipe
+from lape_ray.values.plugin import TRUST, TrustedPlugin
 from lape_ray.values.redaction import redacted
 
 
@@ -42,12 +52,6 @@ def at_least_one(text: str) -> int:
 def counts(text: str) -> tuple[int, ...]:
     """Parse `10,20` as whole numbers of one or more; for an option's `type`."""
     return tuple(at_least_one(part) for part in text.split(","))
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return `; did you mean ...?` with those of the `known` names that are like `name`; nothing where none is."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 class ConfigParser(argparse.ArgumentParser):
@@ -78,6 +82,36 @@ class ConfigParser(argparse.ArgumentParser):
                     default=argparse.SUPPRESS,
                     help=f"{field.metadata['help']} (default: {field.default})".replace("%", "%%"),
                 )
+
+    def add_trust(self) -> None:
+        """Add the option by which a checkpoint's own plugin is run."""
+        self.add_argument(
+            "--trust-plugin",
+            dest="model.plugin",
+            action="store_const",
+            const=TRUST,
+            default=argparse.SUPPRESS,
+            help="run the code that a checkpoint holds for its position embeddings (model.plugin)",
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as every parser does; a help beside `--model.plugin` lists the names that it adds."""
+        words = list(sys.argv[1:] if args is None else args)
+        if {"-h", "--help"} & {*words}:
+            for word, next_word in itertools.pairwise([*words, ""]):
+                option, _, value = word.partition("=")
+                if option == "--model.plugin":
+                    self._add_names(value or next_word)
+        return super().parse_known_args(words, namespace)
+
+    def _add_names(self, of_plugin: str) -> None:
+        try:
+            plugin = TrustedPlugin.read(of_plugin)
+        except ValueError as error:
+            self.error(str(error))
+        for of in NAMES:
+            action = self._option_string_actions[f"--model.{of}"]
+            action.metavar = "|".join((str(action.metavar), *plugin.names(of)))
 
     def parse_job(self, argv: Sequence[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parse a command line to the job's options and to the overrides of the config that it gives."""

@@ -10,15 +10,17 @@ with `dataclasses.replace`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from lape_ray.values.plugin import TABLES, Plugin, TrustedPlugin
 from lape_ray.values.redaction import redacted, refuse_secret
 from lape_ray.values.typed import typed
 
@@ -30,6 +32,8 @@ Join = Literal[
 Bias = Literal["none", "relative2d", "alibi2d", "log_cpb", "lookhere", "pape", "irpe_k"]
 BiasJoin = Literal["basic", "lape"]
 Rotary = Literal["none", "axial", "mixed", "spiral"]
+NAMES = {"position": Position, "join": Join, "bias": Bias, "bias_join": BiasJoin, "rotary": Rotary}
+"""The fields of a model to which a plugin may add names."""
 Pool = Literal["gap"]
 NETWORK_FIELDS = ("variant", "position", "join", "bias", "bias_join", "rotary")
 """The model's fields that tell networks apart in a list."""
@@ -98,8 +102,18 @@ def _require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_choices(config: Any) -> None:
-    """Refuse a value outside its Literal, and list the values that it has, but for what else stands beside it."""
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Return `; did you mean ...?` with those of the `known` names that are like `name`; nothing where none is."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _check_choices(config: Any, added: Mapping[str, Iterable[str]] = types.MappingProxyType({})) -> None:
+    """Refuse a value outside its Literal, and list the values that it has, but for what else stands beside it.
+
+    Args:
+        added: by field, names that a plugin adds.
+    """
     for name, kind in typing.get_type_hints(type(config)).items():
         value, kinds = getattr(config, name), typing.get_args(kind)
         literal = next((each for each in (kind, *kinds) if typing.get_origin(each) is Literal), None)
@@ -107,8 +121,11 @@ def _check_choices(config: Any) -> None:
             float in kinds and isinstance(value, float | int)
         )
         if literal is not None and not beside:
-            known = typing.get_args(literal)
-            _require(value in known, f"{name}={value!r} is not known; choose one of {', '.join(known)}")
+            known = (*typing.get_args(literal), *added.get(name, ()))
+            meant = did_you_mean(str(value), known) if name in TABLES else ""
+            _require(
+                value in known, f"{name}={value!r} is not known; choose one of {', '.join(known)}{meant}"
+            )
 
 
 def _check_addresses(config: Any) -> None:
@@ -152,14 +169,22 @@ class ModelConfig:
     pool: Pool | None = option(
         None, "what the head reads; gap: the mean of the patches, and there is no class token"
     )
-    position: Position = option("learnable", "position embedding added to the tokens")
-    join: Join = option("basic", "where and how that embedding enters the blocks")
-    bias: Bias = option("none", "position bias added to the attention logits")
-    bias_join: BiasJoin = option("basic", "how the bias enters: as it is, or through a LayerNorm over keys")
-    rotary: Rotary = option("none", "rotation of queries and keys by position")
+    plugin: Plugin | None = option(
+        None, "position embeddings and joins of your own, whose names are then known too (docs/positions.md)"
+    )
+    position: Position | str = option("learnable", "position embedding added to the tokens")
+    join: Join | str = option("basic", "where and how that embedding enters the blocks")
+    bias: Bias | str = option("none", "position bias added to the attention logits")
+    bias_join: BiasJoin | str = option(
+        "basic", "how the bias enters: as it is, or through a LayerNorm over keys"
+    )
+    rotary: Rotary | str = option("none", "rotation of queries and keys by position")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_addresses(self)
+        if self.plugin is not None:
+            _check_new(self.plugin)
+        _check_choices(self, {} if self.plugin is None else {of: self.plugin.names(of) for of in TABLES})
         _check_range(
             self, 1, 2**31, "num_classes", "image_size", "patch_size", "embed_dim", "depth", "num_heads",
             "window_size",
@@ -171,6 +196,26 @@ class ModelConfig:
         _check_range(self, 0.1, 64, "mlp_ratio")
         _check_range(self, 0, 0.99, "drop_path", "attention_dropout")
         _check_range(self, 0, 100, "layer_scale")
+
+
+def _check_new(plugin: Plugin) -> None:
+    """Refuse a plugin with a name that is there already."""
+    for of, literal in NAMES.items():
+        for name, line in plugin.names(of).items():
+            _require(
+                name not in typing.get_args(literal),
+                f"{plugin.name}, line {line}: {of}={name} is there already; choose another name",
+            )
+
+
+def names_of(model: ModelConfig, of: str) -> tuple[str, ...]:
+    """List the names that a field of the model knows: the built-in ones, then the plugin's."""
+    return (*typing.get_args(NAMES[of]), *(model.plugin.names(of) if model.plugin else ()))
+
+
+def plugin_names(model: ModelConfig) -> dict[str, str]:
+    """Return the fields of a model that hold names of its plugin, with these."""
+    return {of: getattr(model, of) for of in NAMES if getattr(model, of) not in typing.get_args(NAMES[of])}
 
 
 class ImageSize(NamedTuple):
@@ -631,12 +676,13 @@ def dump(config: TrainConfig) -> str:
 
 def what_is_learned(config: TrainConfig) -> dict[str, Any]:
     """Return the part of a config that a resumed run must share with the run it continues, as `flatten` does."""
-    return {
+    found = {
         f"{section}.{field.name}": getattr(getattr(config, section), field.name)
         for section in LEARNED
         for field in dataclasses.fields(SECTIONS[section])
         if not field.metadata.get("execution")
     }
+    return {name: value.identity if isinstance(value, Plugin) else value for name, value in found.items()}
 
 
 def config_hash(config: TrainConfig) -> str:
@@ -653,7 +699,9 @@ def parse_value(kind: Any, text: str) -> Any:
             return None
         if Span in args and ":" in text:
             return Span.parse(text)
-        if any(text in typing.get_args(a) for a in args if typing.get_origin(a) is Literal):
+        if Plugin in args:
+            return TrustedPlugin.read(text)
+        if str in args or any(text in typing.get_args(a) for a in args if typing.get_origin(a) is Literal):
             return text
         return parse_value(next(a for a in args if a is not type(None)), text)
     if origin is Literal:
@@ -683,12 +731,21 @@ def write_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
+def words_beside(kinds: Sequence[Any]) -> Sequence[Any]:
+    """Return the parts of a union without `str`, where that stands beside the words of a Literal for a plugin's."""
+    literal = any(typing.get_origin(kind) is Literal for kind in kinds)
+    return [kind for kind in kinds if not (literal and kind is str)]
+
+
 def type_name(kind: Any) -> str:
     """Name the annotated type in the words of `--help`."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Span:
         return "LOW:HIGH"
+    if kind is Plugin:
+        return "FILE.py|MODULE"
     if origin in (typing.Union, types.UnionType):
+        args = (*words_beside(args),)
         return "|".join(type_name(a) if a is not type(None) else "none" for a in args)
     if origin is Literal:
         return "|".join(args)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from helpers.plugins import forget
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported: teams of threads that share cores wait for each other at length.
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 f"{item.nodeid} needs {SHARED}, which clones lack; mark it slow or use tests/data"
             )
     items.sort(key=_shares_cluster)  # one after the other, and last
+
+
+@pytest.fixture(autouse=True)
+def _no_plugin_of_others() -> Iterator[None]:
+    yield
+    forget()
 
 
 @pytest.fixture(scope="session")

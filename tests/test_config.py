@@ -233,7 +233,10 @@ def test_overrides_are_typed() -> None:
     [
         ("demoo", "recipe 'demoo' is not known"),
         ("demo --optim.lrr 3", "--optim.lrr is no option; did you mean --optim.lr"),
-        ("demo --model.join lapee", "'lapee' is not one of basic, share, unshare, lape, lape_shared"),
+        (
+            "demo --model.join lapee",
+            "join='lapee' is not known; choose one of basic, share, unshare, lape, lape_shared",
+        ),
         ("demo --optim.epochs 1.5", "'1.5' must be a whole number"),
         ("demo --run.overwrite maybe", "'maybe' must be true or false"),
         ("demo --data.crop_scale 0.5", "must be 2 values with commas between"),

@@ -1,6 +1,6 @@
 """The pages of a trained run in MLflow: its summary and its position report.
 
-    python -m lape_ray.cluster.pages RUN_FOLDER CHECKPOINT_FOLDER
+    python -m lape_ray.cluster.pages RUN_FOLDER CHECKPOINT_FOLDER [--trust-plugin=SHA256]
 
 makes them (again). A command that has trained does that as it ends, in a process that outlives it.
 """
@@ -16,11 +16,13 @@ from pathlib import Path
 
 from lape_ray import storage, tracking
 from lape_ray.cluster.run import Run
-from lape_ray.config import TrainConfig
+from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.values.plugin import TRUST, trusted
 from lape_ray.values.redaction import redacted
 
 TAG = "pages"
 """The tag of a run whose pages are missing, which says why."""
+_TRUST = "--trust-plugin="
 
 
 def make_pages(config: TrainConfig, uri: str, run_id: str, checkpoint: str) -> None:
@@ -47,9 +49,11 @@ def make_pages(config: TrainConfig, uri: str, run_id: str, checkpoint: str) -> N
 def hand_over(run: Run, checkpoint: str) -> None:
     """Let a process make the pages that outlives this one; what it says is in a file that goes with its success."""
     log = tempfile.NamedTemporaryFile(prefix="lape-pages-", suffix=".log", delete=False)  # noqa: SIM115
+    plugin = run.config.model.plugin
+    trust = [] if plugin is None else [f"{_TRUST}{plugin.sha256}"]
     with log:
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, run.folder, checkpoint, log.name],
+            [sys.executable, "-m", __name__, run.folder, checkpoint, *trust, log.name],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -67,8 +71,12 @@ def main() -> None:
     os.nice(10)  # the command that handed this over is still ending
     from lape_ray.cluster.run_record import read_run  # imports torch
 
-    folder, checkpoint, *log = sys.argv[1:]
+    folder, checkpoint, *more = sys.argv[1:]
+    log = [word for word in more if not word.startswith(_TRUST)]
     config, run_id = read_run(folder)
+    plugin = config.model.plugin
+    if plugin is not None and f"{_TRUST}{plugin.sha256}" in more:
+        config = replace_fields(config, {"model.plugin": trusted(plugin, TRUST)})
     uri = tracking.tracking_uri(config)
     try:
         make_pages(config, uri, run_id, checkpoint)

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from lape_ray.config import SECTIONS
+from lape_ray.config import SECTIONS, words_beside
 from lape_ray.recipes import RECIPES
 
 _TEMPLATE = """\
@@ -83,6 +83,6 @@ def _words(kind: Any) -> list[str]:
     if typing.get_origin(kind) is Literal:
         return list(typing.get_args(kind))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        known = [_words(part) for part in typing.get_args(kind)]
+        known = [_words(part) for part in words_beside(typing.get_args(kind))]
         return [word for words in known for word in words] if all(known) else []
     return []

@@ -27,6 +27,7 @@ def build_parser(prog: str | None = None) -> ConfigParser:
     add("--recipe", help="recipe whose network and data settings are used")
     add("--ema", action="store_true", help="evaluate the moving average that the checkpoint holds")
     add("--knn", type=counts, metavar="K,...", help="numbers of nearest neighbours that vote, such as 10,20")
+    parser.add_trust()
     return parser
 
 

@@ -34,6 +34,7 @@ def build_parser(prog: str | None = None) -> ConfigParser:
     add("--register", metavar="NAME", help="with --mlflow: make it a new version of this registered model")
     add("--images", type=Path, help="folder of real images for comparison and example (default: data.val)")
     add("--ema", action="store_true", help="the moving average that the checkpoint holds")
+    parser.add_trust()
     return parser
 
 

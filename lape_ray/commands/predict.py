@@ -24,6 +24,7 @@ def build_parser(prog: str | None = None) -> ConfigParser:
     add("--top", type=at_least_one, default=5, help="classes of an image (default: %(default)s)")
     add("--batch", type=at_least_one, default=32, help="images at a time (default: %(default)s)")
     add("--ema", action="store_true", help="the moving average that the checkpoint holds")
+    parser.add_trust()
     return parser
 
 

@@ -34,6 +34,7 @@ def build_parser(prog: str | None = None) -> ConfigParser:
     )
     add("--robustness-images", type=int, metavar="N", help="on N images, spread over data.val (default: all)")
     add("--ema", action="store_true", help="the moving average that the checkpoint holds")
+    parser.add_trust()
     return parser
 
 

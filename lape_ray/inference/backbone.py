@@ -9,16 +9,16 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lape_ray.config import Join
 from lape_ray.inference.predict import Predictor
 from lape_ray.model import Network, build_model, resolve
 from lape_ray.model.compact import ResidualNormBlock
-from lape_ray.model.position import JOINS
 from lape_ray.model.swin import Swin
 from lape_ray.model.variants import VARIANTS, VariantSpec
 from lape_ray.model.vit import VisionTransformer
@@ -28,7 +28,7 @@ TEMPLATE = Path(__file__).with_name("backbone_module.py")
 SUPPORTED = tuple(name for name, spec in VARIANTS.items() if spec.patch_size is not None)
 WRITTEN = {
     "position": ("none", "learnable", "sincos1d", "sincos2d"),
-    "join": tuple(name for name in JOINS if name != "mpvg"),
+    "join": tuple(name for name in get_args(Join) if name != "mpvg"),
     "bias": ("none", "relative2d", "alibi2d"),
     "rotary": ("none", "axial", "mixed", "spiral"),
 }

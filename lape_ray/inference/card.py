@@ -106,9 +106,10 @@ def _loading(predictor: Predictor, name: str) -> str:
         if reason is None
         else f"timm cannot load it, for {reason}."
     )
+    trust = "" if predictor.config.model.plugin is None else " --trust-plugin"
     return (
         f"## Use\n\n{timm}\n\nWith {CODE} (`pip install {CODE}[hub]`), which takes the network from config.json:\n\n"
-        f"```\n{CODE.replace('_', '-')} evaluate hf-hub:{name} --data.val VAL.beton\n"
-        f"{CODE.replace('_', '-')} predict hf-hub:{name} FOLDER_OF_IMAGES\n```\n\n"
+        f"```\n{CODE.replace('_', '-')} evaluate hf-hub:{name} --data.val VAL.beton{trust}\n"
+        f"{CODE.replace('_', '-')} predict hf-hub:{name} FOLDER_OF_IMAGES{trust}\n```\n\n"
         f"`--training.init_from hf-hub:{name}` starts a training from it."
     )

@@ -103,7 +103,11 @@ def _resolve(spec: str, overrides: Mapping[str, Any], download: Path) -> Resolve
         raise ValueError(f"{spec!r}: {path} knows its own network; leave out @{match['recipe']}")
     if not ours and not Path(path).exists():
         raise FileNotFoundError(f"{path} is neither a checkpoint nor the id of an MLflow run")
-    kept = {name: value for name, value in overrides.items() if not (ours and name.startswith("model."))}
+    kept = {
+        name: value
+        for name, value in overrides.items()
+        if not (ours and name.startswith("model.")) or name == "model.plugin"
+    }
     config = config_for(path, match["recipe"], kept | _fields(match["fields"] or "", spec))
     label = match["label"] or config.run.name or match["recipe"] or Path(match["path"]).stem
     return ResolvedCheckpoint(label=label, path=path, config=config, run_id=run_id)

@@ -22,12 +22,13 @@ from lape_ray.model import resolve
 from lape_ray.recipes import recipe as recipe_of
 from lape_ray.storage import local
 from lape_ray.training.architecture import timm_network
-from lape_ray.training.checkpoint import read_metadata
+from lape_ray.training.checkpoint import about, read_metadata
 from lape_ray.training.classes import checkpoint_classes, match_classes
 from lape_ray.training.loop import evaluate
 from lape_ray.training.preflight import check_split, with_absolute_paths
 from lape_ray.training.preprocessing import timm_fields
 from lape_ray.training.state import autocast_for, available_cpus
+from lape_ray.values.plugin import Plugin, trusted
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,11 @@ def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str,
     else:
         base = TrainConfig()
     if Path(checkpoint).is_dir():
+        overrides = _with_plugin(checkpoint, base.model.plugin, overrides)
         return with_absolute_paths(replace_fields(base, overrides))
     chosen = recipe_name is not None or "model.variant" in overrides
     network = {} if chosen else timm_network(Path(checkpoint))
+    overrides = _with_plugin(checkpoint, network.get("model.plugin"), overrides)
     made = with_absolute_paths(replace_fields(base, {**network, **overrides}))
     spec = resolve(made.model)
     here = flatten(made) | {"model.image_size": spec.image_size, "model.num_classes": spec.num_classes}
@@ -57,6 +60,12 @@ def config_for(checkpoint: str, recipe_name: str | None, overrides: Mapping[str,
         fields = " ".join(f"--{name} {_shown(value)}" for name, value in taken.items())
         log.warning("%s: its config.json is followed, as by %s; options come before it", checkpoint, fields)
     return replace_fields(made, taken)
+
+
+def _with_plugin(checkpoint: str, stored: Plugin | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the overrides with the plugin that the checkpoint's network may be built with."""
+    with about(checkpoint):
+        return {**overrides, "model.plugin": trusted(stored, overrides.get("model.plugin"))}
 
 
 def _shown(value: Any) -> str:

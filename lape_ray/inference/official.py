@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lape_ray.config import ModelConfig
+from lape_ray.config import ModelConfig, plugin_names
 from lape_ray.inference.predict import Predictor
 from lape_ray.model import Network
 from lape_ray.model.ceit import CeiT
@@ -37,6 +37,8 @@ def not_official(model: ModelConfig) -> str | None:
     """Say why no published code has a network of this kind; None where one has."""
     if model.variant.startswith(("vit_lite", "cvt", "cct")):
         return "the Compact Transformers' code builds its networks of other parts"
+    for of, name in plugin_names(model).items():
+        return f"no published code has {of}={name}"
     if model.pool is not None:
         return f"the code of this family reads a class token, and not pool={model.pool}"
     if model.position not in ABSOLUTES:

@@ -122,9 +122,9 @@ def load_network(
 
     A warning says which table was resized. With `new_head` the checkpoint may lack the classifier, or have another.
     """
-    network = build_model(config.model)
     weights, _ = read_weights(checkpoint, ema=ema)
     with about(checkpoint):
+        network = build_model(config.model)
         for note in load_weights(network, weights, new_head=new_head):
             log.warning("%s: %s", checkpoint, note)
     return optimise_blocks(network)

@@ -30,9 +30,10 @@ from PIL import Image
 from torch import Tensor
 
 from lape_ray import tracking
-from lape_ray.config import TrainConfig, from_dict
+from lape_ray.config import TrainConfig, from_dict, replace_fields
 from lape_ray.data.sources import to_rgb
 from lape_ray.inference.predict import Predictor, make_predictor
+from lape_ray.values.plugin import TRUST, trusted
 
 WEIGHTS, CONFIG = "model.safetensors", "served.json"
 REQUIREMENTS = ("torch", "safetensors", "numpy", "pillow", "pandas")
@@ -167,6 +168,8 @@ def _load_pyfunc(path: str) -> PyfuncModel:
     folder = Path(path)
     served = json.loads((folder / CONFIG).read_text())
     config = from_dict(TrainConfig, served["config"])
+    # Whoever loads a pyfunc runs its code: this package comes from it, too.
+    config = replace_fields(config, {"model.plugin": trusted(config.model.plugin, TRUST)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     predictor = make_predictor(str(folder / WEIGHTS), config, classes=served["classes"], device=device)
     return PyfuncModel(predictor, _root())

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lape_ray.config import TrainConfig
+from lape_ray.config import NAMES, TrainConfig
 from lape_ray.inference.official import official_state
 from lape_ray.inference.predict import Predictor
 from lape_ray.model import resolve
@@ -19,6 +20,7 @@ from lape_ray.model.position import ABSOLUTES
 from lape_ray.model.swin import Swin
 from lape_ray.model.variants import VariantSpec
 from lape_ray.training.architecture import ARGUMENTS, TIMM_NAMES
+from lape_ray.values.plugin import Plugin
 
 _DOWNSAMPLE = re.compile(r"^layers\.(\d+)\.downsample\.")
 
@@ -104,9 +106,7 @@ def _timm_config(predictor: Predictor) -> dict[str, Any]:
         "num_features": spec.embed_dim << len(spec.depths or (0,)) - 1,
         "label_names": list(predictor.classes),
         "model_args": _timm_arguments(spec),
-        "position": {
-            key: getattr(config.model, key) for key in ("position", "join", "bias", "bias_join", "rotary")
-        },
+        "position": {**{key: getattr(config.model, key) for key in NAMES}, **_plugin(config.model.plugin)},
         "pretrained_cfg": {
             "input_size": [3, spec.image_size, spec.image_size],
             "fixed_input_size": True,
@@ -120,6 +120,13 @@ def _timm_config(predictor: Predictor) -> dict[str, Any]:
             "classifier": _classifier(spec),
         },
     }
+
+
+def _plugin(plugin: Plugin | None) -> dict[str, Any]:
+    """Return the text of a plugin, without a path of this machine."""
+    if plugin is None:
+        return {}
+    return {"plugin": {**dataclasses.asdict(plugin), "name": PurePath(plugin.name).name}}
 
 
 def _classifier(spec: VariantSpec) -> str | list[str]:

@@ -8,6 +8,7 @@
     ceit       CeiT: its stem, its block, attention over layers
     swin       Swin: attention in shifted windows, merging, the network of its stages
     position/  every position embedding and join
+    plugin     position embeddings and joins from a user's file: run, entered, checked
     variants   families and sizes by name, and a config's overrides
     build      from a config to a network
     convert    checkpoints of other code and other sizes

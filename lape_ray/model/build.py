@@ -15,6 +15,7 @@ from lape_ray.config import ModelConfig
 from lape_ray.model.block import Block
 from lape_ray.model.ceit import CeiT, LayerAttention
 from lape_ray.model.network import Network
+from lape_ray.model.plugin import build_checked
 from lape_ray.model.position import Grid, Layout, build_position, build_staged_position
 from lape_ray.model.swin import PatchMerging, Swin, SwinStage, WindowBlock
 from lape_ray.model.variants import VariantSpec, resolve
@@ -30,6 +31,12 @@ def build_model(config: ModelConfig, *, grid: Grid | None = None) -> Network:
     Raises:
         ValueError: the sizes or the position embeddings do not fit each other; says how to mend it.
     """
+    if config.plugin is not None:
+        return build_checked(config.plugin, partial(_build, config, grid))
+    return _build(config, grid)
+
+
+def _build(config: ModelConfig, grid: Grid | None) -> Network:
     spec = resolve(config)
     if grid is not None and spec.square_only:
         raise ValueError(

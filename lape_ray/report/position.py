@@ -56,9 +56,6 @@ def seen_by_attention(network: Network) -> list[Tensor] | None:
         for stage in network.stages():
             for block, layer in zip(stage.blocks, itertools.islice(layers, len(stage.blocks)), strict=True):
                 assert isinstance(block, Block)
-                if layer.attention_1ND is not None:
-                    seen.append(layer.attention_1ND[0])
-                    continue
                 if layer.residual_1ND is not None:
                     if seen and isinstance(block, ResidualNormBlock):
                         raise ValueError(
@@ -66,9 +63,14 @@ def seen_by_attention(network: Network) -> list[Tensor] | None:
                             "sum: its share depends on the image and has no map; report joins basic, lape, lape_shared"
                         )
                     carried = layer.residual_1ND if carried is None else carried + layer.residual_1ND
-                assert carried is not None
-                seen.append(block.norm1(carried)[0])
-                carried = _past_norm2(block, carried, 1.0)
+                if layer.attention_1ND is not None:
+                    seen.append(layer.attention_1ND[0])
+                elif carried is not None:
+                    seen.append(block.norm1(carried)[0])
+                else:  # a plugin's join may begin later
+                    tokens = network.num_prefix + stage.grid[0] * stage.grid[1]
+                    seen.append(torch.zeros(tokens, len(block.norm1.weight)))
+                carried = None if carried is None else _past_norm2(block, carried, 1.0)
             if carried is not None and stage.merge is not None:
                 carried = _past_merging(stage.merge, carried, 1.0)
     return seen

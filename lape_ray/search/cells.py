@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
-from lape_ray.config import ModelConfig, TrainConfig, flatten, replace_fields, write_value
+from lape_ray.config import Join, ModelConfig, TrainConfig, flatten, names_of, replace_fields, write_value
 from lape_ray.model import position as embeddings
 from lape_ray.model import resolve
+from lape_ray.model.plugin import load
 from lape_ray.recipes import RECIPES, TABLE1
 from lape_ray.search.space import Axis, Cell, Choice, Range, Space, differing
 
@@ -20,8 +21,10 @@ def _joins_of(model: ModelConfig) -> Mapping[str, type[Any]]:
     """Return the joins that a network has, by name."""
     spec = resolve(model)
     if spec.depths is not None:
-        return embeddings.STAGED_JOINS
-    return embeddings.PREFIX_JOINS if spec.num_prefix else embeddings.JOINS
+        found = embeddings.STAGED_JOINS
+    else:
+        found = embeddings.PREFIX_JOINS if spec.num_prefix else embeddings.JOINS
+    return {name: found[name] for name in names_of(model, "join") if name in found}
 
 
 def _whole_joins(model: ModelConfig) -> Mapping[str, type[Any]]:
@@ -37,16 +40,17 @@ def positions(base: TrainConfig) -> Space:
     """List every valid combination of position, join, bias, bias_join and rotary: 600 cells; fix some to have fewer.
 
     A network of several stages has fewer joins, and so 320 cells; one without class token has the join mpvg too, and so
-    720. Joins that lack a part of LaPE are left out; the space `paper_table8` has them.
+    720; those of a plugin are added. Joins that lack a part of LaPE are left out; the space `paper_table8` has them.
     """
-    joins = _whole_joins(base.model)
+    model, joins = base.model, _whole_joins(base.model)
     return _cells(
         (position, join, bias, bias_join, rotary)
-        for position in (*embeddings.ABSOLUTES, *embeddings.CONDITIONALS)
+        for position in names_of(model, "position")
         for join in embeddings.valid_joins(position, joins)
-        for bias in (*embeddings.BIASES, *embeddings.CONTENT_BIASES)
-        for bias_join in embeddings.valid_bias_joins(bias)
-        for rotary in embeddings.ROTARIES
+        for bias in names_of(model, "bias")
+        for bias_join in names_of(model, "bias_join")
+        if bias_join in embeddings.valid_bias_joins(bias)
+        for rotary in names_of(model, "rotary")
     )
 
 
@@ -83,7 +87,7 @@ def paper_table8(base: TrainConfig) -> Space:
     Paper, DeiT-Ti with a learnable table (`deit_tiny_lape`): basic 71.54, lape_identity 70.67, lape_scalar 71.22,
     lape_gamma 71.13, lape_affine 70.85, lape_norm 72.56, lape_scalar_norm 72.49, lape_gamma_norm 71.80, lape 73.11.
     """
-    partial = [(name,) for name, join in embeddings.JOINS.items() if join.partial]
+    partial = [(name,) for name in get_args(Join) if embeddings.JOINS[name].partial]
     return _cells([("basic",), *partial, ("lape",)], ["model.join"])
 
 
@@ -153,6 +157,7 @@ def build_space(name: str, base: TrainConfig, axes: Mapping[str, Axis], fixed: S
     """
     if name not in SPACES:
         raise ValueError(f"space {name!r} is not known; known spaces are {', '.join(SPACES)}")
+    load(base.model.plugin)
     named = SPACES[name](base)
     current, own = flatten(base), set().union(*named.cells)
     for each in axes:

@@ -18,6 +18,7 @@ from lape_ray.cluster.on_ray import refuse_local_store, uses_gpu
 from lape_ray.cluster.resources import lack, wait_for_room
 from lape_ray.config import replace_fields
 from lape_ray.model import build_model
+from lape_ray.model.plugin import dry_device
 from lape_ray.recipes import command_line
 from lape_ray.search.cells import check_point
 from lape_ray.search.live import Display
@@ -127,7 +128,7 @@ def _checked(plan: Plan, display: Display | None) -> _Search:
     models = {check_point(base, point).model: point for point in points}
     for model, point in models.items():
         try:
-            with torch.device("meta"):
+            with torch.device(dry_device(model)):
                 build_model(model)
         except ValueError as error:
             raise ValueError(f"the cell {dict(point)} cannot be built: {error}") from None

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lape_ray.cli import did_you_mean
 from lape_ray.config import (
     SECTIONS,
     TrainConfig,
+    did_you_mean,
     flatten,
     parse_value,
     replace_fields,
@@ -104,6 +104,7 @@ class Space:
 
 
 _LENGTH = ("optim.epochs", "optim.cooldown_epochs")
+_FIXED = ("training.", "model.plugin", *_LENGTH)
 
 
 def parse_axes(texts: Sequence[str], base: TrainConfig) -> dict[str, Axis]:
@@ -129,11 +130,15 @@ def parse_axes(texts: Sequence[str], base: TrainConfig) -> dict[str, Axis]:
 
 def _check_field(field: str, base: TrainConfig) -> None:
     """Refuse what is not among the fields that change what is learned, or is the seed or the length of a trial."""
-    known = [name for name in what_is_learned(base) if not name.startswith(("training.", *_LENGTH))]
+    known = [name for name in what_is_learned(base) if not name.startswith(_FIXED)]
     if field in known:
         return
     if field == "training.seed":
         raise ValueError("training.seed is no axis: --seeds N repeats every cell with N seeds")
+    if field == "model.plugin":
+        raise ValueError(
+            "model.plugin is no axis: put all embeddings into one file, and search over their names"
+        )
     if field in _LENGTH:
         raise ValueError(f"{field} is the length of every trial, which schedules decide by; give --{field}")
     if field in flatten(base):

@@ -12,6 +12,8 @@ from lape_ray.config import NETWORK_FIELDS, ModelConfig, Variant
 from lape_ray.model import resolve
 from lape_ray.training.classes import timm_config
 from lape_ray.training.preprocessing import timm_fields
+from lape_ray.values.plugin import Plugin
+from lape_ray.values.typed import typed
 
 _SIZES = ("tiny", "small", "base")
 TIMM_NAMES: Mapping[str, str] = {
@@ -48,6 +50,7 @@ def timm_network(file: Path) -> dict[str, Any]:
     try:
         if isinstance(ours, dict):
             found |= {key: str(ours[key]) for key in NETWORK_FIELDS if key in ours} | {"layer_scale": 0.0}
+            found["plugin"] = typed(Plugin | None, ours.get("plugin"), "position.plugin", defaults=True)
         arguments = whole.get("model_args")
         for name, value in arguments.items() if isinstance(arguments, dict) else ():
             if name not in ARGUMENTS:

@@ -161,7 +161,7 @@ def _own_teacher(source: str, data: DataConfig | None) -> nn.Module:
         )
     if data is not None and there is not None and (notes := differs(there, data)):
         raise ValueError(f"teacher {source!r}: {notes[0]}")
-    teacher = build_model(model)
     with about(source):
+        teacher = build_model(model)
         load_weights(teacher, state)
     return optimise_blocks(teacher)

@@ -14,6 +14,7 @@ from lape_ray.data.installed import check_backend
 from lape_ray.data.split import SplitInfo, read_split_info
 from lape_ray.model import build_model, resolve
 from lape_ray.model.convert import load_weights
+from lape_ray.model.plugin import dry_device
 from lape_ray.training.classes import checkpoint_classes, match_classes
 from lape_ray.training.initial import load_initial
 from lape_ray.training.loss import check_loss, load_teacher, split_teacher
@@ -43,7 +44,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
     """Check data, model, initial weights and storage; an OSError or ValueError says what is wrong."""
-    with torch.device("meta"):
+    with torch.device(dry_device(config.model)):
         model = build_model(config.model)
     check_backend(config.data.backend)
     check_loss(config)

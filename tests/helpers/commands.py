@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+from helpers.plugins import forget
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -34,6 +36,8 @@ def run_here(script: str, *words: str | Path) -> Done:
             code: object = 0
         except SystemExit as end:
             code = end.code or 0
+        finally:
+            forget()
     if not isinstance(code, int):  # sys.exit("words") prints them, and ends with 1
         print(code, file=stderr)
         code = 1

@@ -87,7 +87,7 @@ BAD_AXES = [
     ("optim.lr=uniform(0,5000)", "lr=5000.0 is out of range; it must be from 0 to 1000"),
     ("model.depth=uniform(2,4)", "does not fit the field's type; use randint(low,high)"),
     ("model.join=uniform(0,1)", "does not fit the field's type; use choice(a,b,...)"),
-    ("model.join=choice(lape,glue)", "'glue' is not one of basic, share"),
+    ("model.join=choice(lape,glue)", "join='glue' is not known; choose one of basic, share"),
     ("optim.epochs=choice(1,2)", "optim.epochs is the length of every trial"),
     ("training.seed=choice(1,2)", "training.seed is no axis: --seeds N repeats"),
     ("run.num_workers=choice(1,2)", "does not change what is learned, so there is nothing to search; give --run.num"),

@@ -64,9 +64,9 @@ CHANGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "config.optim is 7, not an object in braces": lambda v: v["config"].update(optim=7),
     "config.model has no field ['jion']": lambda v: v["config"]["model"].update(jion="lape"),
     "config.model.depth is 2.5, not a whole number": lambda v: v["config"]["model"].update(depth=2.5),
-    "config.model.join is 'glue', not one of basic, share": lambda v: v["config"]["model"].update(
-        join="glue"
-    ),
+    "config.model: join='glue' is not known; choose one of basic, share": lambda v: v["config"][
+        "model"
+    ].update(join="glue"),
     "config.data.mean is [0.5], not a list of 3": lambda v: v["config"]["data"].update(mean=[0.5]),
     "config.optim: lr=-1 is out of range": lambda v: v["config"]["optim"].update(lr=-1),
     "config.run.num_workers is '2', not a list": lambda v: v["config"]["run"].update(num_workers="2"),

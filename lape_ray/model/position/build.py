@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lape_ray.model.position.absolute import ABSOLUTES, AbsoluteKind
-from lape_ray.model.position.conditional import CONDITIONALS, Peg
+from lape_ray.model.position.conditional import CONDITIONALS
 from lape_ray.model.position.content import CONTENT_BIASES, ContentBias
 from lape_ray.model.position.join import JOINS, Join
 from lape_ray.model.position.layout import LayerPosition, Layout
@@ -87,7 +87,7 @@ class PositionEmbeddings(NamedTuple):
     rotary: Rotary | None
     bare_prefix: int = 0
     """Prefix tokens that the table has no rows for, so that nothing of it is added to them."""
-    conditional: Peg | None = None
+    conditional: nn.Module | None = None
     """Makes of the tokens after the first block what is added to them."""
 
     def layers(self, depth: int) -> list[LayerPosition]:
@@ -199,7 +199,7 @@ def _logit_bias(layout: Layout, bias: str, bias_join: str, *, std: float) -> Log
     return LogitBias(table(layout, std=std), BIAS_JOINS[bias_join](layout), num_prefix=layout.num_prefix)
 
 
-def _conditional(layout: Layout, position: str) -> Peg | None:
+def _conditional(layout: Layout, position: str) -> nn.Module | None:
     return CONDITIONALS[position](layout) if position in CONDITIONALS else None
 
 

@@ -5,6 +5,8 @@ Shapes: B images, N tokens = prefix tokens + patches in row-major order, D width
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,4 +42,4 @@ class Peg(nn.Module):
         return F.pad(self.proj(image_BDYX).flatten(2).transpose(1, 2), (0, 0, self.num_prefix, 0))
 
 
-CONDITIONALS: dict[str, type[Peg]] = {"peg": Peg}
+CONDITIONALS: dict[str, Callable[[Layout], nn.Module]] = {"peg": Peg}

@@ -62,6 +62,8 @@ def create_run(
         client.log_batch(run_id, params=parameters, tags=_tags(labels))
         client.log_inputs(run_id, datasets=inputs)
         client.log_text(run_id, dump(config), "config.txt")
+        if config.model.plugin is not None:
+            client.log_text(run_id, config.model.plugin.text, "plugin.py")
     return run_id
 
 
