@@ -72,7 +72,9 @@ class _Cache:
         wanted = tracking.read_run(run.tracking_uri, run.mlflow_run_id, ()).tags.get(self._tag)
         if _sha256(path) == wanted:
             with tarfile.open(path) as archive:
-                archive.extractall(self.folder, filter="data")
+                # Debian 12's Python, 3.11.2, has no filters yet.
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)
+                archive.extractall(self.folder)
 
     def store(self) -> None:
         """Store an archive of all files, where there are new ones; a failure only costs time later."""

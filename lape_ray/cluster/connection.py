@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import ray
+from ray._common.utils import get_ray_address_file
 from ray._private.services import canonicalize_bootstrap_address, find_gcs_addresses
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lape_ray.cluster.local import free_ports, own_token
+from lape_ray.cluster.local import check_answers, free_ports, own_token
 from lape_ray.data.processes import Mapper
 from lape_ray.values.environment import environment
+from lape_ray.values.redaction import redacted
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -47,13 +49,16 @@ def connected(*, show_logs: bool = True) -> Iterator[bool]:
 
     A local one gets a token, where no RAY_AUTH_MODE or RAY_AUTH_TOKEN says otherwise.
     Without `show_logs`, what other processes print stays in their logs: a table on a terminal needs the room.
+
+    Raises:
+        ValueError: no Ray answers at RAY_ADDRESS.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if ray.is_initialized():
         yield False
         return
     with contextlib.ExitStack() as stack:
-        address = _address()  # asked once: it looks through the processes of the host
+        address = find_cluster()  # asked once: it looks through the processes of the host
         options: dict[str, Any] = {}
         if address is None:
             if not _has_authentication():
@@ -74,19 +79,37 @@ def connected(*, show_logs: bool = True) -> Iterator[bool]:
 
 
 def _has_authentication() -> bool:
-    """Tell whether `ray.init` would find a cluster, or start one whose access the user has settled."""
-    if _address() is not None:
-        return True
+    """Tell whether the user has settled who may reach a Ray that is started here."""
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode is None:
         return not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}.isdisjoint(os.environ)
     return mode.lower() != "token" or ray._raylet.AuthenticationTokenLoader.instance().has_token(True)
 
 
-def _address() -> str | None:
-    """Return the address of the cluster that `ray.init` would connect to; None: it would start a local one."""
+def find_cluster() -> str | None:
+    """Return the address of the cluster that `ray.init` would connect to; None: it is to start a local one.
+
+    The address is tried, for `ray.init` itself waits minutes for a cluster that is gone. The file where `ray start`
+    notes its address outlives a Ray that was killed.
+
+    Raises:
+        ValueError: no Ray answers at RAY_ADDRESS.
+    """
     given = os.environ.get("RAY_ADDRESS", "")
-    return given if "://" in given else canonicalize_bootstrap_address(None)
+    try:
+        address = given if "://" in given else canonicalize_bootstrap_address(None)
+        if address is not None:
+            check_answers(address)
+        return address
+    except (OSError, ValueError) as error:  # the latter: it is no address at all
+        if given:
+            raise ValueError(
+                f"no Ray answers at RAY_ADDRESS={redacted(given)} ({error}): start the cluster, correct RAY_ADDRESS, "
+                "or unset it for a Ray of the command's own"
+            ) from None
+        file = get_ray_address_file(None)
+        print(f"the Ray that {file} names does not answer ({error}); this command starts its own", flush=True)
+        return None
 
 
 def _known_address() -> contextlib.AbstractContextManager[None]:

@@ -21,9 +21,11 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
+ANSWER_S = 3.0  # within which a server accepts a connection
 STARTS = 3  # tries to start, where another process takes a port first
 
 
@@ -55,6 +57,13 @@ def free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def check_answers(address: str) -> None:
+    """Raise an OSError where nobody listens at the host and port of `address`; a ValueError where it names none."""
+    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    port = parts.port or {"http": 80, "https": 443, "ray": 10001}.get(parts.scheme, 6379)
+    socket.create_connection((parts.hostname or "", port), timeout=ANSWER_S).close()
 
 
 def own_token() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -25,8 +26,9 @@ def signals_ask(stop: Callable[[], object]) -> Iterator[None]:
         for each in ENDING:
             signal.signal(each, signal.SIG_DFL)
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-        print(f"{name}: the run ends after a checkpoint; a second one ends it at once", flush=True)
         stop()
+        # Not `print`, which raises where the signal comes while this thread prints.
+        os.write(1, f"{name}: the run ends after a checkpoint; a second one ends it at once\n".encode())
 
     before = {number: signal.signal(number, ask) for number in ENDING}
     try:

@@ -12,22 +12,19 @@ import io
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from lape_ray import storage, tracking
+from lape_ray.cluster.local import check_answers
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.data.installed import INSTALL_FFCV, missing_for_ffcv
 from lape_ray.values.redaction import redacted, refuse_secret
 
-ANSWER_S = 3.0
-"""Within which a server's port answers."""
 IMPORT_S = 12.0
 FREE_BYTES = 10e9
 """ImageNet's copies and checkpoints need more; the demo and Ray's logs and spilled objects need less."""
@@ -223,11 +220,9 @@ def check_s3(address: str | None) -> str:
 
 def answers(address: str, fix: str) -> None:
     """Raise `BrokenError` where nobody listens at the host and port of `address`."""
-    parts = urlsplit(address if "://" in address else f"tcp://{address}")
-    port = parts.port or {"http": 80, "https": 443, "ray": 10001}.get(parts.scheme, 6379)
     try:
-        socket.create_connection((parts.hostname or "", port), timeout=ANSWER_S).close()
-    except OSError as error:
+        check_answers(address)
+    except (OSError, ValueError) as error:
         raise BrokenError(f"{redacted(address)} does not answer: {error}", fix) from None
 
 
@@ -252,7 +247,7 @@ def check_mlflow(uri: str | None) -> str:
 
 
 def check_ray() -> str:
-    """Import it in a process of its own, and look whether somebody listens at RAY_ADDRESS."""
+    """Import it, first in a process of its own, and look for the cluster that a run would connect to."""
     try:
         found = version("ray")
         done = subprocess.run(
@@ -266,14 +261,14 @@ def check_ray() -> str:
     except PackageNotFoundError:
         raise BrokenError("not installed", "make setup, or pip install the lock's ray") from None
     except subprocess.TimeoutExpired:
-        found = f"{found} (not imported within {IMPORT_S:g} s: the machine is busy)"
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "local"):
-        return f"{found}; a run starts a Ray of its own"
-    if address == "auto":
-        return f"{found}; a run connects to the Ray of this machine"
-    answers(address, "start the cluster, correct RAY_ADDRESS, or unset it for a Ray of the run's own")
-    return f"{found}, {redacted(address)} answers"
+        return f"{found} (not imported within {IMPORT_S:g} s: the machine is busy)"
+    from lape_ray.cluster.connection import find_cluster  # not before Ray has shown that it can be imported
+
+    try:
+        address = find_cluster()
+    except ValueError as error:
+        raise BrokenError(str(error), "see there") from None
+    return f"{found}, {redacted(address)} answers" if address else f"{found}; a run starts a Ray of its own"
 
 
 def check_shared_memory() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,6 +60,14 @@ def test_a_fresh_machine_has_what_another_one_compiled(
         True,
         True,
     ]
+
+
+def test_python_3_11_2_unpacks_it(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian 12's, whose `extractall` takes no filter."""
+    extractall = tarfile.TarFile.extractall
+    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda archive, path: extractall(archive, path))
+    assert not compile_on(tmp_path / "one", run, monkeypatch)
+    assert compile_on(tmp_path / "two", run, monkeypatch)
 
 
 def test_an_archive_that_the_mlflow_run_does_not_know_is_not_opened(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -24,6 +26,7 @@ from lape_ray import storage
 from lape_ray.cluster.journal import read_journal
 from lape_ray.cluster.launch import fit
 from lape_ray.cluster.pages import main
+from lape_ray.cluster.signals import signals_ask
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import digits
@@ -145,6 +148,29 @@ def test_it_goes_on_where_it_stopped(home: Path) -> None:
         for name in ("parts", "whole")
     ]
     assert found[0] == found[1]
+
+
+class Interrupted(io.RawIOBase):
+    """A standard output to which each write is interrupted by a SIGTERM, until the process would end by it."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, line: Any) -> int:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            signal.raise_signal(signal.SIGTERM)
+        return len(line)
+
+
+def test_a_signal_may_come_while_a_line_is_printed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Interrupted())))
+    asked: list[bool] = []
+    with signals_ask(lambda: asked.append(True)):
+        print("a line", flush=True)
+    assert asked == [True]
+    assert capfd.readouterr().out.startswith("SIGTERM: the run ends after a checkpoint")
 
 
 def test_sigterm_leaves_a_checkpoint_and_the_command_goes_on(home: Path) -> None:

@@ -28,6 +28,7 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture(autouse=True)
 def plain_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU, no service, and a home with space."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "RAY_ADDRESS", "CC",
                  "MLFLOW_TRACKING_URI"):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
@@ -210,11 +211,11 @@ def test_ray(monkeypatch: pytest.MonkeyPatch, port: int, closed_port: int) -> No
 
     imported(0, "")
     assert "of its own" in checks.check_ray()
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_ADDRESS", f"ray://127.0.0.1:{port}")
     assert "answers" in checks.check_ray()
     for address in (f"127.0.0.1:{closed_port}", f"ray://127.0.0.1:{closed_port}"):
         monkeypatch.setenv("RAY_ADDRESS", address)
-        assert "RAY_ADDRESS" in broken(checks.check_ray)[1]
+        assert "correct RAY_ADDRESS" in broken(checks.check_ray)[0]
     imported(1, "Traceback\nImportError: libfoo.so")
     assert "ImportError: libfoo.so" in broken(checks.check_ray)[0]
 
