@@ -3,7 +3,8 @@ SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 APT := libopencv-dev libturbojpeg0-dev libjpeg62-turbo-dev pkg-config g++ python3-dev python3-venv
-CONTAINERS := buildah podman runc netavark aardvark-dns iptables iproute2 debootstrap chromium
+CONTAINERS = buildah podman runc netavark aardvark-dns iptables iproute2 debootstrap chromium \
+  $(if $(findstring --arm64,$(ARGS)),qemu-user-static)
 COMPOSE ?= docker compose
 COMPOSE_HERE = $(COMPOSE) --env-file docker/.env -f docker/compose.yaml
 PYTHON3 := python3

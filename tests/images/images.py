@@ -7,12 +7,13 @@ while a step runs, read-only, and are in no image.
 from __future__ import annotations
 
 import configparser
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -23,7 +24,7 @@ IMAGES = {
     "s3": ("localhost/lape-ray-s3:test", "docker/s3.Dockerfile"),
     "postgres": ("localhost/lape-ray-postgres:test", "tests/images/postgres.Dockerfile"),
 }
-EXTRA = {"gpu": ("localhost/lape-ray:gpu", "docker/Dockerfile")}
+EXTRA = {name: (f"localhost/lape-ray:{name}", "docker/Dockerfile") for name in ("gpu", "arm64")}
 CA_IN_BUILD = "/etc/build-ca.crt"  # at a path of its own: packages write into /etc/ssl/certs
 PIP_IN_BUILD = "/etc/pip.conf"
 
@@ -54,18 +55,38 @@ def timed(what: str, command: Sequence[str], log: Path) -> None:
     print(f"{what}: {time.monotonic() - began:.0f} s", flush=True)
 
 
-def make_base(work: Path) -> None:
-    """A Debian 12 with a Python 3.11, from this machine's package mirror."""
-    if subprocess.run(["podman", "image", "exists", BASE]).returncode == 0:
-        return
-    folder = work / "base"
+@contextlib.contextmanager
+def emulated_arm64() -> Iterator[None]:
+    """Let this machine run programs for arm64, in containers too: with qemu-user, 5 to 20 times slower."""
+    emulator, kernel = Path("/usr/bin/qemu-aarch64-static"), Path("/proc/sys/fs/binfmt_misc")
+    if not emulator.exists() or not (kernel / "register").exists():
+        raise SystemExit(
+            "--arm64 needs binfmt_misc and Debian's qemu-user-static: apt-get install qemu-user-static"
+        )
+    # How such a program begins (its ELF header), the bits of it that count, and F: containers find the emulator, too.
+    begins = r"\x7fELF\x02\x01\x01" + r"\x00" * 9 + r"\x02\x00\xb7\x00"
+    mask = r"\xff" * 7 + r"\x00" + r"\xff" * 8 + r"\xfe\xff\xff\xff"
+    (kernel / "register").write_text(f":lape-aarch64:M::{begins}:{mask}:{emulator}:F")
+    try:
+        yield
+    finally:
+        (kernel / "lape-aarch64").write_text("-1")
+
+
+def make_base(work: Path, *arch: str) -> str:
+    """Make a Debian 12 with a Python 3.11, from this machine's package mirror, for its or another processor."""
+    base, foreign = "-".join((BASE, *arch)), [f"--arch={one}" for one in arch]
+    if subprocess.run(["podman", "image", "exists", base]).returncode == 0:
+        return base
+    folder = work / "-".join(("base", *arch))
     if not (folder / "usr/bin/python3.11").exists():
         shutil.rmtree(folder, ignore_errors=True)
         packages = "--include=ca-certificates,python3,python3-venv,python3-pip"
-        command = ["debootstrap", "--variant=minbase", packages, "bookworm", str(folder), mirror()]
+        command = ["debootstrap", *foreign, "--variant=minbase", packages, "bookworm", str(folder), mirror()]
         timed("debootstrap", command, work / "debootstrap.log")
-    archive = f"tar -C {folder} -c . | podman import - {BASE}"
+    archive = f"tar -C {folder} -c . | podman import {' '.join(foreign)} - {base}"
     timed("base image", ["bash", "-o", "pipefail", "-c", archive], work / "base.log")
+    return base
 
 
 def mirror() -> str:
@@ -117,6 +138,7 @@ def build(name: str, work: Path, arguments: dict[str, str]) -> None:
         "--network",
         "host",
     ]
+    command += ["--arch", name] if name == "arm64" else []
     command += mounts(work)
     for key, value in {"BASE_IMAGE": BASE, **arguments}.items():
         command += ["--build-arg", f"{key}={value}"]

@@ -6,6 +6,7 @@ Needs root on a Debian 12 with buildah, podman, runc, netavark, aardvark-dns, ip
   --work FOLDER   images, logs and pictures (default: /var/tmp/lape-images)
   --torch WORDS   another CPU build of PyTorch than the lock's, if its index cannot be reached, such as
                   "torch==2.13.0+cpu torchvision==0.28.0"
+  --arm64         build the trainer alone, for arm64 in an emulator, and try it (1 hour; needs qemu-user-static)
   --gpu           build the GPU image as well (20 GB more), and see what is in it
   --keep          leave the stack up
   --reuse         use the images and the stack that an earlier --keep left
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from images import EXTRA, IMAGES, ROOT, build, configure, make_base, size
+from images import EXTRA, IMAGES, ROOT, build, configure, emulated_arm64, make_base, size
 from stack import Stack
 
 
@@ -33,12 +35,20 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("/var/tmp/lape-images"))
     parser.add_argument("--torch", default="")
+    parser.add_argument("--arm64", action="store_true")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--keep", action="store_true")
     parser.add_argument("--reuse", action="store_true")
     options = parser.parse_args()
     began = time.monotonic()
     configure(options.work)
+    if options.arm64:
+        with emulated_arm64():
+            base = make_base(options.work, "arm64")
+            arguments = {"BASE_IMAGE": base, "TORCH": options.torch, "REVISION": revision()}
+            build("arm64", options.work, arguments)
+            print(f"the arm64 image holds {contents_of_the_arm64_image()}", flush=True)
+        return
     if not options.reuse:
         make_base(options.work)
         for name in IMAGES:
@@ -102,6 +112,29 @@ def contents_of_the_gpu_image() -> str:
     if done.returncode:
         raise SystemExit(f"the GPU image is not what it should be:\n{done.stderr}")
     return f"{done.stdout.strip()}, {size(EXTRA['gpu'][0])}"
+
+
+def contents_of_the_arm64_image() -> str:
+    """A decoder that agrees with this machine's to the bit, a writer of data, and a training."""
+    crops = "tests/images/crops.py tests/data/photographs/*.jpg"
+    here = ["bash", "-c", f"{sys.executable} {crops}"]
+    expected = subprocess.run(here, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    script = (
+        f"set -e; uname -m; python {crops}\n"
+        "for split in train val; do python app/jobs/write_beton.py digits /tmp/$split.beton --split $split; done\n"
+        "python app/jobs/imagenet_deit.py smoke --run.num_workers 0 --data.train /tmp/train.beton "
+        "--data.val /tmp/val.beton\n"
+        "python -c 'import torch, torchvision; print(\"torch\", torch.__version__, torchvision.__version__)'\n"
+    )
+    command = [*HARDENED, "-v", f"{ROOT}/tests:/tests:ro", "-w", "/", "-e", "LAPE_RAY_HOME=/tmp/home"]
+    command += ["-e", "LAPE_RAY_CACHE=/tmp/cache", EXTRA["arm64"][0], "bash", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    trained = re.search(r"finished: (val/acc1 \S+)", done.stdout)
+    if done.returncode or not done.stdout.startswith(f"aarch64\n{expected}") or not trained:
+        raise SystemExit(
+            f"the arm64 image is not what it should be:\n{expected}\n{done.stdout}\n{done.stderr}"
+        )
+    return f"{done.stdout.splitlines()[-1]}, {size(EXTRA['arm64'][0])}, {trained[1]}"
 
 
 def images_hold_no_compiler_and_no_root(stack: Stack) -> str:
