@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TextIO
@@ -29,6 +29,7 @@ from lape_ray.storage.transfer import download
 
 SPARE_BYTES = 1 << 30
 """The space that must stay free on the disk of the cache."""
+POLL_S = 0.05
 COMPLETE = ".complete"
 ARRIVING = ".arriving"
 LOCK = ".lock"
@@ -143,8 +144,9 @@ def stage(
     if place.is_complete():
         return folder
     place.make_folder()
-    with held(folder / LOCK, f"{below}/{min(names.values())}"):
-        if place.is_complete():  # another process was faster
+    # Those that have the whole copy open hold the lock too, and may wait for this very process.
+    with held(folder / LOCK, f"{below}/{min(names.values())}", unless=place.is_complete) as alone:
+        if not alone or place.is_complete():  # another process was faster
             return folder
         if passing:
             (folder / PASSING).touch()
@@ -243,15 +245,28 @@ def _size(file: Path) -> int:
 
 
 @contextlib.contextmanager
-def held(lock: Path, what: str) -> Iterator[None]:
-    """Hold a lock for the block, after every process of this machine that has it, or asked for it before."""
+def held(lock: Path, what: str, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    """Hold a lock for the block, once no other process of this machine does; or not, as soon as `unless` is true.
+
+    The block is told whether it holds the lock.
+    """
     with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _tell(f"another process of {os.uname().nodename} fetches {what}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        told = False
+        while not (alone := _take(file)) and not unless():
+            if not told:
+                _tell(f"another process of {os.uname().nodename} fetches {what}; waiting for it")
+            told = True
+            time.sleep(POLL_S)
+        yield alone
+
+
+def _take(file: TextIO) -> bool:
+    """Take a lock if no other process holds it; returns whether it was taken."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def is_held(lock: Path) -> bool:

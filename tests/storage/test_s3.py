@@ -11,8 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import botocore.auth
 import numpy as np
@@ -291,6 +293,34 @@ def test_the_copy_of_a_process_that_was_killed_is_deleted(bucket: str) -> None:
         assert texts() == {"open", "data"}
     assert texts() == {"data"}
     assert [path.name for path in storage.cache().iterdir()] == [data.parent.name]
+
+
+def test_processes_that_wait_for_each_other_open_the_same_copy(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As workers do: one fetches and keeps it open until the other, which waited for it, has it open too."""
+    objects.put(f"{bucket}/both/a", b"both")
+    waits, both = threading.Event(), threading.Barrier(2, timeout=20)
+
+    def told(text: str) -> None:
+        if "waiting for it" in text:
+            waits.set()
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        assert waits.wait(20)
+        download(*arguments, **options)
+
+    download = copies.download
+    monkeypatch.setattr(copies, "_tell", told)
+    monkeypatch.setattr(copies, "download", slow)
+
+    def read() -> str:
+        with storage.opened(f"{bucket}/both") as folder:
+            both.wait()
+            return (folder / "a").read_text()
+
+    with ThreadPoolExecutor(2) as threads:
+        assert [each.result() for each in [threads.submit(read) for _ in range(2)]] == ["both"] * 2
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(
