@@ -88,6 +88,18 @@ def test_an_interrupted_writer_goes_on(source: Source, undisturbed: Manifest, tm
     assert check_beton(path, deep=True, workers=1) == manifest
 
 
+def test_parts_that_come_read_only_are_written(source: Source, undisturbed: Manifest, tmp_path: Path) -> None:
+    """As Ray's are, whose arrays lie in the memory that processes share."""
+
+    def mapper(function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
+        for done in map(function, tasks):
+            for part in done:
+                part.stored_N.flags.writeable = False
+            yield done
+
+    assert write_beton(source, tmp_path / "read_only.beton", mapper=mapper).sha256 == undisturbed.sha256
+
+
 def test_the_bytes_of_a_file_stay_what_they_were(tmp_path: Path) -> None:
     """Files of earlier versions and of later ones are the same; large images leave gaps at the ends of pages."""
     rng = np.random.default_rng(0)

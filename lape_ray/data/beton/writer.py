@@ -344,7 +344,7 @@ class _File:
         return max(1, min(done // 8, TASK_PARTS, TASK_BYTES * done // (self.end - self.begin + 1)))
 
     def append(self, part: Packed) -> None:
-        stored_N, data = part.stored_N, memoryview(part.data)
+        stored_N, data = part.stored_N.copy(), memoryview(part.data)  # what Ray sends is read-only
         ends_N = np.cumsum(stored_N["size"].astype(np.int64) + CHECKSUM_BYTES)
         first, begin = 0, 0  # of what is not written yet: the image, and its place in `data`
         while first < len(stored_N):
