@@ -1,4 +1,4 @@
-"""Whether what a backend needs is installed: FFCV may be missing. Standard library only."""
+"""Tell whether what a backend needs is installed: FFCV may be missing. Standard library only."""
 
 from __future__ import annotations
 

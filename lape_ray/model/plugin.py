@@ -1,4 +1,4 @@
-"""A user's own position embeddings and joins: their file is run, if it is trusted, and what it makes is checked.
+"""Run a user's own file of position embeddings and joins, if it is trusted, and check what it makes.
 
 Shapes: N tokens = prefix tokens + patches, V the same of a window (the grid, but in Swin), D width, H heads, E = D / H.
 """

@@ -1,4 +1,4 @@
-"""What a search shows while it goes on: a table that is drawn anew on a terminal, plain lines elsewhere."""
+"""Show a search while it goes on: by a table that is drawn anew on a terminal, by plain lines elsewhere."""
 
 from __future__ import annotations
 

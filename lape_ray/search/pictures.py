@@ -23,7 +23,7 @@ MAP = matplotlib.colormaps["viridis"]
 
 
 def cells_figure(plan: Plan, found: Sequence[Cell]) -> Figure | None:
-    """Every trial that trained to the end as a dot, by cell, with mean and interval; None where there is none."""
+    """Draw every trial that trained to the end as a dot, by cell, with mean and interval; None where there is none."""
     shown = [(cell, cell.estimate) for cell in found if cell.estimate is not None]
     if not shown:
         return None

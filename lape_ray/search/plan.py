@@ -1,4 +1,4 @@
-"""What a search is: everything that decides which trials there are and what becomes of them. Standard library only."""
+"""Define a search: all that decides which trials there are and what becomes of them. Standard library only."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def epochs(self) -> int:
-        """Of a trial that trains to the end."""
+        """Return the epochs of a trial that trains to the end."""
         return self.base.optim.total_epochs
 
     @property
@@ -70,7 +70,7 @@ class Plan:
         return " %" if "acc" in self.metric else ""
 
     def definition(self) -> dict[str, Any]:
-        """All that a continued search must share with what it continues, as plain JSON values."""
+        """Collect all that a continued search must share with what it continues, as plain JSON values."""
         names = ("sample", "schedule", "points", "seeds", "metric", "grace", "eta")
         data = {"data.train": self.base.data.train, "data.val": self.base.data.val}
         values = {

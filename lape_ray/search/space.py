@@ -1,4 +1,4 @@
-"""What a search goes over: axes over fields of a config, as the command line has them, and cells that they cross."""
+"""Define what a search goes over: axes over fields of a config, as the command line has them, and cells crossed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Range:
         return min(max((scale(value) - low) / ((high - low) or 1.0), 0.0), 1.0)
 
     def moved(self, value: float, share: float) -> float:
-        """`value` made smaller by a fifth for a `share` below one half, else larger by a fifth; kept in the range."""
+        """Make `value` smaller by a fifth for a `share` below one half, else larger by a fifth; kept in the range."""
         moved = value * (1.2 if share >= 0.5 else 0.8)
         moved = min(max(moved, self.low), self.high)
         return round(moved) if self.whole else float(f"{moved:.4g}")
@@ -108,7 +108,7 @@ _FIXED = ("training.", "model.plugin", *_LENGTH)
 
 
 def parse_axes(texts: Sequence[str], base: TrainConfig) -> dict[str, Axis]:
-    """`FIELD=KIND(...)` for each axis, checked against the field's type and bounds.
+    """Parse `FIELD=KIND(...)` for each axis, checked against the field's type and bounds.
 
     Raises:
         ValueError: an unknown field or kind, a value that the field does not take, or a field given twice.

@@ -33,7 +33,7 @@ class Cell:
 
     @property
     def finals(self) -> dict[int, float]:
-        """Seed -> the metric after the last epoch, of the trials that trained to the end."""
+        """Return the metric after the last epoch by seed, of the trials that trained to the end."""
         finished = [trial for trial in self.trials if trial.state == "finished"]
         last = {trial.seed: trial.last(self.plan.metric) for trial in finished}
         return {seed: value for seed, value in last.items() if value is not None}
@@ -51,7 +51,7 @@ class Cell:
 
     @property
     def paired(self) -> dict[int, float]:
-        """Seed -> the difference from the reference, of the seeds that both have."""
+        """Return the difference from the reference by seed, of the seeds that both have."""
         return {} if self.reference is None else _paired(self.finals, self.reference.finals)
 
     @cached_property
@@ -71,7 +71,7 @@ def trials_of(found: Sequence[Cell]) -> list[Trial]:
 
 
 def cells(plan: Plan, trials: Sequence[Trial]) -> list[Cell]:
-    """All points, the best first: those that trained to the end, then those that came farthest."""
+    """List all points, the best first: those that trained to the end, then those that came farthest."""
     found = [Cell(plan, point) for point in by_point(trials)]
 
     def reference(first: Mapping[str, object]) -> Cell | None:

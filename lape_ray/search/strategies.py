@@ -1,4 +1,4 @@
-"""Which point of the space is tried next, and which trials go on: functions of the plan and the trials' records.
+"""Decide which point of the space is tried next, and which trials go on: functions of the plan and the trials' records.
 
 Nothing is remembered between two calls, so that a continued search asks the same questions as an undisturbed one.
 
@@ -94,7 +94,7 @@ SAMPLERS: dict[Sample, Sampler] = {"grid": _grid, "random": _random, "tpe": _tpe
 
 
 class Full:
-    """Every trial trains to its end; the base of the other schedules."""
+    """Train every trial to its end; the base of the other schedules."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

@@ -1,4 +1,4 @@
-"""A user's own file of position embeddings and joins. Its text is data until somebody trusts it.
+"""Read a user's own file of position embeddings and joins. Its text is data until somebody trusts it.
 
 What the file adds is read from its text, without running it: names stand in dicts that are called as those of
 `lape_ray.model.position`. `lape_ray.model.plugin` runs it.
