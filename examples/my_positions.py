@@ -24,9 +24,9 @@ class Decay(Bias):
         self.register_buffer("distance_PP", (place_P2[:, None] - place_P2).norm(dim=-1), persistent=False)
         self.slope_LH = nn.Parameter(torch.full((layout.depth, layout.num_heads), 0.1))
 
-    def forward(self) -> Tensor:
-        """Compute the (L, H, P, P) that are added to attention's logits."""
-        return -self.slope_LH[:, :, None, None] * self.get_buffer("distance_PP")
+    def forward(self, layers: slice) -> Tensor:
+        """Compute the (L, H, P, P) that are added to the attention logits of some of the layers."""
+        return -self.slope_LH[layers, :, None, None] * self.get_buffer("distance_PP")
 
 
 class Gated(Join):

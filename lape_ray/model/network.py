@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -58,8 +58,11 @@ class Network(nn.Module):
         """List the stages in the order of the forward pass; `training` puts cheaper blocks into their lists."""
         raise NotImplementedError
 
-    def layer_positions(self) -> list[LayerPosition]:
-        """Compute what every block receives of position, through all stages; the same for every image."""
+    def layer_positions(self) -> Iterator[LayerPosition]:
+        """Compute what every block receives of position, through all stages; the same for every image.
+
+        One after another, for biases of all layers at once could fill the memory at a high resolution.
+        """
         raise NotImplementedError
 
     def position_parameters(self) -> set[str]:

@@ -11,6 +11,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -129,12 +130,12 @@ def build_checked(plugin: Plugin, build: Callable[[], Network]) -> Network:
     with told(plugin, ValueError):
         network = build()
     with told(plugin), torch.no_grad():
-        layers = network.layer_positions()
         blocks = [(stage, block) for stage in network.stages() for block in stage.blocks]
-        if len(layers) != len(blocks):
-            raise ValueError(f"it gives {len(layers)} LayerPositions to {len(blocks)} layers")
-        for number, (layer, (stage, block)) in enumerate(zip(layers, blocks, strict=True)):
-            for what, found, expected in _shapes(network, layer, stage, block):
+        for number, (layer, block) in enumerate(zip_longest(network.layer_positions(), blocks)):
+            if layer is None or block is None:
+                many = "fewer" if layer is None else "more"
+                raise ValueError(f"it gives {many} LayerPositions than there are layers ({len(blocks)})")
+            for what, found, expected in _shapes(network, layer, *block):
                 if tuple(found) != expected:  # broadcasting could hide it
                     raise ValueError(f"layer {number}: {what} is {tuple(found)}, not {expected}")
     return network

@@ -6,7 +6,7 @@ more), V = W x W tokens of a window, X = (R / W)^2 windows of an image, w positi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -147,7 +147,7 @@ class SwinStage(nn.Module):
     def layer_positions(self, w_1ND: Tensor | None) -> list[LayerPosition]:
         """Compute what every block receives of position, with w as it enters the stage."""
         position = PositionEmbeddings(w_1ND, self.join, self.bias, self.rotary, conditional=self.conditional)
-        return position.layers(len(self.blocks))
+        return list(position.layers(len(self.blocks)))
 
     def carried(self, layers: list[LayerPosition]) -> Tensor | None:
         """Merge what the join leaves of w after the last of `layers`, as the tokens are merged; None: nothing."""
@@ -185,7 +185,7 @@ class Swin(Network):
         self.head = head
 
     def features(self, images_BCHW: Tensor) -> Tensor:
-        x_BND, positions = self.patch_embed(images_BCHW), iter(self.layer_positions())
+        x_BND, positions = self.patch_embed(images_BCHW), self.layer_positions()
         for stage in self._layers():
             for block in stage.blocks:
                 x_BND = block(x_BND, next(positions))
@@ -196,14 +196,14 @@ class Swin(Network):
     def classify(self, features: Tensor) -> Tensor:
         return self.head(features)
 
-    def layer_positions(self) -> list[LayerPosition]:
+    def layer_positions(self) -> Iterator[LayerPosition]:
         found: list[LayerPosition] = []
         w_1ND = self.pos_embed
         for stage in self._layers():
             layers = stage.layer_positions(w_1ND)
             w_1ND = stage.carried(layers)
             found += layers
-        return found
+        return iter(found)  # the biases of windows are small
 
     def _layers(self) -> list[SwinStage]:
         return [cast(SwinStage, stage) for stage in self.layers]

@@ -5,7 +5,7 @@ Shapes: B images, C channels, H x W pixels, N tokens = prefix tokens + P patches
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,7 @@ class VisionTransformer(Network):
         both_B2K = torch.stack((self.head(features[:, 0]), self.head_dist(features[:, 1])), dim=1)
         return both_B2K if self.training else both_B2K.mean(dim=1)
 
-    def layer_positions(self) -> list[LayerPosition]:
+    def layer_positions(self) -> Iterator[LayerPosition]:
         parts = self.pos_embed, self.join, self.bias, self.rotary, self.bare_prefix, self.conditional
         return PositionEmbeddings(*parts).layers(len(self.blocks))
 

@@ -29,6 +29,9 @@ def run(scenario: str, home: Path) -> dict[str, Any]:
             for name, value in os.environ.items()
             if not name.startswith(("RAY_ADDRESS", "RAY_AUTH"))
         },
+        "PATH": os.pathsep.join(
+            (str(Path(sys.executable).parent), os.environ["PATH"])
+        ),  # the submitted job's
         "RAY_AUTH_MODE": "disabled",
         "RAY_health_check_period_ms": "1000",  # as docs/fault_tolerance.md says
         "RAY_health_check_timeout_ms": "3000",

@@ -1,46 +1,31 @@
-"""A run on a cluster of several nodes that loses one; a process of its own: `nodes.py SCENARIO HOME`.
+"""A run that is submitted to a cluster of several nodes, and loses one; a process of its own: `nodes.py SCENARIO HOME`.
 
 Prints one line of JSON: the losses by step, the worker counts that the run told of, seconds to the next new step.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import psutil
-import ray
 from ray.cluster_utils import Cluster
 
 from helpers.faults import LONG, longest_pause, stored
+from helpers.service import Service
 from helpers.tracking_server import history, tracking_server
-from lape_ray.cluster.launch import FitResult, fit
-from lape_ray.cluster.local import executable
+from lape_ray.cluster.local import LocalCluster, executable, free_ports
 from lape_ray.config import Span, TrainConfig, replace_fields
 from lape_ray.recipes import recipe
 
 
-class Tee(io.TextIOBase):
-    """Keeps what is printed."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return sys.stderr.write(text)
-
-
-def config_of(scenario: str, home: Path) -> TrainConfig:
+def fields_of(scenario: str, home: Path) -> dict[str, object]:
     """The run of a scenario. One that is drained lasts longer than the node that it is on."""
     fields: dict[str, object] = {
         **{name.replace("__", "."): value for name, value in LONG.items()},
@@ -54,69 +39,69 @@ def config_of(scenario: str, home: Path) -> TrainConfig:
     }
     if scenario in ("drain", "another", "standby"):
         fields["optim.epochs"] = 400 if scenario == "drain" else 24
-    return replace_fields(recipe("smoke"), fields)
+    return fields
+
+
+def config_of(scenario: str, home: Path) -> TrainConfig:
+    return replace_fields(recipe("smoke"), fields_of(scenario, home))
 
 
 def main(scenario: str, home: Path) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    (port,) = free_ports(1)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port},
+    )
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3 if scenario in ("another", "standby") else 2)]
-    ray.init(address=cluster.address)
-    with tracking_server(home) as server:
-        config = replace_fields(config_of(scenario, home), {"tracking.uri": server.uri})
-        done: list[FitResult] = []
-        failed: list[BaseException] = []
-
-        def train() -> None:
-            try:
-                done.append(fit(config))
-            except BaseException as error:
-                failed.append(error)
-
-        tee = Tee()
-        with contextlib.redirect_stdout(tee):
-            thread = threading.Thread(target=train, daemon=True)
-            thread.start()
-            reached = stored(home / "runs" / scenario, 28)
-            while not reached() and thread.is_alive():
-                time.sleep(0.02)
-            lost = nodes[1]
-            while scenario in ("another", "standby") and not trains(lost):
-                lost = nodes[1] if lost is nodes[2] else nodes[2]
-            struck = time.time()
-            if scenario == "drain":
+    at = LocalCluster(cluster.address, f"http://{cluster.webui_url}", {"RAY_ADDRESS": cluster.address}, pid=0)
+    log = home / "job.log"
+    with tracking_server(home) as server, log.open("wb") as output:
+        words = [f"--{key}={value}" for key, value in fields_of(scenario, home).items()]
+        submission = Service(at, home).submission(
+            "jobs/imagenet_deit.py", "smoke", *words, f"--tracking.uri={server.uri}"
+        )
+        job = subprocess.Popen(**submission, stdout=output, stderr=subprocess.STDOUT)
+        reached = stored(home / "runs" / scenario, 28)
+        while not reached() and job.poll() is None:
+            time.sleep(0.02)
+        lost = nodes[1]
+        while scenario in ("another", "standby") and not trains(lost):
+            lost = nodes[1] if lost is nodes[2] else nodes[2]
+        struck = time.time()
+        if scenario == "drain":
+            cluster.add_node(num_cpus=1)
+            drain(cluster.address, nodes[1].node_id)
+            time.sleep(12)
+            cluster.remove_node(nodes[1])
+        else:
+            cluster.remove_node(lost, allow_graceful=False)
+            if scenario == "replaced":
                 cluster.add_node(num_cpus=1)
-                drain(cluster.address, nodes[1].node_id)
-                time.sleep(12)
-                cluster.remove_node(nodes[1])
-            else:
-                cluster.remove_node(lost, allow_graceful=False)
-                if scenario == "replaced":
-                    cluster.add_node(num_cpus=1)
-            thread.join(600)
-        if failed or not done:
-            raise SystemExit(f"the run failed: {failed}")
-        run_id = done[0].mlflow_run_id
-        points = history(server.uri, run_id)
+        code = job.wait(600)
+        printed = log.read_text()
+        run = re.search(r"MLflow run ([0-9a-f]{32})", printed)
+        if code or run is None:
+            raise SystemExit(f"the job ended with code {code}:\n{printed[-4000:]}")
+        points = history(server.uri, run[1])
         client = mlflow.MlflowClient(server.uri)
         pause, before = longest_pause([(step, when) for step, (_, when) in points.items()], struck)
         print(
             json.dumps(
                 {
                     "losses": {step: loss for step, (loss, _) in points.items()},
-                    "workers": re.findall(r"(\d) of 1:2 workers", tee.text),
+                    "workers": re.findall(r"(\d) of 1:2 workers", printed),
                     "resumed": re.findall(
-                        r"continuing after epoch (\d+) of \d+(?: and step (\d+) of \d+)?", tee.text
+                        r"continuing after epoch (\d+) of \d+(?: and step (\d+) of \d+)?", printed
                     ),
-                    "pages": [file.path for file in client.list_artifacts(run_id, "summary")],
+                    "pages": [file.path for file in client.list_artifacts(run[1], "summary")],
                     "workers_logged": [
-                        point.value for point in client.get_metric_history(run_id, "train/workers")
+                        point.value for point in client.get_metric_history(run[1], "train/workers")
                     ],
                     "before": before,
                     "recovery_s": pause,
                 }
             )
         )
-    ray.shutdown()
     cluster.shutdown()
 
 

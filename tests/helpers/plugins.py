@@ -58,8 +58,8 @@ class Constant(Bias):
         self.patches = layout.num_patches
         self.row_LHP = nn.Parameter(torch.randn(layout.depth, layout.num_heads, layout.num_patches))
 
-    def forward(self):
-        return self.row_LHP.unsqueeze(-2).expand(-1, -1, self.patches, -1)
+    def forward(self, layers):
+        return self.row_LHP[layers].unsqueeze(-2).expand(-1, -1, self.patches, -1)
 
 
 class Scale(nn.Module):

@@ -103,7 +103,7 @@ def test_a_join_is_its_formula(join: str) -> None:
     shapes = [{name: tuple(p.shape) for name, p in norm.named_parameters()} for norm in norms]
     weight = {} if join in ("lape_identity", "lape_norm") else {"weight": (1,) if "scalar" in join else (16,)}
     assert shapes == [{**weight, **({"bias": (16,)} if join in ("lape_affine", "lape") else {})}] * 3
-    layers = found.layer_positions()
+    layers = list(found.layer_positions())
     wanted, given = [], w
     for norm, layer in zip(norms, layers, strict=True):
         given = FORMULAS[join](given, dict(norm.named_parameters()), 1e-6)
@@ -126,7 +126,7 @@ def test_a_join_is_its_formula(join: str) -> None:
 def test_w_crosses_swins_stages_through_their_merging(join: str) -> None:
     found = perturbed(ModelConfig(**FAMILIES["swin"], join=join))  # type: ignore[arg-type]
     assert isinstance(found, Swin)
-    layers, w = iter(found.layer_positions()), found.pos_embed
+    layers, w = found.layer_positions(), found.pos_embed
     for stage in found.layers:
         for norm in stage.join.norms:
             w = FORMULAS[join](w, dict(norm.named_parameters()), 1e-5)  # type: ignore[arg-type]

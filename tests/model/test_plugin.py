@@ -267,7 +267,8 @@ def test_every_kind_trains_in_every_family(tmp_path: Path, family: str, cell: di
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return [LayerPosition()]", r"mine\.py: it gives 1 LayerPositions to 2 layers"),
+        ("return [LayerPosition()]", r"mine\.py: it gives fewer LayerPositions than there are layers \(2\)"),
+        ("return [LayerPosition()] * 3", r"mine\.py: it gives more LayerPositions than there are layers \(2\)"),
         ("return [LayerPosition(residual_1ND=w_TND[:, :1])] * self.depth",
          r"mine\.py: layer 0: residual_1ND is \(1, 1, 32\), not \(1, 17, 32\)"),
         ("return [LayerPosition(attention_1ND=w_TND[..., :1])] * self.depth", r"attention_1ND is \(1, 17, 1\)"),

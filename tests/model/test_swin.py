@@ -96,7 +96,7 @@ def test_timms_weights_give_timms_logits() -> None:
 def test_w_crosses_stages_through_their_own_merging() -> None:
     """w_l = LN_l(w_{l-1}) in every block; between stages the tokens' norm and reduction, and no other parameter."""
     network = small(join="lape")
-    layers, w, index = network.layer_positions(), network.pos_embed, 0
+    layers, w, index = list(network.layer_positions()), network.pos_embed, 0
     for stage in network.layers:
         for norm in stage.join.norms:
             w = F.layer_norm(w, w.shape[-1:], norm.weight, norm.bias, 1e-5)  # type: ignore[union-attr,arg-type]
@@ -119,7 +119,7 @@ def test_attention_sees_windows_of_the_image_and_no_opposite_border() -> None:
     """A changed token changes those of its window alone; in a shifted block no window spans the border."""
     network = small(position="none")
     blocks = network.layers[0].blocks
-    layer, x = network.layer_positions()[0], torch.randn(1, 256, 16)
+    layer, x = next(iter(network.layer_positions())), torch.randn(1, 256, 16)
     for block, shift in ((blocks[0], 0), (blocks[1], 2)):
         for row, column in ((0, 0), (5, 14), (15, 2)):
             moved = x.clone()

@@ -179,7 +179,7 @@ def test_what_depends_on_the_image_is_shown_by_its_strength(tmp_path: Path) -> N
 
 def test_a_key_that_no_query_sees_is_grey_in_a_bias_figure() -> None:
     one = view(network(position="none", bias="lookhere"), label="l")
-    hidden = network(position="none", bias="lookhere").bias.table().isneginf()
+    hidden = network(position="none", bias="lookhere").bias.table(slice(None)).isneginf()
     assert hidden.any()
     assert torch.equal(one.bias_LHPP.isnan(), hidden)
     drawn = figures.bias_figure(one, (2, 1)).axes[0].images[0].get_array()
@@ -276,7 +276,7 @@ def test_without_position_nothing_moves() -> None:
 
 def test_attention_weights_are_those_of_the_fused_kernel() -> None:
     model = network(bias="relative2d", rotary="mixed")
-    block, layer = model.blocks[1], model.layer_positions()[1]
+    block, layer = model.blocks[1], list(model.layer_positions())[1]
     x = torch.randn(2, 17, 32)
     weights = block.attn.weights(x, layer)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 17))

@@ -73,7 +73,7 @@ def of_2x2(x_1ND: Tensor, side: int) -> Tensor:
 def test_lapes_w_is_seen_as_it_is_on_every_grid() -> None:
     network = swin(join="lape")
     found = correlations(network)
-    layers = iter(network.layer_positions())
+    layers = network.layer_positions()
     for stage, grid, correlation_LNN in zip(network.stages(), GRIDS, found, strict=True):
         assert stage.grid == grid
         assert correlation_LNN is not None and len(correlation_LNN) == len(stage.blocks)
@@ -126,7 +126,7 @@ def test_the_position_part_of_the_stream_is_exact_through_merging() -> None:
 @pytest.mark.parametrize("bias", ["none", "relative2d"])
 def test_weights_of_a_window_are_those_that_attention_mixes_with(bias: str) -> None:
     network = swin(position="none", bias=bias)
-    layers, x = network.layer_positions(), torch.randn(2, 256, 16)
+    layers, x = list(network.layer_positions()), torch.randn(2, 256, 16)
     for block, layer, shift in zip(network.stages()[0].blocks, layers, (0, 2), strict=False):
         weights_BHNV = block.attn.weights(x, layer)
         assert weights_BHNV.shape == (2, 2, 256, 16)
@@ -155,7 +155,7 @@ def test_strength_is_told_for_every_stage_and_of_the_plain_blocks(join: str) -> 
         assert ((strength.moved_LN >= 0) & (strength.moved_LN <= 1)).all() and strength.moved_LN.max() > 1e-4
         torch.testing.assert_close(again.norm_ratio_LN, strength.norm_ratio_LN, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(again.moved_LN, strength.moved_LN, rtol=1e-3, atol=1e-5)
-    block, layer = network.stages()[0].blocks[0], network.layer_positions()[0]
+    block, layer = network.stages()[0].blocks[0], next(iter(network.layer_positions()))
     x = network.patch_embed(images()) + (0 if layer.residual_1ND is None else layer.residual_1ND)
     if layer.attention_1ND is not None:
         bare = block.norm1(x)

@@ -5,7 +5,7 @@ Shapes: T tables (1, or one a layer), N tokens = prefix tokens + patches, D widt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -90,18 +90,24 @@ class PositionEmbeddings(NamedTuple):
     conditional: nn.Module | None = None
     """Makes of the tokens after the first block what is added to them."""
 
-    def layers(self, depth: int) -> list[LayerPosition]:
+    def layers(self, depth: int) -> Iterator[LayerPosition]:
         """Compute what each of `depth` layers receives; the same for every image."""
-        layers = [LayerPosition()] * depth
+        layers: Iterable[LayerPosition] = [LayerPosition()] * depth
         if self.join is not None and self.pos_embed is not None:
             layers = [_behind(self.bare_prefix, layer) for layer in self.join(self.pos_embed)]
         if self.bias is not None:
             layers = self.bias.placed(layers)
         if self.rotary is not None:
-            layers = [p._replace(rotation=r) for p, r in zip(layers, self.rotary(), strict=True)]
-        if self.conditional is not None:
-            layers[1] = layers[1]._replace(conditional=self.conditional)
-        return layers
+            layers = _turned(layers, self.rotary())
+        for number, layer in enumerate(layers):
+            yield layer._replace(conditional=self.conditional) if number == 1 else layer
+
+
+def _turned(
+    layers: Iterable[LayerPosition], rotations: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[LayerPosition]:
+    for layer, rotation in zip(layers, rotations, strict=True):
+        yield layer._replace(rotation=rotation)
 
 
 def _behind(bare_prefix: int, layer: LayerPosition) -> LayerPosition:

@@ -7,6 +7,7 @@ C parabolas of a head, K buckets of offsets, X = 2 H C rows of a linear map; "..
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -26,10 +27,11 @@ class ContentBias(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(self.layer(layout) for _ in range(layout.depth))
 
-    def placed(self, layers: list[LayerPosition]) -> list[LayerPosition]:
+    def placed(self, layers: Iterable[LayerPosition]) -> Iterator[LayerPosition]:
         """Put each layer's module into what the layer receives."""
-        parts: list[dict[str, Any]] = [{self.field: module} for module in self.layers]
-        return [layer._replace(**part) for layer, part in zip(layers, parts, strict=True)]
+        for layer, module in zip(layers, self.layers, strict=True):
+            part: dict[str, Any] = {self.field: module}
+            yield layer._replace(**part)
 
 
 class Parabolas(nn.Module):

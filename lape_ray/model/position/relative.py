@@ -7,7 +7,7 @@ Shapes: L layers, H heads, P patches in row-major order, N tokens = prefix token
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 import torch
@@ -39,8 +39,8 @@ class Bias(nn.Module):
     def __init__(self, layout: Layout, *, std: float = 0.0) -> None:
         super().__init__()
 
-    def forward(self) -> Tensor:
-        """Compute the (L, H, P, P) biases."""
+    def forward(self, layers: slice) -> Tensor:
+        """Compute the (L, H, P, P) biases of some of the layers."""
         raise NotImplementedError
 
 
@@ -55,9 +55,9 @@ class Relative2d(Bias):
         self.table_LRH = nn.Parameter(nn.init.trunc_normal_(table_LRH, std=std) if std > 0 else table_LRH)
         self.register_buffer("index_PP", relative_index(layout), persistent=False)
 
-    def forward(self) -> Tensor:
+    def forward(self, layers: slice) -> Tensor:
         """Look up the (L, H, P, P) biases."""
-        return self.table_LRH[:, self.get_buffer("index_PP")].permute(0, 3, 1, 2)
+        return self.table_LRH[layers, self.get_buffer("index_PP")].permute(0, 3, 1, 2)
 
 
 class LogCpb(Bias):
@@ -89,9 +89,9 @@ class LogCpb(Bias):
             nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.trunc_normal_(parameter, std=0.02)
         return mlp
 
-    def forward(self) -> Tensor:
+    def forward(self, layers: slice) -> Tensor:
         """Compute the (L, H, P, P) biases, each offset once."""
-        table_LRH = torch.stack([mlp(self.get_buffer("log_R2")) for mlp in self.mlps])
+        table_LRH = torch.stack([mlp(self.get_buffer("log_R2")) for mlp in self.mlps[layers]])
         return table_LRH[:, self.get_buffer("index_PP")].permute(0, 3, 1, 2)
 
 
@@ -111,9 +111,9 @@ class Alibi2d(Bias):
         self.depth = layout.depth
         self.register_buffer("bias_HPP", bias_HPP, persistent=False)
 
-    def forward(self) -> Tensor:
+    def forward(self, layers: slice) -> Tensor:
         """Give the (L, H, P, P) biases, the same for every layer."""
-        return self.get_buffer("bias_HPP").expand(self.depth, -1, -1, -1)
+        return self.get_buffer("bias_HPP").expand(self.depth, -1, -1, -1)[layers]
 
 
 class LookHere(Bias):
@@ -158,10 +158,11 @@ class LookHere(Bias):
         slope_L1 = 2.0 * torch.linspace(1.5, 0.5, depth)[:, None]
         return F.pad(turn_LH + 1, (0, free)), slope_L1 * slope_H
 
-    def forward(self) -> Tensor:
+    def forward(self, layers: slice) -> Tensor:
         """Compute the (L, H, P, P) biases."""
-        bias_LHPP = -self.get_buffer("slope_LH")[..., None, None] * self.get_buffer("distance_PP")
-        return bias_LHPP.masked_fill(self.get_buffer("hidden_VPP")[self.get_buffer("view_LH")], -math.inf)
+        bias_LHPP = -self.get_buffer("slope_LH")[layers, :, None, None] * self.get_buffer("distance_PP")
+        hidden_LHPP = self.get_buffer("hidden_VPP")[self.get_buffer("view_LH")[layers]]
+        return bias_LHPP.masked_fill(hidden_LHPP, -math.inf)
 
 
 class LogitBias(nn.Module):
@@ -177,15 +178,22 @@ class LogitBias(nn.Module):
         self.num_prefix = num_prefix
         self.norms = norms
 
-    def forward(self) -> list[Tensor]:
-        """Compute one (1, H, N, N) bias for each layer."""
-        prefix = (self.num_prefix, 0, self.num_prefix, 0)
-        biases = zip(self.norms, self.table().split(1), strict=True)
-        return [F.pad(norm(bias_1HPP), prefix) for norm, bias_1HPP in biases]
+    def forward(self) -> Iterator[Tensor]:
+        """Compute one (1, H, N, N) bias for each layer.
 
-    def placed(self, layers: list[LayerPosition]) -> list[LayerPosition]:
+        Where they are kept for gradients anyhow, all are made at once; else each as it is asked for, since at 1,024
+        pixels those of one layer take 0.2 to 0.8 GB.
+        """
+        prefix = (self.num_prefix, 0, self.num_prefix, 0)
+        each = [slice(layer, layer + 1) for layer in range(len(self.norms))]
+        for layers in [slice(None)] if torch.is_grad_enabled() else each:
+            for norm, bias_1HPP in zip(self.norms[layers], self.table(layers).split(1), strict=True):
+                yield F.pad(norm(bias_1HPP), prefix)
+
+    def placed(self, layers: Iterable[LayerPosition]) -> Iterator[LayerPosition]:
         """Put each layer's bias into what the layer receives."""
-        return [layer._replace(logits_1HNN=bias) for layer, bias in zip(layers, self(), strict=True)]
+        for layer, bias_1HNN in zip(layers, self(), strict=True):
+            yield layer._replace(logits_1HNN=bias_1HNN)
 
 
 def _as_it_is(layout: Layout) -> nn.ModuleList:
