@@ -41,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_shares_cluster)  # one after the other, and last
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_home_of_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what a test leaves where it names no folder out of the home of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAPE_RAY_HOME", str(tmp_path_factory.mktemp("lape_ray")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_plugin_of_others() -> Iterator[None]:
     yield
