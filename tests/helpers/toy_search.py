@@ -26,7 +26,7 @@ from lape_ray.search.trial import LapeTrial
 from lape_ray.search.trials import opened
 from lape_ray.search.tuner import run_tuner
 
-STORED = "stored.json"
+TRAINED = "trained.jsonl"  # a line for each epoch that was ever trained: process, entry, lineage
 
 
 class ToyTrial(LapeTrial):
@@ -37,15 +37,17 @@ class ToyTrial(LapeTrial):
 
     def _find(self) -> dict[str, Any]:
         trial = self._trial
-        self._file = Path(trial_folder(self._settings.folder, trial.number), STORED)
-        self._stored = json.loads(self._file.read_text()) if self._file.exists() else []
+        self._file = Path(trial_folder(self._settings.folder, trial.number), TRAINED)
         self._lineage = [[clone.epoch, clone.source] for clone in trial.lineage]
+        stored: list[Any] = []
+        for line in self._file.read_text().splitlines() if self._file.exists() else ():
+            _, entry, lineage = json.loads(line)
+            stored[entry["epoch"] - 1 :] = [(entry, lineage)]
         curve = []
-        for entry, lineage in self._stored:
+        for entry, lineage in stored:
             if lineage != [clone for clone in self._lineage if clone[0] < entry["epoch"]]:
                 break
             curve.append(entry)
-        self._stored = self._stored[: len(curve)]
         return {"curve": curve, "checkpoint": "", "loaded": []}
 
     def _train_epoch(self) -> None:
@@ -55,12 +57,9 @@ class ToyTrial(LapeTrial):
         gained = 6 - 2 * abs(math.log10(trial.values["optim.lr"]) + 3)
         time.sleep(float(os.environ.get("TOY_EPOCH_S", "0.05")))
         entry = {"epoch": len(curve) + 1, "metrics": {"val/acc1": before + gained}, "seconds": 1.0}
-        self._stored.append((entry, self._lineage))
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.with_suffix(".new").write_text(json.dumps(self._stored))
-        self._file.with_suffix(".new").replace(self._file)
-        with self._file.with_name("trained.txt").open("a") as file:
-            file.write(f"{entry['epoch']} {os.getpid()}\n")
+        with self._file.open("a") as file:  # at once, for this process may be killed at any moment
+            file.write(json.dumps((os.getpid(), entry, self._lineage)) + "\n")
         curve.append(entry)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import ray
 from helpers.service import ROOT
-from helpers.toy_search import toy_settings
+from helpers.toy_search import TRAINED, toy_settings
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -59,19 +59,23 @@ def came_to(folder: Path) -> list[dict[str, Any]]:
     return json.loads(folder.with_name(f"{folder.name}.json").read_text())  # type: ignore[no-any-return]
 
 
-def trained(folder: Path) -> list[tuple[str, str]]:
+def trained(folder: Path) -> list[tuple[str, int]]:
     """Every epoch that was trained, of every trial."""
     return [(trial, epoch) for trial, epoch, _ in _trained(folder)]
 
 
-def leaders(folder: Path) -> set[str]:
+def leaders(folder: Path) -> set[int]:
     """The processes that trained them."""
     return {process for _, _, process in _trained(folder)}
 
 
-def _trained(folder: Path) -> list[tuple[str, str, str]]:
-    lines = [(file, line) for file in folder.rglob("trained.txt") for line in file.read_text().splitlines()]
-    return [(file.parent.name, *line.split()) for file, line in lines]  # type: ignore[misc]
+def _trained(folder: Path) -> list[tuple[str, int, int]]:
+    found = []
+    for file in folder.rglob(TRAINED):
+        for line in file.read_text().splitlines():
+            process, entry, _ = json.loads(line)
+            found.append((file.parent.name, entry["epoch"], process))
+    return found
 
 
 # What waits for whom is all that decides in these; ASHA and TPE decide by what is there, so one at a time.
