@@ -5,6 +5,7 @@
 <cache>/<digest>/.lock      held by the process that fetches; the kernel lets go of it when that process ends
 <cache>/<digest>/.arriving/ what is used while it is fetched (`data.streaming`)
 <cache>/<digest>/.passing   the set is deleted by the last process that has it open; these hold .lock together
+<cache>/.deleted-*/         sets that are being deleted, moved away: who opens a set finds all of it, or nothing
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ COMPLETE = ".complete"
 ARRIVING = ".arriving"
 LOCK = ".lock"
 PASSING = ".passing"
+DELETED = ".deleted-"
 
 
 def cache() -> Path:
@@ -75,7 +78,9 @@ def _local(address: str | Path, *, passing: bool) -> Path:
 
 @contextlib.contextmanager
 def opened(address: str) -> Iterator[Path]:
-    """Open the folder that an address means, on this machine; the last process with a copy from S3 open deletes it.
+    """Open the folder that an address means, on this machine.
+
+    The last process that has a copy from S3 open deletes it, unless `local` has asked for it as well.
 
     Raises:
         FileNotFoundError: nothing exists at the address.
@@ -92,31 +97,45 @@ def opened(address: str) -> Iterator[Path]:
         try:
             yield path
         finally:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path.parent)
+            _delete_unless_open(path.parent, lock)
 
 
 def _held_copy(address: str) -> tuple[Path, TextIO] | None:
     """Fetch what an address means and hold it, by its lock; None: another process took it away just now."""
     path = _local(address, passing=True)
+    lock = _shared(path.parent)
+    return None if lock is None else (path, lock)
+
+
+def _shared(folder: Path) -> TextIO | None:
+    """Hold a whole copy's lock together with others; None: there is no whole copy any more."""
     try:
-        lock = (path.parent / LOCK).open("a")
+        lock = (folder / LOCK).open("a")
     except FileNotFoundError:
         return None
     fcntl.flock(lock, fcntl.LOCK_SH)
-    if path.exists():
-        return path, lock
+    if _is_current(lock, folder / LOCK) and (folder / COMPLETE).exists():
+        return lock
     lock.close()
     return None
 
 
 def _delete_abandoned() -> None:
     """Delete the copies whose last process was killed before it could."""
+    for gone in cache().glob(f"{DELETED}*"):
+        shutil.rmtree(gone, ignore_errors=True)
     for mark in cache().glob(f"*/{PASSING}"):
-        with contextlib.suppress(OSError), (mark.parent / LOCK).open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(mark.parent)
+        with contextlib.suppress(FileNotFoundError), (mark.parent / LOCK).open("a") as lock:
+            _delete_unless_open(mark.parent, lock)
+
+
+def _delete_unless_open(folder: Path, lock: TextIO) -> None:
+    """Delete a passing copy, by its lock, where no other process has it open."""
+    if not (_take(lock) and _is_current(lock, folder / LOCK) and (folder / PASSING).exists()):
+        return
+    gone = tempfile.mkdtemp(prefix=DELETED, dir=folder.parent)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)  # another process may do the same
 
 
 def stage(
@@ -140,34 +159,48 @@ def stage(
         OSError: the disk has too little space, or see `s3.call_with_retry`.
     """
     place = Place.of(objects, below=below, sha256=sha256)
-    folder, names = place.folder, place.names
-    if place.is_complete():
-        return folder
-    place.make_folder()
-    # Those that have the whole copy open hold the lock too, and may wait for this very process.
-    with held(folder / LOCK, f"{below}/{min(names.values())}", unless=place.is_complete) as alone:
-        if not alone or place.is_complete():  # another process was faster
-            return folder
-        if passing:
-            (folder / PASSING).touch()
-        shutil.rmtree(folder / ARRIVING, ignore_errors=True)
-        missing = [one for one in objects if _size(folder / names[one.address]) != one.size]
-        need = sum(one.size for one in missing)
-        for one in missing:  # what an interrupted fetch has taken already
-            target = folder / names[one.address]
-            need -= taken(target.parent / f".{target.name}.part")
-        require_space(folder, need)
-        began, total = time.monotonic(), sum(one.size for one in missing)
-        where = f"on {os.uname().nodename}"
-        _tell(f"fetching {len(missing)} objects of {total / 1e9:.3g} GB from {below} to {folder} {where}")
-        for one in missing:
-            target = folder / names[one.address]
-            target.parent.mkdir(parents=True, exist_ok=True)
-            download(one, target, sha256=(sha256 or {}).get(one.address))
-        seconds = time.monotonic() - began
-        _tell(f"fetched {total / 1e9:.3g} GB in {seconds:.0f} s ({total / 1e6 / seconds:.0f} MB/s) {where}")
-        place.mark_complete()
+    folder = place.folder
+    while not (place.is_complete() and (passing or _keep(folder))):
+        # Those that have the whole copy open hold the lock too, and may wait for this very process.
+        with held(folder / LOCK, f"{below}/{min(place.names.values())}", unless=place.is_complete) as alone:
+            if alone and not place.is_complete():  # no other process was faster
+                if passing:
+                    (folder / PASSING).touch()
+                _fetch(place, objects, below, sha256 or {})
     return folder
+
+
+def _keep(folder: Path) -> bool:
+    """Let no process delete a copy when it closes it; False: it was deleted just now."""
+    if not (folder / PASSING).exists():
+        return (folder / COMPLETE).exists()
+    if (lock := _shared(folder)) is None:
+        return False
+    with lock:
+        (folder / PASSING).unlink(missing_ok=True)
+    return True
+
+
+def _fetch(place: Place, objects: Sequence[Object], below: str, sha256: Mapping[str, str]) -> None:
+    """Fetch what the folder lacks, whose lock this process holds alone."""
+    folder, names = place.folder, place.names
+    shutil.rmtree(folder / ARRIVING, ignore_errors=True)
+    missing = [one for one in objects if _size(folder / names[one.address]) != one.size]
+    need = sum(one.size for one in missing)
+    for one in missing:  # what an interrupted fetch has taken already
+        target = folder / names[one.address]
+        need -= taken(target.parent / f".{target.name}.part")
+    require_space(folder, need)
+    began, total = time.monotonic(), sum(one.size for one in missing)
+    where = f"on {os.uname().nodename}"
+    _tell(f"fetching {len(missing)} objects of {total / 1e9:.3g} GB from {below} to {folder} {where}")
+    for one in missing:
+        target = folder / names[one.address]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        download(one, target, sha256=sha256.get(one.address))
+    seconds = time.monotonic() - began
+    _tell(f"fetched {total / 1e9:.3g} GB in {seconds:.0f} s ({total / 1e6 / seconds:.0f} MB/s) {where}")
+    place.mark_complete()
 
 
 @dataclass(frozen=True)
@@ -209,12 +242,17 @@ class Place:
         folder = self.folder / ARRIVING
         return folder if is_held(folder / LOCK) else None
 
-    def make_folder(self) -> None:
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of the cache, which another process may delete meanwhile; an OSError says what to do."""
+    while True:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            return folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
+            if isinstance(error, FileExistsError) and not os.path.lexists(folder):
+                continue
             raise OSError(
-                f"{self.folder} cannot be made: {error.strerror}; set LAPE_RAY_CACHE to a folder on a disk"
+                f"{folder} cannot be made: {error.strerror}; set LAPE_RAY_CACHE to a folder on a disk"
             ) from error
 
 
@@ -248,16 +286,34 @@ def _size(file: Path) -> int:
 def held(lock: Path, what: str, unless: Callable[[], bool] = lambda: False) -> Iterator[bool]:
     """Hold a lock for the block, once no other process of this machine does; or not, as soon as `unless` is true.
 
-    The block is told whether it holds the lock.
+    The block is told whether it holds the lock. The lock's folder is made, and again where another process deletes it.
     """
-    with lock.open("a") as file:
-        told = False
-        while not (alone := _take(file)) and not unless():
-            if not told:
-                _tell(f"another process of {os.uname().nodename} fetches {what}; waiting for it")
-            told = True
-            time.sleep(POLL_S)
-        yield alone
+    told = False
+    while True:
+        with _opened_lock(lock) as file:
+            while not (alone := _take(file)) and not unless():
+                if not told:
+                    _tell(f"another process of {os.uname().nodename} fetches {what}; waiting for it")
+                told = True
+                time.sleep(POLL_S)
+            if not alone or _is_current(file, lock):
+                yield alone
+                return
+
+
+def _opened_lock(lock: Path) -> TextIO:
+    while True:
+        make_folder(lock.parent)
+        with contextlib.suppress(FileNotFoundError):
+            return lock.open("a")
+
+
+def _is_current(file: TextIO, lock: Path) -> bool:
+    """Tell whether an open lock is that of the folder still: it may have been deleted, and made anew."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), lock.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _take(file: TextIO) -> bool:

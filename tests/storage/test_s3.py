@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -321,6 +322,60 @@ def test_processes_that_wait_for_each_other_open_the_same_copy(
 
     with ThreadPoolExecutor(2) as threads:
         assert [each.result() for each in [threads.submit(read) for _ in range(2)]] == ["both"] * 2
+
+
+def test_what_one_process_opens_another_one_does_not_delete(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many open and close the same objects at any moments: each finds all of them, whole, as long as it has them."""
+    names, content = [f"{number}/file" for number in range(3)], bytes(range(256)) * 64
+    for name in names:
+        objects.put(f"{bucket}/many/{name}", content)
+
+    def slow(one: objects.Object, target: Path, **options: Any) -> None:
+        with target.open("wb") as file:
+            for start in range(0, len(content), 4096):
+                file.write(content[start : start + 4096])
+                file.flush()
+                time.sleep(0.0005)
+
+    monkeypatch.setattr(copies, "download", slow)
+    monkeypatch.setattr(copies, "_tell", lambda text: None)
+    monkeypatch.setattr(copies, "POLL_S", 0.001)
+
+    def read(seed: int) -> None:
+        draws = random.Random(seed)
+        for _ in range(25):
+            with storage.opened(f"{bucket}/many") as folder:
+                time.sleep(draws.choice((0, 0.001, 0.01)))
+                for name in names:
+                    assert (folder / name).read_bytes() == content
+            time.sleep(draws.choice((0, 0.002, 0.02)))
+
+    with ThreadPoolExecutor(8) as threads:
+        for each in [threads.submit(read, seed) for seed in range(8)]:
+            each.result()
+    assert not list(storage.cache().iterdir())
+
+
+def test_a_copy_that_is_to_stay_is_not_deleted_by_those_that_open_it(bucket: str) -> None:
+    """Whether it was there before they came, came while they had it open, or was left by one that was killed."""
+    for name in ("before", "between", "left", "other"):
+        objects.put(f"{bucket}/{name}/a", name.encode())
+    stay = [storage.local(f"{bucket}/before")]
+    with storage.opened(f"{bucket}/before"), storage.opened(f"{bucket}/between"):
+        stay.append(storage.local(f"{bucket}/between"))
+    killed = in_process(
+        "import os; from lape_ray import storage\n"
+        f"with storage.opened('{bucket}/left'):\n"
+        "    os.kill(os.getpid(), 9)"
+    )
+    assert killed.wait() == -signal.SIGKILL, killed.communicate()
+    stay.append(storage.local(f"{bucket}/left"))
+    with storage.opened(f"{bucket}/other"):
+        pass
+    assert [(path / "a").read_text() for path in stay] == ["before", "between", "left"]
+    assert len(list(storage.cache().iterdir())) == 3
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(

@@ -69,7 +69,6 @@ class Download:
             OSError: the disk has too little space, or see `s3.call_with_retry`.
         """
         place = self.remote.place
-        place.make_folder()
         self._whole_lock.enter_context(held(place.folder / LOCK, self.remote.address))
         if place.is_complete():
             self._open_complete()

@@ -14,7 +14,7 @@ from lape_ray.config import DataConfig
 from lape_ray.data.remote import RemoteSet
 from lape_ray.data.streaming.arrivals import wait_until_ready
 from lape_ray.storage import is_remote
-from lape_ray.storage.copies import ARRIVING
+from lape_ray.storage.copies import ARRIVING, make_folder
 
 ENDING_S = 5.0
 
@@ -40,7 +40,7 @@ def stage_data(data: DataConfig, say: Callable[[str], None]) -> None:
                 )
             found.copied()
         elif not found.place.is_complete():
-            found.place.make_folder()
+            make_folder(found.place.folder)
             wait_until_ready(found.place.folder / ARRIVING, found.place.is_complete)
 
 
