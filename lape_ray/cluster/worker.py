@@ -24,7 +24,7 @@ from lape_ray.cluster.run_end import ERRORS, RunEnd
 from lape_ray.config import TrainConfig
 from lape_ray.data.streaming.start import Fetcher, stage_data, streams
 from lape_ray.storage import LeaseLostError
-from lape_ray.training.checkpoint import DamagedError, verify
+from lape_ray.training.checkpoint import DAMAGE, DamagedError, verify
 from lape_ray.training.distributed import World
 from lape_ray.training.loop import train
 from lape_ray.training.rehearsal import rehearse
@@ -156,6 +156,7 @@ def _newest_complete(
 
     Raises:
         DamagedError: the run has checkpoints, and each is damaged.
+        OSError: whether one is damaged cannot be said now: S3 is away, or this machine's disk is full.
     """
     if not listed:
         yield None, ()
@@ -168,7 +169,7 @@ def _newest_complete(
             try:
                 folder = stack.enter_context(storage.opened(storage.join(run.folder, name)))
                 verify(folder)
-            except (ValueError, OSError) as error:
+            except DAMAGE as error:
                 reason = str(error)
             if not world.any(bool(reason)):
                 if world.rank == 0 and count < len(listed):

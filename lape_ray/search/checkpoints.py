@@ -82,7 +82,7 @@ class TrialFolder:
     def _whole(self) -> Iterator[tuple[str, Path, checkpoint.Metadata]]:
         """Yield the name, a local copy and the facts of each whole checkpoint, newest first."""
         for name in self.names():
-            with contextlib.suppress(DamagedError, FileNotFoundError), self.opened(name) as folder:
+            with contextlib.suppress(*checkpoint.DAMAGE), self.opened(name) as folder:
                 checkpoint.verify(folder)
                 yield name, folder, checkpoint.read_metadata(folder)
 

@@ -31,6 +31,8 @@ from lape_ray.values.typed import Count, from_json, typed
 FORMAT = 4
 MARKER = "meta.json"
 """The file that is written last, so that a folder which holds it is whole."""
+DAMAGE = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What a torn, changed or partly deleted checkpoint raises; other errors are of where it lies, and may pass."""
 FOREIGN = ("model.safetensors", "*.safetensors", "pytorch_model.bin", "*.pth", "*.pt", "*.ckpt", "*.bin")
 """Names of other code's weights in a folder, such as a snapshot of timm's from the hub."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -32,9 +34,11 @@ from lape_ray.cluster.checkpoint_list import (
 )
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_record import RECORD, earlier_run, write_run
+from lape_ray.cluster.worker import _newest_complete
 from lape_ray.config import TrainConfig, replace_fields
 from lape_ray.recipes import recipe
 from lape_ray.storage import lease, leased, s3
+from lape_ray.storage.transfer import DownloadError
 from lape_ray.training.checkpoint import MARKER, DamagedError, EpochProgress, Metadata, Snapshot, verify
 
 CONFIG = recipe("smoke")
@@ -184,6 +188,40 @@ def test_what_was_interrupted_is_found_or_swept(run: Path) -> None:
     assert [one.name for one in found] == [*(one.name for one in listed), "checkpoint-000019"]
     assert "checkpoint-000019 is whole, and is listed now" in told[0]
     assert "checkpoint-000022 cannot be used (model.safetensors is missing or has another size)" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.ENOSPC, "the cache has 0.1 GB free"), True),
+        (ConnectionError("S3 does not answer"), True),
+        (PermissionError("S3 refuses the key"), True),
+        (FileNotFoundError("model.safetensors"), False),
+        (DownloadError("its sha256 is another one"), False),
+    ],
+)
+def test_a_place_that_cannot_be_read_now_costs_no_checkpoint(
+    run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, passes: bool
+) -> None:
+    """What may pass ends this try, and the newest checkpoint stays in the list; what is damaged leaves it."""
+    listed, opened = read_list(str(run)), storage.opened
+    assert listed is not None
+
+    def newest_fails(address: str) -> contextlib.AbstractContextManager[Path]:
+        if address.endswith(listed[-1].name):
+            raise error
+        return opened(address)
+
+    monkeypatch.setattr(storage, "opened", newest_fails)
+    taken = _newest_complete(of(CONFIG, str(run)), listed, torch.device("cpu"), lambda text: None)
+    if passes:
+        with pytest.raises(type(error)), taken:
+            pass
+    else:
+        with taken as (folder, found):
+            assert folder == run / listed[-2].name
+            assert found == listed[:-1]
+    assert read_list(str(run)) == (listed if passes else listed[:-1])
 
 
 def test_where_every_checkpoint_is_damaged_nothing_begins_again(run: Path) -> None:
