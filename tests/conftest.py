@@ -109,7 +109,7 @@ def _no_cluster_of_others(request: pytest.FixtureRequest, shared_cluster: Shared
 def _shares_cluster(item: pytest.Item) -> bool:
     fixtures = getattr(item, "_fixtureinfo", None)
     found = fixtures.name2fixturedefs.get("service", ()) if fixtures else ()
-    return any(not definition.baseid.endswith(".py") for definition in found)  # that of this file
+    return bool(found) and not found[-1].baseid.endswith(".py")  # the last one overrides that of this file
 
 
 @pytest.fixture(scope="module")
