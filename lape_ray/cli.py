@@ -13,9 +13,9 @@ import shlex
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from lape_ray.config import (
     NAMES,
@@ -179,6 +179,38 @@ def run_job(job: Callable[[], int | None]) -> NoReturn:
     sys.exit(code[0])
 
 
+class _Dropping:
+    """A stream that drops what cannot be written to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def printing_cannot_fail() -> Iterator[None]:
+    """Drop lines that cannot be printed: they must not end a training whose `| head` has left, or whose log is full."""
+    with contextlib.ExitStack() as stack:
+        for stream, redirect in (
+            (sys.stdout, contextlib.redirect_stdout),
+            (sys.stderr, contextlib.redirect_stderr),
+        ):
+            if stream is not None:  # it was closed before Python started
+                stack.enter_context(redirect(cast(TextIO, _Dropping(stream))))
+        yield
+
+
 def _leave(code: Sequence[int]) -> NoReturn:
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
@@ -198,15 +230,21 @@ def exit_code(job: Callable[[], int | None]) -> int:
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0
-        print(end.code, file=sys.stderr)
+        _say(f"{end.code}\n")
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted\n")
         return 130
     except Exception as error:
         if not isinstance(error, (ValueError, OSError)) and not hasattr(error, "exit_code"):
-            print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+            _say(redacted(traceback.format_exc()))
             return 1
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        _say(f"error: {redacted(str(error))}\n")
         code: int = getattr(error, "exit_code", 2)
         return code
+
+
+def _say(text: str) -> None:
+    """Print to the standard error; the exit code tells it all the same where nobody reads that."""
+    with printing_cannot_fail():
+        print(text, end="", file=sys.stderr, flush=True)

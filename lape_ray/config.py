@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from lape_ray.values.plugin import TABLES, Plugin, TrustedPlugin
+from lape_ray.values.plugin import PLUGIN_NAME, TABLES, Plugin, TrustedPlugin
 from lape_ray.values.redaction import redacted, refuse_secret
 from lape_ray.values.typed import typed
 
@@ -182,9 +182,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_addresses(self)
-        if self.plugin is not None:
-            _check_new(self.plugin)
-        _check_choices(self, {} if self.plugin is None else {of: self.plugin.names(of) for of in TABLES})
+        _check_choices(self, self._added())
         _check_range(
             self, 1, 2**31, "num_classes", "image_size", "patch_size", "embed_dim", "depth", "num_heads",
             "window_size",
@@ -197,6 +195,15 @@ class ModelConfig:
         _check_range(self, 0, 0.99, "drop_path", "attention_dropout")
         _check_range(self, 0, 100, "layer_scale")
 
+    def _added(self) -> Mapping[str, Iterable[str]]:
+        """Return the names that the plugin adds, by field: of a stored one, which is not read yet, those in use."""
+        if self.plugin is None:
+            return {}
+        if not isinstance(self.plugin, TrustedPlugin):
+            return {of: [name] for of in TABLES if PLUGIN_NAME.fullmatch(name := getattr(self, of))}
+        _check_new(self.plugin)
+        return {of: self.plugin.names(of) for of in TABLES}
+
 
 def _check_new(plugin: Plugin) -> None:
     """Refuse a plugin with a name that is there already."""
@@ -204,7 +211,8 @@ def _check_new(plugin: Plugin) -> None:
         for name, line in plugin.names(of).items():
             _require(
                 name not in typing.get_args(literal),
-                f"{plugin.name}, line {line}: {of}={name} is there already; choose another name",
+                f"{plugin.name}, line {line}: {of}={name} is there already; "
+                f"{plugin.way_out or 'choose another name'}",
             )
 
 
@@ -663,9 +671,9 @@ def _with_todays_sections(values: Any) -> Any:
 
 
 def _without_passwords(value: Any) -> Any:
-    """Redact a recorded config: it may be from before addresses with passwords were refused."""
+    """Redact a recorded config: it may be from before addresses with passwords were refused; no plugin is."""
     if isinstance(value, dict):
-        return {key: _without_passwords(each) for key, each in value.items()}
+        return {key: each if key == "plugin" else _without_passwords(each) for key, each in value.items()}
     return redacted(value) if isinstance(value, str) else value
 
 

@@ -93,9 +93,14 @@ def find_cluster() -> str | None:
     notes its address outlives a Ray that was killed.
 
     Raises:
-        ValueError: no Ray answers at RAY_ADDRESS.
+        ValueError: no Ray answers at RAY_ADDRESS, or it has an account.
     """
     given = os.environ.get("RAY_ADDRESS", "")
+    if "@" in given:  # with or without a scheme; Ray shows addresses, and errors quote parts of them
+        raise ValueError(
+            f"RAY_ADDRESS=...@{redacted(given.rpartition('@')[2])} has an account, which Ray does not read: leave out "
+            "what stands before @; a token is given as RAY_AUTH_TOKEN"
+        )
     try:
         address = given if "://" in given else canonicalize_bootstrap_address(None)
         if address is not None:

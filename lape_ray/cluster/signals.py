@@ -27,8 +27,9 @@ def signals_ask(stop: Callable[[], object]) -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL)
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         stop()
-        # Not `print`, which raises where the signal comes while this thread prints.
-        os.write(1, f"{name}: the run ends after a checkpoint; a second one ends it at once\n".encode())
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            # Not `print`, which raises where the signal comes while this thread prints.
+            os.write(1, f"{name}: the run ends after a checkpoint; a second one ends it at once\n".encode())
 
     before = {number: signal.signal(number, ask) for number in ENDING}
     try:

@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from lape_ray.cli import printing_cannot_fail
 from lape_ray.storage import home
 
 
@@ -37,4 +38,5 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, project: Pa
     options, overrides = build_parser(prog, project).parse_known_args(argv)
     from lape_ray.cluster.demo import run_demo  # after parsing, so that --help is instant
 
-    return run_demo(project, **vars(options), overrides=overrides)
+    with printing_cannot_fail():
+        return run_demo(project, **vars(options), overrides=overrides)

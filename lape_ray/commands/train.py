@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from lape_ray.cli import ConfigParser, parse, recipe_parser
+from lape_ray.cli import ConfigParser, parse, printing_cannot_fail, recipe_parser
 
 
 def build_parser(prog: str | None = None) -> ConfigParser:
@@ -22,4 +22,5 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     config = parse(argv, description=__doc__, prog=prog)
     from lape_ray.cluster.launch import fit  # after parsing, so that --help needs no torch and no ray
 
-    print(fit(config, began=began).summary())
+    with printing_cannot_fail():
+        print(fit(config, began=began).summary())

@@ -9,9 +9,10 @@ tune free deit_tiny_lape --space 'optim.lr=loguniform(1e-4,3e-3)' --trials 16 --
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
-from lape_ray.cli import ConfigParser
+from lape_ray.cli import ConfigParser, printing_cannot_fail
 from lape_ray.search.options import search_parser
 
 
@@ -25,4 +26,5 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     options, overrides = build_parser(prog).parse_job(argv)
     from lape_ray.search.command import run_command  # after parsing, so that --help is instant
 
-    print(run_command(**options, overrides=overrides))
+    with contextlib.nullcontext() if options["list"] else printing_cannot_fail():
+        print(run_command(**options, overrides=overrides))

@@ -27,7 +27,7 @@ from lape_ray.model.position.content import ContentBias
 from lape_ray.model.position.join import Join
 from lape_ray.model.position.relative import Bias
 from lape_ray.model.position.rotary import Rotary
-from lape_ray.values.plugin import Plugin, TrustedPlugin, refusal
+from lape_ray.values.plugin import TABLES, Plugin, TrustedPlugin, refusal
 
 DOCS = "docs/positions.md says what it must be"
 _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -41,7 +41,7 @@ _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
 }
 """What the dicts hold: objects of a kind; or classes that extend it, with what it leaves open."""
 _loaded: dict[str, Plugin] = {}
-"""The plugins that this process has run, by sha256."""
+"""The plugins that this process has run, by identity."""
 
 
 def load(plugin: Plugin | None) -> None:
@@ -50,13 +50,14 @@ def load(plugin: Plugin | None) -> None:
     Raises:
         ValueError: it is not trusted, fails, adds something of another kind, or a name that another one has added.
     """
-    if plugin is None or plugin.sha256 in _loaded:
+    if plugin is None or plugin.identity in _loaded:
         return
     if not isinstance(plugin, TrustedPlugin):
         raise ValueError(refusal(plugin))
-    for table, names in plugin.tables.items():
-        for name, line in names.items():
-            if name in getattr(position, table):
+    for of, tables in TABLES.items():
+        known = {name for table in tables for name in getattr(position, table)}
+        for name, line in plugin.names(of).items():
+            if name in known:  # in any dict of the field: a network looks into all of them
                 raise ValueError(
                     f"{plugin.name}, line {line}: {name} is that of another text already, which this process has run "
                     f"({', '.join(map(str, _loaded.values()))}); give it another name, or start one command for each"
@@ -69,7 +70,7 @@ def load(plugin: Plugin | None) -> None:
     own = {name: JOINS[name] for name in plugin.names("join")}
     STAGED_JOINS.update({name: join for name, join in own.items() if join.staged})
     PREFIX_JOINS.update({name: join for name, join in own.items() if not join.pooled})
-    _loaded[plugin.sha256] = plugin
+    _loaded[plugin.identity] = plugin
 
 
 def _run(plugin: Plugin) -> types.ModuleType:
@@ -80,7 +81,7 @@ def _run(plugin: Plugin) -> types.ModuleType:
     linecache.cache[plugin.name] = (len(plugin.text), None, plugin.text.splitlines(True), plugin.name)
     sys.modules[module.__name__] = module
     with told(plugin):
-        exec(compile(plugin.text, plugin.name, "exec"), module.__dict__)
+        exec(compile(plugin.text, plugin.name, "exec", dont_inherit=True), module.__dict__)
     return module
 
 
@@ -129,7 +130,7 @@ def build_checked(plugin: Plugin, build: Callable[[], Network]) -> Network:
     load(plugin)
     with told(plugin, ValueError):
         network = build()
-    with told(plugin), torch.no_grad():
+    with told(plugin), torch.no_grad(), _evaluating(network):
         blocks = [(stage, block) for stage in network.stages() for block in stage.blocks]
         for number, (layer, block) in enumerate(zip_longest(network.layer_positions(), blocks)):
             if layer is None or block is None:
@@ -139,6 +140,18 @@ def build_checked(plugin: Plugin, build: Callable[[], Network]) -> Network:
                 if tuple(found) != expected:  # broadcasting could hide it
                     raise ValueError(f"layer {number}: {what} is {tuple(found)}, not {expected}")
     return network
+
+
+@contextlib.contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Let a network evaluate: a BatchNorm, say, must not take the zeros of a check for images."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _shapes(

@@ -19,6 +19,8 @@ _SLASHED = r"[^\s/?#@:\[]*:(?!\d*(?:[/?#]|$))\S*"  # a password with a slash in 
 _DATABASE = re.compile(rf"(?<![a-z0-9+.-])({_DATABASES}[^\s/:@]*):\S*@", re.IGNORECASE)
 _ACCOUNT = re.compile(rf"{_START}(?:[^\s/?#]*|{_SLASHED})@", re.IGNORECASE)
 _PARAMETER = re.compile(r"([?&;#])([^=&;#?\s]+)=([^&;#\s'\"]+)")
+_SERVER = re.compile("_PROXY$|ENDPOINT", re.IGNORECASE)
+"""In the name of a variable whose address is a server's also without a scheme, and no path."""
 SHARED = ("AWS_", "HF_", "MLFLOW_", "LAPE_RAY_")
 _INSTEAD = {
     "http": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN,",
@@ -56,7 +58,7 @@ def refuse_secret(name: str, address: str | None) -> None:
     Raises:
         ValueError: names the variables to use instead, and not the secret.
     """
-    whole = re.sub(r"\s", "+", address or "")  # a database's password may have spaces
+    whole = _with_scheme(name, re.sub(r"\s", "+", address or ""))  # a database's password may have spaces
     shown = redacted(whole)
     if shown == whole:
         return
@@ -71,9 +73,12 @@ def refuse_secret(name: str, address: str | None) -> None:
 
 def is_secret(name: str, value: str) -> bool:
     """Return whether a variable holds a secret: by its name, or as an address with a password."""
-    if name.lower().endswith("_proxy") and "://" not in value:
-        value = f"http://{value}"
+    value = _with_scheme(name, value)
     return bool(SECRET.search(name)) or redacted(value) != value
+
+
+def _with_scheme(name: str, address: str) -> str:
+    return f"http://{address}" if _SERVER.search(name) and "://" not in address else address
 
 
 def shared_variables() -> dict[str, str]:

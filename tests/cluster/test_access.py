@@ -95,6 +95,19 @@ def test_an_address_that_the_user_named_must_answer(
         connection.find_cluster()
 
 
+@pytest.mark.parametrize("start", ["", "ray://", "http://ann://"])
+def test_no_part_of_an_account_of_an_address_is_shown(
+    note: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    for account in ("user:hidden", "hidden", "user:pass/hidden", "user:p@hidden"):
+        monkeypatch.setenv("RAY_ADDRESS", f"{start}{account}@127.0.0.1:{free_ports(1)[0]}")
+        with pytest.raises(
+            ValueError, match=r"^RAY_ADDRESS=\.\.\.@127\.0\.0\.1:\d+ has an account, .*RAY_AUTH_TOKEN"
+        ) as refusal:
+            connection.find_cluster()
+        assert "hidden" not in str(refusal.value)
+
+
 def test_a_cluster_that_answers_is_taken(note: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert connection.find_cluster() is None
     with socket.create_server(("0.0.0.0", 0)) as server:

@@ -173,6 +173,42 @@ def test_a_signal_may_come_while_a_line_is_printed(
     assert capfd.readouterr().out.startswith("SIGTERM: the run ends after a checkpoint")
 
 
+def test_a_run_that_nobody_reads_goes_on_and_stops_with_a_checkpoint(home: Path) -> None:
+    """As behind `| head`: neither its lines nor its answer to a signal can be written."""
+    words = command(home, "--run.name=unread", "--optim.epochs=400", "--tracking.pages=false")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        for line in process.stdout:
+            if line.startswith("epoch   1/400"):
+                break
+        process.stdout.close()
+        process.stderr.close()
+        folder, deadline = home / "runs/unread", time.monotonic() + 100
+        while max((path.name for path in folder.glob("checkpoint-epoch-*")), default="")[-6:] < "000003":
+            assert process.poll() is None, "it ended with the line of epoch 2"
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 143
+    record = json.loads((folder / "run.json").read_text())
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    assert client.get_run(record["mlflow_run_id"]).info.status == "KILLED"
+    steps = json.loads((folder / "checkpoints.json").read_text())["checkpoints"][-1]["steps_done"]
+    assert len(losses(home, record["mlflow_run_id"])) == steps
+
+
+def test_a_signal_asks_where_nobody_reads() -> None:
+    """The handler's own line is none that may fail."""
+    code = (
+        "import os, signal\nfrom lape_ray.cluster.signals import signals_ask\nasked = []\n"
+        "os.close(1)\nwith signals_ask(lambda: asked.append(1)):\n    signal.raise_signal(signal.SIGTERM)\n"
+        "os._exit(len(asked))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_sigterm_leaves_a_checkpoint_and_the_command_goes_on(home: Path) -> None:
     words = command(home, "--run.name=stopped", "--optim.epochs=400", "--tracking.pages=false")
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

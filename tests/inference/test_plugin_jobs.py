@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -120,6 +121,21 @@ def test_the_file_itself_is_trust_where_it_is_the_stored_one(trained: Path, home
     ):
         done = run_here("jobs/evaluate.py", trained, *words)
         assert found in done.stdout + done.stderr
+
+
+def test_a_text_of_another_python_is_said_to_be_that(trained: Path, tmp_path: Path) -> None:
+    """Of a checkpoint that is whole: a copy of it would not help."""
+    newer = tmp_path / "newer"
+    shutil.copytree(trained, newer)
+    meta = json.loads((newer / "meta.json").read_text())
+    plugin = meta["config"]["model"]["plugin"]
+    plugin |= {"text": plugin["text"] + "match = (", "read_by": "Python 3.99.0, lape_ray 9.0"}
+    plugin["sha256"] = hashlib.sha256(plugin["text"].encode()).hexdigest()
+    (newer / "meta.json").write_text(json.dumps(meta))
+    assert "which is not run unasked" in run_here("jobs/evaluate.py", newer).stderr
+    error = run_here("jobs/evaluate.py", newer, "--trust-plugin").stderr
+    assert error.startswith(f"error: {newer}: mine.py, line ")
+    assert error.endswith("'match = ('; use what it was stored by: Python 3.99.0, lape_ray 9.0\n")
 
 
 USES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import os
 import pickle
@@ -10,14 +11,23 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from helpers.plugins import EVERYTHING, EXAMPLE, written
 
 from lape_ray.cli import parse
-from lape_ray.config import ModelConfig, TrainConfig, config_hash, dump, from_dict, replace_fields, to_dict
+from lape_ray.config import (
+    NAMES,
+    ModelConfig,
+    TrainConfig,
+    config_hash,
+    dump,
+    from_dict,
+    replace_fields,
+    to_dict,
+)
 from lape_ray.inference.official import not_official
 from lape_ray.model import build_model
 from lape_ray.model.plugin import load
@@ -109,6 +119,76 @@ def test_a_file_that_is_not_there_is_refused() -> None:
         TrustedPlugin.read("nowhere.at_all")
 
 
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('HF_TOKEN = "hidden"', "HF_TOKEN"),
+        ('TOKEN: str = "hidden"', "TOKEN"),
+        ('user, self.password = "ann", b"hidden"', "password"),
+        ('os.environ["AWS_SECRET_ACCESS_KEY"] = "hidden"', "AWS_SECRET_ACCESS_KEY"),
+        ('os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "hidden")', "AWS_SECRET_ACCESS_KEY"),
+        ('login(token="hidden")', "token"),
+        ('login(**{"token": "hid" + "den"})', "token"),
+        ('token = os.environ.get("X") or f"hidden{1}"', "token"),
+        ('def login(user, token="hidden"): pass', "token"),
+        ('def login(*, api_key="hidden"): pass', "api_key"),
+        ('url = "https://host/?token=hidden"', "'url = \"https://host/?token=***\"'"),
+    ],
+)
+def test_a_password_in_a_plugin_is_refused_and_not_shown(tmp_path: Path, line: str, what: str) -> None:
+    message = f"mine.py, line 13: {what} seems to hold a password or token"
+    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+        written(tmp_path, f"{NOTHING}\n{line}")
+    assert "hidden" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "#num_tokens=197",
+        "x = 1  # layout;num_tokens=197&class_token=1",
+        "shape = 'B;num_tokens=N'",
+        'num_tokens = 197; token = os.environ["HF_TOKEN"]; HF_TOKEN = ""',
+        'token = os.environ.get("HF_TOKEN", None)',
+        "def f(class_token=None, *, pass_token): return dict(class_token=class_token, tokens=3)",
+    ],
+)
+def test_what_is_no_password_is_taken_and_read_again(tmp_path: Path, line: str) -> None:
+    stored = to_dict(model(written(tmp_path, f"{NOTHING}\n{line}")))
+    read = from_dict(ModelConfig, stored).plugin
+    assert read is not None
+    assert read.text.endswith(line)
+
+
+def test_a_distribution_that_is_listed_twice_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does none that has another part of the same package."""
+    folders = {
+        "site/mypos-1.0.dist-info": ("METADATA", "mypos", "RECORD", "mypos/joins.py,,\n"),
+        "site/other-2.0.dist-info": ("METADATA", "other", "RECORD", "mypos/other.py,,\n"),
+        "source/MyPos.egg-info": ("PKG-INFO", "MyPos", "SOURCES.txt", "source/mypos/joins.py\n"),
+    }
+    (tmp_path / "site/mypos").mkdir(parents=True)
+    (tmp_path / "site/mypos/joins.py").write_text(NOTHING)
+    for folder, (facts, name, files, listed) in folders.items():
+        (tmp_path / folder).mkdir(parents=True)
+        number = "2.0" if name == "other" else "1.0"
+        (tmp_path / folder / facts).write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+        (tmp_path / folder / files).write_text(listed)
+        (tmp_path / folder / "top_level.txt").write_text("mypos\n")
+    for folder in ("source", "site"):
+        monkeypatch.syspath_prepend(tmp_path / folder)
+    assert TrustedPlugin.read("mypos.joins").version == "mypos 1.0"
+
+
+def test_line_ends_do_not_change_a_plugin(tmp_path: Path) -> None:
+    """As git may write the same file with others elsewhere."""
+    unix = written(tmp_path, NOTHING)
+    (tmp_path / "windows.py").write_bytes(NOTHING.replace("\n", "\r\n").encode())
+    assert TrustedPlugin.read(str(tmp_path / "windows.py")).identity == unix.identity
+
+
 def test_an_option_with_a_digest_takes_that_text_alone() -> None:
     plugin = TrustedPlugin.read(str(EXAMPLE))
     assert TrustedPlugin.read(str(plugin)) == plugin
@@ -188,6 +268,50 @@ def test_a_stored_config_holds_the_text_and_no_trust(tmp_path: Path) -> None:
             from_dict(TrainConfig, forged)
 
 
+def _stored(tmp_path: Path, text: str, read_by: str) -> dict[str, Any]:
+    """What a checkpoint of another version may hold."""
+    values = to_dict(model(written(tmp_path, NOTHING), join="mine"))
+    values["plugin"] |= {
+        "text": text,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "read_by": read_by,
+    }
+    return values
+
+
+def test_a_stored_name_that_has_become_ours_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = _stored(tmp_path, NOTHING, "Python 3.10.1, lape_ray 0.0.1")
+    mine = written(tmp_path, NOTHING)
+    monkeypatch.setitem(NAMES, "join", Literal["basic", "mine"])
+    with pytest.raises(ValueError, match=r"line 11: join=mine is there already; choose another name"):
+        model(mine)
+    read = from_dict(ModelConfig, stored)
+    for given in (TRUST, mine):
+        plugin = trusted(read.plugin, given)  # type: ignore[arg-type]
+        with pytest.raises(
+            ValueError, match=r"is there already; use what it was stored by: Python 3\.10\.1, lape_"
+        ):
+            dataclasses.replace(read, plugin=plugin)
+
+
+def test_a_stored_text_that_this_python_cannot_read_is_no_damage(tmp_path: Path) -> None:
+    text = f"{NOTHING}x = ("
+    read = from_dict(ModelConfig, _stored(tmp_path, text, "Python 3.99.0, lape_ray 9.0"))
+    assert read.plugin is not None
+    assert read.plugin.text == text
+    with pytest.raises(
+        ValueError, match=r"line 12: .*; use what it was stored by: Python 3\.99\.0, lape_ray 9"
+    ):
+        trusted(read.plugin, TRUST)
+    older = from_dict(ModelConfig, _stored(tmp_path, text, "")).plugin
+    with pytest.raises(ValueError, match=r"use what it was stored by: an earlier version"):
+        trusted(older, TRUST)
+    with pytest.raises(ValueError, match="join='a b' is not known"):
+        from_dict(ModelConfig, {**_stored(tmp_path, text, ""), "join": "a b"})
+
+
 # --- who runs it ----------------------------------------------------------------------------------------------
 
 
@@ -198,15 +322,15 @@ def test_a_stored_text_is_run_by_trust_alone(tmp_path: Path) -> None:
     stored = from_dict(ModelConfig, to_dict(model(given, join="mine"))).plugin
     assert stored is not None
     with pytest.raises(
-        ValueError, match=r"mine\.py@sha256:.* is not run unasked: .*plugin, or --trust-plugin"
-    ):
+        ValueError, match=r"mine\.py@sha256:.* is not run unasked: give the same file with --model\.plugin$"
+    ):  # of a teacher, beside which there is no other option
         build_model(model(stored, join="mine"))
-    with pytest.raises(ValueError, match="is not run unasked"):
+    with pytest.raises(ValueError, match=r"is not run unasked: .*plugin, or --trust-plugin"):
         trusted(stored, None)
     with pytest.raises(ValueError, match=r"it was trained with .* and not with .*my_positions"):
         trusted(stored, TrustedPlugin.read(str(EXAMPLE)))
     assert not trace.exists()
-    assert trusted(stored, given) is given
+    assert trusted(stored, given) == given
     build_model(model(trusted(stored, TRUST), join="mine"))
     assert trace.exists()
     trace.unlink()
@@ -237,6 +361,33 @@ def test_another_text_with_the_same_names_is_refused(tmp_path: Path) -> None:
         ValueError, match="line 11: mine is that of another text already, which this process has run"
     ):
         load(second)
+    package = TrustedPlugin("acme.joins", "acme 1.0", first.sha256, first.text)
+    with pytest.raises(ValueError, match="mine is that of another text already"):
+        load(package)  # it may import other modules
+
+
+@pytest.mark.parametrize(
+    ("field", "table", "other"),
+    [
+        (
+            "position",
+            "ABSOLUTES = {'normal': AbsoluteKind(False, False, ramp)}",
+            "CONDITIONALS = {'normal': Pointwise}",
+        ),
+        ("bias", "CONTENT_BIASES = {'keyed': Contextual}", "BIASES = {'keyed': Constant}"),
+    ],
+)
+def test_another_kind_with_the_same_name_is_refused(
+    tmp_path: Path, field: str, table: str, other: str
+) -> None:
+    """A network looks for a name in all dicts of its field, and would have both."""
+    classes, _, _ = EVERYTHING.partition("ABSOLUTES = ")
+    first, second = (written(tmp_path, classes + text) for text in (table, other))
+    (name,) = first.names(field)
+    before = build_model(model(first, **{field: name})).state_dict()
+    with pytest.raises(ValueError, match=rf"line \d+: {name} is that of another text already"):
+        load(second)
+    assert build_model(model(first, **{field: name})).state_dict().keys() == before.keys()
 
 
 # --- what it makes --------------------------------------------------------------------------------------------
@@ -314,6 +465,32 @@ def test_what_does_not_fit_the_network_is_refused(tmp_path: Path, body: str, mes
 def test_what_is_of_another_kind_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(written(tmp_path, text))
+
+
+def test_the_check_leaves_a_network_as_it_was_made(tmp_path: Path) -> None:
+    """A BatchNorm has seen no image, and what the file lets evaluate goes on to."""
+    head, _, _ = EVERYTHING.partition("ABSOLUTES = ")
+    text = head + (
+        "class Normed(nn.Module):\n"
+        "    def __init__(self, layout):\n"
+        "        super().__init__()\n"
+        "        self.norm, self.frozen = (nn.BatchNorm1d(layout.embed_dim) for _ in range(2))\n"
+        "        self.frozen.eval()\n"
+        "    def forward(self, x_BND):\n"
+        "        return self.frozen(self.norm(x_BND.mT)).mT\n"
+        "CONDITIONALS = {'normed': Normed}"
+    )
+    network = build_model(model(written(tmp_path, text), position="normed"))
+    state = network.state_dict()
+    assert state["conditional.norm.num_batches_tracked"] == 0
+    assert state["conditional.norm.running_var"].eq(1).all()
+    modes = {name: module.training for name, module in network.named_modules()}
+    assert [name for name, training in modes.items() if not training] == ["conditional.frozen"]
+
+
+def test_the_text_is_compiled_as_it_stands(tmp_path: Path) -> None:
+    """Without our `from __future__ import annotations`."""
+    load(written(tmp_path, f"{NOTHING}\ndef f(x: int): ...\nassert f.__annotations__ == {{'x': int}}"))
 
 
 def test_sizes_that_do_not_fit_are_said_as_without_a_plugin() -> None:

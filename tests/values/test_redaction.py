@@ -77,6 +77,14 @@ def test_a_password_with_a_space_is_refused() -> None:
     assert SECRET not in str(refusal.value)
 
 
+def test_an_endpoint_without_a_scheme_is_one_all_the_same() -> None:
+    """boto3's own error would show all of it."""
+    refuse_secret("AWS_ENDPOINT_URL", "host:9000")
+    with pytest.raises(ValueError, match="AWS_ENDPOINT_URL='http://host:9000' was given with") as refusal:
+        refuse_secret("AWS_ENDPOINT_URL", f"ann:{SECRET}@host:9000")
+    assert SECRET not in str(refusal.value)
+
+
 def test_an_error_without_words_has_a_first_line() -> None:
     assert first_line(ValueError()) == "ValueError"
     assert first_line(ValueError(f"\nno http://a:{SECRET}@h\nmore")) == "no http://h"
@@ -89,7 +97,9 @@ VARIABLES = [
     ("MLFLOW_TRACKING_URI", f"https://ann:{SECRET}@host", True), ("MLFLOW_TRACKING_URI", "https://host", False),
     ("https_proxy", f"http://ann:{SECRET}@host:3128", True), ("HTTPS_PROXY", f"ann:{SECRET}@host:3128", True),
     ("no_proxy", "localhost,127.0.0.1", False), ("http_proxy", "host:3128", False),
-    ("AWS_ENDPOINT_URL", f"http://ann:{SECRET}@host", True), ("AWS_ENDPOINT_URL", "http://host:9000", False),
+    ("AWS_ENDPOINT_URL", f"http://ann:{SECRET}@host", True), ("AWS_ENDPOINT_URL_S3", f"ann:{SECRET}@host:1", True),
+    ("HF_ENDPOINT", f"ann:{SECRET}@host", True), ("AWS_ENDPOINT_URL", "host:9000", False),
+    ("AWS_ENDPOINT_URL", "http://host:9000", False),
     ("MLFLOW_TRACKING_USERNAME", "trainer", False), ("AWS_REGION", "us-east-1", False), ("AWS_PROFILE", "mine", False),
 ]  # fmt: skip
 
