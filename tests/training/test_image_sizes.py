@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from safetensors.torch import load_file
 from lape_ray.config import DataConfig, TrainConfig, replace_fields
 from lape_ray.data.beton import write_beton
 from lape_ray.data.sources import digits, select
+from lape_ray.inference.card import _figures
 from lape_ray.model import build_model
 from lape_ray.model.convert import load_weights
 from lape_ray.recipes import recipe
 from lape_ray.training import state as state_module
+from lape_ray.training.checkpoint import read_metadata
 from lape_ray.training.loop import train
 from lape_ray.training.preflight import check_before_start, check_split
 from lape_ray.training.state import TrainState, build_state, resize_state
@@ -104,6 +107,20 @@ def test_images_and_network_change_their_size_together(config: TrainConfig, tmp_
     assert tables == [1 + 4, 1 + 4, 1 + 16]
     (line,) = [line for line in recorder.lines if "from here on" in line]
     assert line == "epoch 3: images of 32 px from here on; pos_embed resized from (1, 5, 32) to (1, 17, 32)"
+
+
+def test_figures_of_a_checkpoint_are_of_its_weights_and_the_models_size(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    run(config, tmp_path)
+    for name in ("1", "2", "step-8"):
+        meta = read_metadata(tmp_path / name)
+        assert "val/acc1" in meta.metrics and meta.evaluation == {}
+        assert _figures(SimpleNamespace(trained=meta, config=config), ema=False) == ""  # type: ignore[arg-type]
+    meta = read_metadata(tmp_path / "3")
+    assert meta.evaluation["val/acc1"] == meta.metrics["val/acc1"]
+    card = _figures(SimpleNamespace(trained=meta, config=config), ema=False)  # type: ignore[arg-type]
+    assert f"| acc1 | {meta.metrics['val/acc1']:.4g} |" in card
 
 
 def step(state: TrainState, epoch: int) -> None:
