@@ -580,6 +580,11 @@ class TrainConfig:
         side = next((phase.side for phase in sizes if epoch < phase.end), sizes[-1].side)
         return dataclasses.replace(self, model=dataclasses.replace(self.model, image_size=side))
 
+    def has_last_size(self, epoch: int) -> bool:
+        """Tell whether images have the model's size in epoch `epoch`, counted from 0; others do not compare with it."""
+        sizes = self.data.image_sizes
+        return not sizes or self.at_epoch(epoch).model.image_size == sizes[-1].side
+
     @property
     def last_epoch(self) -> int:
         """Return the epoch after which this submission ends: the schedule's last, or `run.stop_after_epochs`."""

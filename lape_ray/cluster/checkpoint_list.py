@@ -36,7 +36,7 @@ class Listed:
     Attributes:
         name: of its folder
         steps_done: optimizer steps since the beginning of the run
-        score: val/acc1 in percent; None where nothing was evaluated
+        score: val/acc1 in percent; None where nothing was evaluated, or not with images of the model's size
     """
 
     name: str
@@ -204,8 +204,7 @@ def _described(folder: str, name: str, files: Mapping[str, storage.Stored]) -> L
     for file, facts in described.items():
         if file not in files or {"bytes": files[file].size} != {"bytes": facts.get("bytes")}:
             raise ValueError(f"{file} is missing or has another size")
-    score = None if meta.progress.step else meta.metrics.get("val/acc1")
-    return Listed(name=name, steps_done=meta.steps_done, score=score)
+    return Listed(name=name, steps_done=meta.steps_done, score=meta.evaluation.get("val/acc1"))
 
 
 def _in_words(

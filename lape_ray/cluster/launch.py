@@ -40,7 +40,7 @@ class FitResult:
     name: str
     metrics: Mapping[str, float]
     checkpoint: str
-    """Address of the best checkpoint."""
+    """Address of the best checkpoint; of the newest, where none was evaluated at the model's image size."""
     mlflow_run_id: str
     tracking_uri: str
     tracked: bool
@@ -151,9 +151,9 @@ def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:
         place.train(run, lease)
         lease.check()
         listed = recover(run.folder, log.warning)
-        chosen = best(listed)
-        if chosen is None:
+        if not listed:
             raise RuntimeError("the training ended without a checkpoint")
+        chosen = best(listed) or listed[-1]  # a run may end before its images have the model's size
         checkpoint = storage.join(run.folder, chosen.name)
         with storage.opened(checkpoint) as files:
             meta = read_metadata(files)
@@ -161,7 +161,7 @@ def _train_and_conclude(run: Run, lease: Lease, place: Place) -> FitResult:
             tracked = (
                 tracking.send_unsent(run.folder, uri, run_id)
                 and (read_list(run.folder) == before or tracking.holds_metric(uri, run_id, "epoch"))
-                and tracking.log_model(uri, run_id, files, metrics, _facts(meta, checkpoint))
+                and tracking.log_model(uri, run_id, files, meta.evaluation, _facts(meta, checkpoint))
             )
             end.tracked = tracked
         journal = read_journal(run.folder)

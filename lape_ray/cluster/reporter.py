@@ -91,7 +91,8 @@ class RunReporter:
         report = every is not None and number % every == 0
         if report or number == self.run.config.last_epoch:
             self.wait_until_saved()
-        entry = Listed(name=f"checkpoint-epoch-{number:06}", steps_done=step, score=metrics.get("val/acc1"))
+        score = metrics.get("val/acc1") if self.run.config.has_last_size(number - 1) else None
+        entry = Listed(name=f"checkpoint-epoch-{number:06}", steps_done=step, score=score)
         self._store(entry, f"after epoch {number}", snapshot)
         if report and every is not None:
             self._position_report(range(every, number + 1, every))

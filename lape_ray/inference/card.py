@@ -84,7 +84,7 @@ def _about(predictor: Predictor, *, ema: bool) -> str:
 
 def _figures(predictor: Predictor, *, ema: bool) -> str:
     start = "val_ema/" if ema else "val/"
-    metrics = predictor.trained.metrics if predictor.trained is not None else {}
+    metrics = predictor.trained.evaluation if predictor.trained is not None else {}
     rows = {
         key.removeprefix(start): f"{value:.4g}" for key, value in metrics.items() if key.startswith(start)
     }

@@ -180,11 +180,10 @@ def build_space(name: str, base: TrainConfig, axes: Mapping[str, Axis], fixed: S
             f"the space {name} holds a single cell, so there is nothing to search: fix fewer fields, "
             "or add an axis such as --space optim.lr=choice(5e-4,1e-3)"
         )
-    # Every combination of cells and choices must be valid, with ranges at their middle.
-    choices = {each: a if isinstance(a, Choice) else Choice((a.at(0.5),)) for each, a in kept.items()}
-    for point in Space(cells=cells, axes=choices).points():
+    space = Space(cells=cells, axes=kept)
+    for point in space.examples():
         check_point(base, point)
-    return Space(cells=cells, axes=kept)
+    return space
 
 
 def check_point(base: TrainConfig, point: Cell) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -128,8 +129,16 @@ class Trial:
 
 
 def best_epoch(epochs: Sequence[Epoch], metric: str, sign: int) -> Epoch | None:
-    """Return the best epoch, of equals the last; None where the metric is a number in none."""
-    known = [one for one in epochs if metric in one.metrics and one.metrics[metric] == one.metrics[metric]]
+    """Return the best epoch, of equals the last; None where the metric is a number in none.
+
+    Only those count whose images have the size of the last one's: others do not compare.
+    """
+    side = epochs[-1].metrics.get("train/image_size") if epochs else None
+    known = [
+        one
+        for one in epochs
+        if not math.isnan(one.metrics.get(metric, math.nan)) and one.metrics.get("train/image_size") == side
+    ]
     return max(known, key=lambda one: (sign * one.metrics[metric], one.epoch), default=None)
 
 

@@ -8,17 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from lape_ray import storage, tracking
 from lape_ray.cluster.connection import connected
 from lape_ray.cluster.controller import variables
 from lape_ray.cluster.launch import prepared, status_of
 from lape_ray.cluster.on_ray import refuse_local_store, uses_gpu
 from lape_ray.cluster.resources import lack, wait_for_room
-from lape_ray.config import replace_fields
-from lape_ray.model import build_model
-from lape_ray.model.plugin import dry_device
+from lape_ray.config import TrainConfig, replace_fields
+from lape_ray.model import resolve
 from lape_ray.recipes import command_line
 from lape_ray.search.cells import check_point
 from lape_ray.search.live import Display
@@ -32,7 +29,7 @@ from lape_ray.search.trials import is_over, opened, read_trials
 from lape_ray.search.tuner import run_tuner, whole_snapshot
 from lape_ray.training.inputs import changed_inputs, dataset_digests, input_digests
 from lape_ray.training.metrics import duration
-from lape_ray.training.preflight import check_before_start
+from lape_ray.training.preflight import check_before_start, check_data, dry_network
 
 REPORT = "report"
 
@@ -123,20 +120,41 @@ def _checked(plan: Plan, display: Display | None) -> _Search:
     check_before_start(base, storage_root=root)
     tracking.check_reachable(uri)
     tracking.check_trackers(base.tracking)
-    # Every network of a finite space, without memory.
-    points = plan.space.points() if plan.space.finite else plan.space.cells
-    models = {check_point(base, point).model: point for point in points}
-    for model, point in models.items():
-        try:
-            with torch.device(dry_device(model)):
-                build_model(model)
-        except ValueError as error:
-            raise ValueError(f"the cell {dict(point)} cannot be built: {error}") from None
+    check_points(plan)
     folder, inputs = storage.join(root, plan.name), input_digests(base)
     runs = Runs(plan, uri, dataset_digests(base, inputs))
     one = _Search(plan=plan, folder=folder, inputs=inputs, runs=runs, display=display or Display(plan))
     one.earlier()
     return one
+
+
+def check_points(plan: Plan) -> None:
+    """Check every network of the space, ranges at their middle: at each size of its images, and with its data.
+
+    Networks are built without memory, and once where points share one. The base is known to fit its data.
+
+    Raises:
+        ValueError: one cannot be built, or does not fit the data; names the point.
+    """
+    built, fitting = set(), {_of_data(plan.base)}
+    for point in plan.space.examples():
+        config = check_point(plan.base, point)
+        network, needs = (config.model, config.data.image_size_schedule), _of_data(config)
+        try:
+            if network not in built:
+                dry_network(config)
+            if needs not in fitting:
+                check_data(config)
+        except ValueError as error:
+            raise ValueError(f"the cell {point} cannot be trained: {error}") from None
+        built.add(network)
+        fitting.add(needs)
+
+
+def _of_data(config: TrainConfig) -> tuple[object, ...]:
+    """Return what a config asks of its data."""
+    data, spec = config.data, resolve(config.model)
+    return spec.image_size, spec.num_classes, data.image_size_schedule, data.upscale, data.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

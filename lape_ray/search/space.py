@@ -102,6 +102,14 @@ class Space:
         crossed = [dict(zip(self.axes, one, strict=True)) for one in itertools.product(*values)]
         return [{**cell, **settings} for cell in self.cells for settings in crossed]
 
+    def examples(self) -> list[dict[str, Any]]:
+        """List every combination of cells and choices, with ranges at their middle."""
+        axes = {
+            name: axis if isinstance(axis, Choice) else Choice((axis.at(0.5),))
+            for name, axis in self.axes.items()
+        }
+        return Space(self.cells, axes).points()
+
 
 _LENGTH = ("optim.epochs", "optim.cooldown_epochs")
 _FIXED = ("training.", "model.plugin", *_LENGTH)

@@ -70,6 +70,13 @@ class Metadata:
     classes: tuple[str, ...] | None = None
     mlflow_run_id: str | None = None
 
+    @property
+    def evaluation(self) -> dict[str, float]:
+        """Return the metrics of these weights on validation images of the model's size; empty where there are none."""
+        if self.progress.step or not self.config.has_last_size(self.epochs_done - 1):
+            return {}
+        return {key: value for key, value in self.metrics.items() if key.startswith(("val/", "val_ema/"))}
+
     def to_json(self, files: Mapping[str, Mapping[str, Any]]) -> str:
         """Return the text of meta.json, with the size and sha256 of the checkpoint's other files."""
         return json.dumps(

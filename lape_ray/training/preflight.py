@@ -12,7 +12,7 @@ from lape_ray import storage
 from lape_ray.config import TrainConfig, flatten, replace_fields
 from lape_ray.data.installed import check_backend
 from lape_ray.data.split import SplitInfo, read_split_info
-from lape_ray.model import build_model, resolve
+from lape_ray.model import Network, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.model.plugin import dry_device
 from lape_ray.training.classes import checkpoint_classes, match_classes
@@ -44,28 +44,34 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def check_before_start(config: TrainConfig, *, storage_root: str) -> None:
     """Check data, model, initial weights and storage; an OSError or ValueError says what is wrong."""
-    with torch.device(dry_device(config.model)):
-        model = build_model(config.model)
+    model = dry_network(config)
     check_backend(config.data.backend)
     check_loss(config)
-    check_sizes(config)
     check_data(config)
     check_other_weights(config)
     storage.check_writable(storage_root)
     check_space(config, storage_root, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def check_sizes(config: TrainConfig) -> None:
-    """Check that the network takes each size of `data.image_size_schedule`, and the weights of the size before."""
-    sides, weights = image_sizes(config), None
-    for side in sides if len(sides) > 1 else ():
+def dry_network(config: TrainConfig) -> Network:
+    """Build the network without memory, at each size of its images in turn; returns the last.
+
+    Raises:
+        ValueError: it cannot be built, or does not take the weights of the size before.
+    """
+    network = None
+    for side in image_sizes(config):
         try:
-            network = build_model(dataclasses.replace(config.model, image_size=side))
-            if weights is not None:
-                load_weights(network, weights)
+            before = network
+            with torch.device(dry_device(config.model)):
+                network = build_model(dataclasses.replace(config.model, image_size=side))
+            if before is not None:
+                load_weights(network, before.state_dict())
         except ValueError as error:
-            raise ValueError(f"data.image_size_schedule, {side} px: {error}") from None
-        weights = network.state_dict()
+            where = f"data.image_size_schedule, {side} px: " if config.data.image_sizes else ""
+            raise ValueError(f"{where}{error}") from None
+    assert network is not None
+    return network
 
 
 def check_other_weights(config: TrainConfig) -> None:
@@ -123,6 +129,7 @@ def check_data(config: TrainConfig) -> None:
         )
     for info in (train, val):  # after the above, which says more of classes than their number does
         _check_fits(config, info)
+        _check_schedule_fits(config, info)
     if train.num_samples < config.data.batch_size:
         raise ValueError(
             f"{config.data.train} holds {train.num_samples} images, less than one step of "
@@ -158,9 +165,17 @@ def _check_fits(config: TrainConfig, info: SplitInfo, *, subset: bool = False) -
     for what, count in info.source.left_out.items() if info.source else ():
         log.warning("%s: %s x %s is left out", info.path, f"{count:,}", what)
     largest = info.largest_side
-    side = max(spec.image_size, *(phase.side for phase in config.data.image_sizes), 0)
+    if largest is not None and largest < spec.image_size and not config.data.upscale:
+        raise ValueError(
+            f"{info.path} has images of at most {largest} px, but the model reads {spec.image_size}: "
+            f"set --model.image_size {largest}, or --data.upscale true to enlarge them"
+        )
+
+
+def _check_schedule_fits(config: TrainConfig, info: SplitInfo) -> None:
+    largest, side = info.largest_side, max(image_sizes(config))
     if largest is not None and largest < side and not config.data.upscale:
         raise ValueError(
-            f"{info.path} has images of at most {largest} px, but the model reads {side}: "
-            f"set --model.image_size {largest}, or --data.upscale true to enlarge them"
+            f"{info.path} has images of at most {largest} px, but data.image_size_schedule="
+            f"{config.data.image_size_schedule} has {side} px: lower it, or set --data.upscale true to enlarge them"
         )

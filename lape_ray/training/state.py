@@ -25,7 +25,7 @@ from lape_ray.data.ready import Augmented, Normalized
 from lape_ray.model import Network, build_model, resolve
 from lape_ray.model.convert import load_weights
 from lape_ray.training.cuda_graph import CudaRecorder, StepGraph
-from lape_ray.training.distributed import World
+from lape_ray.training.distributed import World, forget_training
 from lape_ray.training.flags import RankFlags
 from lape_ray.training.head_only import HeadOnly
 from lape_ray.training.host_copies import HostCopies
@@ -97,7 +97,7 @@ def build_state(
     images of that size.
 
     Raises:
-        ValueError: the config asks for what the device does not have.
+        ValueError: the config asks for what the device does not have, or its image sizes contradict each other.
     """
     graph, spec = config.run.cuda_graph, resolve(config.model)
     if graph and device.type != "cuda":
@@ -107,6 +107,7 @@ def build_state(
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are those of the current one
     check_loss(config)
+    image_sizes(config)
     world = World.current(device)
     sized = config.at_epoch(epoch)
     network, model, note = _build_networks(sized, world)
@@ -136,6 +137,10 @@ def resize_state(state: TrainState, epoch: int) -> tuple[TrainState, list[str]]:
     The weights are the same, but for those whose size depends on the resolution, which are resized as those of a
     checkpoint are. The optimizer goes on, and begins anew for these.
     """
+    # The copies of a checkpoint may still be on their way: from the old network's memory, and from tensors of the
+    # optimizer that go on.
+    state.copies.fence()
+    forget_training(state.world.device)
     sized = state.config.at_epoch(epoch)
     network, model, _ = _build_networks(sized, state.world)
     notes = load_weights(network, state.network.state_dict())

@@ -102,6 +102,17 @@ def test_the_best_and_the_newest_are_kept() -> None:
     assert best([Listed(name="checkpoint-1", steps_done=1)]) is None
 
 
+def test_an_accuracy_on_smaller_images_is_no_score(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it where an older version has listed it."""
+    schedule = {"optim.epochs": 4, "data.image_size_schedule": "16:0-2,32:2-4"}
+    monkeypatch.setattr(sys.modules[__name__], "CONFIG", replace_fields(CONFIG, schedule))
+    listed: tuple[Listed, ...] = ()
+    for steps, acc1 in ((5, 90.0), (10, 80.0), (15, 40.0), (20, 30.0)):
+        listed = store(run / "sized", listed, steps, acc1)
+    assert [one.score for one in listed] == [90.0, 80.0, 30.0]
+    assert [one.score for one in recover(str(run / "sized"), print)] == [None, None, 30.0]
+
+
 @pytest.mark.parametrize(
     "damage",
     [

@@ -23,6 +23,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from safetensors.torch import save
 
 from lape_ray import storage
+from lape_ray.cluster.checkpoint_list import read_list
 from lape_ray.cluster.journal import read_journal
 from lape_ray.cluster.launch import fit
 from lape_ray.cluster.pages import main
@@ -33,6 +34,7 @@ from lape_ray.data.sources import digits
 from lape_ray.model import build_model
 from lape_ray.recipes import recipe
 from lape_ray.report.goodput import GROUPS
+from lape_ray.training import loop
 from lape_ray.training.checkpoint import read_metadata, weights_sha256
 from lape_ray.training.loop import DivergedError
 
@@ -284,6 +286,27 @@ def test_pages_that_cannot_be_made_are_said_in_mlflow(
     client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
     assert "could not be made" in client.get_run(result.mlflow_run_id).data.tags["pages"]
     assert log.exists()
+
+
+def test_only_images_of_the_models_size_make_a_checkpoint_the_best(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller images are easier here: accuracy falls from epoch to epoch."""
+    accuracies = iter((90.0, 80.0, 70.0, 60.0))
+    monkeypatch.setattr(
+        loop, "_validate", lambda state: {"val/loss": 1.0, "val/acc1": next(accuracies), "val/acc5": 100.0}
+    )
+    changes = {"run__name": "sizes", "optim__epochs": 4, "data__image_size_schedule": "16:0-2,32:2-4"}
+    kept = {"run__keep_checkpoints": 1}
+    first = fit(config(home, **changes, **kept, run__stop_after_epochs=1))
+    client = mlflow.MlflowClient(first.tracking_uri)
+    assert Path(first.checkpoint).name == "checkpoint-epoch-000001"  # the newest, and no best
+    assert "best/acc1" not in client.get_run(first.mlflow_run_id).data.metrics
+    second = fit(config(home, **changes, **kept))
+    assert Path(second.checkpoint).name == "checkpoint-epoch-000003"
+    assert client.get_run(second.mlflow_run_id).data.metrics["best/acc1"] == 70
+    listed = read_list(str(home / "runs/sizes")) or ()
+    assert [(one.name[-1], one.score) for one in listed] == [("3", 70.0), ("4", 60.0)]
 
 
 def test_a_run_has_few_curves_and_one_listed_model(home: Path) -> None:

@@ -21,6 +21,9 @@ from lape_ray.cli import parse
 from lape_ray.cluster import resources
 from lape_ray.cluster.resources import compared, places
 from lape_ray.config import flatten, what_is_learned
+from lape_ray.data.beton import write_beton
+from lape_ray.data.sources import digits, select
+from lape_ray.model import build_model
 from lape_ray.recipes import TABLE1, command_line, recipe
 from lape_ray.report.statistics import Estimate
 from lape_ray.search import tuner
@@ -31,10 +34,12 @@ from lape_ray.search.pictures import differences_figure
 from lape_ray.search.plan import Plan
 from lape_ray.search.record import Epoch, Trial
 from lape_ray.search.report import cell_rows, markdown, trial_rows, write_csv, write_report
+from lape_ray.search.run import check_points
 from lape_ray.search.settings import worker_need
 from lape_ray.search.space import Choice, Range, parse_axes
 from lape_ray.search.statistics import cells, in_words
 from lape_ray.search.strategies import SCHEDULES, HyperBand
+from lape_ray.training import preflight
 from lape_ray.training.loop import StoppedError
 
 LR = "optim.lr=loguniform(1e-4,1e-2)"
@@ -209,6 +214,38 @@ def test_the_listing_shows_every_point() -> None:
     assert "15 points x 1 seeds of 25 epochs, points by grid" in text
     assert "  no position\n" in text
     assert "  learnable lape_shared\n" in text
+
+
+def test_every_point_is_checked_at_every_size_and_with_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "val"):
+        write_beton(select(digits(split), "per-class:10"), tmp_path / f"{split}.beton", workers=1)
+    files = {f"data.{split}": str(tmp_path / f"{split}.beton") for split in ("train", "val")}
+    schedule = {"optim.epochs": 4, "data.image_size_schedule": "16:0-2,32:2-4"}
+
+    def check(*axes: str, **changes: object) -> None:
+        values = {name.replace("__", "."): value for name, value in changes.items()}
+        given = {**files, **schedule, **values}
+        trials = 4 if LR in axes else None
+        check_points(plan_of(space="free", recipe="smoke", axes=axes, overrides=given, trials=trials))
+
+    for axes, message in (
+        (["model.image_size=choice(32,64)"], "the cell {'model.image_size': 64} cannot be trained: data.image_size_"),
+        (["model.image_size=choice(32,64)", LR], "ends with 32 px, but the model reads 64"),
+        (["model.patch_size=choice(8,32)"], "data.image_size_schedule, 16 px: image_size=16 does not divide by patch"),
+        (["data.batch_size=choice(32,512)"], "holds 100 images, less than one step of data.batch_size=512"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check(*axes)
+    with pytest.raises(ValueError, match="has images of at most 32 px, but the model reads 64"):
+        check("model.image_size=choice(32,64)", data__image_size_schedule=None)
+    built = []
+    monkeypatch.setattr(preflight, "build_model", lambda model: built.append(model) or build_model(model))
+    check("model.join=choice(basic,lape)", "optim.weight_decay=choice(0,0.1,0.2)", LR)
+    assert [(model.join, model.image_size) for model in built] == [
+        ("basic", 16), ("basic", 32), ("lape", 16), ("lape", 32),
+    ]  # fmt: skip
 
 
 # --- strategies -----------------------------------------------------------------------------------------------

@@ -192,3 +192,9 @@ def test_the_best_epoch_is_the_last_of_equals_and_a_number() -> None:
     assert best_epoch(epochs, "val/acc1", 1) == epochs[4]
     assert best_epoch(epochs, "val/acc1", -1) == epochs[0]
     assert best_epoch(epochs, "val/loss", 1) is None
+    sized = [
+        Epoch(epoch=number, metrics={"val/acc1": 90.0 - number, "train/image_size": side}, seconds=1.0)
+        for number, side in ((1, 16), (2, 16), (3, 32), (4, 32))
+    ]
+    assert best_epoch(sized, "val/acc1", 1) == sized[2]  # others are not of the same images
+    assert best_epoch(sized[:2], "val/acc1", 1) == sized[0]

@@ -85,17 +85,21 @@ def kept_by(config: TrainConfig) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("family", ["deit_tiny", "ceit_tiny"])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "sizes"), [(1, None), (2, None), (1, "16:0-1,32:1-2")])
 def test_a_late_copy_is_that_of_its_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, accumulate: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, accumulate: int, sizes: str | None
 ) -> None:
-    """CeiT's batch norms change as a forward pass begins, all else as the optimizer steps."""
+    """CeiT's batch norms change as a forward pass begins, all else as the optimizer steps.
+
+    Where images get another size the optimizer goes on with the tensors that are copied.
+    """
     for split in ("train", "val"):
         write_beton(select(digits(split), "per-class:7"), tmp_path / f"{split}.beton", workers=1)
     values = {
         **{f"data.{split}": str(tmp_path / f"{split}.beton") for split in ("train", "val")},
         **{key.replace("__", "."): value for key, value in FAMILIES.get(family, {}).items()},
         "optim.epochs": 2, "run.checkpoint_steps": 1, "optim.accumulate": accumulate, "run.num_workers": 1,
+        "data.image_size_schedule": sizes,
     }  # fmt: skip
     config = replace_fields(recipe("smoke"), values)
     at_once = kept_by(config)

@@ -2,8 +2,9 @@
 
 They are for small images, which decoding and copying cost more than training on them.
 
-Everything is decoded once, when the reader is made. From then on an epoch's draws are made and sent at its beginning,
-and a batch is a few kernels on the device: nothing is left to do for the host, whose threads end with the decoding.
+Everything is decoded once, when the reader is made; for validation once for each `image_size`. From then on the draws
+of an epoch are made and sent at its beginning, and a batch is a few kernels on the device: nothing is left to do for
+the host.
 
 Shapes: N images of a pass, B of a batch, S the side of a delivered image in pixels.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lape_ray.data.augment.crop import crop_and_resize
 from lape_ray.data.augment.transfer import to_device
+from lape_ray.data.readers.buffers import Buffers
 from lape_ray.data.readers.native import NativeReader, train_draws
 from lape_ray.data.readers.reader import CenterCrop, ReaderOptions
 from lape_ray.data.readers.simple import reflected
@@ -52,13 +54,8 @@ class ResidentReader:
         if trains:
             native.image_size = _square_side(native, path)
         self.labels_N = native.labels_N
-        index_N = np.arange(len(self.labels_N))
-        self.images_N3SS = torch.cat(
-            [
-                torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(options.device)
-                for images in native.batches(index_N, index_N, 0)
-            ]
-        )
+        self.images_N3SS = _decoded(native, options.device)
+        self._native = None if trains else native
 
     def batches(
         self, keys_N: np.ndarray, epoch_index_N: np.ndarray, epoch: int
@@ -69,6 +66,9 @@ class ResidentReader:
         """
         index_N, crop, device = sample_index(keys_N), self.options.crop, self.options.device
         if isinstance(crop, CenterCrop):
+            if self._native is not None and self._native.image_size != self.image_size:
+                self._native.image_size = self.image_size
+                self.images_N3SS = _decoded(self._native, device)
             for index_B in to_device({"index": index_N}, device)["index"].split(self.batch_size):
                 yield self.images_N3SS[index_B].permute(0, 2, 3, 1)
             return
@@ -88,6 +88,19 @@ class ResidentReader:
             cropped = _shifted(cropped, *shifts) if shifts else cropped
             for images_B3SS in cropped.split(self.batch_size):
                 yield images_B3SS.permute(0, 2, 3, 1)
+
+
+def _decoded(native: NativeReader, device: torch.device) -> Tensor:
+    """Decode all images, uint8 (N, 3, S, S) on the device."""
+    index_N = np.arange(len(native.labels_N))
+    images_N3SS = torch.cat(
+        [
+            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+            for images in native.batches(index_N, index_N, 0)
+        ]
+    )
+    native.buffers = Buffers()  # those of before would keep their memory
+    return images_N3SS
 
 
 def _shifted(images_B3SS: Tensor, shifts_B2: Tensor) -> Tensor:

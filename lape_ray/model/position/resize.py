@@ -52,6 +52,8 @@ def bias_resizers(grid: Grid) -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def _bicubic(image: Tensor, size: Grid) -> Tensor:
+    if image.is_meta:  # there torch takes tenths of a second, step by step in Python
+        return image.new_empty((*image.shape[:2], *size))
     return F.interpolate(image.float(), size=size, mode="bicubic", align_corners=False).to(image.dtype)
 
 
