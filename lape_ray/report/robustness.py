@@ -292,7 +292,8 @@ class _Measurement:
 
     def _check_memory(self, size: int) -> None:
         """Refuse a size at which the logits of a layer, N x N for each head, are more than fits into memory."""
-        at_once = 4  # looked up, put in order and behind prefix tokens; the layer's before; measured: 3 to 4.5
+        # Looked up, put in order, put behind prefix tokens, and the layer's before: measured were 3 to 4.5 at once.
+        at_once = 4
         need = at_once * self._logits_bytes * (size / self.spec.image_size) ** 4
         free = (
             torch.cuda.mem_get_info(self.device)[0]
