@@ -115,7 +115,7 @@ def test_the_training_waits_for_no_checkpoint_before() -> None:
     """What the formula says of the loop's reporter."""
     assert (stored_every_s(store_s=2, interval_s=5), stored_every_s(store_s=2, interval_s=0.5)) == (5, 2)
     tracking, settings = SimpleNamespace(position_report_epochs=None), SimpleNamespace(num_workers=1)
-    config = SimpleNamespace(run=settings, tracking=tracking, last_epoch=9)
+    config = SimpleNamespace(run=settings, tracking=tracking, last_epoch=9, has_last_size=lambda epoch: True)
     run, writer = cast(Any, SimpleNamespace(config=config)), OpenWriter()
     reporter = RunReporter(run, Alone(Event()), World(0, 1, CPU), writer=cast(Any, writer))
     for number in range(1, 4):  # returns, while the first is being stored

@@ -77,8 +77,9 @@ def _meet(supervisor: Any, run: RunConfig, reason: str) -> tuple[Place | None, d
     context, runtime = ray.train.get_context(), ray.get_runtime_context()
     own = ray.util.get_node_ip_address()
     server = dist.TCPStore(own, 0, is_master=True, wait_for_workers=False)
+    process = runtime.get_node_id(), os.getpid(), psutil.Process().create_time()
     member = Member(
-        context.get_world_rank(), runtime.current_actor, runtime.get_actor_id(), (own, server.port)
+        context.get_world_rank(), runtime.current_actor, runtime.get_actor_id(), (own, server.port), process
     )
     size = context.get_world_size() - run.standby_workers
     place: Place | None = ray.get(supervisor.meet.remote(member, size, reason))

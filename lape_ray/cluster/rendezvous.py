@@ -8,10 +8,13 @@ formed of them and of what stands by, or of the worker that Ray Train starts in 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lape_ray.cluster.supervisor import Supervisor
 
@@ -30,12 +33,14 @@ class Member:
         rank: Ray Train's, by which its controller speaks of it
         actor: the handle of its process, and its id
         address: host and port of a store that it serves, for a group in which it is the first
+        process: Ray's id of its node, its number there, and when it began in seconds since 1970
     """
 
     rank: int
     actor: Any
     id: str
     address: tuple[str, int]
+    process: tuple[str, int, float]
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class RunSupervisor(Supervisor):
         for member in members:
             if self._end is None and self._absent.get(member.id) == number:
                 del self._absent[member.id]
-                ray.kill(member.actor)
+                end_process(member)
 
     def _release(self) -> None:
         for _, place in self._waiting.values():
@@ -163,6 +168,27 @@ class RunSupervisor(Supervisor):
             address = chosen[0][0].address
             for rank, (_, place) in enumerate(chosen):
                 place.set_result(Place(self._number, rank, self._size, address))
+
+
+def end_process(member: Member) -> None:
+    """End a worker's process, which may be stopped.
+
+    Ray asks the process itself to end. Where that does not answer, Ray takes it for dead at times, and it would keep
+    its place in the cluster, so that the run waits for it for ever. Hence also by the operating system, on its node.
+    """
+    ray.kill(member.actor)
+    node, pid, began = member.process
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    _kill.options(scheduling_strategy=there).remote(pid, began)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(pid: int, began: float) -> None:
+    """Kill a process of this node, unless its number is another one's by now."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if process.create_time() == began:
+            process.kill()
 
 
 async def _lives(actor: Any) -> bool:

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import mlflow
 import numpy as np
+import psutil
 import pytest
+import ray
 from helpers.commands import run_here
 from helpers.service import Service, alone
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lape_ray.cluster import rendezvous
 from lape_ray.cluster.launch import fit
 from lape_ray.data.beton import check_beton, write_beton
 from lape_ray.data.sources import digits
@@ -287,3 +290,22 @@ def test_a_position_report_while_it_trains(
     assert {"position_report/training.html", "position_report/training.png"} <= {file.path for file in files}
     names = {file.path for file in client.list_artifacts(run.info.run_id, "position_report/epoch-000001")}
     assert "position_report/epoch-000001/position_report.html" in names
+
+
+def test_a_worker_that_is_stopped_is_ended(service: Service) -> None:
+    """Ray asks it to end, which it cannot hear; it would keep its CPU, and the run would wait for that."""
+
+    @ray.remote(num_cpus=1)
+    class Worker:
+        def process(self) -> tuple[str, int, float]:
+            own = psutil.Process()
+            return ray.get_runtime_context().get_node_id(), own.pid, own.create_time()
+
+    worker = Worker.remote()  # type: ignore[attr-defined]
+    node, pid, began = ray.get(worker.process.remote())
+    ray.get(rendezvous._kill.remote(pid, began - 1))
+    process = psutil.Process(pid)
+    assert process.is_running(), "another one has that number"
+    process.suspend()
+    rendezvous.end_process(rendezvous.Member(0, worker, "", ("", 0), (node, pid, began)))
+    process.wait(60)

@@ -34,7 +34,7 @@ class Workers:
 
     def arrive(self, rank: int, reason: str = "") -> asyncio.Task[Place | None]:
         actor = self.actors[rank]
-        member = Member(rank, actor, str(id(actor)), ("host", rank))
+        member = Member(rank, actor, str(id(actor)), ("host", rank), ("node", rank, 0.0))
         return asyncio.create_task(self.supervisor.meet(member, self.size, reason))
 
     def die(self, rank: int) -> None:
@@ -127,7 +127,7 @@ def test_one_that_does_not_come_back_is_ended(monkeypatch: pytest.MonkeyPatch) -
     """It hangs; the others came back in time."""
     killed: list[Actor] = []
     monkeypatch.setattr(rendezvous, "LEAVE_S", 0.05)
-    monkeypatch.setattr(ray, "kill", killed.append)
+    monkeypatch.setattr(rendezvous, "end_process", lambda member: killed.append(member.actor))
 
     async def story() -> None:
         workers = Workers(size=3, ranks=3)
