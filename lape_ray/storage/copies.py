@@ -125,7 +125,7 @@ def _delete_abandoned() -> None:
     for gone in cache().glob(f"{DELETED}*"):
         shutil.rmtree(gone, ignore_errors=True)
     for mark in cache().glob(f"*/{PASSING}"):
-        with contextlib.suppress(FileNotFoundError), (mark.parent / LOCK).open("a") as lock:
+        with contextlib.suppress(OSError), (mark.parent / LOCK).open("a") as lock:  # it may be another user's
             _delete_unless_open(mark.parent, lock)
 
 
