@@ -136,7 +136,9 @@ def test_it_goes_on_where_it_stopped(home: Path) -> None:
     ended = time.time()
     assert second.mlflow_run_id == first.mlflow_run_id
     division = read_journal(str(home / "runs/parts")).division()
-    assert division.wall_s == pytest.approx(ended - division.began, rel=0.01)
+    assert division.wall_s == pytest.approx(
+        ended - division.began, abs=0.5
+    )  # where other work delays the end
     assert division.seconds["idle"] >= resumed - paused
     assert division.seconds["load"] > 0
     assert division.seconds["again"] + division.seconds["detect"] < 0.01 * division.wall_s

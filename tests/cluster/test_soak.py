@@ -23,7 +23,7 @@ import pytest
 from helpers import device
 from helpers.s3_server import Gateway, gateway
 from helpers.service import ROOT, Service, alone, service_on
-from helpers.storm import INTERRUPTING, Kill, Pause, Storm, Watch, count_files, pauses
+from helpers.storm import FACTOR, INTERRUPTING, Kill, Pause, Storm, Watch, count_files, pauses
 from helpers.tracking_server import TrackingServer, history, tracking_server
 from seeds import Recorder
 
@@ -190,7 +190,7 @@ def test_a_storm_of_kills(soaked: Service, servers: tuple[Gateway, TrackingServe
     goodput = division.percent(STEPS)
     report = found(storm, watch, division.wall_s)
     report |= {"minutes": wall_s / 60, "load": (load, os.getloadavg()[0]), "goodput": goodput}
-    report |= {"division": division.metrics()}
+    report |= {"division": division.metrics(), "goodput at the mean": at_factor(goodput, report)}
     print(json.dumps(report, indent=1))
     if path := os.environ.get("SOAK_REPORT"):
         Path(path).write_text(json.dumps(report, indent=1) + "\n")
@@ -205,9 +205,18 @@ def test_a_storm_of_kills(soaked: Service, servers: tuple[Gateway, TrackingServe
     assert sum(division.seconds.values()) == pytest.approx(division.wall_s)
     assert division.wall_s == pytest.approx(wall_s, abs=30), "all but the way to the cluster and back"
     assert goodput == pytest.approx(report["expected"], abs=5)
-    assert goodput >= 70
+    assert at_factor(goodput, report) >= 70
     for what, most in LIMITS.items():
         assert report["growth"][what] <= most, what
+
+
+def at_factor(goodput: float, report: dict[str, Any]) -> float:
+    """Return goodput in percent as it would be, had the moments been drawn as far apart as they are on average.
+
+    Some dozens of draws have a mean that is off by a fifth or more. What is lost is in proportion to their number.
+    """
+    drawn = report["mean_between_s"] / report["mean_recovery_s"]
+    return 100 - (100 - goodput) * drawn / FACTOR
 
 
 def found(storm: Storm, watch: Watch, wall_s: float) -> dict[str, Any]:
