@@ -40,7 +40,7 @@ def test_the_run_goes_on_once_there_is_room(service: Service, capfd: pytest.Capt
 
     at, config = (
         stored(service.home / "runs/memory", 28),
-        service.config(run__name="memory", **LONG),
+        service.config(run__name="memory", **{**LONG, "optim__epochs": 60}),  # it must not end before
     )
     with Strike(at, take).armed() as strike:
         result = fit(config)
