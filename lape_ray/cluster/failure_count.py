@@ -1,4 +1,4 @@
-"""What Ray Train's controller tells the supervisor of a run."""
+"""Tell the supervisor of a run what Ray Train's controller hears of its workers."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from lape_ray.config import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the driver decided about a run, once.
+    """Hold what the driver decided about a run, once.
 
     Attributes:
         config: with a name, and paths that mean the same on every node

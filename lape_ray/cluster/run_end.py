@@ -29,7 +29,7 @@ ERRORS: dict[str, type[Exception]] = {
 
 @dataclass(frozen=True)
 class RunEnd:
-    """How a run ended: `kind` is one of ERRORS, with its reason, or `done`."""
+    """Tell how a run ended: `kind` is one of ERRORS, with its reason, or `done`."""
 
     kind: str = "done"
     reason: str = ""

@@ -117,7 +117,7 @@ class StopRequest:
 
 
 class LeavingNode:
-    """What Ray says of the node of this process; asking costs a look each DRAIN_POLL_S."""
+    """Ask Ray whether the node of this process is about to leave; it costs a look each DRAIN_POLL_S."""
 
     def __init__(self) -> None:
         self._node = ray.get_runtime_context().get_node_id()

@@ -143,7 +143,7 @@ def _fixed_part(where: str) -> Path:
 
 
 class _Part(NamedTuple):
-    """What a file is a part of.
+    """Say what a file is a part of.
 
     Attributes:
         word: its split word, or the name where it has none

@@ -1,4 +1,4 @@
-"""What lies below a folder, and the count of what a source leaves out."""
+"""List what lies below a folder, and count what a source leaves out."""
 
 from __future__ import annotations
 
