@@ -22,7 +22,8 @@ LEAVE_S = 10.0
 """The time that a survivor has to come back, before its process is ended like that of a worker that hangs."""
 END_S = 10.0
 """The time that Ray Train's controller has to see that the run has ended: it may wait for a node that was lost."""
-ANSWER_S = 2.0  # for which a worker that waits is asked whether it lives
+ANSWER_S = 5.0
+"""The time that a worker that waits has to say that it lives, before its process is ended."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class RunSupervisor(Supervisor):
             if self._members or len(self._waiting) < self._size:
                 return
             waiting = dict(self._waiting)
-            lives = await asyncio.gather(*(_lives(member.actor) for member, _ in waiting.values()))
+            lives = await asyncio.gather(*(_lives(member) for member, _ in waiting.values()))
             for rank, alive in zip(waiting, lives, strict=True):
                 if not alive and self._waiting.get(rank) == waiting[rank]:
                     del self._waiting[rank]
@@ -191,9 +192,13 @@ def _kill(pid: int, began: float) -> None:
             process.kill()
 
 
-async def _lives(actor: Any) -> bool:
+async def _lives(member: Member) -> bool:
+    """Ask a worker that waits; one that hangs is ended, so that Ray Train starts another one in its place."""
     try:
-        await asyncio.wait_for(actor.get_metadata.remote(), ANSWER_S)
-    except (TimeoutError, ray.exceptions.RayError):
+        await asyncio.wait_for(member.actor.get_metadata.remote(), ANSWER_S)
+    except TimeoutError:
+        end_process(member)
+        return False
+    except ray.exceptions.RayError:
         return False
     return True

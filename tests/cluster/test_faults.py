@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 import torch
 from helpers.faults import (
@@ -105,6 +106,27 @@ def test_a_standby_takes_a_killed_workers_place(service: Service, capfd: pytest.
         assert pid != other
         pause = note_cost(service, result.mlflow_run_id, "worker SIGKILL, one stands by", at, output, until)
         assert pause is not None and pause < 4
+
+
+@slow
+def test_a_standby_that_hangs_is_ended(service: Service, capfd: pytest.CaptureFixture[str]) -> None:
+    """SIGSTOP of the one that stands by, then SIGKILL of the one that trains: both are started again."""
+    folder, fields = service.home / "runs/standby-hung", {**LONG, "optim__epochs": 80}
+    stopped: list[psutil.Process] = []
+
+    def strike() -> None:
+        while len(workers(service)) < 2 or len(trains := busy(service)) != 1:
+            pass
+        stopped.extend(set(workers(service)) - set(trains))
+        stopped[0].suspend()
+        trains[0].kill()
+
+    with Strike(stored(folder, 28), strike).armed() as first:
+        result = fit(service.config(run__name="standby-hung", run__standby_workers=1, **fields))
+    output = capfd.readouterr().out
+    assert service.losses(service.run(result.mlflow_run_id)) == alone(service.config(**fields)).losses
+    assert not stopped[0].is_running()
+    note_cost(service, result.mlflow_run_id, "worker SIGKILL, the one that stands by hangs", first.at, output)
 
 
 @slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
@@ -211,6 +213,32 @@ def test_a_signal_asks_where_nobody_reads() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_is_closed_costs_no_checkpoint(home: Path, nohup: bool) -> None:
+    """The run ends after one, and below nohup it goes on."""
+    name = f"closed-{nohup}"
+    words = command(
+        home, f"--run.name={name}", f"--optim.epochs={8 if nohup else 400}", "--tracking.pages=false"
+    )
+    terminal, inside = pty.openpty()
+    output = subprocess.DEVNULL if nohup else inside
+    words = ["setsid", "--ctty", *(["nohup"] if nohup else []), *words]
+    with subprocess.Popen(words, stdin=inside, stdout=output, stderr=output) as process:
+        os.close(inside)
+        folder, deadline = home / "runs" / name, time.monotonic() + 100
+        while not list(folder.glob("checkpoint-*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.close(terminal)  # with what was printed, which nobody has read
+        assert process.wait(timeout=120) == (0 if nohup else 143)
+    record = json.loads((folder / "run.json").read_text())
+    client = mlflow.MlflowClient(f"sqlite:///{home / 'mlflow.db'}")
+    assert client.get_run(record["mlflow_run_id"]).info.status == ("FINISHED" if nohup else "KILLED")
+    steps = json.loads((folder / "checkpoints.json").read_text())["checkpoints"][-1]["steps_done"]
+    assert len(losses(home, record["mlflow_run_id"])) == steps
 
 
 def test_sigterm_leaves_a_checkpoint_and_the_command_goes_on(home: Path) -> None:

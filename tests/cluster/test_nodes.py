@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.faults import add_row, seconds_to_import
-from helpers.nodes import config_of
+from helpers.nodes import config_of, environment
 from helpers.service import ROOT, alone
 
 from lape_ray.data.beton import write_beton
@@ -23,25 +22,8 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.cluster, pytest.mark.faults,
 def run(scenario: str, home: Path) -> dict[str, Any]:
     for split in ("train", "val"):
         write_beton(select(digits(split), "per-class:16"), home / f"{split}.beton", workers=1)
-    environment = {
-        **{
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("RAY_ADDRESS", "RAY_AUTH"))
-        },
-        "PATH": os.pathsep.join(
-            (str(Path(sys.executable).parent), os.environ["PATH"])
-        ),  # the submitted job's
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_health_check_period_ms": "1000",  # as docs/fault_tolerance.md says
-        "RAY_health_check_timeout_ms": "3000",
-        "RAY_health_check_failure_threshold": "3",
-        "RAY_memory_monitor_refresh_ms": "0",  # what else runs on this machine may take its memory
-        "LAPE_RAY_HOME": str(home),
-        "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT / "benchmarks"))),
-    }
     command = [sys.executable, str(ROOT / "tests/helpers/nodes.py"), scenario, str(home)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(home), timeout=850)
     assert done.returncode == 0, done.stderr[-5000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     # In one process, which computes both micro-batches of a step: nodes must not change what is learned.

@@ -15,12 +15,14 @@ from lape_ray.config import RunConfig, Span
 
 
 class Actor:
-    """The process of a worker, which answers while it lives."""
+    """The process of a worker, which answers while it lives and does not hang."""
 
     def __init__(self) -> None:
-        self.lives, self.get_metadata = True, self
+        self.lives, self.hangs, self.get_metadata = True, False, self
 
     async def remote(self) -> None:
+        if self.hangs:
+            await asyncio.Event().wait()
         if not self.lives:
             raise ray.exceptions.ActorDiedError
 
@@ -103,6 +105,27 @@ def test_a_worker_that_died_while_it_waited_is_given_no_place() -> None:
         workers.die(0)
         await workers.supervisor.failed("the actor died", (0,))
         assert await places(*first[1:]) == [None, (2, 0)]
+
+    run(story())
+
+
+def test_a_worker_that_hangs_while_it_waits_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that Ray Train starts another one: the run would wait for it for ever."""
+    killed: list[Actor] = []
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 0.05)
+    monkeypatch.setattr(rendezvous, "end_process", lambda member: killed.append(member.actor))
+
+    async def story() -> None:
+        workers = Workers(size=1, ranks=2)
+        first = [workers.arrive(rank) for rank in range(2)]
+        assert await places(*first) == [(1, 0), None]
+        workers.actors[1].hangs = True
+        workers.die(0)
+        await workers.supervisor.failed("the actor died", (0,))
+        assert killed == [workers.actors[1]]
+        assert await places(first[1]) == [None]
+        workers.die(1)
+        assert await places(workers.arrive(1)) == [(2, 0)]
 
     run(story())
 

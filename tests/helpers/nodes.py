@@ -6,6 +6,7 @@ Prints one line of JSON: the losses by step, the worker counts that the run told
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import psutil
 from ray.cluster_utils import Cluster
 
 from helpers.faults import LONG, longest_pause, stored
-from helpers.service import Service
+from helpers.service import ROOT, Service
 from helpers.tracking_server import history, tracking_server
 from lape_ray.cluster.local import LocalCluster, executable, free_ports
 from lape_ray.config import Span, TrainConfig, replace_fields
@@ -44,6 +45,24 @@ def fields_of(scenario: str, home: Path) -> dict[str, object]:
 
 def config_of(scenario: str, home: Path) -> TrainConfig:
     return replace_fields(recipe("smoke"), fields_of(scenario, home))
+
+
+def environment(home: Path) -> dict[str, str]:
+    """That of a process which starts a cluster of several nodes on this machine."""
+    others = ("RAY_ADDRESS", "RAY_AUTH")  # of a cluster that this process is connected to
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(others)},
+        "PATH": os.pathsep.join(
+            (str(Path(sys.executable).parent), os.environ["PATH"])
+        ),  # the submitted job's
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_health_check_period_ms": "1000",  # as docs/fault_tolerance.md says
+        "RAY_health_check_timeout_ms": "3000",
+        "RAY_health_check_failure_threshold": "3",
+        "RAY_memory_monitor_refresh_ms": "0",  # what else runs on this machine may take its memory
+        "LAPE_RAY_HOME": str(home),
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT / "benchmarks"))),
+    }
 
 
 def main(scenario: str, home: Path) -> None:

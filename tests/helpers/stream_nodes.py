@@ -1,64 +1,83 @@
-"""One node of a run whose data stream: `stream_nodes.py RANK SIZE PORT CACHE CONFIG_FIELDS`.
+"""Runs whose data come from S3 to 1, 2 and 4 nodes of a cluster, as they are submitted: `stream_nodes.py HOME`.
 
-Prints one line of JSON: the losses of all steps, and which copies are whole when the training has ended.
+HOME holds data/, and the S3 of the environment a copy of it at s3://lape/data. Each node has a cache of its own. Prints
+one line of JSON: by number of nodes the share of the data that S3 sent, how many whole copies of files the nodes had at
+the end, the losses of all steps, and those of a run on HOME/data.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
+import re
+import shutil
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from urllib.parse import urlsplit
 
-import torch
-import torch.distributed as dist
-from seeds import Recorder
+from ray.cluster_utils import Cluster
 
-from lape_ray import storage
-from lape_ray.cluster.group import Alone
-from lape_ray.cluster.worker import _data_at_hand
-from lape_ray.config import replace_fields
-from lape_ray.recipes import recipe
-from lape_ray.training.loop import train
+from helpers.s3_server import Proxy
+from helpers.service import Service
+from helpers.tracking_server import history, tracking_server
+from lape_ray.cluster.local import LocalCluster, free_ports
 
-
-class Nodes(Alone):
-    """The workers of a run that torch.distributed alone connects."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-
-    def broadcast(self, value: Any) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box)
-        return box[0]
+SIZES = (1, 2, 4)
+EPOCHS = 4  # so that every node has fetched all before its run ends
 
 
-def main(rank: int, size: int, port: str, cache: str, fields: dict[str, Any]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, LAPE_RAY_CACHE=cache)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
-    torch.set_num_threads(1)
-    config = replace_fields(recipe("smoke"), {**fields, "run.num_workers": size})
-    reporter, device = Recorder(), torch.device("cpu")
-    with _data_at_hand(config, Nodes(), device):
-        train(config, device=device, reporter=reporter)
-        whole = 0
-        deadline = time.monotonic() + 120
-        while config.data.train.startswith("s3://") and whole < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-            whole = len(list(storage.cache().glob("*/.complete")))
-        dist.barrier()  # others may still ask this node for blocks
-    print(json.dumps({"losses": reporter.losses, "whole": whole}))
-    dist.destroy_process_group()
+def count_whole(cache: Path) -> int:
+    """Count the files of a node's cache that are whole; they have what is in data/."""
+    files = [file for mark in cache.glob("*/.complete") for file in mark.parent.glob("*.beton")]
+    for file in files:
+        assert filecmp.cmp(file, cache.parent.parent / "data" / file.name, shallow=False), file
+    return len(files)
+
+
+def main(home: Path) -> None:
+    os.environ.pop("LAPE_RAY_CACHE", None)  # the driver's would be that of all nodes
+    proxy = Proxy(urlsplit(os.environ["AWS_ENDPOINT_URL"]).port)
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"
+    (port,) = free_ports(1)
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port},
+    )
+    caches = [home / "caches" / str(number) for number in range(max(SIZES))]
+    for cache in caches:
+        cluster.add_node(num_cpus=1, env_vars={"LAPE_RAY_CACHE": str(cache)})
+    at = LocalCluster(cluster.address, f"http://{cluster.webui_url}", {"RAY_ADDRESS": cluster.address}, pid=0)
+    total, told = sum(file.stat().st_size for file in (home / "data").iterdir()), {}
+    with tracking_server(home) as server:
+
+        def losses(workers: int, place: str) -> list[float]:
+            fields = {f"data.{split}": f"{place}/{split}.beton" for split in ("train", "val")}
+            fields |= {
+                "run.name": f"{'streamed' if '://' in place else 'local'}-{workers}",
+                "run.num_workers": str(workers),
+            }
+            fields |= {"optim.epochs": str(EPOCHS), "run.log_steps": "1", "run.storage": str(home / "runs")}
+            fields |= {"tracking.uri": server.uri, "tracking.pages": "false"}
+            words = [f"--{key}={value}" for key, value in fields.items()]
+            done = Service(at, home).submit_job("jobs/imagenet_deit.py", "smoke", *words)
+            run = re.search(r"MLflow run ([0-9a-f]{32})", done.stdout)
+            if done.returncode or run is None:
+                raise SystemExit(f"the job ended with code {done.returncode}:\n{done.stdout[-4000:]}")
+            return [loss for loss, _ in history(server.uri, run[1]).values()]
+
+        for size in SIZES:
+            before = proxy.received
+            streamed = losses(size, "s3://lape/data")
+            sent = (proxy.received - before) / total
+            whole = sum(map(count_whole, caches))
+            for cache in filter(Path.exists, caches):
+                shutil.rmtree(cache)
+            local = losses(size, str(home / "data"))
+            told[size] = {"sent": sent, "whole": whole, "losses": streamed, "local": local}
+    cluster.shutdown()
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":
-    main(
-        int(sys.argv[1]),
-        int(sys.argv[2]),
-        sys.argv[3],
-        sys.argv[4],
-        json.loads(Path(sys.argv[5]).read_text()),
-    )
+    main(Path(sys.argv[1]))
