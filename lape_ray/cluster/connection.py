@@ -34,6 +34,8 @@ _ENVIRONMENT = {
     # After which it asks again for how many workers there is room: an elastic run first asks for a lost node's CPUs.
     # Workers have more time to start: this is for their reservation alone.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    # After which a worker that does not answer, as its process stands still, counts as lost; Ray's own is ten minutes.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with the patch every printed line appears twice in the job's log
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's page of training runs
     # Workers look for themselves (`supervisor.LeavingNode`); its actor costs a process and logs an error at its start.

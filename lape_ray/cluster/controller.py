@@ -17,6 +17,7 @@ from lape_ray.cluster.checkpoint_list import read_list
 from lape_ray.cluster.failure_count import FailureCount, GroupsEnd
 from lape_ray.cluster.ray_worker import run_worker
 from lape_ray.cluster.rendezvous import RunSupervisor
+from lape_ray.cluster.resources import room
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import RunEnd, WorkersFailedError
 from lape_ray.cluster.supervisor import supervised, until_stopped
@@ -32,12 +33,12 @@ def train_to_the_end(run: Run, lease: Lease, supervisor: Any) -> None:
     """Train, or complete what was trained before; raises the error of how else it ended."""
     limits = run.config.run
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(limits.outage_s + 600))
-    failures = _Failures(run.folder)
+    failures, stand_by = _Failures(run.folder), limits.standby_workers
     lease.call_when_lost(lambda: supervisor.stop.remote())
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                end: RunEnd = until_stopped(_trainer(run, supervisor).fit, supervisor).return_value
+                end: RunEnd = until_stopped(_trainer(run, supervisor, stand_by).fit, supervisor).return_value
                 return end.check()
             except CONTROLLER_FAILED as error:
                 if (fields := _ended(supervisor)) is not None:
@@ -51,6 +52,7 @@ def train_to_the_end(run: Run, lease: Lease, supervisor: Any) -> None:
                         f"Ray Train's controller failed {failures.count} times without a new checkpoint "
                         f"(run.max_failures={limits.max_failures}), the last time with: {reason}"
                     ) from error
+                stand_by = _room_to_stand_by(run)
                 if not _lives(supervisor):
                     ray.kill(supervisor)  # which frees its name, whatever is left of it
                     supervisor = stack.enter_context(
@@ -140,18 +142,34 @@ class SingleWorkers(WholeGroup):
         return _SingleBackend
 
 
-def _trainer(run: Run, supervisor: Any) -> ray.train.torch.TorchTrainer:
+def _resources(run: Run) -> dict[str, float]:
+    """Return what a worker takes of its node, Ray's resource -> amount."""
+    return {"CPU": run.config.run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})}
+
+
+def _room_to_stand_by(run: Run) -> int:
+    """Return how many workers can stand by beside those that train: a node may be gone that nothing replaces."""
+    limits = run.config.run
+    found = min(limits.standby_workers, max(0, room(_resources(run), 1) - limits.workers.low))
+    if found < limits.standby_workers:
+        print(
+            f"warning: there is room for {found} of {limits.standby_workers} workers that stand by",
+            flush=True,
+        )
+    return found
+
+
+def _trainer(run: Run, supervisor: Any, stand_by: int) -> ray.train.torch.TorchTrainer:
     limits = run.config.run
     low, high = limits.workers
-    resources: dict[str, float] = {"CPU": limits.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})}
     return ray.train.torch.TorchTrainer(
         run_worker,
-        train_loop_config={"run": run, "supervisor": supervisor},
+        train_loop_config={"run": run, "supervisor": supervisor, "stand_by": stand_by},
         torch_config=WholeGroup() if low < high else SingleWorkers(),
         scaling_config=ScalingConfig(
-            num_workers=(low, high) if low < high else low + limits.standby_workers,
+            num_workers=(low, high) if low < high else low + stand_by,
             use_gpu=run.use_gpu,
-            resources_per_worker=resources,
+            resources_per_worker=_resources(run),
         ),
         run_config=ray.train.RunConfig(
             name=run.name,

@@ -11,6 +11,8 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from lape_ray.cluster.supervisor import MEMORY
 
+ANSWER_S = 30.0  # that the supervisor has, which asks those that wait whether they live
+
 
 class GroupsEnd(WorkerGroupCallback):
     """Tell the supervisor when the processes of a group of workers are gone, by a private interface of Ray Train."""
@@ -42,4 +44,5 @@ class FailureCount(UserCallback):
         # Where one worker ran out of memory, the others say that it went away.
         reason = next((reason for reason in reasons if MEMORY in reason), reasons[0])
         controller = ray.get_runtime_context().current_actor
-        self.supervisor.failed.remote(reason, tuple(worker_exceptions), controller)
+        # Where the supervisor is dead, the error ends the controller, and the driver starts both again.
+        ray.get(self.supervisor.failed.remote(reason, tuple(worker_exceptions), controller), timeout=ANSWER_S)

@@ -48,15 +48,15 @@ def run_worker(payload: dict[str, Any]) -> RunEnd:
     """Train on one worker of Ray Train, or stand by until one is lost.
 
     Args:
-        payload: the `run`, and its `supervisor`, the actor's handle.
+        payload: the `run`, its `supervisor`, the actor's handle, and how many `stand_by`.
     """
     _quiet_ray_train()
     run, supervisor, reason = payload["run"], payload["supervisor"], ""
     device = ray.train.torch.get_device()
-    if run.config.run.standby_workers:
+    if payload["stand_by"]:
         make_ready(run, device)
     while True:
-        place, store = _meet(supervisor, run.config.run, reason)
+        place, store = _meet(supervisor, payload["stand_by"], reason)
         if place is None:
             return RunEnd(*ray.get(supervisor.ended.remote()))
         broken = threading.Event()
@@ -72,7 +72,7 @@ def run_worker(payload: dict[str, Any]) -> RunEnd:
         forget_training(device)
 
 
-def _meet(supervisor: Any, run: RunConfig, reason: str) -> tuple[Place | None, dist.Store]:
+def _meet(supervisor: Any, stand_by: int, reason: str) -> tuple[Place | None, dist.Store]:
     """Wait for a place in a group; returns the store through which that group's workers find each other."""
     context, runtime = ray.train.get_context(), ray.get_runtime_context()
     own = ray.util.get_node_ip_address()
@@ -81,7 +81,7 @@ def _meet(supervisor: Any, run: RunConfig, reason: str) -> tuple[Place | None, d
     member = Member(
         context.get_world_rank(), runtime.current_actor, runtime.get_actor_id(), (own, server.port), process
     )
-    size = context.get_world_size() - run.standby_workers
+    size = context.get_world_size() - stand_by
     place: Place | None = ray.get(supervisor.meet.remote(member, size, reason))
     if place is None or place.rank == 0:
         return place, server
@@ -121,11 +121,15 @@ def _joined(
 
 def _watch(place: Place, supervisor: Any, broken: threading.Event, left: threading.Event) -> None:
     """Wait until the group is broken, and see to it that this worker leaves it."""
-    try:
-        if not ray.get(supervisor.until_broken.remote(place.number)):
-            return
-    except ray.exceptions.RayError:  # the run's driver ends
-        return
+    while True:
+        try:
+            if not ray.get(supervisor.until_broken.remote(place.number)):
+                return
+            break
+        except ray.exceptions.ActorUnavailableError:  # the network was away
+            time.sleep(LOOK_S)
+        except ray.exceptions.RayError:  # it is dead: the driver ends, or starts all again
+            break
     broken.set()
     if left.wait(ABORT_S):
         return

@@ -24,6 +24,11 @@ END_S = 10.0
 """The time that Ray Train's controller has to see that the run has ended: it may wait for a node that was lost."""
 ANSWER_S = 5.0
 """The time that a worker that waits has to say that it lives, before its process is ended."""
+WATCH_S = 15.0
+"""Between two looks at whether all that train live: Ray Train's controller is blind while it waits for a node."""
+TELL_S = 60.0
+"""The time that Ray Train's controller has to tell of a lost worker, before it is started again."""
+STOPPED = "stopped while a lost worker was waited for; there is a checkpoint before it"
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,10 @@ class RunSupervisor(Supervisor):
         self._waiting: dict[int, tuple[Member, asyncio.Future[Place | None]]] = {}
         self._members: list[Member] = []  # of the group that trains
         self._absent: dict[str, int] = {}  # of a process that did not come back yet: the group it was of
-        self._lost: set[int] = set()  # ranks of the last group that was broken
+        self._lost: set[int] = set()  # ranks of the last broken group that the controller has not told of
+        self._told = False  # whether the controller has told of them
         self._number = 0
+        self._watch: asyncio.Task[None] | None = None
         self._broken = asyncio.Event()
         self._end: tuple[str, str] | None = None
         self._controller: Any = None
@@ -94,25 +101,39 @@ class RunSupervisor(Supervisor):
         return self._end is None
 
     async def failed(self, reason: str, ranks: tuple[int, ...] = (), controller: Any = None) -> None:
-        """Note that workers failed, and break their group. The loss of one that stood by is no failure of the run."""
-        self._controller = controller
-        if any(one.rank in ranks for one in self._members):
-            self._break(reason)
+        """Note that workers failed, and break their group. The loss of one that stood by is no failure of the run.
+
+        Those that fail before they meet are failures like others, or they would be started again for ever.
+        """
+        self._controller, told = controller, set(ranks)
+        if self._end is not None:  # the controller may wait for a node from now on
+            asyncio.get_running_loop().call_later(END_S, self._end_controller)
+        elif any(one.rank in told for one in self._members):
+            self._break(reason, told=True)
+            self._lost -= told
             await self._form()
-        elif self._lost & set(ranks) and self._failures:
-            self._failures.pop()  # survivors know only that a connection is gone
+        elif self._lost & told:
+            self._lost -= told
+            self._told = True
+            if self._failures:
+                self._failures.pop()  # survivors know only that a connection is gone
+                self._count(reason)
+        elif told and not self._members:
             self._count(reason)
+        if self._end is None and not self._members and (reason := self._give_up()):
+            await self.finish("failures", reason)
 
     async def stop(self) -> None:
         """Ask the workers to end after a checkpoint; where none train, because one was lost, they have theirs."""
         await super().stop()
         if self._number and not self._members:
-            await self.finish(
-                "stopped", "stopped while a lost worker was waited for; there is a checkpoint before it"
-            )
+            self._finish("stopped", STOPPED)
 
     async def finish(self, kind: str, reason: str) -> None:
         """End the run: those that stand by are let go."""
+        self._finish(kind, reason)
+
+    def _finish(self, kind: str, reason: str) -> None:
         if self._end is None:
             self._end = kind, reason
             asyncio.get_running_loop().call_later(END_S, self._end_controller)
@@ -128,13 +149,19 @@ class RunSupervisor(Supervisor):
         if self._controller is not None:
             ray.kill(self._controller)
 
-    def _break(self, reason: str) -> None:
+    def _break(self, reason: str, told: bool = False) -> None:
+        """Break the group that trains; `told` says whether Ray Train's controller knows why."""
         members, self._members = self._members, []
-        self._lost = {one.rank for one in members}
+        self._lost, self._told = {one.rank for one in members}, told
         self._absent |= {one.id: self._number for one in members}
         self._count(reason)
         self._broken.set()
-        asyncio.get_running_loop().call_later(LEAVE_S, self._end_absent, members, self._number)
+        if self._stop.is_set():
+            self._finish("stopped", STOPPED)
+            return
+        loop = asyncio.get_running_loop()
+        loop.call_later(LEAVE_S, self._end_absent, members, self._number)
+        loop.call_later(TELL_S, self._end_deaf_controller, self._number)
 
     def _end_absent(self, members: list[Member], number: int) -> None:
         """End the processes of those that did not come back from group `number`."""
@@ -142,6 +169,23 @@ class RunSupervisor(Supervisor):
             if self._end is None and self._absent.get(member.id) == number:
                 del self._absent[member.id]
                 end_process(member)
+
+    def _end_deaf_controller(self, number: int) -> None:
+        """End a controller that has not told of the worker that group `number` lost; the driver starts another one."""
+        if self._number == number and not self._members and not self._told and self._end is None:
+            self._end_controller()
+
+    async def _watch_members(self, number: int) -> None:
+        """Break group `number` where one of its processes has ended."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            dead = any(await asyncio.gather(*(_is_dead(member) for member in self._members)))
+            if self._number != number or not self._members:
+                return
+            if dead:
+                self._break("a worker's process has ended")
+                await self._form()
+                return
 
     def _release(self) -> None:
         for _, place in self._waiting.values():
@@ -166,6 +210,7 @@ class RunSupervisor(Supervisor):
             chosen = [self._waiting.pop(rank) for rank in sorted(self._waiting)[: self._size]]
             self._members = [member for member, _ in chosen]
             self._number, self._broken = self._number + 1, asyncio.Event()
+            self._watch = asyncio.create_task(self._watch_members(self._number))
             address = chosen[0][0].address
             for rank, (_, place) in enumerate(chosen):
                 place.set_result(Place(self._number, rank, self._size, address))
@@ -202,3 +247,14 @@ async def _lives(member: Member) -> bool:
     except ray.exceptions.RayError:
         return False
     return True
+
+
+async def _is_dead(member: Member) -> bool:
+    """Tell whether Ray knows that a worker's process has ended; one that is only busy is not dead."""
+    try:
+        await asyncio.wait_for(member.actor.get_metadata.remote(), ANSWER_S)
+    except (TimeoutError, ray.exceptions.ActorUnavailableError):
+        return False
+    except ray.exceptions.RayActorError:
+        return True
+    return False

@@ -71,10 +71,14 @@ class Supervisor:
 
     async def started(self, checkpoint: str | None) -> str:
         """Note that workers start from `checkpoint`; returns why they should not, or nothing."""
-        if self._hopeless:
-            return self._hopeless
         if checkpoint != self._checkpoint:
             self._checkpoint, self._failures = checkpoint, []
+        return self._give_up()
+
+    def _give_up(self) -> str:
+        """Return why workers should not be started again, or nothing."""
+        if self._hopeless:
+            return self._hopeless
         if len(self._failures) <= self._max_failures:
             return ""
         return (
@@ -105,14 +109,22 @@ class StopRequest:
     """A worker's view of the request to stop, up to LOOK_S old; asking costs no waiting."""
 
     def __init__(self, supervisor: Any) -> None:
-        self._stop = supervisor.until_stop.remote()
+        self._supervisor, self._stop = supervisor, supervisor.until_stop.remote()
         self._asked, self._looked = False, 0.0
 
     def __bool__(self) -> bool:
+        """Tell whether the run is to end, as it also is where the supervisor is dead: after a checkpoint."""
         if not self._asked and time.monotonic() - self._looked > LOOK_S:
             self._looked = time.monotonic()
             ready, _ = ray.wait([self._stop], timeout=0)
-            self._asked = bool(ready)
+            if ready:
+                self._asked = True
+                try:
+                    ray.get(self._stop)
+                except ray.exceptions.ActorUnavailableError:  # the network was away
+                    self._asked, self._stop = False, self._supervisor.until_stop.remote()
+                except ray.exceptions.RayActorError:
+                    pass
         return self._asked
 
 

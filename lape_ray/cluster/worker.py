@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import torch
 from lape_ray import storage
 from lape_ray.cluster.checkpoint_list import Listed, recover, write_list
 from lape_ray.cluster.compile_cache import compile_cache
-from lape_ray.cluster.group import Group
+from lape_ray.cluster.group import Alone, Group
 from lape_ray.cluster.journal import opened_attempt
 from lape_ray.cluster.reporter import opened_reporter
 from lape_ray.cluster.run import Run
@@ -57,9 +58,16 @@ def train_run(run: Run, group: Group, device: torch.device) -> RunEnd:
 
 
 def make_ready(run: Run, device: torch.device) -> None:
-    """Prepare to take another worker's place at any time; what goes wrong here is told where it counts."""
-    with contextlib.suppress(OSError, ValueError), compile_cache(run, device):
-        stage_data(run.config.data, _ignore)
+    """Prepare to take another worker's place at any time; what goes wrong here is told where it counts.
+
+    Data that stream come by a process of this worker's own, as nobody else may fetch them to this node yet.
+    """
+    alone = Alone(threading.Event())
+    with (
+        contextlib.suppress(Exception),
+        compile_cache(run, device),
+        _data_at_hand(run.config, alone, device),
+    ):
         rehearse(run.config, device)
 
 

@@ -17,9 +17,14 @@ def rehearse(config: TrainConfig, device: torch.device) -> None:
 
     What takes its time is then imported, compiled, and read from disk.
     """
+    try:
+        _step(config, device)
+    finally:  # also of a step that did not fit
+        forget_training(device)
+
+
+def _step(config: TrainConfig, device: torch.device) -> None:
     alone = {"run.num_workers": 1, "optim.accumulate": 1, "data.batch_size": config.micro_batch_size}
     state = build_state(replace_fields(config, alone), device)
     with contextlib.closing(state.train_loader.epoch(0)) as batches:
         optimizer_step(state, batches, epoch=0, step=0, lr=0.0)
-    del state
-    forget_training(device)

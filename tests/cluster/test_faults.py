@@ -21,7 +21,9 @@ from helpers.faults import (
     LONG,
     Strike,
     busy,
+    command,
     contest,
+    family,
     job,
     note_cost,
     seconds_to_import,
@@ -127,6 +129,26 @@ def test_a_standby_that_hangs_is_ended(service: Service, capfd: pytest.CaptureFi
     assert service.losses(service.run(result.mlflow_run_id)) == alone(service.config(**fields)).losses
     assert not stopped[0].is_running()
     note_cost(service, result.mlflow_run_id, "worker SIGKILL, the one that stands by hangs", first.at, output)
+
+
+@slow
+def test_a_killed_supervisor(
+    service: Service, undisturbed: list[float], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where the workers meet; the controller ends with it, and the driver starts both again."""
+
+    def kill() -> None:
+        (found,) = [one for one in family(service) if "RunSupervisor" in " ".join(command(one))]
+        found.kill()
+
+    strike = Strike(stored(service.home / "runs/unsupervised", 28), kill)
+    with strike.armed():
+        result = fit(service.config(run__name="unsupervised", **LONG))
+    output = capfd.readouterr().out
+    assert service.losses(service.run(result.mlflow_run_id)) == undisturbed
+    assert "Ray Train's controller failed, starting it again" in output
+    no_litter(service, "unsupervised")
+    note_cost(service, result.mlflow_run_id, "supervisor SIGKILL", strike.at, output)
 
 
 @slow

@@ -59,6 +59,13 @@ def test_a_node_that_is_lost_where_another_one_is_there(
     assert found["recovery_s"] < max(limit_s, 2 * seconds_to_import())
 
 
+def test_a_worker_that_is_lost_while_ray_waits_for_a_node(tmp_path: Path) -> None:
+    """The node is gone for good, the worker that stood by has its place, and is killed in turn."""
+    found = run("blind", tmp_path)
+    note("worker SIGKILL, after a node was lost that nothing replaces", found)
+    assert found["recovery_s"] < 240
+
+
 def test_a_lost_node_makes_an_elastic_run_smaller(tmp_path: Path) -> None:
     found = run("elastic", tmp_path)
     note("node lost, --run.num_workers 1:2", found)

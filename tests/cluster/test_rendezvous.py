@@ -202,6 +202,127 @@ def test_a_controller_that_waits_for_a_lost_node_does_not_keep_the_run_from_endi
     run(story())
 
 
+def test_workers_that_fail_before_they_meet_are_not_started_for_ever() -> None:
+    async def story() -> None:
+        workers = Workers(size=1, ranks=2)
+        for _ in range(4):
+            assert await workers.supervisor.ended() is None
+            await workers.supervisor.failed("CUDA error", (0, 1), "controller")
+        assert await workers.supervisor.ended() == (
+            "failures",
+            "workers failed 4 times without a new checkpoint (run.max_failures=3), the last time with: CUDA error",
+        )
+
+    run(story())
+
+
+def test_a_step_that_does_not_fit_before_they_meet_ends_the_run_at_once() -> None:
+    async def story() -> None:
+        workers = Workers(size=1, ranks=2)
+        await workers.supervisor.failed("torch.OutOfMemoryError: CUDA out of memory", (0,), "controller")
+        kind, reason = await workers.supervisor.ended() or ("", "")
+        assert kind == "failures"
+        assert "does not fit" in reason
+
+    run(story())
+
+
+def test_a_lost_worker_that_cannot_be_started_again_ends_the_run() -> None:
+    """The survivor is not left waiting; its own failure and what the controller says of it are one."""
+
+    async def story() -> None:
+        workers = Workers(size=2, ranks=2)
+        await places(*(workers.arrive(rank) for rank in range(2)))
+        workers.die(1)
+        survivor = workers.arrive(0, "Connection closed by peer")
+        for _ in range(3):
+            await workers.supervisor.failed("ImportError", (1,))
+            assert await places(survivor) == [None]
+        assert len(workers.supervisor._failures) == 3
+        await workers.supervisor.failed("ImportError", (1,))
+        assert await survivor is None
+        assert await workers.supervisor.ended() is not None
+
+    run(story())
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_death_that_the_controller_does_not_see_is_seen(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for a node, and is started again; one that has told waits for as long as it takes."""
+    killed: list[object] = []
+    monkeypatch.setattr(rendezvous, "WATCH_S", 0.02)
+    monkeypatch.setattr(rendezvous, "TELL_S", 0.1)
+    monkeypatch.setattr(ray, "kill", killed.append)
+
+    async def story() -> None:
+        workers = Workers(size=1, ranks=2)
+        first = [workers.arrive(rank) for rank in range(2)]
+        assert await places(*first) == [(1, 0), None]
+        workers.die(0)
+        await workers.supervisor.failed("the node died", (0,), "controller")
+        assert await places(first[1]) == [(2, 0)]
+        await asyncio.sleep(0.05)
+        assert workers.supervisor._members, "it lives"
+        workers.die(1)
+        await asyncio.sleep(0.05)
+        assert not workers.supervisor._members
+        if told:
+            await workers.supervisor.failed("SIGKILL", (1,), "controller")
+            assert workers.supervisor._failures == ["the node died", "SIGKILL"]
+        await asyncio.sleep(0.15)
+        assert killed == ([] if told else ["controller"])
+
+    run(story())
+
+
+def test_one_that_trains_and_is_busy_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "WATCH_S", 0.02)
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 0.02)
+
+    async def story() -> None:
+        workers = Workers(size=1, ranks=1)
+        await places(workers.arrive(0))
+        workers.actors[0].hangs = True
+        await asyncio.sleep(0.2)
+        assert workers.supervisor._members
+
+    run(story())
+
+
+def test_a_stop_is_not_forgotten_where_a_worker_is_lost_before_it_took_effect() -> None:
+    async def story() -> None:
+        workers = Workers(size=2, ranks=2)
+        await places(*(workers.arrive(rank) for rank in range(2)))
+        await workers.supervisor.stop()
+        assert await workers.supervisor.ended() is None, "they make a checkpoint first"
+        workers.die(1)
+        await workers.supervisor.failed("the node died", (1,), "controller")
+        assert await workers.arrive(0, "Connection closed by peer") is None
+        ended = await workers.supervisor.ended()
+        assert ended is not None and ended[0] == "stopped"
+
+    run(story())
+
+
+def test_a_controller_that_comes_to_wait_after_the_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[object] = []
+    monkeypatch.setattr(rendezvous, "END_S", 0.05)
+    monkeypatch.setattr(ray, "kill", killed.append)
+
+    async def story() -> None:
+        workers = Workers(size=2, ranks=2)
+        await places(*(workers.arrive(rank) for rank in range(2)))
+        await workers.supervisor.finish("done", "")
+        await asyncio.sleep(0.1)
+        await workers.supervisor.failed("the node died", (1,), "controller")
+        await asyncio.sleep(0.1)
+        assert killed == ["controller"]
+
+    run(story())
+
+
 def test_standby_workers_need_a_fixed_number_of_workers() -> None:
     assert RunConfig(num_workers=2, standby_workers=1).standby_workers == 1
     for number in (0, Span(1, 2)):

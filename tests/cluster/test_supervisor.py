@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from lape_ray.cluster import connection, failure_count
+from lape_ray.cluster import supervisor as supervisor_module
 from lape_ray.cluster.failure_count import FailureCount
-from lape_ray.cluster.supervisor import Supervisor
+from lape_ray.cluster.supervisor import StopRequest, Supervisor
 
 
 def told(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> str:
@@ -18,6 +20,7 @@ def told(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> str:
     heard: list[tuple[str, tuple[int, ...], str]] = []
     context = SimpleNamespace(current_actor="controller")
     monkeypatch.setattr(failure_count.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(failure_count.ray, "get", lambda answer, timeout: answer)
     supervisor = SimpleNamespace(failed=SimpleNamespace(remote=lambda *told: heard.append(told)))
     FailureCount(supervisor).after_exception(None, dict(enumerate(errors)))
     ((reason, ranks, controller),) = heard
@@ -55,6 +58,31 @@ def test_what_would_not_fit_again_is_not_tried_again(monkeypatch: pytest.MonkeyP
     answer = asyncio.run(run())
     assert "raise --optim.accumulate or --run.num_workers" in answer
     assert answer.endswith(f"({reason})")
+
+
+@pytest.mark.parametrize(
+    ("answer", "asked"),
+    [
+        (None, True),
+        (ActorUnavailableError("the network is away", None), False),
+        (ActorDiedError(), True),
+    ],
+)
+def test_a_network_that_is_away_for_a_moment_asks_for_no_end(
+    answer: Exception | None, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor that is dead does: after a checkpoint, with which the run is started again."""
+
+    def get(reference: object) -> None:
+        if answer:
+            raise answer
+
+    calls: list[str] = []
+    supervisor = SimpleNamespace(until_stop=SimpleNamespace(remote=lambda: calls.append("asked")))
+    monkeypatch.setattr(supervisor_module.ray, "wait", lambda references, timeout: (references, []))
+    monkeypatch.setattr(supervisor_module.ray, "get", get)
+    assert bool(StopRequest(supervisor)) == asked
+    assert len(calls) == (1 if asked else 2), "asked again"
 
 
 def test_little_shared_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

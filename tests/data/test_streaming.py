@@ -29,6 +29,7 @@ from lape_ray.data.sources.base import Source
 from lape_ray.data.streaming import arrivals, start
 from lape_ray.data.streaming.blocks import MAP, Layout, blocks_between, runs
 from lape_ray.data.streaming.download import DISK, PEER, S3, Download
+from lape_ray.data.streaming.fetcher import Fetcher
 from lape_ray.data.streaming.peers import Peers, serve
 from lape_ray.training.metrics import Waited
 from lape_ray.training.times import Times
@@ -337,6 +338,28 @@ def test_a_disk_that_is_full_ends_the_run(server: Server, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="the disk is full"):
         arrivals.wait_until_ready(one.folder, lambda: False)
     one.close()
+
+
+def test_what_fails_is_told_to_readers_of_all_sets_or_ends_the_process(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that none waits for what nobody fetches any more, also where a full disk keeps the error from being told."""
+    ended: list[int] = []
+    monkeypatch.setattr("lape_ray.data.streaming.fetcher.os._exit", ended.append)
+    one, other = (Download(RemoteSet.find(ADDRESS), Peers()) for _ in range(2))
+    other.folder = other.folder.with_name("other")
+    other.folder.mkdir(parents=True)
+    fetcher = Fetcher(Peers())
+    fetcher._opened += [other]
+    with fetcher._failing(one):
+        raise OSError("damaged")
+    assert ended == [1], "there is no folder to tell it in"
+    one.folder.mkdir()
+    with fetcher._failing(one):
+        raise OSError("damaged")
+    assert ended == [1]
+    assert "damaged" in (one.folder / "error").read_text()
+    assert "damaged" in (other.folder / "error").read_text()
 
 
 def test_shards_and_other_backends(server: Server, tmp_path: Path) -> None:

@@ -33,13 +33,13 @@ def fields_of(scenario: str, home: Path) -> dict[str, object]:
         **{f"data.{split}": str(home / f"{split}.beton") for split in ("train", "val")},
         "run.name": scenario,
         "run.storage": str(home / "runs"),
-        "run.num_workers": Span(1, 2) if scenario == "elastic" else 2,
-        "run.standby_workers": int(scenario == "standby"),
+        "run.num_workers": {"elastic": Span(1, 2), "blind": 1}.get(scenario, 2),
+        "run.standby_workers": int(scenario in ("standby", "blind")),
         "run.max_failures": 0 if scenario == "drain" else 3,
         "tracking.pages": scenario == "elastic",
     }
-    if scenario in ("drain", "another", "standby"):
-        fields["optim.epochs"] = 400 if scenario == "drain" else 24
+    if epochs := {"drain": 400, "another": 24, "standby": 24, "blind": 80}.get(scenario):
+        fields["optim.epochs"] = epochs
     return fields
 
 
@@ -84,8 +84,8 @@ def main(scenario: str, home: Path) -> None:
         while not reached() and job.poll() is None:
             time.sleep(0.02)
         lost = nodes[1]
-        while scenario in ("another", "standby") and not trains(lost):
-            lost = nodes[1] if lost is nodes[2] else nodes[2]
+        while scenario in ("another", "standby", "blind") and not trains(lost):
+            lost = nodes[-2] if lost is nodes[-1] else nodes[-1]
         struck = time.time()
         if scenario == "drain":
             cluster.add_node(num_cpus=1)
@@ -96,6 +96,13 @@ def main(scenario: str, home: Path) -> None:
             cluster.remove_node(lost, allow_graceful=False)
             if scenario == "replaced":
                 cluster.add_node(num_cpus=1)
+            if scenario == "blind":  # Ray Train's controller waits for the node, and looks at no worker
+                later = stored(home / "runs" / scenario, 200)
+                while not later() and job.poll() is None:
+                    time.sleep(0.02)
+                struck = time.time()
+                (left,) = processes(next(node for node in nodes if node is not lost))
+                left.kill()
         code = job.wait(600)
         printed = log.read_text()
         run = re.search(r"MLflow run ([0-9a-f]{32})", printed)
@@ -126,13 +133,16 @@ def main(scenario: str, home: Path) -> None:
 
 def trains(node: Any) -> bool:
     """Whether a worker of the node takes time of a CPU, and does not stand by."""
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    workers = [
-        each for each in raylet.children(recursive=True) if "RayTrainWorker" in " ".join(each.cmdline())
-    ]
+    workers = processes(node)
     before = [sum(each.cpu_times()[:2]) for each in workers]
     time.sleep(0.5)
     return any(sum(each.cpu_times()[:2]) > then + 0.05 for each, then in zip(workers, before, strict=True))
+
+
+def processes(node: Any) -> list[psutil.Process]:
+    """Those of Ray Train's workers on a node."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [each for each in raylet.children(recursive=True) if "RayTrainWorker" in " ".join(each.cmdline())]
 
 
 def drain(address: str, node_id: str) -> None:

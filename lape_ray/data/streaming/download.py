@@ -74,13 +74,13 @@ class Download:
             self._open_complete()
             return
         self.folder.mkdir(exist_ok=True)
+        total = sum(one.size for one in self.objects)
+        require_space(place.folder, total - sum(taken(self.folder / one.name) for one in self.objects))
         self._take_earlier()
         self._stack.enter_context(held(self.folder / LOCK, self.remote.address))
-        total = sum(one.size for one in self.objects)
         self._say(
             f"fetching {total / 1e9:.3g} GB from {self.remote.address} while training goes on, to {place.folder}"
         )
-        require_space(place.folder, total - sum(taken(self.folder / one.name) for one in self.objects))
         self._descriptors = [self._open_file(file) for file in range(len(self.objects))]
         self._digests = [self._fetch_tail(file) for file in range(len(self.objects))]
         self._parts = self._order_of_parts()

@@ -84,21 +84,30 @@ class Fetcher:
         active = [download for download in self._opened if not download.whole]
         for wanted in (False, True) if sweeps else (True, False):
             for download in active:
-                claimed = download.next_wanted() if wanted else download.next_missing()
-                if claimed:
-                    with self._failing(download):
+                with self._failing(download):
+                    if claimed := download.next_wanted() if wanted else download.next_missing():
                         download.bring(*claimed, swept=not wanted)
-                    return True
+                        return True
         return False
 
     @contextlib.contextmanager
     def _failing(self, download: Download) -> Any:
-        """Tell the readers of a set what goes wrong in the block."""
+        """Tell the readers of all sets what goes wrong in the block: nothing more will come of any.
+
+        Where a full disk keeps that from them, the process ends, which they notice by its locks.
+        """
         try:
             yield
         except Exception as error:
             self._failed.set()
-            download.fail(error)
+            try:
+                download.fail(error)
+                for other in self._opened:
+                    if not other.whole:
+                        other.fail(error)
+            except OSError:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
 
 
 def main() -> None:
