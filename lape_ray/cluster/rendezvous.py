@@ -73,6 +73,7 @@ class RunSupervisor(Supervisor):
         self._absent: dict[str, int] = {}  # of a process that did not come back yet: the group it was of
         self._lost: set[int] = set()  # ranks of the last broken group that the controller has not told of
         self._told = False  # whether the controller has told of them
+        self._unmet = 0  # failures of workers since a group was last formed or broken
         self._number = 0
         self._watch: asyncio.Task[None] | None = None
         self._broken = asyncio.Event()
@@ -120,8 +121,15 @@ class RunSupervisor(Supervisor):
                 self._count(reason)
         elif told and not self._members:
             self._count(reason)
-        if self._end is None and not self._members and (reason := self._give_up()):
-            await self.finish("failures", reason)
+            self._unmet += 1
+        if self._hopeless and not self._members:
+            self._finish("failures", self._hopeless)
+        elif self._unmet > self._max_failures:
+            self._finish(
+                "failures",
+                f"workers failed {self._unmet} times before they could begin (run.max_failures={self._max_failures}), "
+                f"the last time with: {reason}",
+            )
 
     async def stop(self) -> None:
         """Ask the workers to end after a checkpoint; where none train, because one was lost, they have theirs."""
@@ -209,7 +217,7 @@ class RunSupervisor(Supervisor):
                 return
             chosen = [self._waiting.pop(rank) for rank in sorted(self._waiting)[: self._size]]
             self._members = [member for member, _ in chosen]
-            self._number, self._broken = self._number + 1, asyncio.Event()
+            self._number, self._broken, self._unmet = self._number + 1, asyncio.Event(), 0
             self._watch = asyncio.create_task(self._watch_members(self._number))
             address = chosen[0][0].address
             for rank, (_, place) in enumerate(chosen):

@@ -71,14 +71,10 @@ class Supervisor:
 
     async def started(self, checkpoint: str | None) -> str:
         """Note that workers start from `checkpoint`; returns why they should not, or nothing."""
-        if checkpoint != self._checkpoint:
-            self._checkpoint, self._failures = checkpoint, []
-        return self._give_up()
-
-    def _give_up(self) -> str:
-        """Return why workers should not be started again, or nothing."""
         if self._hopeless:
             return self._hopeless
+        if checkpoint != self._checkpoint:
+            self._checkpoint, self._failures = checkpoint, []
         if len(self._failures) <= self._max_failures:
             return ""
         return (

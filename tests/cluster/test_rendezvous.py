@@ -53,6 +53,14 @@ async def places(*tasks: asyncio.Task[Place | None]) -> list[tuple[int, int] | N
     ]
 
 
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[Actor]:
+    """The workers whose processes the supervisor has ended."""
+    ended: list[Actor] = []
+    monkeypatch.setattr(rendezvous, "end_process", lambda member: ended.append(member.actor))
+    return ended
+
+
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(coroutine, 10))
 
@@ -109,11 +117,11 @@ def test_a_worker_that_died_while_it_waited_is_given_no_place() -> None:
     run(story())
 
 
-def test_a_worker_that_hangs_while_it_waits_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_hangs_while_it_waits_is_ended(
+    killed: list[Actor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So that Ray Train starts another one: the run would wait for it for ever."""
-    killed: list[Actor] = []
     monkeypatch.setattr(rendezvous, "ANSWER_S", 0.05)
-    monkeypatch.setattr(rendezvous, "end_process", lambda member: killed.append(member.actor))
 
     async def story() -> None:
         workers = Workers(size=1, ranks=2)
@@ -146,11 +154,9 @@ def test_a_step_that_does_not_fit_ends_the_run(survivor_first: bool) -> None:
     run(story())
 
 
-def test_one_that_does_not_come_back_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_does_not_come_back_is_ended(killed: list[Actor], monkeypatch: pytest.MonkeyPatch) -> None:
     """It hangs; the others came back in time."""
-    killed: list[Actor] = []
     monkeypatch.setattr(rendezvous, "LEAVE_S", 0.05)
-    monkeypatch.setattr(rendezvous, "end_process", lambda member: killed.append(member.actor))
 
     async def story() -> None:
         workers = Workers(size=3, ranks=3)
@@ -210,7 +216,7 @@ def test_workers_that_fail_before_they_meet_are_not_started_for_ever() -> None:
             await workers.supervisor.failed("CUDA error", (0, 1), "controller")
         assert await workers.supervisor.ended() == (
             "failures",
-            "workers failed 4 times without a new checkpoint (run.max_failures=3), the last time with: CUDA error",
+            "workers failed 4 times before they could begin (run.max_failures=3), the last time with: CUDA error",
         )
 
     run(story())
@@ -235,13 +241,28 @@ def test_a_lost_worker_that_cannot_be_started_again_ends_the_run() -> None:
         await places(*(workers.arrive(rank) for rank in range(2)))
         workers.die(1)
         survivor = workers.arrive(0, "Connection closed by peer")
-        for _ in range(3):
+        for count in range(1, 5):
             await workers.supervisor.failed("ImportError", (1,))
             assert await places(survivor) == [None]
-        assert len(workers.supervisor._failures) == 3
+            assert len(workers.supervisor._failures) == count
         await workers.supervisor.failed("ImportError", (1,))
         assert await survivor is None
         assert await workers.supervisor.ended() is not None
+
+    run(story())
+
+
+def test_failures_before_a_checkpoint_that_is_new_do_not_end_a_run() -> None:
+    """Whether it is new, the next group finds out: until then only what fails before it can begin counts."""
+
+    async def story() -> None:
+        workers = Workers(size=1, ranks=1)
+        for number in range(1, 7):
+            assert await places(workers.arrive(0)) == [(number, 0)]
+            assert await workers.supervisor.started("a" if number < 5 else "b") == ""
+            workers.die(0)
+            await workers.supervisor.failed("SIGKILL", (0,))
+        assert await workers.supervisor.ended() is None
 
     run(story())
 

@@ -52,9 +52,8 @@ def environment(home: Path) -> dict[str, str]:
     others = ("RAY_ADDRESS", "RAY_AUTH")  # of a cluster that this process is connected to
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith(others)},
-        "PATH": os.pathsep.join(
-            (str(Path(sys.executable).parent), os.environ["PATH"])
-        ),  # the submitted job's
+        # The submitted job's:
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
         "RAY_AUTH_MODE": "disabled",
         "RAY_health_check_period_ms": "1000",  # as docs/fault_tolerance.md says
         "RAY_health_check_timeout_ms": "3000",
