@@ -61,6 +61,15 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[Actor]:
     return ended
 
 
+@pytest.fixture
+def killed_by_ray(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What the supervisor has ended through Ray, where it has little patience with a run that has ended."""
+    ended: list[object] = []
+    monkeypatch.setattr(rendezvous, "END_S", 0.05)
+    monkeypatch.setattr(ray, "kill", ended.append)
+    return ended
+
+
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(coroutine, 10))
 
@@ -184,12 +193,9 @@ def test_the_end_of_the_run_lets_those_go_that_stand_by_or_come_later() -> None:
 
 
 def test_a_controller_that_waits_for_a_lost_node_does_not_keep_the_run_from_ending(
-    monkeypatch: pytest.MonkeyPatch,
+    killed_by_ray: list[object],
 ) -> None:
     """Nor does a run that waits for one keep its driver from stopping."""
-    killed: list[object] = []
-    monkeypatch.setattr(rendezvous, "END_S", 0.05)
-    monkeypatch.setattr(ray, "kill", killed.append)
 
     async def story() -> None:
         workers = Workers(size=2, ranks=2)
@@ -203,7 +209,7 @@ def test_a_controller_that_waits_for_a_lost_node_does_not_keep_the_run_from_endi
         ended = await workers.supervisor.ended()
         assert ended is not None and ended[0] == "stopped"
         await asyncio.sleep(0.1)
-        assert killed == ["controller"]
+        assert killed_by_ray == ["controller"]
 
     run(story())
 
@@ -327,10 +333,7 @@ def test_a_stop_is_not_forgotten_where_a_worker_is_lost_before_it_took_effect() 
     run(story())
 
 
-def test_a_controller_that_comes_to_wait_after_the_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    killed: list[object] = []
-    monkeypatch.setattr(rendezvous, "END_S", 0.05)
-    monkeypatch.setattr(ray, "kill", killed.append)
+def test_a_controller_that_comes_to_wait_after_the_end_is_ended(killed_by_ray: list[object]) -> None:
 
     async def story() -> None:
         workers = Workers(size=2, ranks=2)
@@ -339,7 +342,7 @@ def test_a_controller_that_comes_to_wait_after_the_end_is_ended(monkeypatch: pyt
         await asyncio.sleep(0.1)
         await workers.supervisor.failed("the node died", (1,), "controller")
         await asyncio.sleep(0.1)
-        assert killed == ["controller"]
+        assert killed_by_ray == ["controller"]
 
     run(story())
 
