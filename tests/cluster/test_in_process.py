@@ -224,7 +224,8 @@ def test_a_terminal_that_is_closed_costs_no_checkpoint(home: Path, nohup: bool) 
     )
     terminal, inside = pty.openpty()
     output = subprocess.DEVNULL if nohup else inside
-    words = ["setsid", "--ctty", *(["nohup"] if nohup else []), *words]
+    # These tests may themselves run below nohup.
+    words = ["env", "--default-signal=HUP", "setsid", "--ctty", *(["nohup"] if nohup else []), *words]
     with subprocess.Popen(words, stdin=inside, stdout=output, stderr=output) as process:
         os.close(inside)
         folder, deadline = home / "runs" / name, time.monotonic() + 100

@@ -383,7 +383,7 @@ HEALTH_CHECKED = (
     "docker/compose.yaml",
     "docs/quick_start.md",
     "docs/fault_tolerance.md",
-    "tests/cluster/test_nodes.py",  # which measures what they are for
+    "tests/helpers/nodes.py",  # which measures what they are for
 )
 
 
