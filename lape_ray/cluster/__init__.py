@@ -9,7 +9,7 @@ run_end          the ways in which workers end a run for good
 worker           a worker: may it start, where does it continue, how does it end
 ray_worker       a worker of Ray Train, which trains in one group of workers after another
 group            the workers as one of them sees the others
-signals          SIGTERM and Ctrl-C as requests to end after a checkpoint
+signals          SIGTERM, Ctrl-C and a closed terminal as requests to end after a checkpoint
 pages            a trained run's pages in MLflow
 reporter         what the loop reports, carried to storage, the tracker, Prometheus and the log
 compile_cache    compiled code of a run, stored with it for machines that have none

@@ -146,9 +146,9 @@ def draining_nodes() -> dict[str, int]:
 
 
 def until_stopped(fit: Callable[[], T], supervisor: Any) -> T:
-    """Return what `fit` returns; meanwhile SIGTERM or Ctrl-C asks the workers for a checkpoint and the end.
+    """Return what `fit` returns; meanwhile SIGTERM, Ctrl-C or SIGHUP asks the workers for a checkpoint and the end.
 
-    A second signal of either kind ends the process at once. `fit` runs in a thread: in the main thread Ray Train would
+    A second signal, SIGHUP apart, ends the process at once. `fit` runs in a thread: in the main thread Ray Train would
     put its own handler of SIGINT in place, which aborts without a checkpoint.
     """
     if threading.current_thread() is not threading.main_thread():  # where no signal arrives
