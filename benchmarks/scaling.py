@@ -207,7 +207,7 @@ class Prediction:
 
     @property
     def stall_s(self) -> float:
-        """How long an epoch's checkpoint stops the training: for its copy, which a GPU hides for the most part."""
+        """Tell how long an epoch's checkpoint stops the training: for its copy, which a GPU hides for the most part."""
         return self.figures.checkpoint_bytes / self.figures.copy_bytes_per_s
 
     @property

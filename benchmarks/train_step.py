@@ -292,7 +292,7 @@ class Run:
 
     @property
     def staged(self) -> bool:
-        """Whether the network has stages, as Swin has."""
+        """Tell whether the network has stages, as Swin has."""
         return MODELS[self.model]["variant"].startswith("swin")
 
     @property

@@ -17,7 +17,7 @@ from lape_ray.cluster.checkpoint_list import read_list
 from lape_ray.cluster.failure_count import FailureCount, GroupsEnd
 from lape_ray.cluster.ray_worker import run_worker
 from lape_ray.cluster.rendezvous import RunSupervisor
-from lape_ray.cluster.resources import room
+from lape_ray.cluster.resources import room, worker_resources
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.run_end import RunEnd, WorkersFailedError
 from lape_ray.cluster.supervisor import supervised, until_stopped
@@ -142,15 +142,13 @@ class SingleWorkers(WholeGroup):
         return _SingleBackend
 
 
-def _resources(run: Run) -> dict[str, float]:
-    """Return what a worker takes of its node, Ray's resource -> amount."""
-    return {"CPU": run.config.run.cpus_per_worker, **({"GPU": 1} if run.use_gpu else {})}
-
-
 def _room_to_stand_by(run: Run) -> int:
     """Return how many workers can stand by beside those that train: a node may be gone that nothing replaces."""
     limits = run.config.run
-    found = min(limits.standby_workers, max(0, room(_resources(run), 1) - limits.workers.low))
+    found = min(
+        limits.standby_workers,
+        max(0, room(worker_resources(limits, int(run.use_gpu)), 1) - limits.workers.low),
+    )
     if found < limits.standby_workers:
         print(
             f"warning: there is room for {found} of {limits.standby_workers} workers that stand by",
@@ -169,7 +167,7 @@ def _trainer(run: Run, supervisor: Any, stand_by: int) -> ray.train.torch.TorchT
         scaling_config=ScalingConfig(
             num_workers=(low, high) if low < high else low + stand_by,
             use_gpu=run.use_gpu,
-            resources_per_worker=_resources(run),
+            resources_per_worker=worker_resources(limits, int(run.use_gpu)),
         ),
         run_config=ray.train.RunConfig(
             name=run.name,

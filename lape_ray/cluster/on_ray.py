@@ -15,7 +15,7 @@ from lape_ray.cluster.connection import connected, refuse_little_shared_memory
 from lape_ray.cluster.controller import train_to_the_end, variables
 from lape_ray.cluster.pages import hand_over, make_pages
 from lape_ray.cluster.rendezvous import RunSupervisor
-from lape_ray.cluster.resources import wait_for_room
+from lape_ray.cluster.resources import wait_for_room, worker_resources
 from lape_ray.cluster.run import Run
 from lape_ray.cluster.supervisor import supervised
 from lape_ray.cluster.worker import tell
@@ -88,9 +88,8 @@ def uses_gpu(config: TrainConfig) -> bool:
 def _wait_for_workers(config: TrainConfig, use_gpu: bool) -> None:
     """Wait until the cluster could hold the workers that the run needs at least; a ValueError where it cannot."""
     run = config.run
-    need = {"CPU": run.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     workers = run.workers.low + run.standby_workers
-    wait_for_room("the run", need, workers, wait_s=run.wait_s, tell=tell)
+    wait_for_room("the run", worker_resources(run, int(use_gpu)), workers, wait_s=run.wait_s, tell=tell)
 
 
 def refuse_local_store(uri: str) -> None:

@@ -187,10 +187,10 @@ class RunSupervisor(Supervisor):
         """Break group `number` where one of its processes has ended."""
         while True:
             await asyncio.sleep(WATCH_S)
-            dead = any(await asyncio.gather(*(_is_dead(member) for member in self._members)))
+            lives = await asyncio.gather(*(_lives(member) for member in self._members))
             if self._number != number or not self._members:
                 return
-            if dead:
+            if False in lives:
                 self._break("a worker's process has ended")
                 await self._form()
                 return
@@ -213,6 +213,8 @@ class RunSupervisor(Supervisor):
             for rank, alive in zip(waiting, lives, strict=True):
                 if not alive and self._waiting.get(rank) == waiting[rank]:
                     del self._waiting[rank]
+                    if alive is None:  # so that Ray Train starts another one in its place
+                        end_process(waiting[rank][0])
             if len(self._waiting) < self._size:
                 return
             chosen = [self._waiting.pop(rank) for rank in sorted(self._waiting)[: self._size]]
@@ -245,24 +247,12 @@ def _kill(pid: int, began: float) -> None:
             process.kill()
 
 
-async def _lives(member: Member) -> bool:
-    """Ask a worker that waits; one that hangs is ended, so that Ray Train starts another one in its place."""
-    try:
-        await asyncio.wait_for(member.actor.get_metadata.remote(), ANSWER_S)
-    except TimeoutError:
-        end_process(member)
-        return False
-    except ray.exceptions.RayError:
-        return False
-    return True
-
-
-async def _is_dead(member: Member) -> bool:
-    """Tell whether Ray knows that a worker's process has ended; one that is only busy is not dead."""
+async def _lives(member: Member) -> bool | None:
+    """Ask a worker's process whether it lives; None: it does not say so now, as it hangs or has much to do."""
     try:
         await asyncio.wait_for(member.actor.get_metadata.remote(), ANSWER_S)
     except (TimeoutError, ray.exceptions.ActorUnavailableError):
+        return None
+    except ray.exceptions.RayError:
         return False
-    except ray.exceptions.RayActorError:
-        return True
-    return False
+    return True

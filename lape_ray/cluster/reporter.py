@@ -1,4 +1,4 @@
-"""What a worker's training loop reports, carried to the group, storage, the tracker, Prometheus and the job's log."""
+"""Carry what a worker's training loop reports to the group, storage, the tracker, Prometheus and the job's log."""
 
 from __future__ import annotations
 

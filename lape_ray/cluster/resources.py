@@ -8,6 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import ray
 
+from lape_ray.config import RunConfig
+
+
+def worker_resources(run: RunConfig, gpus: float) -> dict[str, float]:
+    """Return what a worker of a run takes of its node, Ray's resource -> amount; it may be a part of a GPU."""
+    return {"CPU": run.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+
 
 def places(nodes: Sequence[Mapping[str, float]], need: Mapping[str, float], workers: int) -> int:
     """Return how many groups of so many workers the nodes (resource -> amount of each) can hold at once.

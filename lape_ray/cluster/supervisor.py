@@ -114,13 +114,13 @@ class StopRequest:
             self._looked = time.monotonic()
             ready, _ = ray.wait([self._stop], timeout=0)
             if ready:
-                self._asked = True
                 try:
                     ray.get(self._stop)
+                    self._asked = True
                 except ray.exceptions.ActorUnavailableError:  # the network was away
-                    self._asked, self._stop = False, self._supervisor.until_stop.remote()
+                    self._stop = self._supervisor.until_stop.remote()
                 except ray.exceptions.RayActorError:
-                    pass
+                    self._asked = True
         return self._asked
 
 

@@ -1,4 +1,4 @@
-"""What `lape-ray doctor` asks of this machine: a function for each line, which returns what works.
+"""Ask of this machine what `lape-ray doctor` wants to know: a function for each line, which returns what works.
 
 What does not work is raised as `BrokenError`, with its fix; what no run on this machine needs, as `AbsentError`. Texts
 hold no secret: of a variable at most its name is shown, and of an address what `redacted` leaves.

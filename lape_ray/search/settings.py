@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ray import tune
 from ray.exceptions import RayTaskError
 
+from lape_ray.cluster.resources import worker_resources
 from lape_ray.cluster.supervisor import Supervisor
 from lape_ray.config import RunConfig
 from lape_ray.search.plan import Plan
@@ -83,4 +84,4 @@ def worker_need(run: RunConfig, *, use_gpu: bool, gpus_per_worker: float | None)
             f"--gpus-per-worker {gpus:g} would put workers of one trial on one GPU, which NCCL refuses: "
             "set --run.num_workers 1, or leave it out"
         )
-    return {"CPU": run.cpus_per_worker} | ({"GPU": gpus} if use_gpu else {})
+    return worker_resources(run, gpus if use_gpu else 0)
